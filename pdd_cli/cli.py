@@ -1,0 +1,90 @@
+"""The `pdd` command: registers the four commands, turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from pdd_cli import __version__
+from pdd_cli.commands.adapt import adapt
+from pdd_cli.commands.evaluate import evaluate
+from pdd_cli.commands.fetch_weights import fetch_weights
+from pdd_cli.commands.upscale import upscale
+from pdd_cli.console import Console
+from pdd_cli.errors import PddError
+
+app = typer.Typer(
+    name="pdd",
+    help="Adapt a super-resolution model to your own images, upscale with it, and score the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(adapt)
+app.command()(upscale)
+app.command()(evaluate)
+app.command("fetch-weights")(fetch_weights)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"pdd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+def main() -> NoReturn:
+    """Run `pdd` on sys.argv and exit with its code (see docs/cli.md)."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    console = Console()
+    debug = "--debug" in sys.argv
+    try:
+        # Typer answers its own usage errors with exit 2, and `--help` with 0.
+        code = app(standalone_mode=True)
+    except PddError as error:
+        if debug:
+            raise
+        console.fail(error)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        console.say("interrupted")
+        code = 130
+    except MemoryError:
+        if debug:
+            raise
+        console.fail(PddError("out of memory", "Close other programs, or use a smaller --tile or --batch-size."))
+        code = 5
+    except BrokenPipeError:
+        code = 0
+    except Exception as error:
+        if debug:
+            raise
+        console.fail(
+            PddError(
+                f"a bug in pdd: {type(error).__name__}: {error}",
+                "Please report it with the output of the same command after `pdd --debug`.",
+            )
+        )
+        code = 1
+    sys.exit(code)
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

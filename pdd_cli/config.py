@@ -1,0 +1,320 @@
+"""Settings of every command: frozen models, one YAML file, and the order in which they override each other.
+
+Precedence: command line > `--set` > `--config` FILE (or `./pdd.yaml`) > the defaults written here.
+A file holds one section a command: `adapt:`, `upscale:`, `evaluate:`, `fetch-weights:`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from pdd_cli.errors import InputError
+
+DEFAULT_FILE = Path("pdd.yaml")
+
+Device = str
+PrecisionChoice = Literal["auto", "fp32", "bf16", "fp16"]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, unknown keys forbidden."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# --- adapt ------------------------------------------------------------------------------------------------------
+
+
+class EmaGeneralist(Settings):
+    """The generalist is the exponential moving average of the specialist."""
+
+    mode: Literal["ema"] = "ema"
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    # While S = G every inter-model distance is exactly zero, where the Frobenius norm has no gradient.
+    warmup_steps: PositiveInt = 5
+
+
+class StaticGeneralist(Settings):
+    """The generalist is a second, frozen model."""
+
+    mode: Literal["static"]
+    weights: str
+    warmup_steps: Annotated[int, Field(ge=0)] = 5
+
+
+Generalist = Annotated[Union[EmaGeneralist, StaticGeneralist], Field(discriminator="mode")]
+
+
+class FeatureSettings(Settings):
+    """The perceptual space that distances and the perceptual loss are measured in."""
+
+    network: Literal["vgg19", "vgg16", "efficientnet-lite0"] = "vgg19"
+    weights: Path | None = None
+
+
+class SyntheticSettings(Settings):
+    """How LR is made from HR in the synthetic domain: the paper's clean downsampling."""
+
+    filters: tuple[Literal["bicubic", "bilinear", "area"], ...] = Field(
+        default=("bicubic", "bilinear", "area"), min_length=1
+    )
+
+
+class LossWeights(Settings):
+    """Weights of the whole objective (METHOD names: inter, intra, pixel, perceptual, adversarial)."""
+
+    inter: NonNegative = 1.0
+    intra: NonNegative = 1.0
+    pixel: NonNegative = 0.5
+    perceptual: NonNegative = 1.0
+    adversarial: NonNegative = 0.01
+    adversarial_on_target: bool = True
+
+
+class OptimizerSettings(Settings):
+    """Adam, for the specialist and the discriminator alike."""
+
+    learning_rate: Positive = 1e-4
+    discriminator_learning_rate: Positive = 1e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    # Fractions of the run at which the rate halves: the paper's 25k of 100k.
+    halve_at: tuple[Fraction, ...] = (0.25,)
+
+
+class AdaptConfig(Settings):
+    """`pdd adapt`."""
+
+    real_dir: Path
+    base: str = "realesrgan"
+    hr_dir: Path | None = None
+    generalist: Generalist = EmaGeneralist()
+    name: str | None = None
+    runs_dir: Path = Path("runs")
+    steps: PositiveInt = 400
+    batch_size: PositiveInt = 2
+    crop: Annotated[int, Field(ge=16, multiple_of=4)] = 48
+    seed: Annotated[int, Field(ge=0)] = 0
+    features: FeatureSettings = FeatureSettings()
+    synthetic: SyntheticSettings = SyntheticSettings()
+    losses: LossWeights = LossWeights()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    # Steps of the run in which the discriminator alone learns: the paper's 300 of 100k.
+    discriminator_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.003
+    checkpoint_every: PositiveInt = 50
+    preview_every: PositiveInt = 50
+    device: Device = "auto"
+    precision: PrecisionChoice = "auto"
+    offline: bool = False
+
+    @model_validator(mode="after")
+    def _warmup_leaves_steps(self) -> AdaptConfig:
+        # A run shorter than the warm-up would never distil anything.
+        if self.steps <= self.discriminator_warmup_steps + self.generalist.warmup_steps:
+            raise ValueError(
+                f"steps {self.steps} leaves nothing after the warm-up of "
+                f"{self.discriminator_warmup_steps} + {self.generalist.warmup_steps} steps"
+            )
+        return self
+
+    @property
+    def discriminator_warmup_steps(self) -> int:
+        """Steps at the start in which only the discriminator learns."""
+        return round(self.discriminator_warmup * self.steps)
+
+
+# --- upscale ----------------------------------------------------------------------------------------------------
+
+
+class UpscaleConfig(Settings):
+    """`pdd upscale`."""
+
+    input: Path
+    output: Path
+    weights: str = "realesrgan"
+    tile: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    overlap: Annotated[int, Field(ge=0)] = 32
+    format: Literal["keep", "png", "jpg", "webp", "tiff", "bmp"] = "keep"
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    suffix: str = ""
+    recursive: bool = True
+    overwrite: bool = False
+    engine: Literal["auto", "torch", "openvino"] = "auto"
+    device: Device = "auto"
+    precision: PrecisionChoice = "auto"
+    offline: bool = False
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------
+
+
+class EvaluateConfig(Settings):
+    """`pdd evaluate`."""
+
+    sr_dir: Path | None = None
+    gt_dir: Path | None = None
+    metrics: tuple[str, ...] = Field(default=("niqe",), min_length=1)
+    crop_border: Annotated[int, Field(ge=0)] | None = None
+    output: Path | None = None
+    device: Device = "auto"
+    offline: bool = False
+
+
+# --- fetch-weights ----------------------------------------------------------------------------------------------
+
+
+class FetchConfig(Settings):
+    """`pdd fetch-weights`."""
+
+    names: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    source: Literal["auto", "https", "huggingface", "package", "gdrive"] = "auto"
+    from_path: Path | None = None
+    offline: bool = False
+
+
+class _File(Settings):
+    """The sections that a configuration file may hold; each is checked by its own command."""
+
+    adapt: dict[str, Any] = {}
+    upscale: dict[str, Any] = {}
+    evaluate: dict[str, Any] = {}
+    fetch_weights: dict[str, Any] = Field(default={}, alias="fetch-weights")
+
+
+Section = Literal["adapt", "upscale", "evaluate", "fetch-weights"]
+T = TypeVar("T", bound=Settings)
+
+
+def resolve(
+    model: type[T],
+    section: Section,
+    *,
+    options: Mapping[str, object],
+    overrides: Sequence[str] = (),
+    file: Path | None = None,
+) -> T:
+    """The settings of one command, from all places they may be given in.
+
+    `options`: dotted key → value from the command line; None means not given. `overrides`: `key.path=value` texts, the
+    value read as YAML. `file`: a YAML file; without it `./pdd.yaml` is read where it exists.
+
+    Raises InputError that names the key, the value and what is allowed.
+    """
+    values: dict[str, Any] = {}
+    origin = f"--config {file}"
+    if file is not None or DEFAULT_FILE.exists():
+        path = file or DEFAULT_FILE
+        origin = str(path)
+        values = _read_section(path, section)
+        _check(model, values, origin, partial=True)
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or not key.strip():
+            raise InputError(f"--set {text}: not of the form key.path=value", "For example: --set losses.intra=0.5")
+        _put(values, key.strip(), _yaml(value, f"--set {text}"))
+    for key, option in options.items():
+        if option is not None:
+            _put(values, key, option)
+    return _check(model, values, "")
+
+
+def as_yaml(settings: Settings) -> str:
+    """The settings as YAML text that `yaml.safe_load` and the model read back to an equal value."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_section(path: Path, section: str) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"can't read the config file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the config file {path} is not UTF-8 text") from error
+    content = _yaml(text, str(path))
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected sections such as `{section}:` with settings below them")
+    sections = _check(_File, content, str(path))
+    return dict(sections.model_dump(by_alias=True)[section])
+
+
+def _yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{origin}{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+
+
+def _put(values: dict[str, Any], key: str, value: object) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        below = values.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise InputError(f"{key}: {parent} is a single value ({below!r}), nothing can be set below it")
+        values = below
+    values[last] = value
+
+
+def _check(model: type[T], values: Mapping[str, Any], origin: str, *, partial: bool = False) -> T:
+    """Validate; `partial` passes over what is missing (another source may still give it)."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        problems = [p for p in error.errors() if not (partial and p["type"] in ("missing", "value_error"))]
+        if not problems:
+            return None  # type: ignore[return-value]  # the caller of a partial check takes no result
+        where = f"{origin}: " if origin else ""
+        raise InputError("\n".join(where + _explain(problem, model) for problem in problems)) from error
+
+
+def _explain(problem: ErrorDetails, model: type[Settings]) -> str:
+    """One problem in plain words: key, value, what is allowed."""
+    path = [str(part) for part in problem["loc"] if part not in ("ema", "static", "constrained-int", "literal['auto']")]
+    key = ".".join(path) or "settings"
+    value = problem["input"]
+    match problem["type"]:
+        case "missing":
+            return f"{key}: missing; give {_option(key)}"
+        case "extra_forbidden":
+            known = _keys(model, path[:-1])
+            close = difflib.get_close_matches(path[-1], known, 1)
+            return f"{key}: no such setting{f'; did you mean {close[0]}?' if close else ''} (known: {', '.join(known)})"
+        case "value_error":
+            return f"{key}: {problem['ctx']['error']}"
+        case _:
+            shown = str(value) if isinstance(value, Path) else repr(value)
+            return f"{key}: {shown} is not allowed: {problem['msg']}"
+
+
+def _option(key: str) -> str:
+    return "--" + key.replace("_", "-") if "." not in key else f"--set {key}=…"
+
+
+def _keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """The settings that exist below `path`."""
+    models = [model]
+    for part in path:
+        models = [sub for m in models if part in m.model_fields for sub in _models_in(m.model_fields[part].annotation)]
+    return sorted({field.alias or name for m in models for name, field in m.model_fields.items()})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) is None:
+        return []
+    return [model for part in get_args(annotation) for model in _models_in(part)]

@@ -1,0 +1,102 @@
+"""Device and precision: chosen once, passed on as one value."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from pdd_cli.errors import InputError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a network runs, and in which precision its convolutions are computed (weights stay fp32)."""
+
+    device: torch.device
+    precision: Precision
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The autocast context for this precision; for fp32 a context that does nothing."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype)
+
+    def __str__(self) -> str:
+        return f"{self.device}, {self.precision}"
+
+
+def choose_runtime(device: str = "auto", precision: str = "auto") -> Runtime:
+    """Turn `--device` and `--precision` into a Runtime that works on this machine.
+
+    `device`: auto, cpu, cuda, cuda:N or mps. `precision`: auto, fp32, bf16 or fp16. auto takes bf16 where the device
+    computes it faster than fp32 (a CPU with AMX or AVX512-BF16, a GPU from Ampere on) and fp32 elsewhere.
+
+    Raises InputError for a device that this machine doesn't have, or fp16 on a CPU.
+    """
+    chosen = _choose_device(device)
+    if precision == "auto":
+        precision = "bf16" if _computes_bf16_fast(chosen) else "fp32"
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise InputError(f"--precision {precision}: not a precision", "Use auto, fp32, bf16 or fp16.")
+    if precision == "fp16" and chosen.type == "cpu":
+        raise InputError("--precision fp16 doesn't run on a CPU", "Use auto, fp32 or bf16.")
+    return Runtime(chosen, precision)
+
+
+def cpu_computes_bf16_fast() -> bool:
+    """Whether this CPU has bf16 matrix instructions (AMX-BF16 or AVX512-BF16); without them bf16 is slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that a computation may still take on `device`."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (ValueError, OSError, AttributeError):
+        return 4 << 30
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: not a device", "Use auto, cpu, cuda, cuda:N or mps.") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise InputError(f"--device {name}: this machine has {count} CUDA devices", "Use --device cpu or auto.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps: no Apple GPU here", "Use --device cpu or auto.")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {name}: not supported", "Use auto, cpu, cuda, cuda:N or mps.")
+    return device
+
+
+def _computes_bf16_fast(device: torch.device) -> bool:
+    if device.type == "cpu":
+        return cpu_computes_bf16_fast()
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,0 +1,45 @@
+"""The few ways in which pdd fails, each with its exit code."""
+
+
+class PddError(Exception):
+    """A failure that a user can act on: what went wrong, and what to do about it.
+
+    `message` names the file or option; `hint` says what to do. Neither ever holds a traceback.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class InputError(PddError):
+    """Bad usage, configuration or input."""
+
+    exit_code = 2
+
+
+class PartialFailure(PddError):  # noqa: N818 - the run did finish
+    """The run finished, but some inputs failed; each has been named already."""
+
+    exit_code = 3
+
+
+class DownloadError(PddError):
+    """A download or its verification failed; nothing was installed."""
+
+    exit_code = 4
+
+
+class ResourceError(PddError):
+    """Out of memory or disk."""
+
+    exit_code = 5
+
+
+class Interrupted(PddError):  # noqa: N818 - asked for by the user
+    """Stopped by Ctrl-C or SIGTERM after the state was saved."""
+
+    exit_code = 130

@@ -1,0 +1,140 @@
+"""Any super-resolution model from a weights file: our RRDBNet where it fits, spandrel's networks for the rest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pdd_cli.errors import InputError
+from pdd_cli.models.rrdbnet import RRDBNet, rrdbnet_from_state
+from pdd_cli.weights.store import Card, read_card
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
+
+
+@dataclass(frozen=True, eq=False)
+class SRModel:
+    """A super-resolution network that knows its scale and size needs.
+
+    `module` maps (N, in_channels, h, w) in 0..1, h and w multiples of `size_multiple` and at least `size_minimum`, to
+    (N, out_channels, h*scale, w*scale), nominally 0..1 and not clamped.
+    """
+
+    module: nn.Module
+    scale: int
+    in_channels: int
+    out_channels: int
+    architecture: str
+    size_multiple: int = 1
+    size_minimum: int = 1
+    card: Card | None = None
+
+    def upscale(self, lr: Tensor) -> Tensor:
+        """(N, C, h, w) of any size to (N, C, h*scale, w*scale): padded by repeating the border as the network needs."""
+        height, width = lr.shape[-2:]
+        bottom, right = (-(-max(n, self.size_minimum) // self.size_multiple) * self.size_multiple - n for n in (height, width))
+        if bottom or right:
+            lr = F.pad(lr, (0, right, 0, bottom), mode="replicate")
+        sr: Tensor = self.module(lr)
+        return sr[..., : height * self.scale, : width * self.scale]
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pth/.pt/.ckpt file, without running any code from it.
+
+    A checkpoint that nests its tensors is unwrapped; of BasicSR's `params` and `params_ema` the latter is taken.
+    Raises InputError for a file that can't be read or holds no tensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no such weights file: {path}") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"can't read the weights file {path}: {error}") from error
+    except Exception as error:
+        # torch.load raises UnpicklingError, RuntimeError, EOFError and others, by where the file is broken.
+        raise InputError(
+            f"can't read the weights file {path}: it is damaged, or holds more than tensors",
+            "pdd never runs code from a weights file. Convert it to safetensors where it was made.",
+        ) from error
+    for key in ("params_ema", "params", "state_dict", "model_state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()) or not content:
+        raise InputError(f"{path} is not a weights file: it holds no plain table of tensors")
+    return dict(content)
+
+
+def load_sr_model(path: Path) -> SRModel:
+    """The super-resolution model in a weights file, in eval mode on the CPU, fp32.
+
+    Raises InputError for a file that isn't one, or holds an architecture that neither pdd nor spandrel knows.
+    """
+    return model_from_state(read_state(path), origin=str(path), card=read_card(path))
+
+
+def model_from_state(state: Mapping[str, Tensor], *, origin: str, card: Card | None = None) -> SRModel:
+    """The super-resolution model that the tensors `state` are for; `origin` names them in an error."""
+    network = rrdbnet_from_state(state)
+    if network is not None:
+        return SRModel(
+            module=network.eval(),
+            scale=network.scale,
+            in_channels=network.in_channels,
+            out_channels=network.out_channels,
+            architecture="RRDBNet",
+            size_multiple=network.unshuffle,
+            size_minimum=network.unshuffle,
+            card=card,
+        )
+    from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
+
+    try:
+        model = ModelLoader().load_from_state_dict(dict(state))
+    except UnsupportedModelError:
+        raise InputError(f"{origin}: not an architecture that pdd or spandrel {_spandrel_version()} knows") from None
+    except Exception as error:
+        # A state whose keys look like one architecture and whose shapes don't fit it.
+        raise InputError(f"{origin}: damaged or incomplete weights: {error}") from error
+    if not isinstance(model, ImageModelDescriptor) or model.purpose not in ("SR", "Restoration"):
+        raise InputError(f"{origin}: a {model.architecture.name} model for {model.purpose}, not for super-resolution")
+    needs = model.size_requirements
+    return SRModel(
+        module=model.model.float().eval(),
+        scale=model.scale,
+        in_channels=model.input_channels,
+        out_channels=model.output_channels,
+        architecture=model.architecture.name,
+        size_multiple=max(needs.multiple_of, 1),
+        size_minimum=max(needs.minimum, 1),
+        card=card,
+    )
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes and fp32 values: equal for equal weights, in whatever file they are."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].detach().float().cpu().contiguous()
+        digest.update(f"{key}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _spandrel_version() -> str:
+    from importlib.metadata import version
+
+    return version("spandrel")
+
+
+__all__ = ["RRDBNet", "SRModel", "load_sr_model", "model_from_state", "read_state", "state_sha256"]

@@ -1,0 +1,125 @@
+"""The store: one folder of weights, an entry being one safetensors file whose header holds its card.
+
+Card and tensors share a file so that an entry is replaced in one rename, and keeps its provenance wherever it is copied.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pdd_cli.errors import InputError
+from pdd_cli.files import atomic_write
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_CARD_KEY = "pdd_card"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class Card(BaseModel):
+    """Where an entry's weights come from and what they are."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    kind: str = "sr"  # "sr" (a super-resolution model), "features" (an ImageNet network) or "discriminator"
+    architecture: str
+    scale: int | None = None
+    licence: str = "unknown"
+    source: str
+    sha256: str | None = None  # of the file that the weights were taken from
+    tensors: int = 0
+    parameters: int = 0
+    created: str  # UTC, ISO 8601
+    base: str | None = None  # adapted models: the store name or file of the weights they started from
+    base_sha256: str | None = None  # … and the sha256 over its tensors (see `state_sha256`)
+    adapted: dict[str, Any] | None = None  # adapted models: settings and features that made them
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An installed set of weights."""
+
+    name: str
+    path: Path
+    card: Card
+
+
+def home() -> Path:
+    """The folder of everything that pdd keeps: `$PDD_HOME`, or the platform's data folder."""
+    configured = os.environ.get("PDD_HOME")
+    return Path(configured).expanduser() if configured else Path(platformdirs.user_data_dir("pdd", appauthor=False))
+
+
+@dataclass(frozen=True)
+class Store:
+    """The entries below one folder."""
+
+    root: Path
+
+    @classmethod
+    def default(cls) -> Store:
+        """The store of `home()`."""
+        return cls(home() / "weights")
+
+    def path(self, name: str) -> Path:
+        """Where the entry `name` is or would be. Raises InputError for a name that can't be a file name."""
+        if not _NAME.fullmatch(name):
+            raise InputError(
+                f"{name!r} can't be a weights name", "Use letters, digits, '.', '_' and '-', the first a letter or digit."
+            )
+        return self.root / f"{name}.safetensors"
+
+    def get(self, name: str) -> Entry | None:
+        """The entry `name`, or None where it isn't installed."""
+        path = self.path(name)
+        if not path.is_file():
+            return None
+        card = read_card(path)
+        if card is None:
+            raise InputError(f"{path} holds no card of pdd", f"Delete it, then run: pdd fetch-weights {name}")
+        return Entry(name, path, card)
+
+    def entries(self) -> Iterator[Entry]:
+        """All installed entries by name; a file without a card is passed over."""
+        for path in sorted(self.root.glob("*.safetensors")):
+            card = read_card(path)
+            if card is not None:
+                yield Entry(path.stem, path, card)
+
+    def add(self, card: Card, state: Mapping[str, Tensor]) -> Entry:
+        """Install `state` under `card.name`, replacing an entry of that name; whole or not at all."""
+        from safetensors.torch import save_file
+
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+        card = card.model_copy(
+            update={"tensors": len(tensors), "parameters": sum(t.numel() for t in tensors.values())}
+        )
+        path = self.path(card.name)
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata={_CARD_KEY: card.model_dump_json(), "format": "pt"})
+        return Entry(card.name, path, card)
+
+
+def read_card(path: Path) -> Card | None:
+    """The card in a safetensors file's header; None for a file without one, or one that isn't safetensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as opened:
+            text = (opened.metadata() or {}).get(_CARD_KEY)
+    except (SafetensorError, OSError):
+        return None
+    try:
+        return Card.model_validate_json(text) if text else None
+    except ValidationError:
+        return None
