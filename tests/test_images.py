@@ -1,0 +1,269 @@
+"""Files ↔ arrays, against what Pillow, OpenCV and tifffile read and write."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image, ImageCms, ImageOps
+
+from pdd_cli.errors import InputError
+from pdd_cli.images import Picture, check_size, find_images, image_size, read_image, write_image
+
+RNG = np.random.default_rng(0)
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def random_pixels(*shape: int, dtype: type = np.uint8) -> np.ndarray:
+    return RNG.integers(0, np.iinfo(dtype).max + 1, shape, dtype)
+
+
+# (mode, file, channels, alpha, exact) of 8-bit images that Pillow writes.
+MODES = [
+    ("L", "a.png", 1, False),
+    ("LA", "a.png", 1, True),
+    ("RGB", "a.png", 3, False),
+    ("RGBA", "a.png", 3, True),
+    ("P", "a.png", 3, False),
+    ("1", "a.png", 1, False),
+    ("L", "a.tif", 1, False),
+    ("LA", "a.tif", 1, True),
+    ("RGB", "a.tiff", 3, False),
+    ("RGBA", "a.tiff", 3, True),
+    ("RGB", "a.bmp", 3, False),
+    ("L", "a.bmp", 1, False),
+    ("L", "a.jpg", 1, False),
+    ("RGB", "a.JPEG", 3, False),
+    ("CMYK", "a.jpg", 3, False),
+    ("CMYK", "a.tif", 3, False),
+    ("RGBA", "a.webp", 3, True),
+]
+
+
+@pytest.mark.parametrize(("mode", "name", "channels", "alpha"), MODES)
+def test_each_mode_is_read_as_pillow_reads_it(tmp_path: Path, mode: str, name: str, channels: int, alpha: bool) -> None:
+    path = tmp_path / name
+    whole = Image.fromarray(random_pixels(11, 7, 4))
+    (whole.convert("RGB") if mode == "P" else whole).convert(mode).save(path)
+    picture = read_image(path)
+    assert (picture.width, picture.height, picture.channels, picture.bits) == (7, 11, channels, 8)
+    assert (picture.alpha is not None) == alpha
+    with Image.open(path) as image:
+        expected = np.asarray(image.convert({1: "L", 3: "RGB"}[channels] + "A" * alpha)).reshape(11, 7, -1)
+    np.testing.assert_array_equal(picture.pixels, expected[..., :channels])
+    if alpha:
+        np.testing.assert_array_equal(picture.alpha, expected[..., -1])
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize(("channels", "alpha"), [(1, False), (1, True), (3, False), (3, True)])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_lossless_formats_give_back_what_was_written(
+    tmp_path: Path, suffix: str, channels: int, alpha: bool, bits: int
+) -> None:
+    if (suffix, channels, alpha, bits) == ("tif", 1, True, 16):
+        pytest.skip("no reader here knows 16-bit gray+alpha TIFF")
+    dtype = {8: np.uint8, 16: np.uint16}[bits]
+    icc = SRGB if channels == 3 else None
+    written = Picture(
+        random_pixels(9, 6, channels, dtype=dtype),
+        random_pixels(9, 6, dtype=dtype) if alpha else None,
+        icc,
+        dpi=(300, 300),
+    )
+    path = tmp_path / f"a.{suffix}"
+    write_image(path, written)
+    read = read_image(path)
+    np.testing.assert_array_equal(read.pixels, written.pixels)
+    assert (read.alpha is None) == (written.alpha is None)
+    if written.alpha is not None:
+        np.testing.assert_array_equal(read.alpha, written.alpha)
+    assert read.icc == icc
+    assert read.dpi == pytest.approx((300, 300), abs=0.1)
+    if bits == 16 and channels == 3:  # and another program sees the same
+        other = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        np.testing.assert_array_equal(other[..., 2::-1], written.pixels)
+
+
+def test_sixteen_bits_from_other_writers(tmp_path: Path) -> None:
+    rgba = random_pixels(8, 5, 4, dtype=np.uint16)
+    cv2.imwrite(str(tmp_path / "a.png"), rgba[..., (2, 1, 0, 3)])
+    tifffile.imwrite(tmp_path / "b.tif", rgba[..., :3], photometric="rgb", byteorder=">")
+    Image.fromarray(rgba[..., 0]).save(tmp_path / "c.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png").pixels, rgba[..., :3])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png").alpha, rgba[..., 3])
+    np.testing.assert_array_equal(read_image(tmp_path / "b.tif").pixels, rgba[..., :3])
+    np.testing.assert_array_equal(read_image(tmp_path / "c.png").pixels[..., 0], rgba[..., 0])
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.jpg", "sixteen.tif", "sixteen.png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_and_reset(tmp_path: Path, name: str, orientation: int) -> None:
+    path = tmp_path / name
+    stored = random_pixels(6, 4, 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x010F] = "Maker"
+    Image.fromarray(stored).save(path, exif=exif, quality=100, subsampling=0)
+    with Image.open(path) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image))
+    if name == "sixteen.tif":
+        stored = random_pixels(6, 4, 3, dtype=np.uint16)
+        tifffile.imwrite(path, stored, photometric="rgb", extratags=[(274, 3, 1, orientation, True)])
+    elif name == "sixteen.png":
+        data = path.read_bytes()
+        at = data.index(b"eXIf")
+        length = int.from_bytes(data[at - 4 : at], "big")
+        write_image(path, Picture(random_pixels(6, 4, 3, dtype=np.uint16)))
+        stored = read_image(path).pixels
+        plain = path.read_bytes()
+        path.write_bytes(plain[:33] + data[at - 4 : at + 8 + length] + plain[33:])
+    if name.startswith("sixteen"):
+        marked = np.arange(24, dtype=np.uint8).reshape(6, 4)
+        turned = io.BytesIO()
+        Image.fromarray(marked).save(turned, "PNG", exif=exif)
+        with Image.open(turned) as image:
+            order = np.asarray(ImageOps.exif_transpose(image))
+        upright = stored.reshape(24, 3)[order]
+    picture = read_image(path)
+    np.testing.assert_array_equal(picture.pixels, upright)
+    assert image_size(path) == (picture.width, picture.height)
+    write_image(tmp_path / "again.png", picture)
+    with Image.open(tmp_path / "again.png") as image:
+        assert image.getexif().get(0x0112, 1) == 1
+        if not name.startswith("sixteen"):
+            assert image.getexif()[0x010F].rstrip("\0") == "Maker"
+
+
+def test_gray_palette_is_gray(tmp_path: Path) -> None:
+    gray = random_pixels(5, 5)
+    Image.fromarray(gray).convert("P").save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png").pixels[..., 0], gray)
+
+
+def test_profile_and_dpi_survive_a_jpeg(tmp_path: Path) -> None:
+    picture = Picture(random_pixels(8, 8, 3), icc=SRGB, dpi=(240, 240))
+    write_image(tmp_path / "a.jpg", picture)
+    assert read_image(tmp_path / "a.jpg").icc == SRGB
+    assert read_image(tmp_path / "a.jpg").dpi == (240, 240)
+
+
+def test_stale_exif_is_dropped(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0110] = "Model"
+    exif[0x8769] = {0xA002: 4000, 0xA003: 3000, 0x8827: 100}  # width, height, ISO
+    Image.fromarray(random_pixels(8, 8, 3)).save(tmp_path / "a.jpg", exif=exif)
+    write_image(tmp_path / "b.jpg", read_image(tmp_path / "a.jpg"))
+    with Image.open(tmp_path / "b.jpg") as image:
+        assert image.getexif()[0x0110] == "Model"
+        assert image.getexif().get_ifd(0x8769) == {0x8827: 100}
+
+
+def test_alpha_is_laid_on_white_for_jpeg(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.jpg", Picture(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8)))
+    assert (read_image(tmp_path / "a.jpg").pixels == 255).all()
+
+
+def test_from_float_rounds_clips_and_refuses_nan() -> None:
+    values = np.array([[-1.0, 0.0, 0.4999 / 255, 0.5001 / 255, 1.0, 7.0]], np.float32)
+    assert Picture.from_float(values).pixels.ravel().tolist() == [0, 0, 0, 1, 255, 255]
+    exact = random_pixels(4, 4, 3, dtype=np.uint16)
+    np.testing.assert_array_equal(Picture.from_float(Picture(exact).to_float(), bits=16).pixels, exact)
+    with pytest.raises(ValueError, match="finite"):
+        Picture.from_float(np.array([[np.nan]]))
+
+
+def good_png() -> bytes:
+    target = io.BytesIO()
+    Image.fromarray(random_pixels(40, 40, 3)).save(target, "PNG")
+    return target.getvalue()
+
+
+def bomb() -> bytes:
+    data = bytearray(good_png())
+    data[16:24] = (60_000).to_bytes(4, "big") * 2
+    import zlib
+
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"no image", "not a PNG"),
+        (good_png()[:2000], "damaged"),
+        (good_png()[:20], "damaged"),
+        (good_png()[:100] + b"\0" * 50 + good_png()[150:], "damaged"),
+        (bomb(), "too large"),
+        (b"GIF89a" + b"\0" * 50, "not a PNG"),
+    ],
+)
+def test_broken_files_are_named_with_the_reason(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "broken.png"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"broken\.png.*{reason}"):
+        read_image(path)
+
+
+def test_truncation_is_found_after_pyiqa_switched_it_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
+    Image.fromarray(random_pixels(64, 64, 3)).save(tmp_path / "a.jpg")
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="damaged"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_missing_and_unsupported(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No such file"):
+        read_image(tmp_path / "none.png")
+    tifffile.imwrite(tmp_path / "f.tif", np.zeros((4, 4), np.float32))
+    with pytest.raises(InputError, match="32-bit"):
+        read_image(tmp_path / "f.tif")
+
+
+def test_size_limits_are_told() -> None:
+    check_size(Path("a.jpg"), 65535, 1)
+    with pytest.raises(InputError, match="JPEG"):
+        check_size(Path("a.jpg"), 65536, 1)
+    with pytest.raises(InputError, match="WEBP"):
+        check_size(Path("a.webp"), 1, 16384)
+    with pytest.raises(InputError, match=r"\.gif"):
+        check_size(Path("a.gif"), 1, 1)
+
+
+def test_find_images(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG", "sub/c.webp", ".hidden.png", ".cache/d.png", "note.txt", "sub/deep/ä ö.tiff"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "sub/loop").symlink_to(tmp_path)
+    relative = [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)]
+    assert relative == ["a.JPG", "b.png", "sub/c.webp", "sub/deep/ä ö.tiff"]
+    assert [path.name for path in find_images(tmp_path, recursive=False)] == ["a.JPG", "b.png"]
+    with pytest.raises(InputError, match="no such folder"):
+        find_images(tmp_path / "none")
+    with pytest.raises(InputError, match="not a folder"):
+        find_images(tmp_path / "b.png")
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    write_image(path, Picture(np.zeros((4, 4, 3), np.uint8)))
+    before = path.read_bytes()
+
+    def interrupted(self: Image.Image, target: Path, *_: object, **__: object) -> None:
+        target.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_image(path, Picture(np.ones((4, 4, 3), np.uint8)))
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
