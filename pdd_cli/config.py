@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from pdd_cli.errors import InputError
@@ -53,14 +53,27 @@ class StaticGeneralist(Settings):
     warmup_steps: Annotated[int, Field(ge=0)] = 5
 
 
-Generalist = Annotated[Union[EmaGeneralist, StaticGeneralist], Field(discriminator="mode")]
+def _generalist_mode(value: Any) -> str:
+    return str(value.get("mode", "ema") if isinstance(value, dict) else getattr(value, "mode", "ema"))
+
+
+Generalist = Annotated[
+    Annotated[EmaGeneralist, Tag("ema")] | Annotated[StaticGeneralist, Tag("static")], Discriminator(_generalist_mode)
+]
 
 
 class FeatureSettings(Settings):
     """The perceptual space that distances and the perceptual loss are measured in."""
 
-    network: Literal["vgg19", "vgg16", "efficientnet-lite0"] = "vgg19"
+    # auto: vgg19; where it can't be had vgg16, and where that can't be had efficientnet-lite0, with a warning.
+    network: Literal["auto", "vgg19", "vgg16", "efficientnet-lite0"] = "auto"
     weights: Path | None = None
+
+    @model_validator(mode="after")
+    def _weights_name_their_network(self) -> FeatureSettings:
+        if self.weights is not None and self.network == "auto":
+            raise ValueError(f"weights {self.weights} are given, but not the network they are for (--features vgg19)")
+        return self
 
 
 class SyntheticSettings(Settings):

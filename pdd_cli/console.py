@@ -1,4 +1,4 @@
-"""The only module that prints. Results go to stdout, everything else to stderr; `--json` leaves stdout to one document."""
+"""The only module that prints: results to stdout, everything else to stderr; `--json` leaves stdout to one document."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def choose_runtime(device: str = "auto", precision: str = "auto") -> Runtime:
 
 
 def cpu_computes_bf16_fast() -> bool:
-    """Whether this CPU has bf16 matrix instructions (AMX-BF16 or AVX512-BF16); without them bf16 is slower than fp32."""
+    """Whether this CPU has AMX-BF16 or AVX512-BF16; without them bf16 is slower than fp32."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

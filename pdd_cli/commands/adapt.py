@@ -1,2 +1,221 @@
-def adapt() -> None:
-    """."""
+"""`pdd adapt`."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from pdd_cli.console import Console
+from pdd_cli.errors import DownloadError, InputError, Interrupted
+
+if TYPE_CHECKING:
+    from pdd_cli.config import AdaptConfig
+    from pdd_cli.distillation.run import WeightFiles
+    from pdd_cli.weights.store import Store
+
+
+def adapt(
+    real_dir: Annotated[
+        Path | None, typer.Option(help="Folder of real LR images of one source; searched recursively.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Weights to start from: NAME or FILE. [default: realesrgan]")
+    ] = None,
+    hr_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of sharp HR photographs for the synthetic domain. [default: made from the real images]"
+        ),
+    ] = None,
+    mode: Annotated[
+        Literal["ema", "static"] | None,
+        typer.Option(help="Generalist: moving average of the specialist, or a second, frozen model. [default: ema]"),
+    ] = None,
+    generalist: Annotated[str | None, typer.Option(help="The frozen model of --mode static: NAME or FILE.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run and of its weights. [default: the real-dir's name]")
+    ] = None,
+    runs_dir: Annotated[Path | None, typer.Option(help="Where runs are kept. [default: runs]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps. [default: 400]")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Synthetic and real crops a step, each. [default: 2]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of crops and initial weights. [default: 0]")] = None,
+    features: Annotated[
+        Literal["auto", "vgg19", "vgg16", "efficientnet-lite0"] | None,
+        typer.Option(help="Feature network of the distances. [default: auto: vgg19, else what can be had]"),
+    ] = None,
+    feature_weights: Annotated[Path | None, typer.Option(help="File with the weights of --features.")] = None,
+    intra_weight: Annotated[
+        float | None, typer.Option(help="Weight of the intra-model distance. [default: 1]")
+    ] = None,
+    inter_weight: Annotated[
+        float | None, typer.Option(help="Weight of the inter-model distance. [default: 1]")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run of this name from its checkpoint.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run and weights of this name.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. [default: auto]")] = None,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"] | None, typer.Option(help="[default: auto]")
+    ] = None,
+    offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with an `adapt:` section. [default: ./pdd.yaml]")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting: key.path=value; repeatable.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Adapt a model to your own real images, without ground truth (Pairwise Distance Distillation).
+
+    Writes runs/NAME/ (settings, log, previews, checkpoint) and registers the weights NAME for `pdd upscale`.
+    Ctrl-C saves a checkpoint; the same command with --resume goes on.
+    """
+    from pdd_cli.config import AdaptConfig, resolve
+
+    console = Console(json=json)
+    settings = resolve(
+        AdaptConfig,
+        "adapt",
+        options={
+            "real_dir": real_dir,
+            "base": base,
+            "hr_dir": hr_dir,
+            "generalist.mode": mode,
+            "generalist.weights": generalist,
+            "name": name,
+            "runs_dir": runs_dir,
+            "steps": steps,
+            "batch_size": batch_size,
+            "seed": seed,
+            "features.network": features,
+            "features.weights": feature_weights,
+            "losses.intra": intra_weight,
+            "losses.inter": inter_weight,
+            "device": device,
+            "precision": precision,
+            "offline": offline,
+        },
+        overrides=set_ or (),
+        file=config,
+    )
+
+    from pdd_cli.device import choose_runtime
+    from pdd_cli.distillation.run import prepare_run
+    from pdd_cli.weights.store import Store
+
+    store = Store.default()
+    run_name = settings.name or settings.real_dir.resolve().name
+    _check_name(run_name, store, replace=resume or overwrite)
+    runtime = choose_runtime(settings.device, settings.precision)
+    weights = _weight_files(settings, store, console)
+    run = prepare_run(
+        settings, weights, runtime, name=run_name, resume=resume, overwrite=overwrite, notify=console.warn
+    )
+    console.say(
+        f"adapting {settings.base} to {len(run.domains.real)} real images as '{run_name}': "
+        f"{settings.steps - run.state.step} steps on {runtime}, features of {run.features_name}"
+    )
+
+    with console.progress() as progress, _Interruption() as interruption:
+        task = progress.add_task("adapt", total=settings.steps, completed=run.state.step, note="")
+        losses: dict[str, float] = {}
+        for report in run.train(interruption.requested):
+            losses = report.losses
+            shown = "  ".join(
+                f"{key} {losses[key]:.3f}"
+                for key in ("inter", "intra", "pixel", "perceptual", "adversarial")
+                if key in losses
+            )
+            progress.update(task, completed=report.step, note=shown)
+    if run.state.step < settings.steps:
+        raise Interrupted(
+            f"stopped after step {run.state.step} of {settings.steps}; the state is saved in {run.folder.checkpoint}",
+            "Run the same command with --resume to go on.",
+        )
+    entry = run.register(store)
+    console.say(f"done: previews in {run.folder.previews}, weights '{run_name}' in {entry.path}")
+    console.say(f"next: pdd upscale IN OUT --weights {run_name}")
+    console.result(
+        {
+            "name": run_name,
+            "weights": entry.path,
+            "run": run.folder.path,
+            "steps": run.state.step,
+            "features": run.features_name,
+            "losses": losses,
+            "card": entry.card.model_dump(),
+        }
+    )
+
+
+class _Interruption:
+    """Ctrl-C or SIGTERM asks the run to stop after its step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __enter__(self) -> _Interruption:
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def requested(self) -> bool:
+        return self._asked
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+
+def _check_name(name: str, store: Store, *, replace: bool) -> None:
+    """Refuse a name that would hide other weights."""
+    from pdd_cli.weights.catalog import CATALOG
+
+    store.path(name)
+    if any(entry.name == name for entry in CATALOG):
+        raise InputError(f"--name {name}: pdd fetches weights of that name", "Choose another --name.")
+    if not replace and store.get(name) is not None:
+        raise InputError(
+            f"weights '{name}' exist already in the store", "Choose another --name, or replace them with --overwrite."
+        )
+
+
+def _weight_files(settings: AdaptConfig, store: Store, console: Console) -> WeightFiles:
+    """The files of base, generalist and features, fetched where they aren't installed."""
+    from pdd_cli.commands._fetching import fetch_progress
+    from pdd_cli.distillation.run import WeightFiles
+    from pdd_cli.weights.sources import ensure
+
+    with fetch_progress(console) as on_event:
+
+        def have(reference: str) -> Path:
+            return ensure(reference, store=store, offline=settings.offline, on_event=on_event)
+
+        base = have(settings.base)
+        generalist = have(settings.generalist.weights) if settings.generalist.mode == "static" else None
+        network, file = settings.features.network, settings.features.weights
+        if file is not None:
+            return WeightFiles(base, generalist, network, have(str(file)))
+        if network != "auto":
+            return WeightFiles(base, generalist, network, have(network))
+        for candidate in ("vgg19", "vgg16"):
+            try:
+                return WeightFiles(base, generalist, candidate, have(candidate))
+            except (DownloadError, InputError) as error:
+                console.warn(f"{candidate} can't be had: {error.message.splitlines()[0]}")
+        console.warn(
+            "neither VGG-19 nor VGG-16 can be had: distances are measured with efficientnet-lite0, which the method "
+            "was not made for; with VGG the result is better (pdd fetch-weights vgg19 --from FILE)"
+        )
+        return WeightFiles(base, generalist, "efficientnet-lite0", have("efficientnet-lite0"))

@@ -38,11 +38,15 @@ class SRModel:
     def upscale(self, lr: Tensor) -> Tensor:
         """(N, C, h, w) of any size to (N, C, h*scale, w*scale): padded by repeating the border as the network needs."""
         height, width = lr.shape[-2:]
-        bottom, right = (-(-max(n, self.size_minimum) // self.size_multiple) * self.size_multiple - n for n in (height, width))
+        bottom, right = self._missing(height), self._missing(width)
         if bottom or right:
             lr = F.pad(lr, (0, right, 0, bottom), mode="replicate")
         sr: Tensor = self.module(lr)
         return sr[..., : height * self.scale, : width * self.scale]
+
+    def _missing(self, side: int) -> int:
+        """Pixels that a side lacks to the network's minimum and multiple."""
+        return max(self.size_minimum - side, 0) + -max(side, self.size_minimum) % self.size_multiple
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -70,7 +74,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()) or not content:
+    if (
+        not isinstance(content, Mapping)
+        or not all(isinstance(value, Tensor) for value in content.values())
+        or not content
+    ):
         raise InputError(f"{path} is not a weights file: it holds no plain table of tensors")
     return dict(content)
 

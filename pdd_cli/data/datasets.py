@@ -1,0 +1,118 @@
+"""The two domains: real LR crops, and synthetic LR-HR pairs. Images are decoded once and cropped many times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pdd_cli.data.degradations import Filter, downsample
+from pdd_cli.errors import InputError
+from pdd_cli.images import find_images, read_image
+
+RGB = NDArray[np.uint8]  # (H, W, 3)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Crops of one step, fp32 in 0..1, element i of one paired with element i of the others."""
+
+    lr_s: Tensor  # (N, 3, crop, crop): synthetic LR
+    hr_s: Tensor  # (N, 3, crop*scale, crop*scale): its HR
+    lr_t: Tensor  # (N, 3, crop, crop): target (real) LR
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`, channels last."""
+        moved = (t.to(device, memory_format=torch.channels_last) for t in (self.lr_s, self.hr_s, self.lr_t))
+        return Batch(*moved)
+
+
+@dataclass(frozen=True, eq=False)
+class Domains:
+    """Everything that batches are drawn from."""
+
+    real: Sequence[RGB]  # LR
+    hr: Sequence[RGB]
+    crop: int  # LR pixels
+    scale: int
+    filters: Sequence[Filter]
+    seed: int
+
+    def batch(self, step: int, size: int) -> Batch:
+        """The `size` + `size` crops of `step`. They depend on the seed and the step alone, so that a resumed run sees
+        what an uninterrupted one would have seen."""
+        rng = np.random.default_rng((self.seed, step))
+        hr_s = _stack([_random_crop(self.hr, self.crop * self.scale, rng) for _ in range(size)])
+        lr_s = torch.cat([downsample(one, self.scale, rng.choice(self.filters)) for one in hr_s.split(1)])
+        lr_t = _stack([_random_crop(self.real, self.crop, rng) for _ in range(size)])
+        return Batch(lr_s, hr_s, lr_t)
+
+
+def read_folder(folder: Path, option: str, on_unreadable: Callable[[str], None]) -> list[RGB]:
+    """All images below `folder` as 8-bit RGB. Unreadable ones are reported through `on_unreadable` and left out.
+
+    Raises InputError, naming `option`, where the folder doesn't exist or no image in it can be read.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{option} {folder}: no such folder", "Give a folder of images; it is searched recursively.")
+    found: list[RGB] = []
+    for path in find_images(folder):
+        try:
+            found.append(_as_rgb8(read_image(path).to_float()))
+        except InputError as error:
+            on_unreadable(error.message)
+    if not found:
+        raise InputError(
+            f"{option} {folder}: no readable image in it", "Give a folder of PNG, JPEG, WebP, TIFF or BMP."
+        )
+    return found
+
+
+def hr_from_real(real: Sequence[RGB], crop: int) -> list[RGB]:
+    """Clean HR from the real LR images themselves: downscaled until their noise and blur are gone.
+
+    By 2, or by less where an image would become smaller than `crop` pixels.
+    """
+    made = []
+    for image in real:
+        factor = min(2.0, max(1.0, min(image.shape[:2]) / crop))
+        made.append(_as_rgb8(_to_hwc(downsample(_stack([image]), factor, "bicubic"))))
+    return made
+
+
+def _random_crop(images: Sequence[RGB], size: int, rng: np.random.Generator) -> RGB:
+    """A (size, size, 3) crop of one image, flipped and transposed at random; a smaller image is mirrored."""
+    image = images[rng.integers(len(images))]
+    height, width = image.shape[:2]
+    if height < size or width < size:
+        pad = [(0, max(0, size - height)), (0, max(0, size - width)), (0, 0)]
+        image = np.pad(image, pad, mode="symmetric")
+        height, width = image.shape[:2]
+    y, x = rng.integers(height - size + 1), rng.integers(width - size + 1)
+    crop = image[y : y + size, x : x + size]
+    flip_y, flip_x, transpose = rng.integers(2, size=3)
+    if flip_y:
+        crop = crop[::-1]
+    if flip_x:
+        crop = crop[:, ::-1]
+    return crop.transpose(1, 0, 2) if transpose else crop
+
+
+def _stack(crops: Sequence[RGB]) -> Tensor:
+    stacked = np.ascontiguousarray(np.stack(crops))
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
+
+
+def _to_hwc(image: Tensor) -> NDArray[np.float32]:
+    return image[0].permute(1, 2, 0).numpy()
+
+
+def _as_rgb8(image: NDArray[np.float32]) -> RGB:
+    """(H, W, 1 or 3) in 0..1 to 8-bit RGB."""
+    eight_bit = np.round(image * 255).astype(np.uint8)
+    return np.repeat(eight_bit, 3, axis=2) if eight_bit.shape[2] == 1 else eight_bit

@@ -1,0 +1,80 @@
+"""The resume state of a run: one explicit dict of tensors and plain values in one file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pdd_cli.errors import InputError
+from pdd_cli.files import atomic_write
+
+_VERSION = 1
+
+
+@dataclass(eq=False)
+class TrainState:
+    """All that training changes."""
+
+    specialist: nn.Module
+    generalist: nn.Module
+    discriminator: nn.Module
+    optimizer: torch.optim.Optimizer
+    discriminator_optimizer: torch.optim.Optimizer
+    step: int = 0  # steps done
+
+
+def save_checkpoint(path: Path, state: TrainState, settings: dict[str, Any]) -> None:
+    """Write `state` and the run's settings to `path`, whole or not at all."""
+    content = {
+        "version": _VERSION,
+        "step": state.step,
+        "settings": settings,
+        "specialist": state.specialist.state_dict(),
+        "generalist": state.generalist.state_dict(),
+        "discriminator": state.discriminator.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "discriminator_optimizer": state.discriminator_optimizer.state_dict(),
+        "rng": {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        },
+    }
+    with atomic_write(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_checkpoint(path: Path, state: TrainState) -> None:
+    """Put what `path` holds into `state`. Raises InputError where it can't be read or is of another kind of run."""
+    content = _read(path)
+    try:
+        state.specialist.load_state_dict(content["specialist"])
+        state.generalist.load_state_dict(content["generalist"])
+        state.discriminator.load_state_dict(content["discriminator"])
+        state.optimizer.load_state_dict(content["optimizer"])
+        state.discriminator_optimizer.load_state_dict(content["discriminator_optimizer"])
+        torch.set_rng_state(content["rng"]["cpu"])
+        if content["rng"]["cuda"] and torch.cuda.device_count() == len(content["rng"]["cuda"]):
+            torch.cuda.set_rng_state_all(content["rng"]["cuda"])
+        state.step = content["step"]
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path} doesn't fit this run: {error}", "Start anew under another --name.") from error
+
+
+def checkpoint_settings(path: Path) -> dict[str, Any]:
+    """The settings of the run that wrote `path`."""
+    return dict(_read(path)["settings"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, "cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        # torch.load raises UnpicklingError, RuntimeError, EOFError and others, by where the file is broken.
+        raise InputError(f"can't read the checkpoint {path}: {error}", "Start anew under another --name.") from error
+    if not isinstance(content, dict) or content.get("version") != _VERSION:
+        raise InputError(f"{path} is not a checkpoint of this version of pdd", "Start anew under another --name.")
+    return content

@@ -1,0 +1,71 @@
+"""The whole objective: two distillation losses, three supervised ones. All are computed in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pdd_cli.distillation.distances import inter_model_distance, intra_model_distance
+
+Features = Mapping[str, Tensor]  # layer -> (N, C, H, W), before the ReLU
+
+# Weights of the layers (paper, section 4.1), by VGG-19's names; models/features.py names other networks' equivalents.
+INTER_LAYERS = {"conv2_1": 0.25, "conv3_1": 0.25, "conv4_1": 0.25, "conv5_1": 0.25}
+INTRA_LAYERS = {"conv2_2": 0.1, "conv3_4": 0.3, "conv4_4": 1.0, "conv5_4": 1.0}
+PERCEPTUAL_LAYERS = {"conv1_2": 0.1, "conv2_2": 0.1, "conv3_4": 1.0, "conv4_4": 1.0, "conv5_4": 1.0}
+ALL_LAYERS = tuple(sorted({*INTER_LAYERS, *INTRA_LAYERS, *PERCEPTUAL_LAYERS}))
+
+_LOG_EPSILON = 1e-6
+
+
+def inter_loss(S_s: Features, S_t: Features, G_s: Features, G_t: Features) -> Tensor:
+    """Σ_l a_l ‖A_t − A_s‖_F, A the inter-model distance in each domain; one norm over the whole batch tensor.
+
+    Its gradient is undefined where S = G exactly (A is zero in both domains).
+    """
+    total = torch.zeros((), device=S_s["conv2_1"].device)
+    for layer, weight in INTER_LAYERS.items():
+        A_t = inter_model_distance(S_t[layer], G_t[layer])
+        A_s = inter_model_distance(S_s[layer], G_s[layer])
+        total = total + weight * torch.linalg.vector_norm(A_t - A_s)
+    return total
+
+
+def intra_loss(S_s: Features, S_t: Features, G_s: Features, G_t: Features) -> Tensor:
+    """Σ_l b_l CE(B_S, B_G): cross-entropy between channel softmaxes of the intra-model distances, mean over pixels."""
+    total = torch.zeros((), device=S_s["conv2_2"].device)
+    for layer, weight in INTRA_LAYERS.items():
+        prediction = intra_model_distance(S_t[layer], S_s[layer]).softmax(1)
+        target = intra_model_distance(G_t[layer], G_s[layer]).softmax(1)
+        total = total - weight * (target * torch.log(prediction + _LOG_EPSILON)).sum(1).mean()
+    return total
+
+
+def haar(image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One level of the orthonormal Haar wavelet: (N, C, H, W), H and W even, to LL, LH, HL, HH of (N, C, H/2, W/2)."""
+    a, b = image[..., 0::2, 0::2], image[..., 0::2, 1::2]
+    c, d = image[..., 1::2, 0::2], image[..., 1::2, 1::2]
+    return (a + b + c + d) / 2, (a + b - c - d) / 2, (a - b + c - d) / 2, (a - b - c + d) / 2
+
+
+def pixel_loss(S_s: Tensor, hr_s: Tensor) -> Tensor:
+    """L1(LL) + 0.1 L1(LH and HL, concatenated) + 0.01 L1(HH) of the Haar wavelet; images (N, C, H, W) in 0..1."""
+    ll, lh, hl, hh = haar(S_s.float() - hr_s.float())
+    return ll.abs().mean() + 0.1 * torch.cat((lh, hl), 1).abs().mean() + 0.01 * hh.abs().mean()
+
+
+def perceptual_loss(S_s: Features, hr_s: Features) -> Tensor:
+    """Σ_l c_l L1(φ_l(S_s), φ_l(hr_s))."""
+    total = torch.zeros((), device=S_s["conv1_2"].device)
+    for layer, weight in PERCEPTUAL_LAYERS.items():
+        total = total + weight * F.l1_loss(S_s[layer].float(), hr_s[layer].float())
+    return total
+
+
+def adversarial_loss(logits: Tensor, *, real: bool) -> Tensor:
+    """Vanilla GAN loss: binary cross-entropy with logits against "all real" or "all fake", mean over pixels."""
+    logits = logits.float()
+    return F.softplus(-logits if real else logits).mean()

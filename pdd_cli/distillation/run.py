@@ -1,0 +1,294 @@
+"""One run of `adapt`: its folder, from the checked settings to the registered weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from pdd_cli.config import AdaptConfig
+from pdd_cli.data.datasets import RGB, Domains, hr_from_real, read_folder
+from pdd_cli.device import Runtime
+from pdd_cli.distillation.checkpoint import TrainState, checkpoint_settings, load_checkpoint, save_checkpoint
+from pdd_cli.distillation.trainer import StepReport, new_state, train
+from pdd_cli.errors import InputError
+from pdd_cli.files import atomic_write, write_text
+from pdd_cli.models.features import FeatureNetwork, feature_network
+from pdd_cli.models.loading import SRModel, load_sr_model, read_state, state_sha256
+from pdd_cli.weights.store import Card, Entry, Store
+
+# What a resumed run may change: these don't alter what is learnt, or (steps) only how long.
+_CHANGEABLE = {"steps", "runs_dir", "checkpoint_every", "preview_every", "device", "precision", "offline"}
+
+_PREVIEW_IMAGES = 4
+_PREVIEW_SIZE = 64  # LR pixels
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run, `runs/NAME/`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.pt"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def previews(self) -> Path:
+        return self.path / "previews"
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weights that a run starts from, as files, and the feature network that was chosen."""
+
+    base: Path
+    generalist: Path | None  # static mode only
+    feature_network: str
+    features: Path
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run that is ready to train."""
+
+    name: str
+    config: AdaptConfig
+    folder: RunFolder
+    base: SRModel
+    generalist: SRModel
+    base_sha256: str
+    features_name: str
+    features: FeatureNetwork
+    domains: Domains
+    state: TrainState
+    runtime: Runtime
+
+    def train(self, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
+        """Train to the last step, or until `should_stop()`; writes log, checkpoints and previews on the way."""
+        _cut_log(self.folder.log, self.state.step)
+        base_panels = [self._upscale(self.base, lr) for lr in self._preview_crops()]
+        with self.folder.log.open("a", encoding="utf-8") as log:
+            for report in train(
+                self.config, self.state, self.base, self.generalist, self.domains, self.features, self.runtime,
+                save=lambda: save_checkpoint(self.folder.checkpoint, self.state, self._settings()),
+                preview=lambda: self._write_preview(base_panels),
+                should_stop=should_stop,
+            ):  # fmt: skip
+                line = {
+                    "step": report.step,
+                    **report.losses,
+                    "learning_rate": report.learning_rate,
+                    "seconds": report.seconds,
+                }
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                yield report
+
+    def register(self, store: Store) -> Entry:
+        """Put the specialist into the store under the run's name."""
+        weights = self.state.specialist.state_dict()
+        broken = [key for key, value in weights.items() if not torch.isfinite(value).all()]
+        if broken:
+            raise InputError(
+                f"the adapted weights hold values that are not finite ({broken[0]}); nothing was registered"
+            )
+        base_card = self.base.card
+        card = Card(
+            name=self.name,
+            architecture=self.base.architecture,
+            scale=self.base.scale,
+            licence=base_card.licence if base_card else "that of the base weights",
+            source=f"pdd adapt, {self.state.step} steps from {self.config.base}",
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            base=self.config.base,
+            base_sha256=self.base_sha256,
+            adapted={
+                "steps": self.state.step,
+                "features": self.features_name,
+                "real_images": len(self.domains.real),
+                "hr_images": len(self.domains.hr),
+                "hr_from": "hr_dir" if self.config.hr_dir else "the real images, downscaled",
+                "precision": self.runtime.precision,
+                "settings": self._settings(),
+            },
+        )
+        return store.add(card, weights)
+
+    def _settings(self) -> dict[str, Any]:
+        return self.config.model_dump(mode="json")
+
+    def _preview_crops(self) -> list[Tensor]:
+        crops = []
+        for image in self.domains.real[:_PREVIEW_IMAGES]:
+            y, x = (max(0, (side - _PREVIEW_SIZE) // 2) for side in image.shape[:2])
+            crop = np.ascontiguousarray(image[y : y + _PREVIEW_SIZE, x : x + _PREVIEW_SIZE])
+            crops.append(torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 255)
+        return crops
+
+    def _upscale(self, model: SRModel, lr: Tensor) -> RGB:
+        training = model.module.training
+        model.module.to(self.runtime.device).eval()
+        with torch.inference_mode(), self.runtime.autocast():
+            sr = model.upscale(lr.to(self.runtime.device, memory_format=torch.channels_last))
+        model.module.train(training)
+        return _to_rgb8(sr)
+
+    def _write_preview(self, base_panels: list[RGB]) -> None:
+        adapted = SRModel(**{**vars(self.base), "module": self.state.specialist})
+        scale = self.base.scale
+        rows = [
+            (_to_rgb8(F.interpolate(lr, scale_factor=scale, mode="nearest")), base, self._upscale(adapted, lr))
+            for lr, base in zip(self._preview_crops(), base_panels, strict=True)
+        ]
+        path = self.folder.previews / f"step_{self.state.step:06d}.png"
+        with atomic_write(path) as temporary:
+            _sheet(rows, ("LR", "base", f"adapted, step {self.state.step}")).save(temporary, "PNG")
+
+
+def prepare_run(
+    config: AdaptConfig,
+    weights: WeightFiles,
+    runtime: Runtime,
+    *,
+    name: str,
+    resume: bool,
+    overwrite: bool,
+    notify: Callable[[str], None],
+) -> Run:
+    """Check and load all that a run needs. `notify` is told, in words, what the user should know.
+
+    Raises InputError for images, weights or a run folder that can't be used.
+    """
+    folder = RunFolder(config.runs_dir / name)
+    base = _trainable(load_sr_model(weights.base), config.base)
+    generalist = base
+    if weights.generalist is not None and config.generalist.mode == "static":
+        generalist = _trainable(load_sr_model(weights.generalist), config.generalist.weights)
+        if generalist.scale != base.scale:
+            raise InputError(
+                f"generalist.weights {config.generalist.weights} upscales x{generalist.scale}, "
+                f"base {config.base} x{base.scale}",
+                "Specialist and generalist must have one scale.",
+            )
+    features = feature_network(weights.feature_network, read_state(weights.features), origin=str(weights.features))
+    features.to(runtime.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def left_out(reason: str) -> None:
+        notify(f"left out: {reason}")
+
+    real = read_folder(config.real_dir, "--real-dir", left_out)
+    hr_crop = config.crop * base.scale
+    if config.hr_dir is not None:
+        hr = read_folder(config.hr_dir, "--hr-dir", left_out)
+    else:
+        hr = hr_from_real(real, hr_crop)
+        notify(
+            "no --hr-dir given: the synthetic domain's HR is made from your own images by downscaling; "
+            "a folder of sharp photographs as --hr-dir gives better results"
+        )
+    domains = Domains(real, hr, config.crop, base.scale, config.synthetic.filters, config.seed)
+
+    state = new_state(config, base, generalist, runtime)
+    _open_folder(folder, config, state, resume=resume, overwrite=overwrite)
+    base.module.to(runtime.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Run(
+        name=name,
+        config=config,
+        folder=folder,
+        base=base,
+        generalist=generalist,
+        base_sha256=state_sha256(base.module.state_dict()),
+        features_name=weights.feature_network,
+        features=features,
+        domains=domains,
+        state=state,
+        runtime=runtime,
+    )
+
+
+def _trainable(model: SRModel, reference: str) -> SRModel:
+    if (model.in_channels, model.out_channels) != (3, 3):
+        raise InputError(
+            f"{reference}: takes {model.in_channels} and gives {model.out_channels} channels",
+            "adapt trains models from RGB to RGB.",
+        )
+    if not any(parameter.requires_grad for parameter in model.module.parameters()):
+        raise InputError(f"{reference}: {model.architecture} has no parameters that can be trained")
+    return model
+
+
+def _open_folder(folder: RunFolder, config: AdaptConfig, state: TrainState, *, resume: bool, overwrite: bool) -> None:
+    """Begin a new run folder, or put the state of its checkpoint into `state`."""
+    if resume:
+        if not folder.checkpoint.exists():
+            raise InputError(f"--resume: there is no checkpoint in {folder.path}", "Leave --resume out to start a run.")
+        before = AdaptConfig.model_validate(checkpoint_settings(folder.checkpoint)).model_dump(mode="json")
+        now = config.model_dump(mode="json")
+        changed = sorted(key for key in now if key not in _CHANGEABLE and now[key] != before[key])
+        if changed:
+            told = "; ".join(f"{key} was {before[key]}, is {now[key]}" for key in changed)
+            raise InputError(
+                f"--resume: the settings differ from those of {folder.path}: {told}", "Give them as they were."
+            )
+        load_checkpoint(folder.checkpoint, state)
+    elif folder.checkpoint.exists():
+        if not overwrite:
+            raise InputError(
+                f"{folder.path} holds a run already",
+                "Continue it with --resume, replace it with --overwrite, or choose another --name.",
+            )
+        shutil.rmtree(folder.path)
+    folder.previews.mkdir(parents=True, exist_ok=True)
+    write_text(folder.config, yaml.safe_dump({"adapt": config.model_dump(mode="json")}, sort_keys=False))
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drop the log's lines after `step`: those steps are done again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+
+
+def _to_rgb8(image: Tensor) -> RGB:
+    return np.asarray((image[0].float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def _sheet(rows: list[tuple[RGB, ...]], titles: tuple[str, ...]) -> Image.Image:
+    """Panels in rows below their titles."""
+    gap, top = 4, 16
+    width = max(sum(panel.shape[1] + gap for panel in row) for row in rows)
+    sheet = Image.new("RGB", (width, top + sum(row[0].shape[0] + gap for row in rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    x = 0
+    for title, panel in zip(titles, rows[0], strict=True):
+        draw.text((x + 2, 2), title, fill="black")
+        x += panel.shape[1] + gap
+    y = top
+    for row in rows:
+        x = 0
+        for panel in row:
+            sheet.paste(Image.fromarray(panel), (x, y))
+            x += panel.shape[1] + gap
+        y += row[0].shape[0] + gap
+    return sheet

@@ -1,0 +1,98 @@
+"""Precedence, and errors that name key, value and what is allowed."""
+
+from pathlib import Path
+
+import pytest
+
+from pdd_cli.config import AdaptConfig, UpscaleConfig, resolve
+from pdd_cli.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def adapt(options=None, **places):
+    return resolve(AdaptConfig, "adapt", options={"real_dir": Path("lr"), **(options or {})}, **places)
+
+
+def test_precedence():
+    Path("other.yaml").write_text("adapt: {steps: 30, seed: 3, batch_size: 5}")
+    Path("pdd.yaml").write_text("adapt: {steps: 99, seed: 9}")
+    config = adapt({"steps": 10, "seed": None}, overrides=["steps=20", "seed=2"], file=Path("other.yaml"))
+    assert (config.steps, config.seed, config.batch_size) == (10, 2, 5)
+    assert adapt().steps == 99
+    Path("pdd.yaml").unlink()
+    assert adapt().steps == 400
+
+
+def test_nested_keys_and_yaml_values():
+    config = adapt(overrides=["losses.intra=0.5", "optimizer.halve_at=[0.5, 0.75]", "generalist.decay=0.99"])
+    assert config.losses.intra == 0.5
+    assert config.optimizer.halve_at == (0.5, 0.75)
+    assert config.generalist.decay == 0.99
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["step=3"], ["step", "did you mean steps"]),
+        (["losses.intr=3"], ["losses.intr", "did you mean intra", "perceptual"]),
+        (["steps=-1"], ["steps", "-1", "greater than or equal to 1"]),
+        (["steps=many"], ["steps", "'many'", "integer"]),
+        (["generalist.warmup_steps=0"], ["generalist.warmup_steps", "0", "greater than or equal to 1"]),
+        (["generalist.mode=static"], ["generalist.weights", "missing"]),
+        (["generalist.mode=dynamic"], ["generalist", "ema", "static"]),
+        (["precision=int8"], ["precision", "'int8'", "bf16"]),
+        (["steps=4"], ["steps 4", "warm-up"]),
+        (["features.weights=x.pth"], ["x.pth", "--features"]),
+        (["steps"], ["--set steps", "key.path=value"]),
+        (["steps=[1"], ["--set steps=[1", "YAML"]),
+        (["steps.x=1", "steps.y=2", "steps.x.z=3"], ["steps.x.z", "single value"]),
+    ],
+)
+def test_errors_name_key_value_and_what_is_allowed(overrides, words):
+    with pytest.raises(InputError) as caught:
+        adapt(overrides=overrides)
+    for word in words:
+        assert word in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("adapt: {stepz: 3}", ["bad.yaml", "stepz", "did you mean steps"]),
+        ("adapted: {}", ["bad.yaml", "adapted", "did you mean adapt"]),
+        ("adapt: [1, 2]", ["bad.yaml", "adapt"]),
+        ("steps: 3\n  x: 4", ["bad.yaml", "line 2", "YAML"]),
+        ("- 1", ["bad.yaml", "adapt:"]),
+    ],
+)
+def test_errors_in_a_file_name_the_file(text, words):
+    Path("bad.yaml").write_text(text)
+    with pytest.raises(InputError) as caught:
+        adapt(file=Path("bad.yaml"))
+    for word in words:
+        assert word in caught.value.message
+
+
+def test_a_missing_config_file_is_named():
+    with pytest.raises(InputError, match=r"nowhere\.yaml"):
+        adapt(file=Path("nowhere.yaml"))
+
+
+def test_missing_settings_name_their_option():
+    with pytest.raises(InputError, match="--real-dir"):
+        resolve(AdaptConfig, "adapt", options={})
+
+
+def test_a_file_may_leave_required_settings_to_the_command_line():
+    Path("pdd.yaml").write_text("upscale: {weights: bsrgan, tile: 128}")
+    config = resolve(UpscaleConfig, "upscale", options={"input": Path("a"), "output": Path("b")})
+    assert (config.weights, config.tile) == ("bsrgan", 128)
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        adapt().steps = 3

@@ -1,0 +1,195 @@
+"""Our networks against spandrel's, torchvision's and timm's."""
+
+import pytest
+import torch
+from spandrel import ModelLoader
+
+from pdd_cli.errors import InputError
+from pdd_cli.models.discriminator import UNetDiscriminator
+from pdd_cli.models.features import feature_network
+from pdd_cli.models.loading import load_sr_model, model_from_state, read_state
+from pdd_cli.models.rrdbnet import RRDBNet, rrdbnet_from_state, standard_keys
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    return RRDBNet(**{"features": 8, "growth": 32, "blocks": 2, **changes})
+
+
+def old_layout(state):
+    """ESRGAN's own key names, written out independently of pdd's renaming."""
+    last = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("body."))
+    plain = {"conv_first": "model.0", "conv_body": f"model.1.sub.{last}", "conv_up1": "model.3", "conv_up2": "model.6",
+             "conv_hr": "model.8", "conv_last": "model.10"}  # fmt: skip
+    renamed = {}
+    for key, value in state.items():
+        module, kind = key.rsplit(".", 1)
+        if module.startswith("body."):
+            _, block, dense, conv = module.split(".")
+            module = f"model.1.sub.{block}.RDB{dense[-1]}.{conv}.0"
+        else:
+            module = plain[module]
+        renamed[f"{module}.{kind}"] = value
+    return renamed
+
+
+def bsrgan_layout(state):
+    swaps = {"conv_body": "trunk_conv", "conv_up1": "upconv1", "conv_up2": "upconv2", "conv_hr": "HRconv"}
+    renamed = {}
+    for key, value in state.items():
+        head, rest = key.split(".", 1)
+        if head == "body":
+            block, dense, tail = rest.split(".", 2)
+            renamed[f"RRDB_trunk.{block}.RDB{dense[-1]}.{tail}"] = value
+        else:
+            renamed[f"{swaps.get(head, head)}.{rest}"] = value
+    return renamed
+
+
+@pytest.mark.parametrize("layout", [dict, old_layout, bsrgan_layout])
+def test_rrdbnet_equals_spandrels_forward_in_every_key_layout(layout):
+    state = layout(tiny().state_dict())
+    ours = model_from_state(state, origin="test")
+    theirs = ModelLoader().load_from_state_dict(dict(state))
+    assert (ours.architecture, ours.scale) == ("RRDBNet", 4)
+    lr = torch.rand(1, 3, 13, 10)
+    with torch.inference_mode():
+        assert torch.allclose(ours.upscale(lr), theirs.model(lr), atol=1e-6)
+
+
+@pytest.mark.parametrize(("unshuffle", "scale"), [(2, 2), (4, 1)])
+def test_pixel_unshuffled_rrdbnet_equals_spandrels(unshuffle, scale):
+    state = tiny(unshuffle=unshuffle).state_dict()
+    ours = model_from_state(state, origin="test")
+    theirs = ModelLoader().load_from_state_dict(dict(state))
+    assert ours.scale == theirs.scale == scale
+    lr = torch.rand(1, 3, 8, 12)
+    odd = torch.cat((lr, lr[..., -1:, :]), 2)  # one row more, as padding by repetition makes it from 8 + 1 rows
+    with torch.inference_mode():
+        assert torch.allclose(ours.upscale(lr), theirs.model(lr), atol=1e-5)
+        padded = torch.nn.functional.pad(odd, (0, 0, 0, -9 % unshuffle), mode="replicate")
+        expected = theirs.model(padded)[..., : 9 * scale, :]
+        assert torch.allclose(ours.upscale(odd), expected, atol=1e-5)
+
+
+def test_a_foreign_architecture_loads_through_spandrel():
+    from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
+
+    torch.manual_seed(0)
+    network = SRVGGNetCompact(num_feat=8, num_conv=2, upscale=3)
+    ours = model_from_state(network.state_dict(), origin="test")
+    assert ours.scale == 3
+    lr = torch.rand(1, 3, 7, 5)
+    with torch.inference_mode():
+        assert torch.equal(ours.upscale(lr), network(lr))
+
+
+def test_other_states_are_not_taken_for_rrdbnet():
+    state = standard_keys(tiny().state_dict())
+    state.pop("conv_hr.bias")
+    assert rrdbnet_from_state(state) is None
+    assert rrdbnet_from_state({"conv_first.weight": torch.zeros(8, 3, 3, 3)}) is None
+
+
+def test_params_ema_is_taken_and_code_is_not_run(tmp_path):
+    good, path = tiny().state_dict(), tmp_path / "both.pth"
+    torch.save({"params": tiny(blocks=1).state_dict(), "params_ema": good}, path)
+    assert set(read_state(path)) == set(good)
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"params": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(InputError, match=r"evil\.pth"):
+        load_sr_model(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04broken"])
+def test_damaged_files_are_named(tmp_path, content):
+    for suffix in (".pth", ".safetensors"):
+        path = tmp_path / f"broken{suffix}"
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="broken"):
+            load_sr_model(path)
+
+
+@pytest.mark.parametrize("name", ["vgg16", "vgg19"])
+def test_vgg_features_are_torchvisions_before_the_relu(name):
+    import torchvision
+
+    torch.manual_seed(0)
+    layout = torchvision.models.vgg.cfgs[{"vgg16": "D", "vgg19": "E"}[name]]
+    reference = torchvision.models.vgg.make_layers(layout)  # the `features` of that network
+    state = {f"features.{key}": value for key, value in reference.state_dict().items()}
+    ours = feature_network(name, state, origin="test")
+    # Running numbers of the convolutions in torchvision's `features`.
+    index = {"vgg16": {"conv1_2": 2, "conv2_1": 5, "conv3_4": 14, "conv4_1": 17, "conv5_4": 28},
+             "vgg19": {"conv1_2": 2, "conv2_1": 5, "conv3_4": 16, "conv4_1": 19, "conv5_4": 34}}[name]  # fmt: skip
+    images = torch.rand(1, 3, 64, 48)
+    x = (images - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.inference_mode():
+        found = ours(images, tuple(index))
+        for layer, number in index.items():
+            expected = reference[: number + 1](x)
+            assert torch.allclose(found[layer], expected, atol=1e-4), layer
+            assert (found[layer] < 0).any()
+
+
+def efficientnet_state():
+    """Random weights under the published file's keys, in timm's order (which is the file's order)."""
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=True).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    keys = ["_conv_stem.weight", *(f"_bn0.{k}" for k in ("weight", "bias", "running_mean", "running_var"))]
+    for block in range(16):
+        layers = (["_expand_conv", "_bn0"] if block else []) + ["_depthwise_conv", "_bn1", "_project_conv", "_bn2"]
+        for layer in layers:
+            kinds = ("weight", "bias", "running_mean", "running_var") if "bn" in layer else ("weight",)
+            keys += [f"_blocks.{block}.{layer}.{kind}" for kind in kinds]
+    values = [v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")]
+    return network, dict(zip(keys, values, strict=True))
+
+
+def test_efficientnet_features_are_timms_up_to_their_scale():
+    network, state = efficientnet_state()
+    ours = feature_network("efficientnet-lite0", state, origin="test")
+    ours.train()  # must not touch the batch statistics
+    images = torch.rand(1, 3, 64, 64)
+    x = (images - ours.mean) / ours.std
+    with torch.inference_mode():
+        expected = network(x)
+        found = ours(images, ("conv1_2", "conv3_1", "conv5_4"))
+    for layer, level in (("conv1_2", 0), ("conv3_1", 2), ("conv5_4", 4)):
+        ratio = expected[level] / found[layer]
+        assert torch.allclose(ratio, ratio.flatten()[0].expand_as(ratio), rtol=1e-3), layer
+
+
+def test_wrong_feature_weights_are_refused():
+    with pytest.raises(InputError, match="not the weights of vgg19"):
+        feature_network("vgg19", {"features.0.weight": torch.zeros(64, 3, 3, 3)}, origin="x.pth")
+    _, state = efficientnet_state()
+    with pytest.raises(InputError, match="not the weights of vgg16"):
+        feature_network("vgg16", state, origin="x.pth")
+
+
+def test_discriminator_has_real_esrgans_keys_and_per_pixel_logits():
+    network = UNetDiscriminator(8)
+    spectral = {f"conv{i}.weight_{kind}" for i in range(1, 9) for kind in ("orig", "u", "v")}
+    spectral = {key for key in network.state_dict() if "weight_" in key} ^ spectral
+    assert not spectral
+    assert {"conv0.weight", "conv0.bias", "conv9.weight", "conv9.bias"} <= set(network.state_dict())
+    assert network(torch.rand(2, 3, 32, 24)).shape == (2, 1, 32, 24)
+    # Spectral normalisation: after power iterations no filter bank stretches by more than 1.
+    for _ in range(50):
+        network(torch.rand(1, 3, 16, 16))
+    with torch.no_grad():
+        network.eval()(torch.rand(1, 3, 16, 16))
+        norm = torch.linalg.matrix_norm(network.conv5.weight.flatten(1), 2)
+    assert float(norm) == pytest.approx(1, abs=0.05)
