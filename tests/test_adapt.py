@@ -1,0 +1,230 @@
+"""`pdd adapt` from the command line, on a tiny network: files, weights, interruption, resuming."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from pdd_cli.distillation.generalist import ema_update
+from pdd_cli.models.rrdbnet import RRDBNet
+from pdd_cli.weights.store import Store
+from tests.test_models import efficientnet_state
+
+STEPS = 12
+
+
+@pytest.fixture(scope="session")
+def ground(tmp_path_factory):
+    """A folder with a tiny base model, feature weights, and images that aren't flat."""
+    folder = tmp_path_factory.mktemp("ground")
+    torch.manual_seed(0)
+    network = RRDBNet(features=8, growth=32, blocks=1)
+    save_file(network.state_dict(), folder / "base.safetensors")
+    save_file(efficientnet_state()[1], folder / "features.safetensors")
+    rng = np.random.default_rng(0)
+    for name, count, size in (("realLR", 3, 40), ("hr", 2, 120)):
+        (folder / name).mkdir()
+        for number in range(count):
+            coarse = rng.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(folder / name / f"{number}.png")
+    return folder
+
+
+def command(ground, *more, steps=STEPS):
+    return [
+        sys.executable, "-m", "pdd_cli", "adapt",
+        "--real-dir", str(ground / "realLR"), "--hr-dir", str(ground / "hr"), "--base", str(ground / "base.safetensors"),
+        "--features", "efficientnet-lite0", "--feature-weights", str(ground / "features.safetensors"),
+        "--steps", str(steps), "--batch-size", "1", "--device", "cpu", "--precision", "fp32",
+        "--set", "crop=16", "--set", "checkpoint_every=4", "--set", "preview_every=6", *more,
+    ]  # fmt: skip
+
+
+def run(ground, folder, *more, steps=STEPS):
+    return subprocess.run(
+        command(ground, *more, steps=steps), cwd=folder, env={**os.environ, "PDD_HOME": str(folder / "home")},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(ground, tmp_path_factory):
+    """One uninterrupted run."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = run(ground, folder, "--json")
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_a_run_leaves_what_it_names(ground, finished):
+    folder, result = finished
+    document = json.loads(result.stdout)
+    runs = folder / "runs" / "realLR"
+    assert document["name"] == "realLR"
+    lines = [json.loads(line) for line in (runs / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert {"inter", "intra", "pixel", "perceptual", "adversarial"} <= set(lines[-1])
+    assert "inter" not in lines[0]  # S = G there
+    assert sorted(p.name for p in (runs / "previews").iterdir()) == ["step_000006.png", "step_000012.png"]
+    assert Image.open(runs / "previews" / "step_000012.png").width >= 3 * 40 * 4
+    assert yaml.safe_load((runs / "config.yaml").read_text())["adapt"]["steps"] == STEPS
+
+
+def test_the_weights_are_registered_with_their_provenance(ground, finished):
+    folder, _ = finished
+    entry = Store(folder / "home" / "weights").get("realLR")
+    assert entry.card.architecture == "RRDBNet"
+    assert entry.card.scale == 4
+    assert entry.card.adapted["features"] == "efficientnet-lite0"
+    assert entry.card.adapted["hr_from"] == "hr_dir"
+    adapted, base = load_file(entry.path), load_file(ground / "base.safetensors")
+    assert set(adapted) == set(base)
+    assert all(torch.isfinite(value).all() for value in adapted.values())
+    assert any(not torch.equal(adapted[key], base[key]) for key in base)
+
+
+def test_the_resolved_config_repeats_the_run(ground, finished, tmp_path):
+    folder, _ = finished
+    again = subprocess.run(
+        [sys.executable, "-m", "pdd_cli", "adapt", "--config", str(folder / "runs" / "realLR" / "config.yaml")],
+        cwd=tmp_path, env={**os.environ, "PDD_HOME": str(tmp_path / "home")}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert_equal_weights(folder, tmp_path)
+
+
+def test_ctrl_c_saves_and_resume_equals_an_undisturbed_run(ground, finished, tmp_path):
+    undisturbed, _ = finished
+    process = subprocess.Popen(
+        command(ground), cwd=tmp_path, env={**os.environ, "PDD_HOME": str(tmp_path / "home")},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log = tmp_path / "runs" / "realLR" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "--resume" in errors
+    done = log.read_text().count("\n")
+    assert 2 <= done < STEPS
+    assert Store(tmp_path / "home" / "weights").get("realLR") is None
+
+    assert run(ground, tmp_path).returncode == 2  # the run is not begun anew by mistake
+    resumed = run(ground, tmp_path, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_equal_weights(undisturbed, tmp_path)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_resume_after_a_kill_loses_only_what_came_after_the_checkpoint(ground, finished, tmp_path):
+    undisturbed, _ = finished
+    process = subprocess.Popen(
+        command(ground), cwd=tmp_path, env={**os.environ, "PDD_HOME": str(tmp_path / "home")}, stderr=subprocess.DEVNULL
+    )
+    log = tmp_path / "runs" / "realLR" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 6) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait(timeout=60)
+    resumed = run(ground, tmp_path, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_equal_weights(undisturbed, tmp_path)
+
+
+def test_resume_refuses_other_settings(ground, finished):
+    folder, _ = finished
+    result = run(ground, folder, "--resume", "--set", "losses.intra=0.5")
+    assert result.returncode == 2
+    assert "losses was" in result.stderr
+    assert run(ground, folder, "--resume").returncode == 0  # nothing left to do: registers again
+
+
+def test_an_earlier_run_or_entry_is_not_overwritten_by_mistake(ground, finished, tmp_path):
+    folder, _ = finished
+    result = run(ground, folder)
+    assert result.returncode == 2
+    assert "--overwrite" in result.stderr
+    catalogued = run(ground, folder, "--name", "realesrgan")
+    assert catalogued.returncode == 2
+    assert "realesrgan" in catalogued.stderr
+
+
+def test_hr_comes_from_the_real_images_where_none_is_given(ground, tmp_path):
+    arguments = command(ground, "--steps", "8")
+    at = arguments.index("--hr-dir")
+    result = subprocess.run(
+        arguments[:at] + arguments[at + 2 :], cwd=tmp_path, env={**os.environ, "PDD_HOME": str(tmp_path / "home")},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "your own images" in result.stderr
+    assert "downscaled" in Store(tmp_path / "home" / "weights").get("realLR").card.adapted["hr_from"]
+
+
+def test_static_mode_trains_beside_a_frozen_second_model(ground, tmp_path):
+    torch.manual_seed(1)
+    other = tmp_path / "other.safetensors"
+    save_file(RRDBNet(features=8, growth=32, blocks=2).state_dict(), other)
+    result = run(ground, tmp_path, "--mode", "static", "--generalist", str(other), steps=8)
+    assert result.returncode == 0, result.stderr
+    kept = torch.load(tmp_path / "runs" / "realLR" / "checkpoint.pt", weights_only=True)["generalist"]
+    assert all(torch.equal(kept[key], value) for key, value in load_file(other).items())
+    log = (tmp_path / "runs" / "realLR" / "log.jsonl").read_text().splitlines()
+    assert json.loads(log[-1])["inter"] > 0
+
+
+def test_a_diverging_run_stops_and_registers_nothing(ground, tmp_path):
+    result = run(ground, tmp_path, "--set", "optimizer.learning_rate=1e30")
+    assert result.returncode == 1
+    assert "not finite" in result.stderr
+    assert "learning_rate" in result.stderr
+    assert Store(tmp_path / "home" / "weights").get("realLR") is None
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--real-dir", "nowhere"], ["--real-dir nowhere"]),
+        (["--base", "realesrgn", "--offline"], ["realesrgn", "realesrgan"]),
+        (["--base", "nowhere.pth"], ["nowhere.pth"]),
+        (["--set", "generalist.warmup_steps=0"], ["generalist.warmup_steps", "0"]),
+        (["--mode", "static"], ["generalist.weights"]),
+        (["--resume"], ["--resume", "no checkpoint"]),
+        (["--name", "a/b"], ["a/b"]),
+        (["--device", "cuda:9"], ["--device cuda:9"]),
+    ],
+)
+def test_bad_input_is_named(ground, tmp_path, more, words):
+    result = run(ground, tmp_path, *more)
+    assert result.returncode == 2, result.stderr
+    for word in words:
+        assert word in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_ema_is_the_weighted_mean_of_parameters():
+    torch.manual_seed(0)
+    generalist, specialist = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    before = generalist.weight.detach().numpy().copy()
+    ema_update(generalist, specialist, 0.9)
+    expected = 0.9 * before + 0.1 * specialist.weight.detach().numpy()
+    np.testing.assert_allclose(generalist.weight.detach().numpy(), expected, rtol=1e-6)
+
+
+def assert_equal_weights(one, other):
+    a, b = (load_file(folder / "home" / "weights" / "realLR.safetensors") for folder in (one, other))
+    assert set(a) == set(b)
+    assert all(torch.equal(a[key], b[key]) for key in a)
