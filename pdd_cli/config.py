@@ -153,7 +153,7 @@ class UpscaleConfig(Settings):
     """`pdd upscale`."""
 
     input: Path
-    output: Path
+    output: str  # not a Path, which would lose the trailing slash that says "a folder"
     weights: str = "realesrgan"
     tile: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     overlap: Annotated[int, Field(ge=0)] = 32
