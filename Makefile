@@ -18,6 +18,19 @@ $(STAMP_TEST): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[test,openvino]'
 	touch $@ $(STAMP)
 
+DEMO := demo
+PDD := PDD_HOME=$(DEMO)/home $(BIN)/pdd
+
+demo: $(STAMP)  ## from nothing to an adapted model, an upscaled folder and its scores
+	$(PDD) fetch-weights realesrgan
+	$(PDD) adapt --real-dir samples --config configs/quick.yaml --features efficientnet-lite0 --name demo \
+	  --runs-dir $(DEMO)/runs --steps 20 --overwrite
+	$(PDD) upscale samples $(DEMO)/upscaled --weights demo --overwrite
+	$(PDD) evaluate $(DEMO)/upscaled --metrics niqe --output $(DEMO)/scores.csv
+	@echo
+	@echo "Look at:"
+	@ls $(DEMO)/runs/demo/previews/step_000020.png $(DEMO)/upscaled/*.jpg $(DEMO)/scores.csv $(DEMO)/home/weights/demo.safetensors
+
 test: $(STAMP_TEST)  ## the whole suite
 	$(BIN)/python -m pytest
 

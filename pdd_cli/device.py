@@ -6,7 +6,7 @@ import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -44,11 +44,11 @@ def choose_runtime(device: str = "auto", precision: str = "auto") -> Runtime:
     chosen = _choose_device(device)
     if precision == "auto":
         precision = "bf16" if _computes_bf16_fast(chosen) else "fp32"
-    if precision not in ("fp32", "bf16", "fp16"):
+    if precision not in get_args(Precision):
         raise InputError(f"--precision {precision}: not a precision", "Use auto, fp32, bf16 or fp16.")
     if precision == "fp16" and chosen.type == "cpu":
         raise InputError("--precision fp16 doesn't run on a CPU", "Use auto, fp32 or bf16.")
-    return Runtime(chosen, precision)
+    return Runtime(chosen, cast(Precision, precision))
 
 
 def cpu_computes_bf16_fast() -> bool:

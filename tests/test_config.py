@@ -96,3 +96,8 @@ def test_a_file_may_leave_required_settings_to_the_command_line():
 def test_settings_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         adapt().steps = 3
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configs_are_valid(path):
+    assert adapt(file=path).steps > 0

@@ -87,7 +87,7 @@ def hr_from_real(real: Sequence[RGB], crop: int) -> list[RGB]:
 
 def _random_crop(images: Sequence[RGB], size: int, rng: np.random.Generator) -> RGB:
     """A (size, size, 3) crop of one image, flipped and transposed at random; a smaller image is mirrored."""
-    image = images[rng.integers(len(images))]
+    image = images[int(rng.integers(len(images)))]
     height, width = image.shape[:2]
     if height < size or width < size:
         pad = [(0, max(0, size - height)), (0, max(0, size - width)), (0, 0)]
@@ -109,7 +109,7 @@ def _stack(crops: Sequence[RGB]) -> Tensor:
 
 
 def _to_hwc(image: Tensor) -> NDArray[np.float32]:
-    return image[0].permute(1, 2, 0).numpy()
+    return np.asarray(image[0].permute(1, 2, 0).numpy())
 
 
 def _as_rgb8(image: NDArray[np.float32]) -> RGB:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -192,7 +192,7 @@ def prepare_run(
                 "Specialist and generalist must have one scale.",
             )
     features = feature_network(weights.feature_network, read_state(weights.features), origin=str(weights.features))
-    features.to(runtime.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    features.to(runtime.device).to(memory_format=torch.channels_last)
 
     def left_out(reason: str) -> None:
         notify(f"left out: {reason}")
@@ -211,7 +211,7 @@ def prepare_run(
 
     state = new_state(config, base, generalist, runtime)
     _open_folder(folder, config, state, resume=resume, overwrite=overwrite)
-    base.module.to(runtime.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    base.module.to(runtime.device).to(memory_format=torch.channels_last)
     return Run(
         name=name,
         config=config,
@@ -274,7 +274,7 @@ def _to_rgb8(image: Tensor) -> RGB:
     return np.asarray((image[0].float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def _sheet(rows: list[tuple[RGB, ...]], titles: tuple[str, ...]) -> Image.Image:
+def _sheet(rows: Sequence[Sequence[RGB]], titles: tuple[str, ...]) -> Image.Image:
     """Panels in rows below their titles."""
     gap, top = 4, 16
     width = max(sum(panel.shape[1] + gap for panel in row) for row in rows)

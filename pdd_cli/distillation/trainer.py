@@ -48,7 +48,7 @@ def new_state(config: AdaptConfig, base: SRModel, generalist: SRModel, runtime: 
     frozen = copy.deepcopy(generalist.module).eval().requires_grad_(False)
     discriminator = UNetDiscriminator()
     for network in (specialist, frozen, discriminator):
-        network.to(runtime.device, memory_format=torch.channels_last)
+        network.to(runtime.device).to(memory_format=torch.channels_last)
     betas, rates = config.optimizer.betas, config.optimizer
     return TrainState(
         specialist=specialist,

@@ -132,12 +132,13 @@ def _efficientnet_keys(network: nn.Module) -> dict[str, str]:
     modules = {"_conv_stem": "conv_stem", "_bn0": "bn1"}
     blocks = [f"blocks.{s}.{b}" for s, stage in enumerate(network.blocks) for b, _ in enumerate(stage)]  # type: ignore[arg-type]
     for number, block in enumerate(blocks):
-        names = ("_depthwise_conv:conv_dw", "_bn1:bn1", "_project_conv:conv_pw", "_bn2:bn2")
         if number:  # every block but the first widens first
-            names = ("_expand_conv:conv_pw", "_bn0:bn1", "_depthwise_conv:conv_dw", "_bn1:bn2", "_project_conv:conv_pwl", "_bn2:bn3")  # fmt: skip # noqa: E501
-        for pair in names:
-            theirs, ours = pair.split(":")
-            modules[f"_blocks.{number}.{theirs}"] = f"{block}.{ours}"
+            theirs = "_expand_conv _bn0 _depthwise_conv _bn1 _project_conv _bn2"
+            ours = "conv_pw bn1 conv_dw bn2 conv_pwl bn3"
+        else:
+            theirs, ours = "_depthwise_conv _bn1 _project_conv _bn2", "conv_dw bn1 conv_pw bn2"
+        for their, our in zip(theirs.split(), ours.split(), strict=True):
+            modules[f"_blocks.{number}.{their}"] = f"{block}.{our}"
     kinds = {"conv": ("weight",), "bn": ("weight", "bias", "running_mean", "running_var")}
     return {
         f"{theirs}.{kind}": f"{ours}.{kind}"
