@@ -10,11 +10,13 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.table import Table
 
@@ -26,8 +28,9 @@ class Console:
 
     def __init__(self, *, json: bool = False) -> None:
         self.json = json
-        self.err = RichConsole(stderr=True, highlight=False)
-        self._out = RichConsole(highlight=False)
+        # A pipe has no width of its own: what goes there must not be cut to 80 columns.
+        self.err = RichConsole(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 160)
+        self._out = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 160)
 
     def say(self, text: str) -> None:
         """A line for people (stderr)."""
@@ -45,9 +48,7 @@ class Console:
 
     def table(self, table: Table) -> None:
         """A result table for people: stdout, or stderr beside `--json`."""
-        target = self.err if self.json else self._out
-        # A pipe has no width of its own: cells must not be cut to 80 columns there.
-        target.print(table, width=None if target.is_terminal else 200)
+        (self.err if self.json else self._out).print(table)
 
     def result(self, document: Mapping[str, object]) -> None:
         """The JSON document of the command; printed with `--json` only."""
@@ -66,4 +67,16 @@ class Console:
             TextColumn("{task.fields[note]}"),
             console=self.err,
             transient=transient,
+        )
+
+    def downloads(self) -> Progress:
+        """Progress bars in bytes (stderr), gone when the downloads are."""
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=self.err,
+            transient=True,
         )

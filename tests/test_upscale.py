@@ -1,0 +1,466 @@
+"""Upscaling against spandrel's own forward pass of the same weights, and whole batches of files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from spandrel import ModelLoader
+from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
+from spandrel.architectures.ESRGAN.__arch.RRDB import RRDBNet as SpandrelRRDBNet
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from pdd_cli.cli import app
+from pdd_cli.device import Runtime
+from pdd_cli.errors import InputError, PartialFailure, PddError, ResourceError
+from pdd_cli.images import Picture, read_image, write_image
+from pdd_cli.inference.batch import Job, plan_jobs, run_jobs
+from pdd_cli.inference.engines import OpenVINOEngine, TorchEngine, bytes_per_pixel, choose_engine
+from pdd_cli.inference.upscaler import Upscaler
+from pdd_cli.latest import latest_upscale
+from pdd_cli.models.loading import SRModel, load_sr_model
+
+CPU = Runtime(torch.device("cpu"), "fp32")
+RNG = np.random.default_rng(0)
+
+
+def old_esrgan(scale: int = 4) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return dict(SpandrelRRDBNet(scale=scale, num_filters=8, num_blocks=1).state_dict())
+
+
+def new_esrgan(blocks: int = 1, unshuffle: int = 1) -> dict[str, Tensor]:
+    from pdd_cli.models.rrdbnet import RRDBNet
+
+    torch.manual_seed(0)
+    state = RRDBNet(features=8, blocks=blocks, unshuffle=unshuffle).state_dict()
+    return dict(state)
+
+
+def compact(scale: int = 4, channels: int = 3) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    net = SRVGGNetCompact(num_in_ch=channels, num_out_ch=channels, num_feat=16, num_conv=3, upscale=scale)
+    return dict(net.state_dict())
+
+
+STATES = {
+    "old-esrgan": old_esrgan(),
+    "old-esrgan-x2": old_esrgan(2),
+    "new-esrgan": new_esrgan(),
+    "unshuffle-x2": new_esrgan(unshuffle=2),
+    "unshuffle-x1": new_esrgan(unshuffle=4),
+    "compact-x4": compact(),
+    "compact-x2": compact(2),
+    "compact-x3": compact(3),
+    "compact-x1": compact(1),
+}
+
+
+def saved(tmp_path: Path, state: dict[str, Tensor]) -> Path:
+    path = tmp_path / "model.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, path)
+    return path
+
+
+def upscaler(model: SRModel, *, tile: int | str = 0, overlap: int = 16, notify: list[str] | None = None) -> Upscaler:
+    return Upscaler(
+        TorchEngine(model, CPU), tile=tile, overlap=overlap, notify=([] if notify is None else notify).append
+    )
+
+
+def picture(height: int, width: int, channels: int = 3) -> Picture:
+    return Picture(RNG.integers(0, 256, (height, width, channels), np.uint8))
+
+
+def psnr(a: np.ndarray, b: np.ndarray, top: float = 255) -> float:
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return float("inf") if error == 0 else float(10 * np.log10(top**2 / error))
+
+
+def spandrel_forward(state: dict[str, Tensor], pixels: np.ndarray) -> np.ndarray:
+    """(h, w, 3) in 0..255 to float, by spandrel's network alone; not clamped."""
+    model = ModelLoader().load_from_state_dict(dict(state)).eval()
+    with torch.inference_mode():
+        sr = model.model(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)
+    return sr[0].permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("size", [(24, 32), (4, 8)])
+def test_whole_image_equals_spandrel(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
+    model = load_sr_model(saved(tmp_path, STATES[name]))
+    lr = Picture(RNG.integers(0, 65536, (*size, 3), np.uint16))  # 16 bits: nothing is hidden by rounding
+    result = upscaler(model).upscale(lr).picture
+    expected = spandrel_forward(STATES[name], lr.pixels.astype(np.float32) / 257)
+    assert result.pixels.shape == (size[0] * model.scale, size[1] * model.scale, 3)
+    assert result.bits == 16
+    assert np.std(expected.clip(0, 1)) > 0.001
+    assert psnr(result.to_float(), expected.clip(0, 1), 1) >= 80
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_any_size_gives_scale_times_as_much(tmp_path: Path, name: str) -> None:
+    worker = upscaler(load_sr_model(saved(tmp_path, STATES[name])), tile=8, overlap=4)
+    for height, width in ((1, 1), (1, 23), (13, 2)):
+        pixels = worker.upscale(picture(height, width)).picture.pixels
+        assert pixels.shape == (height * worker.scale, width * worker.scale, 3)
+
+
+@pytest.mark.parametrize("name", ["old-esrgan", "unshuffle-x2", "compact-x3"])
+def test_tiles_with_context_equal_the_whole(tmp_path: Path, name: str) -> None:
+    # These networks see 16 LR pixels far at most: where a tile counts fully it must agree with the whole image,
+    # and where tiles blend, both nearly agree.
+    model = load_sr_model(saved(tmp_path, STATES[name]))
+    lr = picture(60, 70)
+    whole = upscaler(model).upscale(lr)
+    seen: list[tuple[int, int]] = []
+    tiled = upscaler(model, tile=48, overlap=24).upscale(lr, on_tile=lambda done, total: seen.append((done, total)))
+    assert tiled.tiles == 4
+    assert seen == [(done, tiled.tiles) for done in range(1, tiled.tiles + 1)]
+    assert psnr(tiled.picture.pixels, whole.picture.pixels) >= 45
+
+
+def test_one_channel_model_upscales_gray_and_colour(tmp_path: Path) -> None:
+    # spandrel's Compact is for 3 channels; a network of one channel stands for those of other architectures.
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.PixelShuffle(2))
+    model = SRModel(module=module.eval(), scale=2, in_channels=1, out_channels=1, architecture="test")
+    lr = picture(9, 8)
+    sr = upscaler(model).upscale(lr).picture
+    for channel in range(3):
+        alone = upscaler(model).upscale(Picture(lr.pixels[:, :, channel : channel + 1])).picture
+        assert alone.channels == 1
+        np.testing.assert_array_equal(sr.pixels[:, :, channel], alone.pixels[:, :, 0])
+
+
+def test_a_model_of_other_channels_is_refused() -> None:
+    model = SRModel(module=nn.Conv2d(4, 3, 1), scale=1, in_channels=4, out_channels=3, architecture="test")
+    with pytest.raises(InputError, match="4"):
+        upscaler(model)
+
+
+def test_gray_stays_gray_and_is_the_mean_of_channels(tmp_path: Path) -> None:
+    model = load_sr_model(saved(tmp_path, compact()))
+    gray = picture(12, 9, 1)
+    sr = upscaler(model).upscale(gray).picture
+    assert sr.channels == 1
+    expected = spandrel_forward(compact(), gray.pixels.repeat(3, axis=2)).mean(axis=2).clip(0, 1) * 255
+    assert psnr(sr.pixels[:, :, 0], expected) > 50
+    colour = upscaler(model).upscale(Picture(gray.pixels.repeat(3, axis=2))).picture
+    np.testing.assert_array_equal(colour.pixels, sr.pixels.repeat(3, axis=2))
+
+
+def test_alpha_opaque_stays_opaque_and_edges_are_upscaled(tmp_path: Path) -> None:
+    model = load_sr_model(saved(tmp_path, compact()))
+    lr = picture(12, 12)
+    opaque = Picture(lr.pixels, np.full((12, 12), 255, np.uint8))
+    assert (upscaler(model).upscale(opaque).picture.alpha == 255).all()
+    alpha = np.zeros((12, 12), np.uint8)
+    alpha[:, 6:] = 255
+    sr = upscaler(model).upscale(Picture(lr.pixels, alpha)).picture
+    assert sr.alpha is not None
+    assert sr.alpha.shape == (48, 48)
+    assert (sr.alpha[:, :20] == 0).all()
+    assert (sr.alpha[:, 28:] == 255).all()
+    np.testing.assert_array_equal(sr.pixels, upscaler(model).upscale(lr).picture.pixels)
+
+
+class Overflowing(nn.Module):
+    """Gives infinity outside fp32, as fp16 does; with `always`, in fp32 too."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.always = always
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y * float("inf") if self.always or y.dtype != torch.float32 else y
+
+
+def test_values_that_are_not_finite_are_computed_again_or_fail() -> None:
+    bf16 = Runtime(torch.device("cpu"), "bf16")
+    good = SRModel(module=Overflowing(False), scale=1, in_channels=3, out_channels=3, architecture="test")
+    sr = Upscaler(TorchEngine(good, bf16), tile=0, overlap=0, notify=print).upscale(picture(8, 8)).picture
+    assert sr.pixels.std() > 0
+    bad = SRModel(module=Overflowing(True), scale=1, in_channels=3, out_channels=3, architecture="test")
+    with pytest.raises(PddError, match="not finite"):
+        upscaler(bad).upscale(picture(8, 8))
+
+
+class Hungry(nn.Module):
+    """Fails as PyTorch's CPU allocator does on more than `most` pixels."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.most = most
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] * x.shape[-2] > self.most:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried to")
+        return self.conv(x)
+
+
+def test_out_of_memory_makes_smaller_tiles_and_is_told_once() -> None:
+    model = SRModel(module=Hungry(40 * 40), scale=1, in_channels=3, out_channels=3, architecture="test")
+    told: list[str] = []
+    worker = upscaler(model, notify=told)
+    lr = picture(150, 130)
+    result = worker.upscale(lr)
+    assert result.tiles > 4
+    assert len(told) == 1
+    with torch.inference_mode():
+        expected = model.module.conv(torch.from_numpy(lr.to_float()).permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+    assert psnr(result.picture.to_float(), expected.clamp(0, 1).numpy(), 1) > 50
+    worker.upscale(lr)
+    assert len(told) == 1
+    nothing = SRModel(module=Hungry(4), scale=1, in_channels=3, out_channels=3, architecture="test")
+    with pytest.raises(ResourceError, match="out of memory"):
+        upscaler(nothing).upscale(lr)
+
+
+def test_automatic_tile_follows_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_sr_model(saved(tmp_path, new_esrgan()))
+    # 8 features at 4x: 8 * 16 floats in and out of the last convolutions, twice.
+    assert bytes_per_pixel(model) == 2 * 2 * 8 * 16 * 4
+    monkeypatch.setattr("pdd_cli.inference.upscaler.available_memory", lambda device: 3 * 2048 * 100 * 100)
+    worker = upscaler(model, tile="auto")
+    assert len(worker.plan(100, 100)) == 1
+    assert worker.plan(200, 200).tile_size[0] <= 100
+    assert len(worker.plan(200, 200)) == 9
+    assert len(worker.plan(20, 400)) == 1
+
+
+# --- OpenVINO ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["old-esrgan", "compact-x2", "unshuffle-x2"])
+def test_openvino_equals_torch(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("openvino")
+    model = load_sr_model(saved(tmp_path, STATES[name]))
+    engine = choose_engine(model, CPU, "auto")
+    assert engine.name == "openvino"
+    for size in ((17, 23), (40, 8)):
+        lr = RNG.random((1, 3, *size), np.float32)
+        assert psnr(engine.run(lr), TorchEngine(model, CPU).run(lr), 1) >= 60
+    worker = Upscaler(engine, tile=32, overlap=8, notify=print)
+    lr_picture = picture(40, 50)
+    assert psnr(worker.upscale(lr_picture).picture.pixels, upscaler(model).upscale(lr_picture).picture.pixels) > 30
+
+
+class Branching(nn.Module):
+    """Computes something else for small images, which tracing freezes to what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.shape[-1] < 36 else -self.conv(x)
+
+
+def test_auto_takes_torch_where_openvino_disagrees() -> None:
+    pytest.importorskip("openvino")
+    model = SRModel(module=Branching().eval(), scale=1, in_channels=3, out_channels=3, architecture="test")
+    assert choose_engine(model, CPU, "auto").name == "torch"
+    with pytest.raises(InputError, match="cuda"):
+        OpenVINOEngine(model, Runtime(torch.device("cuda"), "fp32"))
+
+
+# --- which files ------------------------------------------------------------------------------------------------
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def targets(source: Path, output: str, format: str = "keep", suffix: str = "", recursive: bool = True) -> list[str]:
+    jobs = plan_jobs(source, output, format=format, suffix=suffix, recursive=recursive)  # type: ignore[arg-type]
+    return [job.target.as_posix() for job in jobs]
+
+
+def test_outputs_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, "a.jpg", "folder.d/x")
+    source = Path("a.jpg")
+    assert targets(source, "b.png") == ["b.png"]
+    assert targets(source, "folder.d") == ["folder.d/a.jpg"]
+    assert targets(source, "new.d/") == ["new.d/a.jpg"]
+    assert targets(source, "new") == ["new/a.jpg"]
+    assert targets(source, "new", format="png", suffix="_x4") == ["new/a_x4.png"]
+    assert targets(source, "b.jpeg", format="jpg", suffix="_x4") == ["b_x4.jpeg"]
+    for output, format, message in (
+        ("a.jpg", "keep", "replace an input"),
+        ("./", "keep", "replace an input"),
+        ("b.png", "jpg", "contradicts"),
+        ("b.gif", "keep", r"\.gif"),
+    ):
+        with pytest.raises(InputError, match=message):
+            targets(source, output, format)
+    with pytest.raises(InputError, match="no such file"):
+        targets(Path("none"), "out")
+
+
+def test_outputs_of_a_folder_mirror_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, "in/a.png", "in/sub/b c.JPG", "in/.hidden/x.png", "in/note.txt", "file")
+    assert targets(Path("in"), "out") == ["out/a.png", "out/sub/b c.JPG"]
+    assert targets(Path("in"), "out", recursive=False) == ["out/a.png"]
+    assert targets(Path("in"), "out", format="webp", suffix="_x4") == ["out/a_x4.webp", "out/sub/b c_x4.webp"]
+    with pytest.raises(InputError, match="is a file"):
+        targets(Path("in"), "file")
+    touch(tmp_path, "empty/x.txt")
+    with pytest.raises(InputError, match="no images"):
+        targets(Path("empty"), "out")
+
+
+def test_two_inputs_of_one_output_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "a.jpg")
+    assert len(targets(tmp_path, str(tmp_path / "out"))) == 2
+    with pytest.raises(InputError, match=r"a\.jpg and .*a\.png would both become .*a\.png"):
+        targets(tmp_path, str(tmp_path / "out"), format="png")
+
+
+def test_output_beside_or_below_the_input(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "out/a.png")
+    assert targets(tmp_path, str(tmp_path / "out")) == [(tmp_path / "out/a.png").as_posix()]
+    with pytest.raises(InputError, match="between the inputs"):
+        targets(tmp_path / "out", str(tmp_path / "out"))
+    touch(tmp_path, "out/a_x4.png")  # what an earlier run left is no input
+    assert targets(tmp_path / "out", str(tmp_path / "out"), suffix="_x4") == [(tmp_path / "out/a_x4.png").as_posix()]
+
+
+def test_a_full_disk_stops_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_sr_model(saved(tmp_path, compact()))
+    write_image(tmp_path / "a.png", picture(8, 8))
+
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    jobs = [Job(tmp_path / "a.png", tmp_path / f"out/{n}.png") for n in range(2)]
+    with pytest.raises(ResourceError, match="no space left"):
+        list(run_jobs(jobs, upscaler(model), overwrite=False, quality=95))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Path:
+    """A folder of six images of different kinds, one of them broken, and the weights beside it."""
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    Image.fromarray(picture(20, 16).pixels).save(folder / "a.png")
+    Image.fromarray(picture(16, 20).pixels).save(folder / "sub/b.jpg")
+    Image.fromarray(picture(9, 9, 1).pixels[:, :, 0]).save(folder / "sub/gray.bmp")
+    Image.fromarray(RNG.integers(0, 256, (8, 8, 4), np.uint8)).save(folder / "ä alpha.webp", lossless=True)
+    write_image(folder / "deep.tif", Picture(RNG.integers(0, 65536, (7, 9, 3), np.uint16)))
+    whole = (folder / "a.png").read_bytes()
+    (folder / "broken.png").write_bytes(whole[: len(whole) // 2])
+    saved(tmp_path, compact())
+    return folder
+
+
+def run_upscale(*arguments: object) -> tuple[dict[str, object], BaseException | None]:
+    result = CliRunner().invoke(app, ["upscale", *map(str, arguments), "--engine", "torch", "--json"])
+    return (json.loads(result.stdout) if result.stdout else {}), result.exception
+
+
+def test_a_folder_with_a_broken_file(batch: Path, home: Path) -> None:
+    out = batch.parent / "out"
+    weights = batch.parent / "model.safetensors"
+    document, error = run_upscale(batch, out, "--weights", weights)
+    assert isinstance(error, PartialFailure)
+    assert (document["done"], document["failed"], document["skipped"]) == (5, 1, 0)
+    failed = [file for file in document["files"] if file["status"] == "failed"]  # type: ignore[attr-defined]
+    assert failed[0]["input"].endswith("broken.png")
+    assert "damaged" in failed[0]["problem"]
+    assert not (out / "broken.png").exists()
+    for name in ("a.png", "sub/b.jpg", "sub/gray.bmp", "ä alpha.webp", "deep.tif"):
+        lr, sr = read_image(batch / name), read_image(out / name)
+        assert (sr.height, sr.width) == (4 * lr.height, 4 * lr.width)
+        assert (sr.channels, sr.bits, sr.alpha is None) == (lr.channels, lr.bits, lr.alpha is None)
+    expected = spandrel_forward(compact(), read_image(batch / "a.png").pixels).clip(0, 1) * 255
+    assert psnr(read_image(out / "a.png").pixels, expected) > 55  # as far as rounding to 8 bits lets it
+
+    latest = latest_upscale()
+    assert latest is not None
+    assert (latest.scale, len(latest.pairs)) == (4, 5)
+    assert all(pair.lr.is_file() and pair.sr.is_file() for pair in latest.pairs)
+
+    # Again: what exists is left alone, the rest is made.
+    before = (out / "a.png").stat().st_mtime_ns
+    (out / "deep.tif").unlink()
+    (batch / "broken.png").unlink()
+    document, error = run_upscale(batch, out, "--weights", weights)
+    assert error is None
+    assert (document["done"], document["skipped"]) == (1, 4)
+    assert (out / "a.png").stat().st_mtime_ns == before
+    document, error = run_upscale(batch, out, "--weights", weights, "--overwrite")
+    assert (document["done"], document["skipped"]) == (5, 0)
+    assert (out / "a.png").stat().st_mtime_ns > before
+
+
+def test_dry_run_writes_nothing(batch: Path, home: Path) -> None:
+    out = batch.parent / "out"
+    document, error = run_upscale(
+        batch, out, "--weights", batch.parent / "model.safetensors", "--dry-run", "--tile", 16
+    )
+    assert error is None or isinstance(error, PartialFailure)
+    assert not out.exists()
+    assert latest_upscale() is None
+    files = {Path(file["input"]).name: file for file in document["files"]}  # type: ignore[attr-defined]
+    assert files["a.png"]["size_out"] == [64, 80]
+    assert files["a.png"]["tiles"] == 2
+
+
+def test_a_single_broken_file_fails_the_command(batch: Path, home: Path) -> None:
+    weights = batch.parent / "model.safetensors"
+    command = [sys.executable, "-m", "pdd_cli", "upscale", batch / "broken.png", batch.parent / "out"]
+    result = subprocess.run([*command, "--weights", weights], capture_output=True, text=True, check=False)
+    assert result.returncode == 3
+    assert "broken.png: damaged" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_an_interrupted_run_leaves_whole_files_and_goes_on(tmp_path: Path, home: Path) -> None:
+    saved(tmp_path, compact())
+    for number in range(60):
+        write_image(tmp_path / f"in/{number:02}.png", picture(64, 64))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "pdd_cli", "upscale", tmp_path / "in", out]
+    command += ["--weights", tmp_path / "model.safetensors", "--engine", "torch"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("[0-9]*.png"))) < 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert "same command again" in told
+    made = list(out.iterdir())
+    assert 3 <= len(made) < 60
+    for path in made:  # no temporary file, none cut short
+        assert read_image(path).width == 256
+    document, error = run_upscale(tmp_path / "in", out, "--weights", tmp_path / "model.safetensors")
+    assert error is None
+    assert document["skipped"] == len(made)
+    assert document["done"] == 60 - len(made)
