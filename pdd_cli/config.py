@@ -177,7 +177,7 @@ class EvaluateConfig(Settings):
     sr_dir: Path | None = None
     gt_dir: Path | None = None
     metrics: tuple[str, ...] = Field(default=("niqe",), min_length=1)
-    crop_border: Annotated[int, Field(ge=0)] | None = None
+    crop_border: Annotated[int, Field(ge=0)] = 0
     output: Path | None = None
     device: Device = "auto"
     offline: bool = False

@@ -53,7 +53,12 @@ def check_names(names: Sequence[str]) -> None:
 
 def needs_reference(name: str) -> bool:
     """Whether the metric compares with ground truth (full-reference)."""
-    return str(_configs()[name].get("metric_mode")) == "FR"
+    return str(metric_config(name)["metric_mode"]) == "FR"
+
+
+def metric_config(name: str) -> dict[str, Any]:
+    """pyiqa's own description of the metric `name`: `metric_mode` (FR or NR), `lower_better`, `score_range`."""
+    return _configs()[name]
 
 
 def load_metric(

@@ -1,0 +1,76 @@
+"""Which ground truth belongs to which SR image: by name, never by position. Pure functions over paths."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# What data sets and tools put behind the name of the same picture: 001_LR4 and 001_HR, 0801_x4, photo_out.
+_TAIL = re.compile(
+    r"(?:[._-](?:lr|hr|sr|gt|hq|lq|out|output|rlt|result|restored|upscaled|pdd|(?:real)?esrgan|bsrgan|swinir)\d{0,2}"
+    r"|[._-]x\d{1,2}|[._-]\d{1,2}x|(?<=\d)x\d)$",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """`pairs`: SR image → ground truth. `ambiguous`: SR image → all that it could belong to."""
+
+    pairs: dict[Path, Path]
+    unmatched: tuple[Path, ...]  # SR images without ground truth
+    unused: tuple[Path, ...]  # ground truth without an SR image
+    ambiguous: dict[Path, tuple[Path, ...]]
+
+
+def pair(images: Sequence[Path], folder: Path, references: Sequence[Path], reference_folder: Path) -> Pairing:
+    """Pair `images` below `folder` with `references` below `reference_folder`.
+
+    Tried in turn, each for what the ones before it left: the same relative path, the same without the suffix, the
+    same stem in any folder, the same stem without the tails of data sets and tools (_LR4, _HR, _x4, _out). A key that
+    several images or several references share pairs nothing.
+    """
+    keys: tuple[Callable[[Path, Path], str], ...] = (
+        lambda path, root: path.relative_to(root).as_posix(),
+        lambda path, root: path.relative_to(root).with_suffix("").as_posix(),
+        lambda path, root: path.relative_to(root).parent.as_posix() + "/" + plain_stem(path),
+        lambda path, root: path.stem,
+        lambda path, root: plain_stem(path),
+    )
+    pairs: dict[Path, Path] = {}
+    ambiguous: dict[Path, tuple[Path, ...]] = {}
+    for key in keys:
+        left = [image for image in images if image not in pairs]
+        free = [reference for reference in references if reference not in set(pairs.values())]
+        theirs = _grouped(free, reference_folder, key)
+        for name, ours in _grouped(left, folder, key).items():
+            found = theirs.get(name, [])
+            if len(ours) == len(found) == 1:
+                pairs[ours[0]] = found[0]
+            elif found:
+                ambiguous |= {image: tuple(found) for image in ours}
+    used = set(pairs.values())
+    return Pairing(
+        pairs,
+        tuple(image for image in images if image not in pairs),
+        tuple(reference for reference in references if reference not in used),
+        {image: found for image, found in ambiguous.items() if image not in pairs},
+    )
+
+
+def plain_stem(path: Path) -> str:
+    """The stem without the tails that data sets and tools add: `Canon_001_LR4` → `Canon_001`, `a_x4_out` → `a`."""
+    stem = path.stem
+    while (shorter := _TAIL.sub("", stem)) and shorter != stem:
+        stem = shorter
+    return stem
+
+
+def _grouped(paths: Sequence[Path], root: Path, key: Callable[[Path, Path], str]) -> dict[str, list[Path]]:
+    groups = defaultdict(list)
+    for path in paths:
+        groups[key(path, root)].append(path)
+    return groups
