@@ -89,7 +89,7 @@ def test_missing_settings_name_their_option():
 
 def test_a_file_may_leave_required_settings_to_the_command_line():
     Path("pdd.yaml").write_text("upscale: {weights: bsrgan, tile: 128}")
-    config = resolve(UpscaleConfig, "upscale", options={"input": Path("a"), "output": Path("b")})
+    config = resolve(UpscaleConfig, "upscale", options={"input": Path("a"), "output": "b"})
     assert (config.weights, config.tile) == ("bsrgan", 128)
 
 

@@ -44,9 +44,9 @@ def check_names(names: Sequence[str]) -> None:
     known = metric_names()
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
+            close = difflib.get_close_matches(name, known, 3)
             raise InputError(
-                f"--metrics: pyiqa has no metric {name!r}" + (f"; did you mean {close[0]}?" if close else ""),
+                f"--metrics: pyiqa has no metric {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""),
                 f"It has: {', '.join(known)}.",
             )
 

@@ -1,0 +1,57 @@
+"""How far SR images are from their ground truth in a perceptual feature space; the lower, the more alike.
+
+    python benchmarks/feature_distance.py WEIGHTS GT_DIR SR_DIR [SR_DIR …]
+
+WEIGHTS is a file of VGG-16's convolutions. The distance is that of Zhang et al. (LPIPS, 2018) without learnt weights:
+features of the last convolution of each of the five stages, scaled to unit length at each pixel over the channels, mean
+square difference summed over channels, averaged over pixels and stages.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pdd_cli.images import find_images, read_image
+from pdd_cli.iqa.pairing import pair
+from pdd_cli.models.features import FeatureNetwork, feature_network
+from pdd_cli.weights.states import read_state
+
+LAYERS = ("conv1_2", "conv2_2", "conv3_3", "conv4_3", "conv5_3")
+
+
+def load(path: Path) -> Tensor:
+    """(1, 3, H, W) in 0..1."""
+    return torch.from_numpy(read_image(path).to_float()).permute(2, 0, 1).expand(3, -1, -1)[None]
+
+
+def unit_features(network: FeatureNetwork, image: Tensor) -> list[Tensor]:
+    features = network(image, LAYERS)
+    return [torch.nn.functional.normalize(torch.relu(features[layer]), dim=1, eps=1e-10) for layer in LAYERS]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("gt", type=Path)
+    parser.add_argument("sr", type=Path, nargs="+")
+    arguments = parser.parse_args()
+    network = feature_network("vgg16", read_state(arguments.weights), origin=str(arguments.weights))
+    references = find_images(arguments.gt)
+    for folder in arguments.sr:
+        pairs = pair(find_images(folder), folder, references, arguments.gt).pairs
+        distances = []
+        with torch.inference_mode():
+            for image, reference in pairs.items():
+                a, b = unit_features(network, load(image)), unit_features(network, load(reference))
+                distances.append(
+                    torch.stack([(x - y).square().sum(1).mean() for x, y in zip(a, b, strict=True)]).mean()
+                )
+        print(f"{folder}: {torch.stack(distances).mean():.4f} (mean of {len(distances)} images)")
+
+
+if __name__ == "__main__":
+    main()
