@@ -9,25 +9,28 @@ from typing import TYPE_CHECKING
 from pdd_cli.console import Console
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from pdd_cli.weights.fetch import FetchEvent
 
 
 @contextlib.contextmanager
 def fetch_progress(console: Console) -> Iterator[Callable[[FetchEvent], None]]:
     """Yields what to hand to a fetch as `on_event`: a line for each source tried, a bar while bytes arrive."""
-    with console.downloads() as progress:
-        task = None
+    with contextlib.ExitStack() as shown:
+        bar: tuple[Progress, TaskID] | None = None
 
         def on_event(event: FetchEvent) -> None:
-            nonlocal task
+            nonlocal bar
             if event.kind == "progress":
-                if task is None:
-                    task = progress.add_task(event.name)
-                progress.update(task, completed=event.done, total=event.total)
+                if bar is None:
+                    progress = shown.enter_context(console.downloads())
+                    bar = progress, progress.add_task(event.name)
+                bar[0].update(bar[1], completed=event.done, total=event.total)
                 return
-            if task is not None:
-                progress.remove_task(task)
-                task = None
+            if bar is not None:
+                shown.pop_all().close()
+                bar = None
             if event.kind == "trying":
                 console.say(f"{event.name}: trying {event.text}")
             elif event.kind == "failed":
