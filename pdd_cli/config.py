@@ -76,12 +76,29 @@ class FeatureSettings(Settings):
         return self
 
 
+Range = tuple[float, float]
+
+
 class SyntheticSettings(Settings):
-    """How LR is made from HR in the synthetic domain: the paper's clean downsampling."""
+    """How LR is made from HR in the synthetic domain. Without blur, noise and JPEG: the paper's clean downsampling.
+
+    Each range is drawn from uniformly, anew for each crop.
+    """
 
     filters: tuple[Literal["bicubic", "bilinear", "area"], ...] = Field(
         default=("bicubic", "bilinear", "area"), min_length=1
     )
+    blur: Range | None = None  # standard deviation of a Gaussian, LR pixels
+    noise: Range | None = None  # standard deviation of white noise, 8-bit levels
+    jpeg: Range | None = None  # quality, 1 to 100
+
+    @model_validator(mode="after")
+    def _ranges_are_in_order(self) -> SyntheticSettings:
+        for name, least, most in (("blur", 0, 8), ("noise", 0, 100), ("jpeg", 1, 100)):
+            span = getattr(self, name)
+            if span is not None and not least <= span[0] <= span[1] <= most:
+                raise ValueError(f"{name} {list(span)} is not a range [low, high] within {least} to {most}")
+        return self
 
 
 class LossWeights(Settings):
@@ -122,6 +139,8 @@ class AdaptConfig(Settings):
     synthetic: SyntheticSettings = SyntheticSettings()
     losses: LossWeights = LossWeights()
     optimizer: OptimizerSettings = OptimizerSettings()
+    # unet: the paper's; features: heads on the feature network, which learn within hundreds of steps.
+    discriminator: Literal["unet", "features"] = "unet"
     # Steps of the run in which the discriminator alone learns: the paper's 300 of 100k.
     discriminator_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.003
     checkpoint_every: PositiveInt = 50

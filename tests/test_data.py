@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from pdd_cli.data.datasets import Domains, hr_from_real, read_folder
-from pdd_cli.data.degradations import downsample
+from pdd_cli.data.degradations import Degradation, downsample
 from pdd_cli.errors import InputError
 
 
@@ -15,7 +15,7 @@ def noise(height, width, seed=0):
 
 
 def domains(real, hr, **changes):
-    settings = {"crop": 16, "scale": 4, "filters": ("bicubic", "bilinear", "area"), "seed": 0, **changes}
+    settings = {"crop": 16, "scale": 4, "degradation": Degradation(), "seed": 0, **changes}
     return Domains(real=real, hr=hr, **settings)
 
 
@@ -34,7 +34,7 @@ def test_downsampling_equals_pillows_antialiased_filters(filter):
 
 
 def test_a_pair_is_one_crop_and_its_downsampling():
-    batch = domains([noise(40, 50)], [noise(90, 100)], filters=("area",)).batch(3, 2)
+    batch = domains([noise(40, 50)], [noise(90, 100)], degradation=Degradation(("area",))).batch(3, 2)
     assert batch.hr_s.shape == (2, 3, 64, 64)
     assert batch.lr_s.shape == batch.lr_t.shape == (2, 3, 16, 16)
     assert torch.equal(batch.lr_s, downsample(batch.hr_s, 4, "area"))

@@ -202,8 +202,8 @@ def _weight_files(settings: AdaptConfig, store: Store, console: Console) -> Weig
         for candidate in ("vgg19", "vgg16"):
             try:
                 return WeightFiles(base, generalist, candidate, have(candidate))
-            except (DownloadError, InputError) as error:
-                console.warn(f"{candidate} can't be had: {error.message.splitlines()[0]}")
+            except (DownloadError, InputError):
+                console.warn(f"{candidate} can't be had, trying the next feature network")
         console.warn(
             "neither VGG-19 nor VGG-16 can be had: distances are measured with efficientnet-lite0, which the method "
             "was not made for; with VGG the result is better (pdd fetch-weights vgg19 --from FILE)"

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdd_cli.data.degradations import Filter, downsample
+from pdd_cli.data.degradations import Degradation, downsample
 from pdd_cli.errors import InputError
 from pdd_cli.images import find_images, read_image
 
@@ -40,7 +40,7 @@ class Domains:
     hr: Sequence[RGB]
     crop: int  # LR pixels
     scale: int
-    filters: Sequence[Filter]
+    degradation: Degradation
     seed: int
 
     def batch(self, step: int, size: int) -> Batch:
@@ -48,7 +48,7 @@ class Domains:
         what an uninterrupted one would have seen."""
         rng = np.random.default_rng((self.seed, step))
         hr_s = _stack([_random_crop(self.hr, self.crop * self.scale, rng) for _ in range(size)])
-        lr_s = torch.cat([downsample(one, self.scale, rng.choice(self.filters)) for one in hr_s.split(1)])
+        lr_s = torch.cat([self.degradation.apply(one, self.scale, rng) for one in hr_s.split(1)])
         lr_t = _stack([_random_crop(self.real, self.crop, rng) for _ in range(size)])
         return Batch(lr_s, hr_s, lr_t)
 

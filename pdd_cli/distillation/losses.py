@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ Features = Mapping[str, Tensor]  # layer -> (N, C, H, W), before the ReLU
 INTER_LAYERS = {"conv2_1": 0.25, "conv3_1": 0.25, "conv4_1": 0.25, "conv5_1": 0.25}
 INTRA_LAYERS = {"conv2_2": 0.1, "conv3_4": 0.3, "conv4_4": 1.0, "conv5_4": 1.0}
 PERCEPTUAL_LAYERS = {"conv1_2": 0.1, "conv2_2": 0.1, "conv3_4": 1.0, "conv4_4": 1.0, "conv5_4": 1.0}
+# Where the feature discriminator looks: from fine texture to objects' parts.
+DISCRIMINATOR_LAYERS = ("conv2_2", "conv3_4", "conv4_4")
 ALL_LAYERS = tuple(sorted({*INTER_LAYERS, *INTRA_LAYERS, *PERCEPTUAL_LAYERS}))
 
 _LOG_EPSILON = 1e-6
@@ -65,7 +67,10 @@ def perceptual_loss(S_s: Features, hr_s: Features) -> Tensor:
     return total
 
 
-def adversarial_loss(logits: Tensor, *, real: bool) -> Tensor:
-    """Vanilla GAN loss: binary cross-entropy with logits against "all real" or "all fake", mean over pixels."""
-    logits = logits.float()
-    return F.softplus(-logits if real else logits).mean()
+def adversarial_loss(logits: Sequence[Tensor], *, real: bool) -> Tensor:
+    """Vanilla GAN loss: binary cross-entropy with logits against "all real" or "all fake".
+
+    `logits`: (N, 1, h, w) of each scale or layer that is judged; mean over pixels, then over those.
+    """
+    losses = [F.softplus((-one if real else one).float()).mean() for one in logits]
+    return torch.stack(losses).mean()

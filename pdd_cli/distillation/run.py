@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import RGB, Domains, hr_from_real, read_folder
+from pdd_cli.data.degradations import Degradation
 from pdd_cli.device import Runtime
 from pdd_cli.distillation.checkpoint import TrainState, checkpoint_settings, load_checkpoint, save_checkpoint
 from pdd_cli.distillation.trainer import StepReport, new_state, train
@@ -208,9 +209,9 @@ def prepare_run(
             "no --hr-dir given: the synthetic domain's HR is made from your own images by downscaling; "
             "a folder of sharp photographs as --hr-dir gives better results"
         )
-    domains = Domains(real, hr, config.crop, base.scale, config.synthetic.filters, config.seed)
+    domains = Domains(real, hr, config.crop, base.scale, Degradation(**config.synthetic.model_dump()), config.seed)
 
-    state = new_state(config, base, generalist, runtime)
+    state = new_state(config, base, generalist, domains, features, runtime)
     _open_folder(folder, config, state, resume=resume, overwrite=overwrite)
     base.module.to(runtime.device).to(memory_format=torch.channels_last)
     return Run(

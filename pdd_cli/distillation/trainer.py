@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import Domains
@@ -18,6 +18,7 @@ from pdd_cli.distillation.checkpoint import TrainState
 from pdd_cli.distillation.generalist import ema_update
 from pdd_cli.distillation.losses import (
     ALL_LAYERS,
+    DISCRIMINATOR_LAYERS,
     Features,
     adversarial_loss,
     inter_loss,
@@ -26,7 +27,7 @@ from pdd_cli.distillation.losses import (
     pixel_loss,
 )
 from pdd_cli.errors import PddError
-from pdd_cli.models.discriminator import UNetDiscriminator
+from pdd_cli.models.discriminator import FeatureDiscriminator, UNetDiscriminator
 from pdd_cli.models.features import FeatureNetwork
 from pdd_cli.models.loading import SRModel
 
@@ -41,12 +42,25 @@ class StepReport:
     seconds: float
 
 
-def new_state(config: AdaptConfig, base: SRModel, generalist: SRModel, runtime: Runtime) -> TrainState:
+def new_state(
+    config: AdaptConfig,
+    base: SRModel,
+    generalist: SRModel,
+    domains: Domains,
+    features: FeatureNetwork,
+    runtime: Runtime,
+) -> TrainState:
     """The state before the first step: the specialist starts from `base`, the discriminator from scratch."""
     torch.manual_seed(config.seed)
     specialist = copy.deepcopy(base.module).train().requires_grad_(True)
     frozen = copy.deepcopy(generalist.module).eval().requires_grad_(False)
-    discriminator = UNetDiscriminator()
+    discriminator: nn.Module = UNetDiscriminator()
+    if config.discriminator == "features":
+        hr = domains.batch(0, 8).hr_s.to(runtime.device)
+        with torch.no_grad(), runtime.autocast():
+            phi = features(hr, DISCRIMINATOR_LAYERS)
+        rms = {layer: value.float().square().mean((0, 2, 3)).sqrt().clamp_min(1e-3) for layer, value in phi.items()}
+        discriminator = FeatureDiscriminator(rms)
     for network in (specialist, frozen, discriminator):
         network.to(runtime.device).to(memory_format=torch.channels_last)
     betas, rates = config.optimizer.betas, config.optimizer
@@ -111,12 +125,13 @@ def train(
                 phi_constant = features(torch.cat(constants), ALL_LAYERS)
             with runtime.autocast():
                 phi = features(S, ALL_LAYERS)
-                logits = D(S if distilling and weights.adversarial_on_target else S_s)
+                judged = len(S) if distilling and weights.adversarial_on_target else n
+                logits = _judge(D, S[:judged], _part(phi, 0, judged))
             phi_S_s, phi_hr = _part(phi, 0, n), _part(phi_constant, 0, n)
             losses["pixel"] = pixel_loss(S_s, batch.hr_s)
             losses["perceptual"] = perceptual_loss(phi_S_s, phi_hr)
             # S_s and, once it is on, S_t must each look real: the two means add up.
-            losses["adversarial"] = adversarial_loss(logits, real=True) * (len(logits) / n)
+            losses["adversarial"] = adversarial_loss(logits, real=True) * (judged / n)
             if distilling:
                 phi_S_t, phi_G_s, phi_G_t = (
                     _part(phi, n, 2 * n),
@@ -137,9 +152,15 @@ def train(
         # discriminator: losses and step
         D.requires_grad_(True)
         with runtime.autocast():
-            logits_real, logits_fake = D(torch.cat((batch.hr_s, S_s.detach()))).split(n)
-        losses["discriminator_real"] = adversarial_loss(logits_real, real=True)
-        losses["discriminator_fake"] = adversarial_loss(logits_fake, real=False)
+            both = torch.cat((batch.hr_s, S_s.detach()))
+            if only_discriminator:
+                with torch.no_grad():
+                    phi_both = features(both, ALL_LAYERS)
+            else:
+                phi_both = {layer: torch.cat((phi_hr[layer], phi_S_s[layer].detach())) for layer in ALL_LAYERS}
+            logits = _judge(D, both, phi_both)
+        losses["discriminator_real"] = adversarial_loss([one[:n] for one in logits], real=True)
+        losses["discriminator_fake"] = adversarial_loss([one[n:] for one in logits], real=False)
         discriminator_total = losses["discriminator_real"] + losses["discriminator_fake"]
         _check_finite(discriminator_total, state.step)
         state.discriminator_optimizer.zero_grad(set_to_none=True)
@@ -175,6 +196,13 @@ def _set_learning_rates(config: AdaptConfig, state: TrainState) -> float:
         for group in optimizer.param_groups:
             group["lr"] = rate * 0.5**halvings
     return float(config.optimizer.learning_rate * 0.5**halvings)
+
+
+def _judge(discriminator: nn.Module, images: Tensor, features: Features) -> list[Tensor]:
+    """Logits of realness for the images, or for their features, by what the discriminator looks at."""
+    if isinstance(discriminator, FeatureDiscriminator):
+        return discriminator(features)  # type: ignore[no-any-return]
+    return [discriminator(images)]
 
 
 def _part(features: Features, start: int, end: int) -> dict[str, Tensor]:

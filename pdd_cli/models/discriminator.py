@@ -1,6 +1,8 @@
-"""The U-Net discriminator of Real-ESRGAN, under the key names of its published weights."""
+"""What tells real HR from SR: Real-ESRGAN's U-Net, or small heads on frozen perceptual features."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +12,8 @@ from torch.nn.utils import spectral_norm
 class UNetDiscriminator(nn.Module):
     """Per-pixel realness: (N, 3, H, W) in 0..1, H and W multiples of 8, to logits (N, 1, H, W).
 
-    Spectral normalisation, skip connections. Source: Wang et al., Real-ESRGAN (2021), section 3.3.
+    Spectral normalisation, skip connections; the key names of the published weights. Source: Wang et al., Real-ESRGAN
+    (2021), section 3.3.
     """
 
     def __init__(self, features: int = 64) -> None:
@@ -41,6 +44,32 @@ class UNetDiscriminator(nn.Module):
         x = _activate(self.conv6(_double(x))) + x0
         x = _activate(self.conv8(_activate(self.conv7(x))))
         return self.conv9(x)  # type: ignore[no-any-return]
+
+
+class FeatureDiscriminator(nn.Module):
+    """Realness of frozen perceptual features: {layer: (N, C, h, w)} to logits (N, 1, h, w) for each layer of `rms`.
+
+    It judges features that training computes anyway, and that tell edges and textures apart from the start: it learns
+    in tens of steps what a network of its own learns in thousands. Source of the idea: Sauer et al., Projected GANs
+    Converge Faster (2021). `rms`: layer → the root mean square of each of its channels on real HR, (C), which is
+    divided out.
+    """
+
+    def __init__(self, rms: Mapping[str, Tensor], width: int = 128) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict()
+        for layer, values in rms.items():
+            self.heads[layer] = nn.Sequential(
+                spectral_norm(nn.Conv2d(len(values), width, 1)),
+                nn.LeakyReLU(0.2),
+                spectral_norm(nn.Conv2d(width, width, 3, padding=1)),
+                nn.LeakyReLU(0.2),
+                spectral_norm(nn.Conv2d(width, 1, 3, padding=1)),
+            )
+            self.register_buffer(f"rms_{layer}", values.clone().view(1, -1, 1, 1))
+
+    def forward(self, features: Mapping[str, Tensor]) -> list[Tensor]:
+        return [head(features[layer] / self.get_buffer(f"rms_{layer}")) for layer, head in self.heads.items()]
 
 
 def _activate(x: Tensor) -> Tensor:
