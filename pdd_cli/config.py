@@ -88,6 +88,8 @@ class SyntheticSettings(Settings):
     filters: tuple[Literal["bicubic", "bilinear", "area"], ...] = Field(
         default=("bicubic", "bilinear", "area"), min_length=1
     )
+    # HR is taken at these sizes, too: made smaller, a photograph is sharp to its last pixel.
+    hr_scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=(1.0,), min_length=1)
     blur: Range | None = None  # standard deviation of a Gaussian, LR pixels
     noise: Range | None = None  # standard deviation of white noise, 8-bit levels
     jpeg: Range | None = None  # quality, 1 to 100
@@ -102,13 +104,15 @@ class SyntheticSettings(Settings):
 
 
 class LossWeights(Settings):
-    """Weights of the whole objective (METHOD names: inter, intra, pixel, perceptual, adversarial)."""
+    """Weights of the whole objective (the paper's names: inter, intra, pixel, perceptual, adversarial)."""
 
     inter: NonNegative = 1.0
     intra: NonNegative = 1.0
     pixel: NonNegative = 0.5
     perceptual: NonNegative = 1.0
     adversarial: NonNegative = 0.01
+    # Not in the paper: S_t, brought back to LR size, must have the LR's colours and coarse shading.
+    consistency: NonNegative = 0.0
     adversarial_on_target: bool = True
 
 
@@ -134,6 +138,8 @@ class AdaptConfig(Settings):
     steps: PositiveInt = 400
     batch_size: PositiveInt = 2
     crop: Annotated[int, Field(ge=16, multiple_of=4)] = 48
+    # Of so many random crops the one with the most texture is taken: flat ones teach nothing.
+    crop_candidates: PositiveInt = 1
     seed: Annotated[int, Field(ge=0)] = 0
     features: FeatureSettings = FeatureSettings()
     synthetic: SyntheticSettings = SyntheticSettings()

@@ -1,12 +1,15 @@
 """Crops and the synthetic degradation."""
 
+import io
+
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 from PIL import Image
 
-from pdd_cli.data.datasets import Domains, hr_from_real, read_folder
-from pdd_cli.data.degradations import Degradation, downsample
+from pdd_cli.data.datasets import Domains, downscaled, hr_from_real, read_folder, texture
+from pdd_cli.data.degradations import Degradation, downsample, gaussian_blur, jpeg
 from pdd_cli.errors import InputError
 
 
@@ -78,3 +81,60 @@ def test_a_folder_without_images_is_refused(tmp_path):
         read_folder(tmp_path, "--hr-dir", lambda _: None)
     with pytest.raises(InputError, match="no such folder"):
         read_folder(tmp_path / "nowhere", "--hr-dir", lambda _: None)
+
+
+def test_blur_is_a_gaussian_of_that_deviation():
+    image = torch.rand(1, 3, 40, 30)
+    expected = [scipy.ndimage.gaussian_filter(plane, 2.5, mode="mirror") for plane in image[0].numpy()]
+    np.testing.assert_allclose(gaussian_blur(image, 2.5)[0].numpy(), expected, atol=2e-3)
+    assert gaussian_blur(image, 0) is image
+
+
+def test_noise_has_the_deviation_that_was_asked_for():
+    flat = torch.full((1, 3, 256, 256), 0.5)
+    for sigma in (2, 10):
+        lr = Degradation(("area",), noise=(sigma, sigma)).apply(flat, 4, np.random.default_rng(0))
+        assert float((lr * 255).std()) == pytest.approx(sigma, rel=0.05)
+
+
+def test_jpeg_is_pillows_of_that_quality():
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((48, 48), Image.Resampling.BICUBIC)
+    image = torch.from_numpy(np.asarray(coarse).copy()).permute(2, 0, 1)[None].float() / 255
+
+    class Corner:  # the grid of blocks at the image's corner, where a file has it
+        def integers(self, high, size):
+            return np.zeros(size, int)
+
+    for quality in (90, 30):
+        buffer = io.BytesIO()
+        coarse.save(buffer, "JPEG", quality=quality)
+        expected = np.asarray(Image.open(buffer)).astype(float)
+        found = jpeg(image, quality, Corner())[0].permute(1, 2, 0).numpy() * 255
+        assert np.abs(found - expected).mean() < 0.6
+        assert np.abs(found - np.asarray(coarse)).mean() > 0.6
+    assert jpeg(image[..., :13, :21], 50, rng).shape == (1, 3, 13, 21)
+
+
+def test_of_several_crops_the_one_with_most_texture_is_taken():
+    image = np.full((64, 640, 3), 128, np.uint8)
+    image[:, :64] = noise(64, 64)
+    flat = sum(texture(crop(domains([image], [image]), step)) for step in range(20))
+    chosen = sum(texture(crop(domains([image], [image], candidates=8), step)) for step in range(20))
+    assert chosen > 2 * flat
+
+
+def crop(domain, step):
+    return (domain.batch(step, 1).lr_t[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+
+
+def test_texture_is_the_deviation_of_the_laplacian():
+    image = noise(20, 30)[:, :, :1].repeat(3, axis=2)
+    kernel = [[0, 1, 0], [1, -4, 1], [0, 1, 0]]
+    expected = scipy.ndimage.convolve(image[:, :, 0].astype(float), kernel, mode="mirror").std()
+    assert texture(image) == pytest.approx(expected, rel=1e-3)
+
+
+def test_hr_at_several_sizes_never_falls_below_a_crop():
+    made = downscaled([noise(100, 200), noise(50, 60)], (1, 0.5), 48)
+    assert [image.shape[:2] for image in made] == [(100, 200), (50, 100), (50, 60)]

@@ -11,6 +11,7 @@ from pdd_cli.distillation.losses import (
     INTRA_LAYERS,
     PERCEPTUAL_LAYERS,
     adversarial_loss,
+    consistency_loss,
     haar,
     inter_loss,
     intra_loss,
@@ -119,7 +120,7 @@ def test_adversarial_loss_is_binary_cross_entropy_with_logits():
     for real in (True, False):
         probability = 1 / (1 + np.exp(-logits.numpy().astype(np.float64)))
         expected = -np.log(probability if real else 1 - probability).mean()
-        assert float(adversarial_loss(logits, real=real)) == pytest.approx(expected, rel=1e-5)
+        assert float(adversarial_loss([logits], real=real)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_distances_are_zero_where_the_models_agree(four):
@@ -127,3 +128,20 @@ def test_distances_are_zero_where_the_models_agree(four):
     assert float(inter_loss(S_s, S_t, S_s, S_t)) == 0
     # Cross-entropy of a distribution with itself is its entropy: no other prediction does better.
     assert float(intra_loss(S_s, S_t, S_s, S_t)) < float(intra_loss(S_t, S_t, S_s, S_t))
+
+
+def test_consistency_is_the_difference_of_low_frequencies():
+    rng = np.random.default_rng(0)
+    lr, sr = rng.random((2, 3, 12, 10)), rng.random((2, 3, 48, 40))
+    difference = sr.reshape(2, 3, 12, 4, 10, 4).mean(axis=(3, 5)) - lr
+    row = np.array([1, 4, 6, 4, 1]) / 16
+    kernel = np.outer(row, row)
+    windows = np.lib.stride_tricks.sliding_window_view(difference, (5, 5), axis=(2, 3))
+    expected = np.abs((windows * kernel).sum(axis=(4, 5))).mean()
+    found = consistency_loss(torch.from_numpy(sr), torch.from_numpy(lr), 4)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    # Fine detail is free: what vanishes when the image is brought back to LR size costs nothing.
+    detail = torch.zeros(1, 3, 48, 40)
+    detail[..., ::2, ::2], detail[..., 1::2, 1::2] = 0.3, -0.3
+    smooth = torch.full((1, 3, 12, 10), 0.5)
+    assert float(consistency_loss(0.5 + detail, smooth, 4)) < 1e-6

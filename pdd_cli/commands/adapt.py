@@ -118,6 +118,8 @@ def adapt(
         losses: dict[str, float] = {}
         for report in run.train(interruption.requested):
             losses = report.losses
+            if report.event:
+                console.warn(report.event)
             shown = "  ".join(
                 f"{key} {losses[key]:.3f}"
                 for key in ("inter", "intra", "pixel", "perceptual", "adversarial")

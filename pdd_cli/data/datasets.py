@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -42,15 +43,21 @@ class Domains:
     scale: int
     degradation: Degradation
     seed: int
+    candidates: int = 1  # of so many random crops the one with the most texture is taken
 
     def batch(self, step: int, size: int) -> Batch:
         """The `size` + `size` crops of `step`. They depend on the seed and the step alone, so that a resumed run sees
         what an uninterrupted one would have seen."""
         rng = np.random.default_rng((self.seed, step))
-        hr_s = _stack([_random_crop(self.hr, self.crop * self.scale, rng) for _ in range(size)])
+        hr_s = _stack([self._crop(self.hr, self.crop * self.scale, rng) for _ in range(size)])
         lr_s = torch.cat([self.degradation.apply(one, self.scale, rng) for one in hr_s.split(1)])
-        lr_t = _stack([_random_crop(self.real, self.crop, rng) for _ in range(size)])
+        lr_t = _stack([self._crop(self.real, self.crop, rng) for _ in range(size)])
         return Batch(lr_s, hr_s, lr_t)
+
+    def _crop(self, images: Sequence[RGB], size: int, rng: np.random.Generator) -> RGB:
+        """Most of a photograph is sky, wall and blur, from which nothing is learnt."""
+        crops = [_random_crop(images, size, rng) for _ in range(self.candidates)]
+        return max(crops, key=texture) if self.candidates > 1 else crops[0]
 
 
 def read_folder(folder: Path, option: str, on_unreadable: Callable[[str], None]) -> list[RGB]:
@@ -71,6 +78,30 @@ def read_folder(folder: Path, option: str, on_unreadable: Callable[[str], None])
             f"{option} {folder}: no readable image in it", "Give a folder of PNG, JPEG, WebP, TIFF or BMP."
         )
     return found
+
+
+def texture(crop: RGB) -> float:
+    """How much fine detail a crop has: the standard deviation of its Laplacian, in 8-bit levels."""
+    gray = cv2.cvtColor(np.ascontiguousarray(crop), cv2.COLOR_RGB2GRAY).astype(np.float32)
+    return float(cv2.Laplacian(gray, cv2.CV_32F).std())
+
+
+def downscaled(images: Sequence[RGB], scales: Sequence[float], least: int) -> list[RGB]:
+    """Each image at each of `scales` (1 and below), as far as its shorter side keeps `least` pixels.
+
+    A photograph is seldom sharp in its last pixel; made smaller, it is.
+    """
+    made = []
+    for image in images:
+        made += [_shrunk(image, scale) for scale in scales if scale == 1 or min(image.shape[:2]) * scale >= least]
+    return made
+
+
+def _shrunk(image: RGB, scale: float) -> RGB:
+    if scale == 1:
+        return image
+    height, width = (round(side * scale) for side in image.shape[:2])
+    return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def hr_from_real(real: Sequence[RGB], crop: int) -> list[RGB]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,18 @@ from torch import nn
 from pdd_cli.errors import InputError
 from pdd_cli.files import atomic_write
 
-_VERSION = 1
+_VERSION = 2
+
+
+@dataclass
+class Guard:
+    """What is watched so that a run can't go wrong unseen."""
+
+    rate_factor: float = 1.0  # halved at each rollback
+    rollbacks: int = 0
+    skipped: int = 0  # steps in a row whose loss was not finite
+    recent: list[float] = field(default_factory=list)  # supervised losses of the last steps
+    best: float = math.inf  # the lowest mean that `recent` has had
 
 
 @dataclass(eq=False)
@@ -25,6 +37,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     discriminator_optimizer: torch.optim.Optimizer
     step: int = 0  # steps done
+    guard: Guard = field(default_factory=Guard)
 
 
 def save_checkpoint(path: Path, state: TrainState, settings: dict[str, Any]) -> None:
@@ -32,6 +45,7 @@ def save_checkpoint(path: Path, state: TrainState, settings: dict[str, Any]) -> 
     content = {
         "version": _VERSION,
         "step": state.step,
+        "guard": asdict(state.guard),
         "settings": settings,
         "specialist": state.specialist.state_dict(),
         "generalist": state.generalist.state_dict(),
@@ -60,7 +74,8 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         if content["rng"]["cuda"] and torch.cuda.device_count() == len(content["rng"]["cuda"]):
             torch.cuda.set_rng_state_all(content["rng"]["cuda"])
         state.step = content["step"]
-    except (KeyError, RuntimeError, ValueError) as error:
+        state.guard = Guard(**content["guard"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path} doesn't fit this run: {error}", "Start anew under another --name.") from error
 
 

@@ -67,6 +67,18 @@ def perceptual_loss(S_s: Features, hr_s: Features) -> Tensor:
     return total
 
 
+def consistency_loss(S_t: Tensor, lr_t: Tensor, scale: int) -> Tensor:
+    """L1 between the low frequencies of S_t, brought back to LR size, and those of its LR input.
+
+    (N, C, h*scale, w*scale) and (N, C, h, w). Both are blurred over 5 LR pixels, so that the LR's noise and blocks are
+    not asked for.
+    """
+    difference = F.avg_pool2d(S_t.float(), scale) - lr_t.float()
+    weights = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=difference.device) / 16
+    kernel = torch.outer(weights, weights).expand(difference.shape[1], 1, 5, 5)
+    return F.conv2d(difference, kernel, groups=difference.shape[1]).abs().mean()
+
+
 def adversarial_loss(logits: Sequence[Tensor], *, real: bool) -> Tensor:
     """Vanilla GAN loss: binary cross-entropy with logits against "all real" or "all fake".
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from pdd_cli.config import AdaptConfig
-from pdd_cli.data.datasets import RGB, Domains, hr_from_real, read_folder
+from pdd_cli.data.datasets import RGB, Domains, downscaled, hr_from_real, read_folder
 from pdd_cli.data.degradations import Degradation
 from pdd_cli.device import Runtime
 from pdd_cli.distillation.checkpoint import TrainState, checkpoint_settings, load_checkpoint, save_checkpoint
@@ -94,6 +94,7 @@ class Run:
             for report in train(
                 self.config, self.state, self.base, self.generalist, self.domains, self.features, self.runtime,
                 save=lambda: save_checkpoint(self.folder.checkpoint, self.state, self._settings()),
+                restore=lambda: load_checkpoint(self.folder.checkpoint, self.state),
                 preview=lambda: self._write_preview(base_panels),
                 should_stop=should_stop,
             ):  # fmt: skip
@@ -102,6 +103,7 @@ class Run:
                     **report.losses,
                     "learning_rate": report.learning_rate,
                     "seconds": report.seconds,
+                    **({"event": report.event} if report.event else {}),
                 }
                 log.write(json.dumps(line) + "\n")
                 log.flush()
@@ -209,7 +211,16 @@ def prepare_run(
             "no --hr-dir given: the synthetic domain's HR is made from your own images by downscaling; "
             "a folder of sharp photographs as --hr-dir gives better results"
         )
-    domains = Domains(real, hr, config.crop, base.scale, Degradation(**config.synthetic.model_dump()), config.seed)
+    synthetic = config.synthetic
+    domains = Domains(
+        real,
+        downscaled(hr, synthetic.hr_scales, hr_crop),
+        config.crop,
+        base.scale,
+        Degradation(synthetic.filters, synthetic.blur, synthetic.noise, synthetic.jpeg),
+        config.seed,
+        config.crop_candidates,
+    )
 
     state = new_state(config, base, generalist, domains, features, runtime)
     _open_folder(folder, config, state, resume=resume, overwrite=overwrite)

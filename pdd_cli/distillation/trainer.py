@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +20,7 @@ from pdd_cli.distillation.losses import (
     DISCRIMINATOR_LAYERS,
     Features,
     adversarial_loss,
+    consistency_loss,
     inter_loss,
     intra_loss,
     perceptual_loss,
@@ -31,6 +31,11 @@ from pdd_cli.models.discriminator import FeatureDiscriminator, UNetDiscriminator
 from pdd_cli.models.features import FeatureNetwork
 from pdd_cli.models.loading import SRModel
 
+_WINDOW = 8  # steps whose mean loss is watched
+_SPIKE = 3.0  # … and how far it may rise above its best
+_MOST_SKIPPED = 3  # in a row
+_MOST_ROLLBACKS = 4
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -40,6 +45,7 @@ class StepReport:
     losses: dict[str, float]
     learning_rate: float
     seconds: float
+    event: str = ""  # what went wrong in this step, and what was done about it
 
 
 def new_state(
@@ -85,26 +91,33 @@ def train(
     runtime: Runtime,
     *,
     save: Callable[[], None],
+    restore: Callable[[], None],
     preview: Callable[[], None],
     should_stop: Callable[[], bool],
 ) -> Iterator[StepReport]:
     """Train `state` from the step that it is at to `config.steps`, yielding a report a step.
 
-    `save` is called every `checkpoint_every` steps, at the end, and when `should_stop` says so after a step, which
-    ends the iteration early. `base` and `generalist` give their networks' scale and size needs. Raises PddError when a
-    loss is no longer finite; the last checkpoint is from before that.
+    `save` is called before the first step, every `checkpoint_every` steps, at the end, and when `should_stop` says so
+    after a step, which ends the iteration early. `base` and `generalist` give their networks' scale and size needs.
+
+    A step whose loss or gradient isn't finite is skipped. After several in a row, or when the supervised loss has
+    risen far above its best, `restore` puts the last checkpoint back into `state`, and the rate is halved. Raises
+    PddError when that doesn't help.
     """
     specialist = replace(base, module=state.specialist)
     frozen = replace(generalist, module=state.generalist)
     D, weights = state.discriminator, config.losses
     ema = config.generalist if config.generalist.mode == "ema" else None
 
+    if state.step == 0:
+        save()
     while state.step < config.steps:
         started = time.perf_counter()
         learning_rate = _set_learning_rates(config, state)
         only_discriminator = state.step < config.discriminator_warmup_steps
         distilling = state.step >= config.discriminator_warmup_steps + config.generalist.warmup_steps
         losses: dict[str, Tensor] = {}
+        healthy = True
 
         # data
         batch = domains.batch(state.step, config.batch_size).to(runtime.device)
@@ -142,12 +155,11 @@ def train(
                 distilled = phi_S_s if ema else {layer: value.detach() for layer, value in phi_S_s.items()}
                 losses["inter"] = inter_loss(distilled, phi_S_t, phi_G_s, phi_G_t)
                 losses["intra"] = intra_loss(distilled, phi_S_t, phi_G_s, phi_G_t)
+                if weights.consistency:
+                    losses["consistency"] = consistency_loss(S[n:], batch.lr_t, base.scale)
             total = sum(getattr(weights, name) * loss for name, loss in losses.items())
             assert isinstance(total, Tensor)
-            _check_finite(total, state.step)
-            state.optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            state.optimizer.step()
+            healthy = _update(state.optimizer, total)
 
         # discriminator: losses and step
         D.requires_grad_(True)
@@ -161,24 +173,28 @@ def train(
             logits = _judge(D, both, phi_both)
         losses["discriminator_real"] = adversarial_loss([one[:n] for one in logits], real=True)
         losses["discriminator_fake"] = adversarial_loss([one[n:] for one in logits], real=False)
-        discriminator_total = losses["discriminator_real"] + losses["discriminator_fake"]
-        _check_finite(discriminator_total, state.step)
-        state.discriminator_optimizer.zero_grad(set_to_none=True)
-        discriminator_total.backward()
-        state.discriminator_optimizer.step()
+        if healthy:
+            healthy = _update(
+                state.discriminator_optimizer, losses["discriminator_real"] + losses["discriminator_fake"]
+            )
 
         # EMA
-        if ema and not only_discriminator:
+        if ema and healthy and not only_discriminator:
             ema_update(state.generalist, state.specialist, ema.decay)
         state.step += 1
 
         # log
         values = {name: float(loss.detach()) for name, loss in losses.items()}
-        yield StepReport(state.step, values, learning_rate, time.perf_counter() - started)
+        done = state.step
+        event = _watch(state, values, healthy, restore)
+        yield StepReport(done, values, learning_rate, time.perf_counter() - started, event)
+        if state.step < done:  # rolled back
+            continue
 
         # checkpoint, preview
         stop = should_stop()
-        if stop or state.step % config.checkpoint_every == 0 or state.step == config.steps:
+        due = state.step % config.checkpoint_every == 0 and healthy  # what a rollback returns to must be sound
+        if stop or due or state.step == config.steps:
             save()
         if state.step % config.preview_every == 0 or state.step == config.steps:
             preview()
@@ -189,13 +205,14 @@ def train(
 def _set_learning_rates(config: AdaptConfig, state: TrainState) -> float:
     """The rates of the coming step: halved at each fraction of the run that lies behind."""
     halvings = sum(state.step >= fraction * config.steps for fraction in config.optimizer.halve_at)
+    factor = state.guard.rate_factor * 0.5**halvings
     for optimizer, rate in (
         (state.optimizer, config.optimizer.learning_rate),
         (state.discriminator_optimizer, config.optimizer.discriminator_learning_rate),
     ):
         for group in optimizer.param_groups:
-            group["lr"] = rate * 0.5**halvings
-    return float(config.optimizer.learning_rate * 0.5**halvings)
+            group["lr"] = rate * factor
+    return float(config.optimizer.learning_rate * factor)
 
 
 def _judge(discriminator: nn.Module, images: Tensor, features: Features) -> list[Tensor]:
@@ -210,9 +227,38 @@ def _part(features: Features, start: int, end: int) -> dict[str, Tensor]:
     return {layer: value[start:end] for layer, value in features.items()}
 
 
-def _check_finite(loss: Tensor, step: int) -> None:
-    if not math.isfinite(float(loss.detach())):
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> bool:
+    """One step of `optimizer` on `loss`; False, and nothing is changed, where loss or gradient isn't finite."""
+    if not torch.isfinite(loss.detach()):
+        return False
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not torch.isfinite(torch.stack([norm.sum() for norm in torch._foreach_norm(gradients)]).sum()):
+        return False
+    optimizer.step()
+    return True
+
+
+def _watch(state: TrainState, losses: Mapping[str, float], healthy: bool, restore: Callable[[], None]) -> str:
+    """Keep the guard's record of this step; roll back where it asks for that. What was done, in words."""
+    guard = state.guard
+    guard.skipped = 0 if healthy else guard.skipped + 1
+    if healthy and "pixel" in losses:
+        guard.recent = [*guard.recent[1 - _WINDOW :], losses["pixel"] + losses["perceptual"]]
+    mean = sum(guard.recent) / _WINDOW if len(guard.recent) == _WINDOW else None
+    spiked = mean is not None and mean > _SPIKE * guard.best
+    if mean is not None:
+        guard.best = min(guard.best, mean)
+    if not spiked and guard.skipped < _MOST_SKIPPED:
+        return "" if healthy else f"step {state.step}: the loss is not finite; the step was skipped"
+    why = f"the losses are {_SPIKE:g} times their best" if spiked else f"{guard.skipped} losses in a row are not finite"
+    failed_at, factor, rollbacks = state.step, guard.rate_factor / 2, guard.rollbacks + 1
+    if rollbacks > _MOST_ROLLBACKS:
         raise PddError(
-            f"the loss is not finite at step {step + 1}: training has diverged",
-            "The last checkpoint is kept. Start anew with a lower rate: --set optimizer.learning_rate=5e-5",
+            f"step {failed_at}: {why}, though the rate has been halved {_MOST_ROLLBACKS} times: training diverges",
+            "The last good state is kept. Start anew with a lower rate: --overwrite --set optimizer.learning_rate=1e-5",
         )
+    restore()
+    state.guard.rate_factor, state.guard.rollbacks = factor, rollbacks
+    return f"step {failed_at}: {why}; back to step {state.step} at {factor:g} of the learning rate"

@@ -1,0 +1,126 @@
+"""A run that can't go wrong unseen: losses that aren't finite, and losses that rise, on a tiny network."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from pdd_cli.config import AdaptConfig
+from pdd_cli.data.datasets import Batch, Domains
+from pdd_cli.device import Runtime
+from pdd_cli.distillation.run import Run, WeightFiles, prepare_run
+from pdd_cli.errors import PddError
+from pdd_cli.models.rrdbnet import RRDBNet
+from tests.test_models import efficientnet_state
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Disturbed(Domains):
+    """Domains whose batches `disturb` changes."""
+
+    disturb: Callable[[int, Batch], Batch] = lambda step, batch: batch
+
+    def batch(self, step: int, size: int) -> Batch:
+        return self.disturb(step, super().batch(step, size))
+
+
+@pytest.fixture
+def prepare(tmp_path: Path) -> Callable[..., Run]:
+    torch.manual_seed(0)
+    save_file(RRDBNet(features=8, blocks=1).state_dict(), tmp_path / "base.safetensors")
+    save_file(efficientnet_state()[1], tmp_path / "features.safetensors")
+    rng = np.random.default_rng(0)
+    for folder, size in (("real", 40), ("hr", 120)):
+        (tmp_path / folder).mkdir()
+        for number in range(2):
+            coarse = rng.integers(0, 256, (size // 8, size // 8, 3), np.uint8)
+            path = tmp_path / folder / f"{number}.png"
+            Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(path)
+
+    def make(disturb: Callable[[int, Batch], Batch], **settings: object) -> Run:
+        config = AdaptConfig(
+            real_dir=tmp_path / "real", hr_dir=tmp_path / "hr", runs_dir=tmp_path / "runs", crop=16, batch_size=1,
+            **{"discriminator": "features", **settings},  # type: ignore[arg-type]
+        )  # fmt: skip
+        files = WeightFiles(
+            tmp_path / "base.safetensors", None, "efficientnet-lite0", tmp_path / "features.safetensors"
+        )
+        runtime = Runtime(torch.device("cpu"), "fp32")
+        run = prepare_run(config, files, runtime, name="r", resume=False, overwrite=True, notify=print)
+        plain = {field.name: getattr(run.domains, field.name) for field in dataclasses.fields(Domains)}
+        return dataclasses.replace(run, domains=Disturbed(**plain, disturb=disturb))
+
+    return make
+
+
+def finite(run: Run) -> bool:
+    networks = (run.state.specialist, run.state.generalist, run.state.discriminator)
+    return all(torch.isfinite(value).all() for network in networks for value in network.state_dict().values())
+
+
+@pytest.mark.parametrize("discriminator", ["unet", "features"])
+def test_a_step_whose_loss_is_not_finite_is_skipped(prepare: Callable[..., Run], discriminator: str) -> None:
+    def disturb(step: int, batch: Batch) -> Batch:
+        return dataclasses.replace(batch, hr_s=batch.hr_s * float("nan")) if step in (2, 3) else batch
+
+    run = prepare(disturb, steps=9, discriminator=discriminator)
+    reports = list(run.train(lambda: False))
+    assert [report.step for report in reports] == list(range(1, 10))
+    assert [bool(report.event) for report in reports] == [step in (3, 4) for step in range(1, 10)]
+    assert "skipped" in reports[2].event
+    assert finite(run)
+    logged = [json.loads(line) for line in run.folder.log.read_text().splitlines()]
+    assert "skipped" in logged[2]["event"]
+
+
+def test_several_in_a_row_go_back_to_the_last_checkpoint_at_half_the_rate(prepare: Callable[..., Run]) -> None:
+    seen = set()
+
+    def disturb(step: int, batch: Batch) -> Batch:
+        first, _ = step not in seen, seen.add(step)
+        return dataclasses.replace(batch, lr_s=batch.lr_s * float("inf")) if step in (6, 7, 8) and first else batch
+
+    run = prepare(disturb, steps=12, checkpoint_every=4, optimizer={"halve_at": ()})
+    reports = list(run.train(lambda: False))
+    assert [report.step for report in reports] == [*range(1, 10), *range(5, 13)]
+    assert "back to step 4 at 0.5" in reports[8].event
+    assert reports[3].learning_rate == 1e-4
+    assert reports[-1].learning_rate == 5e-5
+    assert finite(run)
+
+
+def test_rising_losses_go_back_too(prepare: Callable[..., Run]) -> None:
+    seen = set()
+
+    def disturb(step: int, batch: Batch) -> Batch:
+        first, _ = step not in seen, seen.add(step)
+        return dataclasses.replace(batch, hr_s=batch.hr_s * 200) if step == 13 and first else batch
+
+    run = prepare(disturb, steps=30, checkpoint_every=4)
+    reports = list(run.train(lambda: False))
+    events = [report.event for report in reports if report.event]
+    assert len(events) == 1
+    assert "times their best" in events[0]
+    assert "back to step 12" in events[0]
+    assert reports[-1].step == 30
+
+
+def test_what_never_becomes_finite_ends_with_the_remedy(prepare: Callable[..., Run]) -> None:
+    run = prepare(
+        lambda step, batch: dataclasses.replace(batch, hr_s=batch.hr_s * float("nan")) if step > 5 else batch,
+        steps=20, checkpoint_every=4,
+    )  # fmt: skip
+    with pytest.raises(PddError, match="diverges") as raised:
+        list(run.train(lambda: False))
+    assert "learning_rate" in raised.value.hint
+    saved = torch.load(run.folder.checkpoint, weights_only=True)
+    assert saved["step"] == 4
+    assert all(torch.isfinite(value).all() for value in saved["specialist"].values())
