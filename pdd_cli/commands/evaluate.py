@@ -208,8 +208,7 @@ def _upscaled(settings: EvaluateConfig, console: Console) -> Inputs:
             choose_engine(load_sr_model(file), runtime, "auto"), tile="auto", overlap=32, notify=console.warn
         )
         folder = settings.upscaled_dir / name
-        # PNG whatever the input was: what is scored must be what the model drew.
-        jobs = [Job(lr, folder / f"{path}.png") for lr, path in dataset.name_of.items()]
+        jobs = [Job(lr, folder / png) for lr, png in _png_names(dataset).items()]
         made = outputs.setdefault(name, {})
         with console.progress(transient=True) as progress:
             task = progress.add_task(f"upscale with {name}", total=len(jobs), note="")
@@ -225,6 +224,15 @@ def _upscaled(settings: EvaluateConfig, console: Console) -> Inputs:
             raise InputError("none of the LR images could be upscaled:\n" + "\n".join(problems))
     *others, main = upscaled_sets(dataset, outputs)
     return Inputs((main, *others), problems=tuple(problems))
+
+
+def _png_names(dataset: Dataset) -> dict[Path, str]:
+    """Where each output goes: PNG whatever the input was, for what is scored must be what the model drew."""
+    from collections import Counter
+
+    plain = {lr: str(Path(name).with_suffix(".png")) for lr, name in dataset.name_of.items()}
+    counts = Counter(plain.values())
+    return {lr: name if counts[name] == 1 else f"{dataset.name_of[lr]}.png" for lr, name in plain.items()}
 
 
 def _computable(infos: Sequence[MetricInfo], inputs: Inputs) -> tuple[list[MetricInfo], dict[str, str]]:

@@ -70,19 +70,19 @@ def _summary(report: Report) -> str:
 
 
 def _means(report: Report) -> str:
-    """Models x metrics, and the differences with their intervals."""
-    head = "".join(f'<th scope="col">{_title(metric)}</th>' for metric in report.metrics)
+    """Metrics x models, and the differences with their intervals: a row a metric, which fits a phone."""
+    sets = [*report.baselines, report.main]
+    titles = [*(one.name for one in sets), *(f"{report.main.name} − {baseline.name}" for baseline in report.baselines)]
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
+    known = {(one.metric, one.theirs): one for one in report.comparisons}
     rows = [
-        f'<tr><th scope="row">{escape(one.name)}</th>'
-        + "".join(f"<td>{_number(one.mean(metric))}</td>" for metric in report.metrics)
+        f'<tr><th scope="row">{_title(metric)}</th>'
+        + "".join(f"<td>{_number(one.mean(metric))}</td>" for one in sets)
+        + "".join(_difference(known.get((metric, baseline.name))) for baseline in report.baselines)
         + "</tr>"
-        for one in [*report.baselines, report.main]
+        for metric in report.metrics
     ]
-    for baseline in report.baselines:
-        known = {one.metric: one for one in report.against(baseline)}
-        cells = "".join(_difference(known.get(metric)) for metric in report.metrics)
-        rows.append(f'<tr><th scope="row">{escape(f"{report.main.name} − {baseline.name}")}</th>{cells}</tr>')
-    return f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f"<thead><tr><th>mean</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
 
 
 def _difference(one: Comparison | None) -> str:
@@ -194,7 +194,7 @@ def _card(report: Report, name: str, group: str) -> dict[str, Any] | None:
     views = [(label, pixels) for label, pixels in [*views, (report.main.name, sr)] if pixels.shape[:2] == size]
     if hr is not None and hr.shape[:2] == size:
         views.append(("HR", hr))
-    x, y, width, height = _window(sr, views[0][1] if len(views) > 1 else None)
+    x, y, width, height = _window(sr, next((pixels for _, pixels in views if pixels is not sr), None))
     encoded = [
         {"label": label, "src": _webp(Image.fromarray(pixels[y : y + height, x : x + width]))}
         for label, pixels in views

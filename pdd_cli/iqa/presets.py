@@ -72,10 +72,12 @@ def _realsr(root: Path) -> Dataset:
 
 def _videolq(root: Path) -> Dataset:
     images = find_images(root)
-    frames = [path for path in images if path.parent != root]
+    # A folder that holds clips, the root or one below it, is none itself.
+    above = {root, *(parent for path in images for parent in path.parent.parents)}
+    frames = [path for path in images if path.parent not in above]
     if not frames:
         raise InputError(f"--root {root}: no folders of frames in it (000/00000000.png, …)")
-    outside = tuple(f"{path}: not in the folder of a clip, left out" for path in images if path.parent == root)
+    outside = tuple(f"{path}: not in the folder of a clip, left out" for path in images if path.parent in above)
     clips: dict[Path, list[int]] = {}
     for path in frames:
         if path.stem.isdecimal():
