@@ -269,12 +269,39 @@ def test_the_list_of_metrics_says_whose_weights_are_here(hub: Path) -> None:
     assert listed["psnr"] == {"name": "psnr", "reference": "full", "better": "higher", "range": "~0, ~40",
                               "weights": "needs none"}  # fmt: skip
     assert listed["niqe"]["better"] == "lower"
-    assert {name for name in pyiqa.list_models() if "fid" not in name and name != "inception_score"} < set(listed)
+    assert set(pyiqa.list_models()) < set(listed)
     assert listed["niqe"]["weights"] == listed["lpips"]["weights"] == "not here"
     hub.mkdir(parents=True)
     (hub / "LPIPS_v0.1_alex-df73285e.pth").touch()
     here = weights_here()
     assert (here["lpips"], here["lpips-vgg"], here["niqe"]) == ("here", "not here", "not here")
+
+
+def test_metrics_of_whole_sets_are_pyiqas(sets: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The real network; its published weights can't be had from a package index, so random ones.
+    from pyiqa.archs import inception
+
+    with monkeypatch.context() as patched:
+        patched.setattr(inception, "load_pretrained_network", lambda network, url: None)
+        torch.manual_seed(0)
+        state = inception.fid_inception_v3().state_dict()
+    hub.mkdir(parents=True)
+    torch.save(state, hub / Path(inception.FID_WEIGHTS_URL).name)
+    for folder in ("good", "poor"):
+        for index in range(3, 8):
+            (sets / folder / f"{index}.png").unlink()
+    code, document, err = evaluate(sets / "good", "--baseline", sets / "poor", "--metrics", "inception_score,entropy",
+                                   "--offline")  # fmt: skip
+    assert code == 0, err
+    direct = pyiqa.create_metric("inception_score", device="cpu")
+    expected = {
+        name: direct(str(sets / name), num_workers=0, verbose=False)["inception_score_mean"]
+        for name in ("good", "poor")
+    }
+    metric = document["metrics"][0]  # type: ignore[index]
+    assert metric["of"] == "set"
+    assert metric["mean"] == pytest.approx(expected["good"], rel=1e-6)
+    assert metric["baselines"]["poor"] == pytest.approx(expected["poor"], rel=1e-6)
 
 
 # --- data sets --------------------------------------------------------------------------------------------------

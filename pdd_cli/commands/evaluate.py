@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pdd_cli.console import Console
-from pdd_cli.errors import CheckFailed, DownloadError, InputError, PartialFailure
+from pdd_cli.errors import CheckFailed, DownloadError, InputError, PartialFailure, PddError
 
 if TYPE_CHECKING:
     from pdd_cli.config import EvaluateConfig
@@ -140,14 +140,15 @@ def evaluate(
         loaded, lacking = load_metrics(wanted, device=target, offline=settings.offline, on_event=on_event)
     if not loaded:
         raise _summed(lacking)
-    main, *baselines = (_score(one, loaded, settings, console) for one in inputs.sets)
-    report = Report(list(loaded), main, baselines, settings.crop_border, skipped)
+    failed: list[str] = []
+    main, *baselines = (_score(one, loaded, settings, console, failed) for one in inputs.sets)
+    report = Report(list(loaded), main, baselines, settings.crop_border, skipped, failed)
     _show(report, console)
     if settings.output is not None:
         write_report(settings.output, report)
         console.say(f"report written to {settings.output}")
     console.result(report.as_document())
-    _conclude(report, settings, console, [*inputs.problems, *_problems(report)], lacking)
+    _conclude(report, settings, console, [*inputs.problems, *failed, *_problems(report)], lacking)
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
@@ -255,8 +256,15 @@ def _computable(infos: Sequence[MetricInfo], inputs: Inputs) -> tuple[list[Metri
 # --- scoring and telling ----------------------------------------------------------------------------------------
 
 
-def _score(images: ImageSet, loaded: dict[MetricInfo, object], settings: EvaluateConfig, console: Console) -> ScoredSet:
-    from pdd_cli.iqa.metrics import score
+def _score(
+    images: ImageSet,
+    loaded: dict[MetricInfo, object],
+    settings: EvaluateConfig,
+    console: Console,
+    failed: list[str],
+) -> ScoredSet:
+    """The scores of one set; `failed` gets what could not be computed of it as a whole."""
+    from pdd_cli.iqa.metrics import score, score_set
     from pdd_cli.iqa.report import ScoredSet
 
     items = list(images.items.values())
@@ -271,7 +279,14 @@ def _score(images: ImageSet, loaded: dict[MetricInfo, object], settings: Evaluat
         ):
             scored.append(scores)
             progress.update(task, advance=1)
-    return ScoredSet(images.name, dict(zip(images.items, scored, strict=True)))
+    together = {}
+    for info, metric in loaded.items():
+        if info.of_sets:
+            try:
+                together[info.name] = score_set(items, info, metric)
+            except PddError as error:
+                failed.append(f"{images.name}: {error.message}")
+    return ScoredSet(images.name, dict(zip(images.items, scored, strict=True)), together)
 
 
 def _problems(report: Report) -> list[str]:
@@ -362,22 +377,19 @@ def _list_metrics(console: Console) -> None:
     from rich.table import Column, Table
 
     from pdd_cli.iqa.metrics import CONSISTENCY, DRIFT, metric_infos
-    from pdd_cli.weights.metrics import is_of_folders, metric_names, weights_here
+    from pdd_cli.weights.metrics import metric_names, weights_here
 
     kinds = {"none": "no reference", "full": "ground truth", "lr": "LR input"}
     here = weights_here()
     rows = [
-        *(
-            (info, here[info.name])
-            for info in metric_infos([name for name in metric_names() if not is_of_folders(name)])
-        ),
+        *((info, here[info.name]) for info in metric_infos(metric_names())),
         (CONSISTENCY, "needs none"),
         (DRIFT, "needs none"),
     ]
     table = Table("metric", "compares with", "better", "range", Column("weights", overflow="fold"))
     for info, state in rows:
-        table.add_row(info.name, kinds[info.reference], "lower" if info.lower_better else "higher",
-                      info.value_range, state)  # fmt: skip
+        compares = "HR, as a set" if info.of_sets and info.reference == "full" else kinds[info.reference]
+        table.add_row(info.name, compares, "lower" if info.lower_better else "higher", info.value_range, state)
     console.table(table)
     console.say(
         f"pyiqa {version('pyiqa')}, for non-commercial use (PolyForm Noncommercial; parts: S-Lab). Ranges are rough. "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,14 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pdd_cli.device import available_memory
 from pdd_cli.errors import DownloadError, InputError, PddError
-from pdd_cli.images import Picture, image_size, read_image
+from pdd_cli.images import Picture, image_size, read_image, write_image
 from pdd_cli.iqa.consistency import Array, colour_drift, downscale_consistency
 from pdd_cli.weights.fetch import OnEvent
 from pdd_cli.weights.metrics import check_names, is_of_folders, load_metric, metric_config, quiet
 
-# Formulas hold some twenty maps of an image in float64: about 8 GB for this many pixels at a time.
-_PIXELS_AT_ONCE = 16_000_000
+# What the hungriest formula, ssim, takes for a pixel (measured); and the share of the free memory that images computed
+# at the same time may take. One image at a time is always computed.
+_BYTES_PER_PIXEL = 1000
+_MEMORY_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class MetricInfo:
     lower_better: bool
     value_range: str
     unit: str = ""
+    of_sets: bool = False  # scores a set of images as a whole (fid), with the set of their HR images where it compares
 
     @property
     def arrow(self) -> str:
@@ -72,23 +76,23 @@ class ImageScores:
 
 
 def metric_infos(names: Sequence[str]) -> list[MetricInfo]:
-    """The metrics `names`. Raises InputError for one that pyiqa doesn't have, or that scores sets of images only."""
+    """The metrics `names`. Raises InputError for one that pyiqa doesn't have."""
     check_names([name for name in names if name not in _OWN])
     infos = []
     for name in dict.fromkeys(names):
         if name in _OWN:
             infos.append(_OWN[name][0])
             continue
-        if is_of_folders(name):
-            raise InputError(f"--metrics: {name} scores a set of images as a whole, which pdd doesn't do yet")
         config = metric_config(name)
+        compares = config["metric_mode"] == "FR" or "fid" in name
         infos.append(
             MetricInfo(
                 name,
-                reference="full" if config["metric_mode"] == "FR" else "none",
+                reference="full" if compares else "none",
                 lower_better=bool(config.get("lower_better", False)),
                 value_range=str(config.get("score_range", "")),
                 unit="dB" if name.startswith("psnr") else "",
+                of_sets=is_of_folders(name),
             )
         )
     return infos
@@ -126,6 +130,7 @@ def score(
     one core each. Networks take all cores, or the GPU, and run one after the other. stdout is silent until the
     iterator is exhausted, for metrics print.
     """
+    metrics = {info: metric for info, metric in metrics.items() if not info.of_sets}
     formulas = {info: metric for info, metric in metrics.items() if _is_formula(metric)}
     networks = {info: metric for info, metric in metrics.items() if info not in formulas}
     threads = torch.get_num_threads()
@@ -154,6 +159,32 @@ def score(
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
+
+
+def score_set(items: Sequence[Item], info: MetricInfo, metric: Any) -> float:
+    """The score of all items together by a metric `of_sets`. Raises PddError where it can't be computed."""
+    if info.reference == "full":
+        items = [item for item in items if item.reference]
+    with tempfile.TemporaryDirectory() as name:
+        folders = Path(name, "sr"), Path(name, "hr")
+        for index, item in enumerate(items):
+            for folder, path in zip(folders, (item.image, item.reference), strict=True):
+                folder.mkdir(exist_ok=True)
+                if path is not None:
+                    # pyiqa reads what its own reader knows: alpha, 16 bits and orientation are settled before.
+                    pixels = (_rgb(read_image(path)) * 255).round().astype(np.uint8)
+                    write_image(folder / f"{index:08}.png", Picture(pixels))
+        places = [str(folder) for folder in (folders if info.reference == "full" else folders[:1])]
+        try:
+            with quiet():
+                result = metric(*places, num_workers=0, verbose=False)
+        except Exception as error:
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise PddError(f"{info.name} of the {len(items)} images: the metric failed: {text}") from error
+    value = float(result["inception_score_mean"] if isinstance(result, dict) else result)
+    if not math.isfinite(value):
+        raise PddError(f"{info.name} of the {len(items)} images: the metric gives {value}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -274,7 +305,8 @@ def _workers(items: Sequence[Item], threads: int) -> int:
         except PddError:
             continue  # told when its turn comes
         largest = max(largest, width * height)
-    return max(1, min(threads, os.cpu_count() or 1, _PIXELS_AT_ONCE // largest))
+    memory = available_memory(torch.device("cpu")) * _MEMORY_SHARE
+    return max(1, min(threads, int(memory // (_BYTES_PER_PIXEL * largest))))
 
 
 def _take_threads(count: int) -> None:

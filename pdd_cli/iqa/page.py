@@ -128,7 +128,7 @@ def _problems(report: Report) -> str:
     told = dict.fromkeys(
         problem for one in report.sets for scores in one.images.values() for problem in scores.problems.values()
     )
-    lines = [*(f"{name} was skipped: it {reason}" for name, reason in report.skipped.items()), *told]
+    lines = [*(f"{name} was skipped: it {reason}" for name, reason in report.skipped.items()), *report.failed, *told]
     if not lines:
         return ""
     return f"<h2>Not scored</h2><ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +23,11 @@ FORMATS = (".csv", ".json", ".html")
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """One set of SR images: its scores by the image's name."""
+    """One set of SR images: its scores by the image's name; `together`, those of the set as a whole by metric."""
 
     name: str
     images: Mapping[str, ImageScores]
+    together: Mapping[str, float] = field(default_factory=dict)
 
     def values(self, metric: MetricInfo) -> dict[str, float]:
         """The scores by image, of those that have one."""
@@ -35,7 +36,9 @@ class ScoredSet:
         }
 
     def mean(self, metric: MetricInfo) -> float | None:
-        """The mean over the images that have a score; None where none has."""
+        """The mean over the images that have a score, or the score of the whole set; None where there is none."""
+        if metric.of_sets:
+            return self.together.get(metric.name)
         values = self.values(metric).values()
         return sum(values) / len(values) if values else None
 
@@ -49,6 +52,7 @@ class Report:
     baselines: Sequence[ScoredSet]
     crop_border: int
     skipped: Mapping[str, str]  # metrics that were not computed, and why
+    failed: Sequence[str] = ()  # what could not be computed of a set as a whole
 
     @property
     def sets(self) -> list[ScoredSet]:
@@ -90,6 +94,7 @@ class Report:
                 {
                     "name": metric.name,
                     "reference": metric.reference,
+                    "of": "set" if metric.of_sets else "image",
                     "better": "lower" if metric.lower_better else "higher",
                     "range": metric.value_range,
                     "unit": metric.unit,
@@ -100,6 +105,7 @@ class Report:
                 for metric in self.metrics
             ],
             "skipped": dict(self.skipped),
+            "failed": list(self.failed),
             "verdicts": {baseline.name: self.verdict(baseline) for baseline in self.baselines},
             "comparisons": [
                 {
