@@ -39,6 +39,12 @@ class ResourceError(PddError):
     exit_code = 5
 
 
+class CheckFailed(PddError):  # noqa: N818 - the run did finish
+    """A check that was asked for does not hold (`pdd evaluate --fail-if-worse`)."""
+
+    exit_code = 6
+
+
 class Interrupted(PddError):  # noqa: N818 - asked for by the user
     """Stopped by Ctrl-C or SIGTERM after the state was saved."""
 

@@ -294,7 +294,7 @@ def test_a_metric_without_a_value_is_told(tmp_path: Path) -> None:
         (["sr", "--gt-dir", "nowhere", "--metrics", "psnr"], ["--gt-dir nowhere"]),
         (["sr", "--gt-dir", "other", "--metrics", "psnr"], ["has the name", "other"]),
         (["sr", "--metrics", "entropy", "--crop-border", "40"], ["--crop-border 40"]),
-        (["sr", "--metrics", "fid"], ["fid"]),
+        (["sr", "--metrics", "fid"], ["fid", "--gt-dir"]),
         (["sr", "--device", "cuda:9"], ["--device cuda:9"]),
     ],
 )

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from pdd_cli.console import Console
-from pdd_cli.errors import DownloadError, InputError, PartialFailure
+from pdd_cli.errors import CheckFailed, DownloadError, InputError, PartialFailure, PddError
 
 if TYPE_CHECKING:
     from pdd_cli.config import EvaluateConfig
-    from pdd_cli.iqa.metrics import ImageScores, Item, MetricInfo
-    from pdd_cli.iqa.report import Report
+    from pdd_cli.iqa.inputs import ImageSet, Inputs
+    from pdd_cli.iqa.metrics import ImageScores, MetricInfo
+    from pdd_cli.iqa.presets import Dataset
+    from pdd_cli.iqa.report import Report, ScoredSet
 
 _ROWS = 60  # of the table on screen; the rest is in --output
 
@@ -27,13 +29,45 @@ def evaluate(
     gt_dir: Annotated[
         Path | None, typer.Option(help="Ground truth (HR originals), image or folder; paired by name.")
     ] = None,
+    lr_dir: Annotated[
+        Path | None,
+        typer.Option(help="The LR inputs, image or folder: adds downscale consistency and colour drift."),
+    ] = None,
+    baseline: Annotated[
+        list[Path] | None, typer.Option(help="Other SR images of the same inputs to compare with; repeatable.")
+    ] = None,
+    fail_if_worse: Annotated[
+        str | None,
+        typer.Option(help="Exit code 6 when a baseline is clearly better by one of these metrics.", metavar="A,B,…"),
+    ] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="Metrics of pyiqa, for example niqe,psnr,lpips. [default: niqe]", metavar="A,B,…")
+        str | None,
+        typer.Option(
+            help="Metrics of pyiqa, for example niqe,psnr,lpips; `list` shows all. [default: niqe]", metavar="A,B,…"
+        ),
+    ] = None,
+    dataset: Annotated[
+        Literal["realsr", "drealsr", "ntire20", "dped", "videolq"] | None,
+        typer.Option(help="LR and HR images from --root in the layout this data set is published in."),
+    ] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder that --dataset was unpacked into.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Upscale the LR images (--lr-dir or --dataset) with each of these, then score; the last one is "
+            "compared with the others.",
+            metavar="A,B,…",
+        ),
+    ] = None,
+    upscaled_dir: Annotated[
+        Path | None, typer.Option(help="Where --weights puts the images, a folder a model. [default: upscaled]")
     ] = None,
     crop_border: Annotated[
         int | None, typer.Option(help="Pixels to leave out at each side. [default: 0]", show_default=False)
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write all scores to this .csv or .json file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the report: a page to look at (.html), or all scores (.csv, .json).")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. [default: auto]")] = None,
     offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
     config: Annotated[
@@ -42,9 +76,9 @@ def evaluate(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting: key.path=value; repeatable.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Score images with any metric of pyiqa, with ground truth or without.
+    """Score images with any metric of pyiqa, with ground truth or without, and compare them with others.
 
-    A metric that needs ground truth is passed over where --gt-dir isn't given. Images that can't be read or compared
+    A metric that needs ground truth is passed over where there is none. Images that can't be read or compared
     are named; the others are scored (exit code 3).
     """
     from pdd_cli.config import EvaluateConfig, resolve
@@ -56,7 +90,14 @@ def evaluate(
         options={
             "sr_dir": sr_dir,
             "gt_dir": gt_dir,
-            "metrics": tuple(part.strip() for part in metrics.split(",") if part.strip()) if metrics else None,
+            "lr_dir": lr_dir,
+            "baseline": tuple(baseline) if baseline else None,
+            "fail_if_worse": _names(fail_if_worse),
+            "metrics": _names(metrics),
+            "dataset": dataset,
+            "root": root,
+            "weights": _names(weights),
+            "upscaled_dir": upscaled_dir,
             "crop_border": crop_border,
             "output": output,
             "device": device,
@@ -65,27 +106,33 @@ def evaluate(
         overrides=set_ or (),
         file=config,
     )
+    if settings.metrics == ("list",):
+        _list_metrics(console)
+        return
 
     from pdd_cli.device import choose_runtime
     from pdd_cli.iqa.metrics import load_metrics, metric_infos
     from pdd_cli.iqa.report import Report, check_format, write_report
 
+    # What can be wrong with the options is told before anything is upscaled or fetched.
     if settings.output is not None:
         check_format(settings.output)
     infos = metric_infos(settings.metrics)
     target = str(choose_runtime(settings.device).device)
-    items, problems = _items(settings, console)
-    skipped = {}
-    if all(item.reference is None for item in items):
-        skipped = {info.name: "needs ground truth: add --gt-dir DIR" for info in infos if info.full_reference}
+    inputs = _upscaled(settings, console) if settings.weights else _gathered(settings)
+    for note in inputs.notes:
+        console.say(note)
+    wanted, skipped = _computable(infos, inputs)
     for name, reason in skipped.items():
         console.warn(f"{name} is skipped: it {reason}")
-    wanted = [info for info in infos if info.name not in skipped]
     if not wanted:
         raise InputError(
-            f"nothing to compute: {', '.join(skipped)} compare with ground truth",
+            f"nothing to compute: {', '.join(skipped)} compare with images that aren't given",
             "Add --gt-dir DIR, or a metric without reference, such as niqe.",
         )
+    missing = [name for name in settings.fail_if_worse if name not in [info.name for info in wanted]]
+    if missing:
+        raise InputError(f"--fail-if-worse {', '.join(missing)}: not computed", "Name it in --metrics, too.")
 
     from pdd_cli.commands._fetching import fetch_progress
 
@@ -93,140 +140,277 @@ def evaluate(
         loaded, lacking = load_metrics(wanted, device=target, offline=settings.offline, on_event=on_event)
     if not loaded:
         raise _summed(lacking)
-    images = _score(items, loaded, settings, console)
-    report = Report(list(loaded), images, settings.crop_border, skipped)
-    _show(report, settings, console)
+    failed: list[str] = []
+    main, *baselines = (_score(one, loaded, settings, console, failed) for one in inputs.sets)
+    report = Report(list(loaded), main, baselines, settings.crop_border, skipped, failed)
+    _show(report, console)
     if settings.output is not None:
         write_report(settings.output, report)
-        console.say(f"scores written to {settings.output}")
+        console.say(f"report written to {settings.output}")
     console.result(report.as_document())
-    problems += [problem for scores in images for problem in dict.fromkeys(scores.problems.values())]
-    for problem in problems:
-        console.warn(problem)
-    if lacking:
-        raise _summed(lacking)
-    if problems:
-        raise PartialFailure(f"{len(problems)} images have no score, or not all", "The others are done.")
+    _conclude(report, settings, console, [*inputs.problems, *failed, *_problems(report)], lacking)
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return tuple(part.strip() for part in text.split(",") if part.strip()) if text else None
 
 
 def _summed(errors: Sequence[DownloadError]) -> DownloadError:
     return DownloadError("\n".join(error.message for error in errors), "\n       ".join(error.hint for error in errors))
 
 
-def _items(settings: EvaluateConfig, console: Console) -> tuple[list[Item], list[str]]:
-    """What to score, with ground truth where it is given; and what can't be paired."""
-    from pdd_cli.images import find_images
-    from pdd_cli.iqa.metrics import Item
-    from pdd_cli.iqa.pairing import pair
+# --- what is scored ---------------------------------------------------------------------------------------------
 
-    images, root = _images(settings.sr_dir, console)
-    if settings.gt_dir is None:
-        return [Item(image) for image in images], []
-    if not settings.gt_dir.exists():
-        raise InputError(f"--gt-dir {settings.gt_dir}: no such file or folder")
-    if settings.gt_dir.is_file():
-        if len(images) != 1:
-            raise InputError(
-                f"--gt-dir {settings.gt_dir} is one file, but there are {len(images)} images to score",
-                "Name the folder of the originals.",
-            )
-        return [Item(images[0], settings.gt_dir)], []
-    references = find_images(settings.gt_dir)
-    pairing = pair(images, root, references, settings.gt_dir)
-    if not pairing.pairs:
-        raise InputError(
-            f"no image in {root} has the name of one in --gt-dir {settings.gt_dir}",
-            f"For example {images[0].name} would need a ground truth named {images[0].stem}.*",
+
+def _gathered(settings: EvaluateConfig) -> Inputs:
+    from pdd_cli.iqa.inputs import gather
+
+    return gather(
+        settings.sr_dir,
+        gt=settings.gt_dir,
+        lr=settings.lr_dir,
+        baselines=settings.baseline,
+        dataset=_dataset(settings),
+    )
+
+
+def _dataset(settings: EvaluateConfig) -> Dataset | None:
+    from pdd_cli.iqa.presets import find_dataset
+
+    if settings.dataset is None or settings.root is None:
+        return None
+    return find_dataset(settings.dataset, settings.root)
+
+
+def _upscaled(settings: EvaluateConfig, console: Console) -> Inputs:
+    """The sets that --weights make; the last named is the one that is judged."""
+    from pdd_cli.commands._fetching import fetch_progress
+    from pdd_cli.device import choose_runtime
+    from pdd_cli.inference.batch import Job, run_jobs
+    from pdd_cli.inference.engines import choose_engine
+    from pdd_cli.inference.upscaler import Upscaler
+    from pdd_cli.iqa.inputs import Inputs, folders_as_dataset, upscaled_sets
+    from pdd_cli.models.loading import load_sr_model
+    from pdd_cli.weights.fetch import ensure
+    from pdd_cli.weights.store import Store
+
+    dataset = _dataset(settings) or folders_as_dataset(settings.lr_dir or Path(), settings.gt_dir)
+    runtime = choose_runtime(settings.device)
+    with fetch_progress(console) as on_event:
+        files = [
+            ensure(name, store=Store.default(), offline=settings.offline, on_event=on_event)
+            for name in settings.weights
+        ]
+    outputs: dict[str, dict[Path, Path]] = {}
+    problems = list(dataset.problems)
+    for weights, file in zip(settings.weights, files, strict=True):
+        name = Path(weights).stem if Path(weights).suffix else weights
+        upscaler = Upscaler(
+            choose_engine(load_sr_model(file), runtime, "auto"), tile="auto", overlap=32, notify=console.warn
         )
-    problems = []
-    for image in pairing.unmatched:
-        several = [str(path) for path in pairing.ambiguous.get(image, ())]
-        why = f"several in {settings.gt_dir} could be its ground truth: {', '.join(several)}" if several else (
-            f"no ground truth of that name in {settings.gt_dir}"
-        )  # fmt: skip
-        problems.append(f"{image}: {why}")
-    if pairing.unused:
-        console.warn(
-            f"{len(pairing.unused)} of {len(references)} images in {settings.gt_dir} have no counterpart to score: "
-            + ", ".join(path.name for path in pairing.unused[:5])
-            + (", …" if len(pairing.unused) > 5 else "")
-        )
-    return [Item(image, pairing.pairs.get(image)) for image in images], problems
+        folder = settings.upscaled_dir / name
+        jobs = [Job(lr, folder / png) for lr, png in _png_names(dataset).items()]
+        made = outputs.setdefault(name, {})
+        with console.progress(transient=True) as progress:
+            task = progress.add_task(f"upscale with {name}", total=len(jobs), note="")
+            # Always anew: what lies there may be from an earlier training of the same name.
+            for result in run_jobs(jobs, upscaler, overwrite=True, quality=95):
+                progress.update(task, advance=1, note=result.job.source.name)
+                if result.status == "failed":
+                    problems.append(f"{name}: {result.problem}")
+                else:
+                    made[result.job.source] = result.job.target
+        console.say(f"{len(made)} of {len(jobs)} images upscaled with {name} to {folder}")
+        if not made:
+            raise InputError("none of the LR images could be upscaled:\n" + "\n".join(problems))
+    *others, main = upscaled_sets(dataset, outputs)
+    return Inputs((main, *others), problems=tuple(problems))
 
 
-def _images(sr_dir: Path | None, console: Console) -> tuple[list[Path], Path]:
-    """The images to score, and the folder that their names are relative to."""
-    import os
+def _png_names(dataset: Dataset) -> dict[Path, str]:
+    """Where each output goes: PNG whatever the input was, for what is scored must be what the model drew."""
+    from collections import Counter
 
-    from pdd_cli.images import find_images
-    from pdd_cli.latest import latest_upscale
+    plain = {lr: str(Path(name).with_suffix(".png")) for lr, name in dataset.name_of.items()}
+    counts = Counter(plain.values())
+    return {lr: name if counts[name] == 1 else f"{dataset.name_of[lr]}.png" for lr, name in plain.items()}
 
-    if sr_dir is None:
-        latest = latest_upscale()
-        if latest is None:
-            raise InputError(
-                "nothing to score: no folder was given, and there is no earlier `pdd upscale`",
-                "pdd evaluate SR_DIR",
-            )
-        images = [pair.sr for pair in latest.pairs if pair.sr.is_file()]
-        if not images:
-            raise InputError(
-                f"the outputs of the latest `pdd upscale`, in {latest.output}, are gone", "pdd evaluate SR_DIR"
-            )
-        console.say(f"scoring what the latest `pdd upscale` made: {latest.output}, weights {latest.weights}")
-        parents = [str(image.parent) for image in images]
-        return images, Path(os.path.commonpath(parents))
-    if sr_dir.is_file():
-        return [sr_dir], sr_dir.parent
-    if not sr_dir.exists():
-        raise InputError(f"{sr_dir}: no such file or folder")
-    images = find_images(sr_dir)
-    if not images:
-        raise InputError(f"{sr_dir}: no images in it", "pdd reads PNG, JPEG, WebP, TIFF and BMP files.")
-    return images, sr_dir
+
+def _computable(infos: Sequence[MetricInfo], inputs: Inputs) -> tuple[list[MetricInfo], dict[str, str]]:
+    """The metrics to compute (ours too, where LR inputs are known), and why the others can't be."""
+    from pdd_cli.iqa.metrics import CONSISTENCY, DRIFT
+
+    items = inputs.sets[0].items.values()
+    lacking = {}
+    if not any(item.reference for item in items):
+        lacking["full"] = "needs ground truth: add --gt-dir DIR"
+    if not any(item.lr for item in items):
+        lacking["lr"] = "needs the LR inputs: add --lr-dir DIR"
+    wanted = list(dict.fromkeys([*infos, *([] if "lr" in lacking else [CONSISTENCY, DRIFT])]))
+    return (
+        [info for info in wanted if info.reference not in lacking],
+        {info.name: lacking[info.reference] for info in wanted if info.reference in lacking},
+    )
+
+
+# --- scoring and telling ----------------------------------------------------------------------------------------
 
 
 def _score(
-    items: Sequence[Item], loaded: dict[MetricInfo, object], settings: EvaluateConfig, console: Console
-) -> list[ImageScores]:
-    from pdd_cli.iqa.metrics import score
+    images: ImageSet,
+    loaded: dict[MetricInfo, object],
+    settings: EvaluateConfig,
+    console: Console,
+    failed: list[str],
+) -> ScoredSet:
+    """The scores of one set; `failed` gets what could not be computed of it as a whole."""
+    from pdd_cli.iqa.metrics import score, score_set
+    from pdd_cli.iqa.report import ScoredSet
 
+    items = list(images.items.values())
+    scored: list[ImageScores] = []
     with console.progress(transient=True) as progress:
-        task = progress.add_task("evaluate", total=len(items), note="")
-        images = []
+        task = progress.add_task(f"score {images.name}", total=len(items), note="")
         for scores in score(
             items,
             loaded,
             crop_border=settings.crop_border,
             on_start=lambda item: progress.update(task, note=item.image.name),
         ):
-            images.append(scores)
+            scored.append(scores)
             progress.update(task, advance=1)
-    return images
+    together = {}
+    for info, metric in loaded.items():
+        if info.of_sets:
+            try:
+                together[info.name] = score_set(items, info, metric)
+            except PddError as error:
+                failed.append(f"{images.name}: {error.message}")
+    return ScoredSet(images.name, dict(zip(images.items, scored, strict=True)), together)
 
 
-def _show(report: Report, settings: EvaluateConfig, console: Console) -> None:
+def _problems(report: Report) -> list[str]:
+    return [
+        problem
+        for one in report.sets
+        for scores in one.images.values()
+        for problem in dict.fromkeys(scores.problems.values())
+    ]
+
+
+def _show(report: Report, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Column, Table
 
     table = Table(
         Column("image", overflow="fold", footer="mean"),
         *(
-            Column(f"{metric.name} {metric.arrow}", justify="right", footer=_number(report.mean(metric)))
+            Column(f"{metric.name} {metric.arrow}", justify="right", footer=_number(report.main.mean(metric)))
             for metric in report.metrics
         ),
         show_footer=True,
+        title=escape(report.main.name) if report.baselines else None,
     )
-    for scores in report.images[:_ROWS]:
-        values = [_number(scores.values.get(metric.name)) for metric in report.metrics]
-        table.add_row(escape(_short(scores.item.image, settings.sr_dir)), *values)
+    for name, scores in list(report.main.images.items())[:_ROWS]:
+        table.add_row(escape(name), *(_number(scores.values.get(metric.name)) for metric in report.metrics))
     console.table(table)
-    if len(report.images) > _ROWS:
-        console.say(f"{len(report.images) - _ROWS} more images are not shown: --output scores.csv has them all")
+    if len(report.main.images) > _ROWS:
+        console.say(f"{len(report.main.images) - _ROWS} more images are not shown: --output scores.csv has them all")
+    if report.baselines:
+        _show_comparison(report, console)
 
 
-def _short(image: Path, root: Path | None) -> str:
-    return str(image.relative_to(root)) if root is not None and root.is_dir() else image.name
+def _show_comparison(report: Report, console: Console) -> None:
+    """Models x metrics; below, the difference to each baseline with its interval; then the verdicts in words."""
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    table = Table(
+        "mean over images",
+        *(Column(f"{metric.name} {metric.arrow}", justify="right") for metric in report.metrics),
+        title="comparison, with 95 % intervals of the mean difference",
+    )
+    for one in [*report.baselines, report.main]:
+        table.add_row(escape(one.name), *(_number(one.mean(metric)) for metric in report.metrics))
+    for baseline in report.baselines:
+        known = {one.metric: one for one in report.against(baseline)}
+        cells = [
+            f"{known[metric].mean:+.4f}\n{known[metric].low:+.4f} … {known[metric].high:+.4f}\n"
+            f"better {known[metric].wins}, worse {known[metric].losses}"
+            if metric in known
+            else "–"
+            for metric in report.metrics
+        ]
+        table.add_section()
+        table.add_row(escape(f"{report.main.name} − {baseline.name}"), *cells)
+    console.table(table)
+    for baseline in report.baselines:
+        console.say(report.verdict(baseline))
+
+
+def _conclude(
+    report: Report,
+    settings: EvaluateConfig,
+    console: Console,
+    problems: Sequence[str],
+    lacking: Sequence[DownloadError],
+) -> None:
+    """Name what went wrong, and raise what the exit code asks for."""
+    for problem in dict.fromkeys(problems):
+        console.warn(problem)
+    if lacking:
+        raise _summed(lacking)
+    checked = [one for one in report.comparisons if one.metric.name in settings.fail_if_worse]
+    worse = [one for one in checked if one.verdict == "worse"]
+    if worse:
+        told = ", ".join(f"{one.metric.name} than {one.theirs} ({one.change})" for one in worse)
+        raise CheckFailed(f"--fail-if-worse: {report.main.name} is worse by {told}")
+    if any(one.verdict == "too few" for one in checked):
+        console.warn("--fail-if-worse: too few images to tell, so nothing failed")
+    if problems:
+        raise PartialFailure(f"{len(dict.fromkeys(problems))} problems, each named above", "The rest is scored.")
+
+
+def _list_metrics(console: Console) -> None:
+    from importlib.metadata import version
+
+    from rich.table import Column, Table
+
+    from pdd_cli.iqa.metrics import CONSISTENCY, DRIFT, metric_infos
+    from pdd_cli.weights.metrics import metric_names, weights_here
+
+    kinds = {"none": "no reference", "full": "ground truth", "lr": "LR input"}
+    here = weights_here()
+    rows = [
+        *((info, here[info.name]) for info in metric_infos(metric_names())),
+        (CONSISTENCY, "needs none"),
+        (DRIFT, "needs none"),
+    ]
+    table = Table("metric", "compares with", "better", "range", Column("weights", overflow="fold"))
+    for info, state in rows:
+        compares = "HR, as a set" if info.of_sets and info.reference == "full" else kinds[info.reference]
+        table.add_row(info.name, compares, "lower" if info.lower_better else "higher", info.value_range, state)
+    console.table(table)
+    console.say(
+        f"pyiqa {version('pyiqa')}, for non-commercial use (PolyForm Noncommercial; parts: S-Lab). Ranges are rough. "
+        "Weights are brought by pdd fetch-weights --metrics A,B."
+    )
+    console.result(
+        {
+            "pyiqa": version("pyiqa"),
+            "licence": "PolyForm Noncommercial 1.0.0 and S-Lab 1.0 (parts)",
+            "metrics": [
+                {
+                    "name": info.name,
+                    "reference": info.reference,
+                    "better": "lower" if info.lower_better else "higher",
+                    "range": info.value_range,
+                    "weights": state,
+                }
+                for info, state in rows
+            ],
+        }
+    )
 
 
 def _number(value: float | None) -> str:

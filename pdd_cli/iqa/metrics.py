@@ -1,30 +1,47 @@
-"""Scores of images by pyiqa's metrics."""
+"""Scores of images by pyiqa's metrics, and by two of our own that need the LR inputs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pdd_cli.device import available_memory
 from pdd_cli.errors import DownloadError, InputError, PddError
-from pdd_cli.images import Picture, read_image
+from pdd_cli.images import Picture, image_size, read_image, write_image
+from pdd_cli.iqa.consistency import Array, colour_drift, downscale_consistency
 from pdd_cli.weights.fetch import OnEvent
 from pdd_cli.weights.metrics import check_names, is_of_folders, load_metric, metric_config, quiet
+
+# What the hungriest formula, ssim, takes for a pixel (measured); and the share of the free memory that images computed
+# at the same time may take. One image at a time is always computed.
+_BYTES_PER_PIXEL = 1000
+_MEMORY_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """What a metric is: `full_reference` compares with ground truth; `value_range` as pyiqa states it, roughly."""
+    """What a metric is: `reference` is what it compares with (nothing, HR ground truth, or the LR input).
+
+    `value_range` as pyiqa states it, roughly; `unit` where differences are read in one.
+    """
 
     name: str
-    full_reference: bool
+    reference: Literal["none", "full", "lr"]
     lower_better: bool
     value_range: str
+    unit: str = ""
+    of_sets: bool = False  # scores a set of images as a whole (fid), with the set of their HR images where it compares
 
     @property
     def arrow(self) -> str:
@@ -32,12 +49,21 @@ class MetricInfo:
         return "↓" if self.lower_better else "↑"
 
 
+CONSISTENCY = MetricInfo("downscale_consistency", "lr", False, "0, 100", "dB")
+DRIFT = MetricInfo("colour_drift", "lr", True, "0, ~100", "ΔE")
+_OWN: dict[str, tuple[MetricInfo, Callable[[Array, Array], float]]] = {
+    CONSISTENCY.name: (CONSISTENCY, downscale_consistency),
+    DRIFT.name: (DRIFT, colour_drift),
+}
+
+
 @dataclass(frozen=True)
 class Item:
-    """An image to score, and its ground truth where it has one."""
+    """An image to score, with its ground truth and the LR image it was made from where they are known."""
 
     image: Path
     reference: Path | None = None
+    lr: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -50,19 +76,23 @@ class ImageScores:
 
 
 def metric_infos(names: Sequence[str]) -> list[MetricInfo]:
-    """The metrics `names`. Raises InputError for one that pyiqa doesn't have, or that scores sets of images only."""
-    check_names(names)
+    """The metrics `names`. Raises InputError for one that pyiqa doesn't have."""
+    check_names([name for name in names if name not in _OWN])
     infos = []
     for name in dict.fromkeys(names):
-        if is_of_folders(name):
-            raise InputError(f"--metrics: {name} scores a set of images as a whole, which pdd doesn't do yet")
+        if name in _OWN:
+            infos.append(_OWN[name][0])
+            continue
         config = metric_config(name)
+        compares = config["metric_mode"] == "FR" or "fid" in name
         infos.append(
             MetricInfo(
                 name,
-                full_reference=config["metric_mode"] == "FR",
+                reference="full" if compares else "none",
                 lower_better=bool(config.get("lower_better", False)),
                 value_range=str(config.get("score_range", "")),
+                unit="dB" if name.startswith("psnr") else "",
+                of_sets=is_of_folders(name),
             )
         )
     return infos
@@ -71,11 +101,14 @@ def metric_infos(names: Sequence[str]) -> list[MetricInfo]:
 def load_metrics(
     infos: Sequence[MetricInfo], *, device: str, offline: bool, on_event: OnEvent
 ) -> tuple[dict[MetricInfo, Any], list[DownloadError]]:
-    """pyiqa's networks of those metrics whose weights can be had, and why the others can't."""
+    """The metrics, ready to be called, whose weights can be had; and why the others can't."""
     loaded, failures = {}, []
     for info in infos:
         try:
-            loaded[info] = load_metric(info.name, device=device, offline=offline, on_event=on_event)
+            if info.name in _OWN:
+                loaded[info] = _OWN[info.name][1]
+            else:
+                loaded[info] = load_metric(info.name, device=device, offline=offline, on_event=on_event)
         except DownloadError as error:
             failures.append(error)
     return loaded, failures
@@ -83,7 +116,7 @@ def load_metrics(
 
 def score(
     items: Sequence[Item],
-    metrics: dict[MetricInfo, Any],
+    metrics: Mapping[MetricInfo, Any],
     *,
     crop_border: int = 0,
     on_start: Callable[[Item], None] = lambda item: None,
@@ -91,63 +124,190 @@ def score(
     """Score the items in turn. What can't be read, compared or computed is told in that image's `problems`.
 
     Images are compared as RGB in 0..1 (gray as three equal channels, alpha left out), without `crop_border` pixels at
-    each side. A metric that needs ground truth passes over an item without one.
+    each side (what is compared with the LR keeps them). A metric passes over an item without what it compares with.
+
+    Threads decode the next images and compute those metrics that are formulas, an image a thread: pyiqa's use
+    one core each. Networks take all cores, or the GPU, and run one after the other. stdout is silent until the
+    iterator is exhausted, for metrics print.
     """
-    for item in items:
-        on_start(item)
-        values: dict[str, float] = {}
-        problems: dict[str, str] = {}
+    metrics = {info: metric for info, metric in metrics.items() if not info.of_sets}
+    formulas = {info: metric for info, metric in metrics.items() if _is_formula(metric)}
+    networks = {info: metric for info, metric in metrics.items() if info not in formulas}
+    threads = torch.get_num_threads()
+    workers = _workers(items, threads)
+
+    def begin(item: Item) -> tuple[_Opened, ImageScores]:
+        opened = _open(item, crop_border)
+        return opened, _scored(opened, formulas)
+
+    waiting = iter(items)
+    with quiet(), ThreadPoolExecutor(workers, initializer=_take_threads, initargs=(threads // workers,)) as pool:
+        ahead: deque[Future[tuple[_Opened, ImageScores]]] = deque()
         try:
-            image = _cropped(read_image(item.image), crop_border, item.image)
-        except PddError as error:
-            yield ImageScores(item, problems={"": error.message})
-            continue
-        reference, trouble = _reference(item, image, crop_border)
-        for info, network in metrics.items():
-            if info.full_reference and reference is None:
-                if trouble:
-                    problems[info.name] = trouble
-                continue
-            try:
-                values[info.name] = _value(network, image, reference if info.full_reference else None)
-            except PddError as error:
-                problems[info.name] = error.message
-        yield ImageScores(item, values, problems)
+            ahead.extend(pool.submit(begin, item) for item in islice(waiting, workers + 1))
+            for item in items:
+                on_start(item)
+                opened, scores = ahead.popleft().result()
+                ahead.extend(pool.submit(begin, following) for following in islice(waiting, 1))
+                rest = _scored(opened, networks)
+                values = {info.name: (scores.values | rest.values).get(info.name) for info in metrics}
+                yield ImageScores(
+                    item,
+                    {name: value for name, value in values.items() if value is not None},
+                    scores.problems | rest.problems,
+                )
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
 
 
-def _reference(item: Item, image: Tensor, crop_border: int) -> tuple[Tensor | None, str]:
-    """The ground truth, or why there is none that fits."""
-    if item.reference is None:
-        return None, ""
+def score_set(items: Sequence[Item], info: MetricInfo, metric: Any) -> float:
+    """The score of all items together by a metric `of_sets`. Raises PddError where it can't be computed."""
+    if info.reference == "full":
+        items = [item for item in items if item.reference]
+    with tempfile.TemporaryDirectory() as name:
+        folders = Path(name, "sr"), Path(name, "hr")
+        for index, item in enumerate(items):
+            for folder, path in zip(folders, (item.image, item.reference), strict=True):
+                folder.mkdir(exist_ok=True)
+                if path is not None:
+                    # pyiqa reads what its own reader knows: alpha, 16 bits and orientation are settled before.
+                    pixels = (_rgb(read_image(path)) * 255).round().astype(np.uint8)
+                    write_image(folder / f"{index:08}.png", Picture(pixels))
+        places = [str(folder) for folder in (folders if info.reference == "full" else folders[:1])]
+        try:
+            with quiet():
+                result = metric(*places, num_workers=0, verbose=False)
+        except Exception as error:
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise PddError(f"{info.name} of the {len(items)} images: the metric failed: {text}") from error
+    value = float(result["inception_score_mean"] if isinstance(result, dict) else result)
+    if not math.isfinite(value):
+        raise PddError(f"{info.name} of the {len(items)} images: the metric gives {value}")
+    return value
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The decoded item: (1, 3, H, W) cropped for pyiqa, (H, W, 3) whole for ours; `troubles` by what lacks."""
+
+    item: Item
+    image: Tensor | None = None
+    reference: Tensor | None = None
+    whole: Array | None = None
+    lr: Array | None = None
+    troubles: dict[str, str] = field(default_factory=dict)
+
+
+def _open(item: Item, border: int) -> _Opened:
+    troubles: dict[str, str] = {}
     try:
-        reference = _cropped(read_image(item.reference), crop_border, item.reference)
+        whole = _rgb(read_image(item.image))
+        image = _cropped(whole, border, item.image)
     except PddError as error:
-        return None, error.message
-    if reference.shape != image.shape:
+        return _Opened(item, troubles={"image": error.message})
+    reference = lr = None
+    try:
+        reference = _cropped(_rgb(read_image(item.reference)), border, item.reference) if item.reference else None
+    except PddError as error:
+        troubles["full"] = error.message
+    if reference is not None and reference.shape != image.shape:
         sizes = ["{}x{}".format(*reversed(tensor.shape[-2:])) for tensor in (image, reference)]
-        return None, f"{item.image} is {sizes[0]}, its ground truth {item.reference} is {sizes[1]}"
-    return reference, ""
+        troubles["full"] = f"{item.image} is {sizes[0]}, its ground truth {item.reference} is {sizes[1]}"
+        reference = None
+    try:
+        lr = _rgb(read_image(item.lr)) if item.lr else None
+    except PddError as error:
+        troubles["lr"] = error.message
+    return _Opened(item, image, reference, whole, lr, troubles)
 
 
-def _cropped(picture: Picture, border: int, path: Path) -> Tensor:
+def _rgb(picture: Picture) -> Array:
+    return np.broadcast_to(picture.to_float(), (picture.height, picture.width, 3))
+
+
+def _cropped(pixels: Array, border: int, path: Path) -> Tensor:
     """(1, 3, H, W) in 0..1."""
-    if 2 * border >= min(picture.height, picture.width):
+    height, width = pixels.shape[:2]
+    if 2 * border >= min(height, width):
         raise InputError(f"{path}: nothing is left of it after --crop-border {border}")
-    pixels = torch.from_numpy(picture.to_float()).permute(2, 0, 1)
-    if border:
-        pixels = pixels[:, border:-border, border:-border]
-    return pixels.expand(3, -1, -1)[None].contiguous()
+    inner = pixels[border : height - border, border : width - border]
+    return torch.from_numpy(np.ascontiguousarray(inner.transpose(2, 0, 1)))[None]
 
 
-def _value(network: Any, image: Tensor, reference: Tensor | None) -> float:
+def _scored(opened: _Opened, metrics: Mapping[MetricInfo, Any]) -> ImageScores:
+    values: dict[str, float] = {}
+    problems: dict[str, str] = {}
+    if opened.image is None:
+        return ImageScores(opened.item, problems={"": opened.troubles["image"]})
+    for info, metric in metrics.items():
+        others = {"none": opened.image, "full": opened.reference, "lr": opened.lr}
+        if others[info.reference] is None:
+            if info.reference in opened.troubles:
+                problems[info.name] = opened.troubles[info.reference]
+            continue
+        try:
+            match info.reference:
+                case "none":
+                    values[info.name] = _value(metric, opened.image)
+                case "full":
+                    values[info.name] = _value(metric, opened.image, opened.reference)
+                case "lr":
+                    values[info.name] = float(metric(opened.whole, opened.lr))
+        except PddError as error:
+            problems[info.name] = f"{opened.item.image}: {info.name}: {error.message}"
+        except ValueError as error:  # an LR that can't be the one
+            problems[info.name] = f"{opened.item.image}, {opened.item.lr}: {error}"
+    return ImageScores(opened.item, values, problems)
+
+
+def _value(network: Any, *images: Tensor | None) -> float:
     """One score. Raises PddError for whatever a metric fails of on this image."""
     try:
-        with quiet():
-            result = network(image) if reference is None else network(image, reference)
-            value = float(result.reshape(-1)[0]) if isinstance(result, Tensor) else float(result)
+        try:
+            result = network(*images)
+        except torch.OutOfMemoryError:  # of a GPU
+            result = _on_cpu(network, *images)
+        value = float(result.reshape(-1)[0]) if isinstance(result, Tensor) else float(result)
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, ZeroDivisionError, MemoryError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PddError(f"the metric failed: {text}") from error
     if not math.isfinite(value):
         raise PddError(f"the metric gives {value}")
     return value
+
+
+def _on_cpu(network: Any, *images: Tensor | None) -> Any:
+    """The score computed on the CPU, for an image too large for the GPU; the network goes back afterwards."""
+    device = network.dummy_param.device
+    try:
+        network.net.to("cpu")
+        torch.cuda.empty_cache()
+        with torch.inference_mode():
+            return network.net(*images)
+    finally:
+        network.net.to(device)
+
+
+def _is_formula(metric: Any) -> bool:
+    """Whether it is computed on the CPU without learned layers: safe to call from several threads at once."""
+    if not isinstance(metric, torch.nn.Module):
+        return True
+    on_cpu = torch.device(getattr(metric, "device", "cpu")).type == "cpu"
+    return on_cpu and not any(parameter.numel() for parameter in metric.parameters())
+
+
+def _workers(items: Sequence[Item], threads: int) -> int:
+    largest = 1
+    for item in items:
+        try:
+            width, height = image_size(item.image)
+        except PddError:
+            continue  # told when its turn comes
+        largest = max(largest, width * height)
+    memory = available_memory(torch.device("cpu")) * _MEMORY_SHARE
+    return max(1, min(threads, int(memory // (_BYTES_PER_PIXEL * largest))))
+
+
+def _take_threads(count: int) -> None:
+    torch.set_num_threads(max(1, count))

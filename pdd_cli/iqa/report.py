@@ -1,12 +1,13 @@
-"""Scores → means, CSV and JSON."""
+"""Scores → means, comparisons, CSV, JSON and the page."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,79 +15,187 @@ from typing import Any
 from pdd_cli import __version__
 from pdd_cli.errors import InputError
 from pdd_cli.files import write_text
+from pdd_cli.iqa.compare import Comparison, compare, in_words
 from pdd_cli.iqa.metrics import ImageScores, MetricInfo
 
-FORMATS = (".csv", ".json")
+FORMATS = (".csv", ".json", ".html")
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """One set of SR images: its scores by the image's name; `together`, those of the set as a whole by metric."""
+
+    name: str
+    images: Mapping[str, ImageScores]
+    together: Mapping[str, float] = field(default_factory=dict)
+
+    def values(self, metric: MetricInfo) -> dict[str, float]:
+        """The scores by image, of those that have one."""
+        return {
+            image: scores.values[metric.name] for image, scores in self.images.items() if metric.name in scores.values
+        }
+
+    def mean(self, metric: MetricInfo) -> float | None:
+        """The mean over the images that have a score, or the score of the whole set; None where there is none."""
+        if metric.of_sets:
+            return self.together.get(metric.name)
+        values = self.values(metric).values()
+        return sum(values) / len(values) if values else None
 
 
 @dataclass(frozen=True)
 class Report:
-    """One evaluation: all scores, and what they were computed with."""
+    """One evaluation: all scores, and what they were computed with. `baselines` are what `main` is compared with."""
 
     metrics: Sequence[MetricInfo]
-    images: Sequence[ImageScores]
+    main: ScoredSet
+    baselines: Sequence[ScoredSet]
     crop_border: int
-    skipped: dict[str, str]  # metrics that were not computed, and why
+    skipped: Mapping[str, str]  # metrics that were not computed, and why
+    failed: Sequence[str] = ()  # what could not be computed of a set as a whole
 
-    def mean(self, metric: MetricInfo) -> float | None:
-        """The mean over the images that have a score; None where none has."""
-        values = [scores.values[metric.name] for scores in self.images if metric.name in scores.values]
-        return sum(values) / len(values) if values else None
+    @property
+    def sets(self) -> list[ScoredSet]:
+        """All sets, the judged one first."""
+        return [self.main, *self.baselines]
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """`main` with each baseline by each metric, in that order."""
+        compared = (
+            compare(metric, self.main.name, baseline.name, self.main.values(metric), baseline.values(metric))
+            for baseline in self.baselines
+            for metric in self.metrics
+        )
+        return [one for one in compared if one is not None]
+
+    def against(self, baseline: ScoredSet) -> list[Comparison]:
+        """The comparisons with one baseline."""
+        return [one for one in self.comparisons if one.theirs == baseline.name]
+
+    def verdict(self, baseline: ScoredSet) -> str:
+        """Main against a baseline in words."""
+        return f"{self.main.name} against {baseline.name}: {in_words(self.against(baseline))}"
+
+    @property
+    def pyiqa(self) -> str:
+        """pyiqa's version."""
+        return version("pyiqa")
 
     def as_document(self) -> dict[str, Any]:
         """Everything as plain values for JSON."""
         return {
             "pdd": __version__,
-            "pyiqa": version("pyiqa"),
+            "pyiqa": self.pyiqa,
             "colour_space": "RGB",
             "crop_border": self.crop_border,
+            "set": self.main.name,
             "metrics": [
                 {
                     "name": metric.name,
-                    "reference": "full" if metric.full_reference else "none",
+                    "reference": metric.reference,
+                    "of": "set" if metric.of_sets else "image",
                     "better": "lower" if metric.lower_better else "higher",
                     "range": metric.value_range,
-                    "mean": self.mean(metric),
-                    "images": sum(metric.name in scores.values for scores in self.images),
+                    "unit": metric.unit,
+                    "mean": self.main.mean(metric),
+                    "images": len(self.main.values(metric)),
+                    "baselines": {baseline.name: baseline.mean(metric) for baseline in self.baselines},
                 }
                 for metric in self.metrics
             ],
-            "skipped": self.skipped,
+            "skipped": dict(self.skipped),
+            "failed": list(self.failed),
+            "verdicts": {baseline.name: self.verdict(baseline) for baseline in self.baselines},
+            "comparisons": [
+                {
+                    "metric": one.metric.name,
+                    "baseline": one.theirs,
+                    "mean_difference": one.mean,
+                    "interval_95": [one.low, one.high],
+                    "relative": one.relative,
+                    "wins": one.wins,
+                    "losses": one.losses,
+                    "images": len(one.differences),
+                    "verdict": one.verdict,
+                    "differences": dict(one.differences),
+                }
+                for one in self.comparisons
+            ],
             "images": [
                 {
-                    "image": str(scores.item.image),
-                    "reference": str(scores.item.reference) if scores.item.reference else None,
-                    "scores": scores.values,
-                    "problems": scores.problems,
+                    "name": name,
+                    **_as_values(scores),
+                    "baselines": {
+                        baseline.name: _as_values(baseline.images[name])
+                        for baseline in self.baselines
+                        if name in baseline.images
+                    },
                 }
-                for scores in self.images
+                for name, scores in self.main.images.items()
             ],
         }
 
     def as_csv(self) -> str:
-        """A row an image, a column a metric; the last row holds the means."""
+        """A row an image, a column a metric; then the baselines' scores and the differences; the means below.
+
+        With baselines, rows with the differences' intervals, wins and losses, and verdicts follow.
+        """
+        names = [metric.name for metric in self.metrics]
+        columns = [f"{baseline.name}: {name}" for baseline in self.baselines for name in names]
+        compared = self.comparisons
+        titles = [f"{one.metric.name} − {one.theirs}" for one in compared]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        names = [metric.name for metric in self.metrics]
-        writer.writerow(["image", "reference", *names])
-        for scores in self.images:
-            values = [scores.values.get(name, "") for name in names]
-            writer.writerow([scores.item.image, scores.item.reference or "", *values])
-        means = [self.mean(metric) for metric in self.metrics]
-        writer.writerow(["mean", "", *("" if mean is None else mean for mean in means)])
+        writer.writerow(["image", "reference", "lr", *names, *columns, *titles])
+        for name, scores in self.main.images.items():
+            theirs = [baseline.images.get(name) for baseline in self.baselines]
+            writer.writerow([
+                scores.item.image, scores.item.reference or "", scores.item.lr or "",
+                *(one.values.get(metric, "") if one else "" for one in (scores, *theirs) for metric in names),
+                *(one.differences.get(name, "") for one in compared),
+            ])  # fmt: skip
+        means = [one.mean(metric) for one in self.sets for metric in self.metrics]
+        writer.writerow(
+            ["mean", "", "", *("" if mean is None else mean for mean in means), *(c.mean for c in compared)]
+        )
+        if compared:
+            empty = [""] * (2 + len(names) + len(columns))
+            writer.writerow(["95 % interval, low", *empty, *(one.low for one in compared)])
+            writer.writerow(["95 % interval, high", *empty, *(one.high for one in compared)])
+            writer.writerow(["wins", *empty, *(one.wins for one in compared)])
+            writer.writerow(["losses", *empty, *(one.losses for one in compared)])
+            writer.writerow(["verdict", *empty, *(one.verdict for one in compared)])
         return text.getvalue()
+
+
+def _as_values(scores: ImageScores) -> dict[str, Any]:
+    item = scores.item
+    return {
+        "image": str(item.image),
+        "reference": str(item.reference) if item.reference else None,
+        "lr": str(item.lr) if item.lr else None,
+        "scores": scores.values,
+        "problems": scores.problems,
+    }
 
 
 def check_format(path: Path) -> None:
     """Raises InputError for a suffix that no report is written in."""
     if path.suffix.lower() not in FORMATS:
-        raise InputError(f"--output {path}: not a kind of report", f"Its name must end with {' or '.join(FORMATS)}.")
+        raise InputError(f"--output {path}: not a kind of report", f"Its name must end with {', '.join(FORMATS)}.")
 
 
 def write_report(path: Path, report: Report) -> None:
     """Write `report` in the format of the suffix, whole or not at all."""
     check_format(path)
-    if path.suffix.lower() == ".csv":
-        write_text(path, report.as_csv())
-    else:
-        write_text(path, json.dumps(report.as_document(), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    match path.suffix.lower():
+        case ".csv":
+            text = report.as_csv()
+        case ".json":
+            text = json.dumps(report.as_document(), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+        case _:
+            from pdd_cli.iqa.page import as_page
+
+            text = as_page(report)
+    write_text(path, text)

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 import io
 import os
+import pkgutil
 import shutil
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import urlparse
 
 from pdd_cli.errors import DownloadError, InputError, PddError
 from pdd_cli.weights import sources
@@ -32,6 +35,15 @@ _PACKAGES = {
     ),
 }
 _HUB = "https://huggingface.co"
+# What pyiqa's networks call to load weights of any kind.
+_LOADING = (
+    "load_pretrained_network",
+    "load_file_from_url",
+    "create_model",
+    "from_pretrained",
+    "clip.load",
+    "torchvision.models",
+)
 
 
 def metric_names() -> list[str]:
@@ -59,6 +71,49 @@ def needs_reference(name: str) -> bool:
 def metric_config(name: str) -> dict[str, Any]:
     """pyiqa's own description of the metric `name`: `metric_mode` (FR or NR), `lower_better`, `score_range`."""
     return _configs()[name]
+
+
+def weights_here() -> dict[str, Literal["needs none", "here", "not here", "unknown"]]:
+    """For every metric, whether it could be computed offline, as far as pyiqa's code tells without loading it."""
+    import inspect
+    import sys
+
+    import pyiqa.archs
+    from pyiqa.utils.registry import ARCH_REGISTRY
+
+    for module in pkgutil.iter_modules(pyiqa.archs.__path__, "pyiqa.archs."):
+        if module.name.endswith("_arch"):
+            # One that lacks an optional package keeps its metrics at "unknown".
+            with contextlib.suppress(Exception), quiet():
+                importlib.import_module(module.name)
+    found: dict[str, Literal["needs none", "here", "not here", "unknown"]] = {}
+    for name, config in _configs().items():
+        options = config["metric_opts"]
+        if options["type"] not in ARCH_REGISTRY:
+            found[name] = "unknown"
+            continue
+        code = sys.modules[ARCH_REGISTRY.get(options["type"]).__module__]
+        addresses: dict[str, str] = getattr(code, "default_model_urls", {})
+        if addresses:
+            found[name] = _files_here(name, options, addresses)
+        else:
+            loads = any(word in inspect.getsource(code) for word in _LOADING)
+            found[name] = "unknown" if loads else "needs none"
+    return found
+
+
+def _files_here(
+    name: str, options: dict[str, Any], addresses: dict[str, str]
+) -> Literal["here", "not here", "unknown"]:
+    """`addresses` are the files of several metrics: those that the options don't speak against can be this one's."""
+    named = {str(value) for value in options.values() if any(str(value) in key for key in addresses)}
+    others = set(_configs()) - {name}
+    keys = [key for key in addresses if key not in others and all(value in key for value in named)]
+    keys = [name] if name in addresses else keys
+    present = [(folder() / Path(urlparse(addresses[key]).path).name).is_file() for key in keys]
+    if not any(present):
+        return "not here"
+    return "here" if len(present) == 1 else "unknown"
 
 
 def load_metric(
