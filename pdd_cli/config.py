@@ -149,6 +149,8 @@ class AdaptConfig(Settings):
     discriminator: Literal["unet", "features"] = "unet"
     # Steps of the run in which the discriminator alone learns: the paper's 300 of 100k.
     discriminator_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.003
+    # The share of the real images that is kept from training, to judge the result on.
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
     checkpoint_every: PositiveInt = 50
     preview_every: PositiveInt = 50
     device: Device = "auto"

@@ -131,9 +131,16 @@ def adapt(
             f"stopped after step {run.state.step} of {settings.steps}; the state is saved in {run.folder.checkpoint}",
             "Run the same command with --resume to go on.",
         )
-    entry = run.register(store)
+    verdict = run.conclude()
+    entry = run.register(store, verdict)
     console.say(f"done: previews in {run.folder.previews}, weights '{run_name}' in {entry.path}")
-    console.say(f"next: pdd upscale IN OUT --weights {run_name}")
+    if verdict.keep:
+        console.say(f"verdict: keep. {verdict.reason}")
+        strength = f" --strength {verdict.strength:g}" if verdict.strength < 1 else ""
+        console.say(f"next: pdd upscale IN OUT --weights {run_name}{strength}")
+    else:
+        console.warn(f"verdict: reject. {verdict.reason}")
+        console.say("Look at the previews before you use it. More images of one look, or --hr-dir, may help.")
     console.result(
         {
             "name": run_name,
@@ -142,6 +149,7 @@ def adapt(
             "steps": run.state.step,
             "features": run.features_name,
             "losses": losses,
+            "verdict": {"keep": verdict.keep, "reason": verdict.reason, "strength": verdict.strength},
             "card": entry.card.model_dump(),
         }
     )

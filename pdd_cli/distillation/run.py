@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pdd_cli.config import AdaptConfig
@@ -23,6 +25,7 @@ from pdd_cli.data.degradations import Degradation
 from pdd_cli.device import Runtime
 from pdd_cli.distillation.checkpoint import TrainState, checkpoint_settings, load_checkpoint, save_checkpoint
 from pdd_cli.distillation.trainer import StepReport, new_state, train
+from pdd_cli.distillation.verdict import STRENGTHS, Judgement, Verdict, decide, held_out, interpolated, judge
 from pdd_cli.errors import InputError
 from pdd_cli.files import atomic_write, write_text
 from pdd_cli.models.features import FeatureNetwork, feature_network
@@ -56,6 +59,20 @@ class RunFolder:
         return self.path / "log.jsonl"
 
     @property
+    def best(self) -> Path:
+        """The best weights so far, by the judgements."""
+        return self.path / "best.safetensors"
+
+    @property
+    def judgements(self) -> Path:
+        """A line for each judgement: step, which weights, what was measured."""
+        return self.path / "judgements.jsonl"
+
+    @property
+    def verdict(self) -> Path:
+        return self.path / "verdict.json"
+
+    @property
     def previews(self) -> Path:
         return self.path / "previews"
 
@@ -83,17 +100,20 @@ class Run:
     features_name: str
     features: FeatureNetwork
     domains: Domains
+    judged_on: Sequence[RGB]  # real images: held out of training, or all where there are too few
     state: TrainState
     runtime: Runtime
 
     def train(self, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
         """Train to the last step, or until `should_stop()`; writes log, checkpoints and previews on the way."""
         _cut_log(self.folder.log, self.state.step)
+        _cut_log(self.folder.judgements, self.state.step)
+        base = self._judge_base()
         base_panels = [self._upscale(self.base, lr) for lr in self._preview_crops()]
         with self.folder.log.open("a", encoding="utf-8") as log:
             for report in train(
                 self.config, self.state, self.base, self.generalist, self.domains, self.features, self.runtime,
-                save=lambda: save_checkpoint(self.folder.checkpoint, self.state, self._settings()),
+                save=lambda: self._save(base),
                 restore=lambda: load_checkpoint(self.folder.checkpoint, self.state),
                 preview=lambda: self._write_preview(base_panels),
                 should_stop=should_stop,
@@ -109,9 +129,60 @@ class Run:
                 log.flush()
                 yield report
 
-    def register(self, store: Store) -> Entry:
-        """Put the specialist into the store under the run's name."""
-        weights = self.state.specialist.state_dict()
+    def _save(self, base: Judgement) -> None:
+        """A checkpoint; and its weights are judged, and kept if they are the best so far."""
+        if self.state.step:
+            candidates = {"specialist": self.state.specialist}
+            if self.config.generalist.mode == "ema":
+                candidates["ema"] = self.state.generalist
+            judged = _read_lines(self.folder.judgements)
+            known = {(line["step"], line["which"]) for line in judged}
+            best = max((line["score"] for line in judged), default=float("-inf"))
+            for which, module in candidates.items():
+                if (self.state.step, which) in known:
+                    continue
+                found = judge(replace(self.base, module=module), self.judged_on, self.runtime)
+                score = found.score(base)
+                if score > best or not self.folder.best.exists():
+                    best = score
+                    with atomic_write(self.folder.best) as temporary:
+                        save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, temporary)
+                line = {"step": self.state.step, "which": which, "score": score, **asdict(found)}
+                with self.folder.judgements.open("a", encoding="utf-8") as log:
+                    log.write(json.dumps(line) + "\n")
+        save_checkpoint(self.folder.checkpoint, self.state, self._settings())
+
+    def _judge_base(self) -> Judgement:
+        return judge(self.base, self.judged_on, self.runtime)
+
+    def conclude(self) -> Verdict:
+        """Judge the best weights at several strengths, and say whether they are better than the base."""
+        base_state = {key: value.detach().cpu() for key, value in self.base.module.state_dict().items()}
+        best = read_state(self.folder.best)
+        trial = replace(self.base, module=copy.deepcopy(self.base.module))
+        judgements = {}
+        for strength in STRENGTHS:
+            trial.module.load_state_dict(interpolated(base_state, best, strength))
+            judgements[strength] = judge(trial, self.judged_on, self.runtime)
+        base = self._judge_base()
+        verdict = decide(judgements, base)
+        document = {
+            "keep": verdict.keep,
+            "reason": verdict.reason,
+            "strength": verdict.strength,
+            "images": len(self.judged_on),
+            "base": asdict(base),
+            "adapted": [
+                {"strength": strength, "score": found.score(base), **asdict(found)}
+                for strength, found in judgements.items()
+            ],
+        }
+        write_text(self.folder.verdict, json.dumps(document, indent=2) + "\n")
+        return verdict
+
+    def register(self, store: Store, verdict: Verdict) -> Entry:
+        """Put the best weights into the store under the run's name."""
+        weights = read_state(self.folder.best)
         broken = [key for key, value in weights.items() if not torch.isfinite(value).all()]
         if broken:
             raise InputError(
@@ -134,6 +205,9 @@ class Run:
                 "hr_images": len(self.domains.hr),
                 "hr_from": "hr_dir" if self.config.hr_dir else "the real images, downscaled",
                 "precision": self.runtime.precision,
+                "verdict": "keep" if verdict.keep else "reject",
+                "reason": verdict.reason,
+                "strength": verdict.strength,
                 "settings": self._settings(),
             },
         )
@@ -159,7 +233,7 @@ class Run:
         return _to_rgb8(sr)
 
     def _write_preview(self, base_panels: list[RGB]) -> None:
-        adapted = SRModel(**{**vars(self.base), "module": self.state.specialist})
+        adapted = replace(self.base, module=self.state.specialist)
         scale = self.base.scale
         rows = [
             (_to_rgb8(F.interpolate(lr, scale_factor=scale, mode="nearest")), base, self._upscale(adapted, lr))
@@ -202,6 +276,9 @@ def prepare_run(
         notify(f"left out: {reason}")
 
     real = read_folder(config.real_dir, "--real-dir", left_out)
+    kept_out = held_out(len(real), config.held_out)
+    judged_on = [real[index] for index in kept_out] or real
+    real = [image for index, image in enumerate(real) if index not in kept_out]
     hr_crop = config.crop * base.scale
     if config.hr_dir is not None:
         hr = read_folder(config.hr_dir, "--hr-dir", left_out)
@@ -235,6 +312,7 @@ def prepare_run(
         features_name=weights.feature_network,
         features=features,
         domains=domains,
+        judged_on=judged_on,
         state=state,
         runtime=runtime,
     )
@@ -274,6 +352,12 @@ def _open_folder(folder: RunFolder, config: AdaptConfig, state: TrainState, *, r
         shutil.rmtree(folder.path)
     folder.previews.mkdir(parents=True, exist_ok=True)
     write_text(folder.config, yaml.safe_dump({"adapt": config.model_dump(mode="json")}, sort_keys=False))
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _cut_log(path: Path, step: int) -> None:

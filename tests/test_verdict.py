@@ -1,0 +1,99 @@
+"""The verdict without ground truth: what it measures, and what it says of models that are known to be good or bad."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from pdd_cli.device import Runtime
+from pdd_cli.distillation.verdict import Judgement, decide, held_out, interpolated, judge
+from pdd_cli.models.loading import SRModel
+
+CPU = Runtime(torch.device("cpu"), "fp32")
+
+
+class Upsampler(nn.Module):
+    """Bicubic x4, then what a model may do wrong: shift colours, blur, or add noise that LR can't have had."""
+
+    def __init__(self, shift: float = 0.0, blur: bool = False, grain: float = 0.0) -> None:
+        super().__init__()
+        self.shift, self.blur, self.grain = shift, blur, grain
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.interpolate(x, scale_factor=4, mode="bicubic")
+        if self.blur:
+            y = F.avg_pool2d(F.pad(y, (4, 4, 4, 4), mode="replicate"), 9, 1)
+        noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+        return y + self.grain * noise + self.shift * torch.tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1)
+
+
+def model(**faults: float) -> SRModel:
+    return SRModel(module=Upsampler(**faults), scale=4, in_channels=3, out_channels=3, architecture="test")  # type: ignore[arg-type]
+
+
+def images() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    coarse = [Image.fromarray(rng.integers(70, 190, (24, 20, 3), np.uint8)) for _ in range(3)]
+    smooth = [np.asarray(one.resize((100, 120), Image.Resampling.BICUBIC)).astype(int) for one in coarse]
+    return [(one + rng.integers(-30, 31, (120, 100, 1))).astype(np.uint8) for one in smooth]
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "expected"),
+    [(1, 0.2, 0), (2, 0.5, 0), (3, 0.2, 1), (9, 0.2, 2), (100, 0.2, 8), (10, 0.0, 0), (3, 0.9, 3)],
+)
+def test_images_are_held_out_where_enough_are_left(count: int, share: float, expected: int) -> None:
+    found = held_out(count, share)
+    assert len(found) == len(set(found)) == min(expected, count)
+    assert all(0 <= index < count for index in found)
+
+
+def test_a_faithful_model_is_told_from_a_shifted_and_a_blurred_one() -> None:
+    good, shifted, blurred = (judge(model(**faults), images(), CPU) for faults in ({}, {"shift": 0.05}, {"blur": True}))
+    assert shifted.drift > good.drift + 3
+    assert shifted.consistency < good.consistency - 3
+    assert blurred.texture < 0.5 * good.texture
+    assert good.score(good) == 0
+    assert shifted.score(good) < 0
+    assert blurred.score(good) < 0
+
+
+def test_sabotaged_models_are_rejected_and_better_ones_kept() -> None:
+    base = judge(model(shift=0.01, grain=0.01), images(), CPU)
+    for faults in ({"shift": 0.08}, {"blur": True}, {"grain": 0.2}):
+        verdict = decide({1.0: judge(model(**faults), images(), CPU)}, base)
+        assert not verdict.keep, faults
+        assert "the base is better" in verdict.reason
+    verdict = decide({1.0: judge(model(grain=0.01), images(), CPU)}, base)
+    assert verdict.keep
+    assert verdict.strength == 1
+
+
+def test_the_best_strength_is_recommended() -> None:
+    base = Judgement(30.0, 1.0, 10.0)
+    judgements = {0.5: Judgement(32.0, 1.0, 9.0), 1.0: Judgement(32.5, 1.0, 6.5)}
+    for found in judgements.values():
+        expected = found.consistency - 30 + 6 * math.log2(found.texture / 10)
+        assert found.score(base) == pytest.approx(expected)
+    assert decide(judgements, base).strength == 0.5
+    # Below 0.6 of the base's texture no gain counts.
+    assert not decide({1.0: Judgement(45.0, 1.0, 5.9)}, base).keep
+
+
+def test_interpolation_is_linear() -> None:
+    base, adapted = {"a": torch.zeros(3), "n": torch.tensor(1)}, {"a": torch.ones(3) * 4, "n": torch.tensor(2)}
+    found = interpolated(base, adapted, 0.25)
+    assert torch.equal(found["a"], torch.ones(3))
+    assert found["n"] == 2
+
+
+def test_a_model_that_gives_nan_is_not_judged() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        judge(model(shift=float("nan")), images(), CPU)
