@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -11,8 +12,9 @@ import pytest
 import tifffile
 from PIL import Image, ImageCms, ImageOps
 
+from pdd_cli.encoding import Layout, Sheet, check_size, write_sheets
 from pdd_cli.errors import InputError
-from pdd_cli.images import Picture, check_size, find_images, image_size, read_image, write_image
+from pdd_cli.images import Picture, find_images, image_size, read_image, write_image
 
 RNG = np.random.default_rng(0)
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -253,17 +255,16 @@ def test_find_images(tmp_path: Path) -> None:
         find_images(tmp_path / "b.png")
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     write_image(path, Picture(np.zeros((4, 4, 3), np.uint8)))
     before = path.read_bytes()
 
-    def interrupted(self: Image.Image, target: Path, *_: object, **__: object) -> None:
-        target.write_bytes(b"half")
+    def interrupted() -> Iterator[np.ndarray]:
+        yield np.ones((2, 4, 3), np.uint8)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Image.Image, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_image(path, Picture(np.ones((4, 4, 3), np.uint8)))
+        write_sheets(path, [Sheet(Layout(4, 4, 3), interrupted())])
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
