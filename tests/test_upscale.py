@@ -28,6 +28,7 @@ from pdd_cli.images import Picture, read_image, write_image
 from pdd_cli.inference.batch import Job, plan_jobs, run_jobs
 from pdd_cli.inference.engines import OpenVINOEngine, TorchEngine, bytes_per_pixel, choose_engine
 from pdd_cli.inference.manifest import NAME as MANIFEST
+from pdd_cli.inference.resizing import SizeRequest
 from pdd_cli.inference.upscaler import Upscaler
 from pdd_cli.latest import latest_upscale
 from pdd_cli.models.loading import SRModel, load_sr_model
@@ -470,3 +471,161 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(tmp_path: Path, home:
     assert error is None
     assert document["skipped"] == len(made)
     assert document["done"] == 60 - len(made)
+
+
+# --- sizes, strength, colours -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(24, 32), (1, 1), (3, 70), (31, 17)])
+@pytest.mark.parametrize("scale", [0.5, 1.5, 4.0, 6.0])
+def test_any_target_size(tmp_path: Path, size: tuple[int, int], scale: float) -> None:
+    model = load_sr_model(saved(tmp_path, compact(2)))
+    lr = Picture(RNG.integers(0, 256, (*size, 3), np.uint8), RNG.integers(0, 256, size, np.uint8))
+    worker = Upscaler(TorchEngine(model, CPU), tile=16, overlap=8, notify=print, size=SizeRequest(scale=scale))
+    sr = worker.upscale(lr).picture
+    assert (sr.height, sr.width) == tuple(max(1, round(side * scale)) for side in size)
+    assert sr.alpha is not None
+    gray = worker.upscale(Picture(lr.pixels[..., :1].repeat(3, axis=2))).picture
+    assert (gray.pixels == gray.pixels[..., :1]).all()
+
+
+def test_a_flat_image_stays_flat_whatever_is_done_to_it(tmp_path: Path) -> None:
+    # A network that repeats each pixel: what comes out is then known.
+    module = nn.Upsample(scale_factor=4)
+    module.register_parameter("unused", nn.Parameter(torch.zeros(1)))
+    model = SRModel(module=module, scale=4, in_channels=3, out_channels=3, architecture="test")
+    lr = Picture(np.full((20, 30, 3), (200, 100, 50), np.uint8))
+    for correction in ("none", "mean-std", "low-frequency"):
+        for scale in (0.7, 2.0, 4.0, 5.5):
+            worker = Upscaler(
+                TorchEngine(model, CPU),
+                tile=16,
+                overlap=4,
+                notify=print,
+                size=SizeRequest(scale=scale),
+                correction=correction,  # type: ignore[arg-type]
+            )
+            assert (worker.upscale(lr).picture.pixels == (200, 100, 50)).all()
+
+
+def adapted(folder: Path, base: dict[str, Tensor], base_sha256: str | None = None) -> dict[str, Tensor]:
+    """Weights that say they were adapted from `base`, which is installed as `ground`; both in `folder`'s store."""
+    from pdd_cli.models.loading import model_from_state, state_sha256
+    from pdd_cli.weights.store import Card, Store
+
+    store = Store(folder / "weights")
+    known = state_sha256(model_from_state(base, origin="base").module.state_dict())
+    store.add(Card(name="ground", architecture="Compact", source="test", created=""), base)
+    state = {key: tensor + 0.02 * torch.randn_like(tensor) for key, tensor in base.items()}
+    card = Card(
+        name="mine", architecture="Compact", source="test", created="", base="ground", base_sha256=base_sha256 or known
+    )
+    store.add(card, state)
+    return state
+
+
+def test_strength_moves_from_the_base_to_the_adapted_model(tmp_path: Path, home: Path) -> None:
+    base = compact()
+    mine = adapted(home, base)
+    lr = picture(16, 16)
+    write_image(tmp_path / "a.png", lr)
+    for strength in (0, 0.25, 1):
+        _, error = run_upscale(
+            tmp_path / "a.png", tmp_path / f"{strength}.png", "--weights", "mine", "--strength", strength
+        )
+        assert error is None
+        mixed = {key: (1 - strength) * base[key] + strength * mine[key] for key in base}
+        expected = spandrel_forward(mixed, lr.pixels.copy()).clip(0, 1) * 255
+        assert psnr(read_image(tmp_path / f"{strength}.png").pixels, expected) > 55
+    assert psnr(read_image(tmp_path / "0.png").pixels, read_image(tmp_path / "1.png").pixels) < 45
+
+
+def test_strength_needs_the_very_base(tmp_path: Path, home: Path) -> None:
+    write_image(tmp_path / "a.png", picture(4, 4))
+    adapted(home, compact(), base_sha256="0" * 64)
+    arguments = (tmp_path / "a.png", tmp_path / "b.png", "--offline", "--strength", 0.5, "--weights")
+    _, error = run_upscale(*arguments, "mine")
+    assert isinstance(error, InputError)
+    assert "ground isn't the base" in str(error)
+    _, error = run_upscale(*arguments, "ground")
+    assert isinstance(error, InputError)
+    assert "doesn't say what base" in str(error)
+    (home / "weights/ground.safetensors").unlink()
+    _, error = run_upscale(*arguments, "mine")
+    assert isinstance(error, InputError)
+    assert "can't be had" in str(error)
+
+
+# --- the manifest -----------------------------------------------------------------------------------------------
+
+
+def statuses(document: dict[str, object]) -> dict[str, str]:
+    return {Path(file["input"]).name: file["status"] for file in document["files"]}  # type: ignore[attr-defined]
+
+
+def test_a_second_run_does_what_is_missing_or_changed(tmp_path: Path, home: Path) -> None:
+    weights = saved(tmp_path, compact())
+    for name in "abcd":
+        write_image(tmp_path / f"in/{name}.png", picture(8, 8))
+    write_image(tmp_path / "out/d.png", picture(2, 2))  # the user's own
+    command = (tmp_path / "in", tmp_path / "out", "--weights", weights)
+    document, _ = run_upscale(*command)
+    assert statuses(document) == {"a.png": "done", "b.png": "done", "c.png": "done", "d.png": "skipped"}
+    assert read_image(tmp_path / "out/d.png").width == 2
+    document, _ = run_upscale(*command)
+    assert set(statuses(document).values()) == {"skipped"}
+    write_image(tmp_path / "in/a.png", picture(8, 8))
+    (tmp_path / "out/b.png").unlink()
+    document, _ = run_upscale(*command)
+    assert statuses(document) == {"a.png": "done", "b.png": "done", "c.png": "skipped", "d.png": "skipped"}
+    # Power failed while c was written: begun, and the line cut short.
+    with (tmp_path / "out" / MANIFEST).open("a") as file:
+        file.write('{"output": "c.png", "key": "x", "done": false}\n{"output": "a.p')
+    document, _ = run_upscale(*command)
+    assert statuses(document) == {"a.png": "skipped", "b.png": "skipped", "c.png": "done", "d.png": "skipped"}
+    document, _ = run_upscale(*command, "--scale", 2)
+    assert statuses(document) == {"a.png": "done", "b.png": "done", "c.png": "done", "d.png": "skipped"}
+    assert read_image(tmp_path / "out/a.png").width == 16
+    save_file({key: tensor + 0.1 for key, tensor in compact().items()}, weights)
+    document, _ = run_upscale(*command, "--scale", 2, "--overwrite")
+    assert set(statuses(document).values()) == {"done"}
+
+
+def test_a_pattern_takes_what_matches(tmp_path: Path, home: Path) -> None:
+    weights = saved(tmp_path, compact())
+    for name in ("in/a.png", "in/sub/b.png", "in/sub/c.jpg"):
+        write_image(tmp_path / name, picture(4, 4))
+    _, error = run_upscale(tmp_path / "in/**/*.png", tmp_path / "out", "--weights", weights)
+    assert error is None
+    assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.png")) == [
+        "a.png",
+        "sub/b.png",
+    ]
+    _, error = run_upscale(tmp_path / "in/*.webp", tmp_path / "out", "--weights", weights)
+    assert isinstance(error, InputError)
+    assert "no images match" in str(error)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_killed_run_leaves_whole_files_and_the_next_completes(tmp_path: Path, home: Path) -> None:
+    weights = saved(tmp_path, compact())
+    for number in range(40):
+        write_image(tmp_path / f"in/{number:02}.png", picture(48, 48))
+    out = tmp_path / "out"
+    run_upscale(tmp_path / "in", tmp_path / "expected", "--weights", weights)
+    command = [sys.executable, "-m", "pdd_cli", "upscale", tmp_path / "in", out, "--weights", weights]
+    process = subprocess.Popen([*command, "--engine", "torch"], stderr=subprocess.DEVNULL, env=os.environ.copy())
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("[0-9]*.png"))) < 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    made = list(out.glob("[0-9]*.png"))
+    assert 3 <= len(made) < 40
+    for path in made:
+        assert path.read_bytes() == (tmp_path / "expected" / path.name).read_bytes()
+    document, error = run_upscale(tmp_path / "in", out, "--weights", weights)
+    assert error is None
+    assert 40 - len(made) <= int(str(document["done"])) <= 41 - len(made)
+    for path in (tmp_path / "expected").glob("*.png"):
+        assert (out / path.name).read_bytes() == path.read_bytes()
