@@ -195,7 +195,7 @@ def probe(path: Path, *, most_pixels: int = MOST_PIXELS) -> Header:
     with _told(path), _strict_pillow(), Image.open(path, formats=_PILLOW_FORMATS) as image:
         _check_pixels(image, most_pixels)
         # A TIFF's size is that of the upright image already; for a PNG without EXIF getexif would decode it all.
-        known = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+        known = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info or "xmp" in image.info)
         turned = known and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
         size = (image.height, image.width) if turned else (image.width, image.height)
         alpha = image.mode in ("LA", "RGBA", "PA", "La", "RGBa") or "transparency" in image.info
