@@ -347,7 +347,7 @@ def _decode16(data: bytes, index: int, *, gray: bool) -> Array:
     """16 bits of several channels, which Pillow reduces to 8: (H, W, C), alpha last; `gray` is gray and alpha."""
     import cv2
 
-    cv2.setLogLevel(0)  # it prints what it finds in damaged files
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it prints what it finds in damaged files
     buffer = np.frombuffer(data, np.uint8)
     if index:
         pages = cv2.imdecodemulti(buffer, cv2.IMREAD_UNCHANGED, range=(index, index + 1))[1]
