@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--tile", nargs="+", default=["0", "auto", "96"])
     parser.add_argument("--engine", nargs="+", default=["torch"])
     parser.add_argument("--precision", nargs="+", default=["fp32"])
-    parser.add_argument("--overlap", type=int, default=32)
+    parser.add_argument("--overlap", type=int, default=64)
     parser.add_argument("--crop", type=int, default=0, help="only the top left N x N pixels of each image")
     arguments = parser.parse_args()
     engines = [

@@ -25,6 +25,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class Settings(BaseModel):
@@ -183,16 +184,42 @@ class UpscaleConfig(Settings):
     output: str  # not a Path, which would lose the trailing slash that says "a folder"
     weights: str = "realesrgan"
     tile: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
-    overlap: Annotated[int, Field(ge=0)] = 32
-    format: Literal["keep", "png", "jpg", "webp", "tiff", "bmp"] = "keep"
+    overlap: Annotated[int, Field(ge=0)] = 64
+    # At most one of these; without them the model's own scale.
+    scale: Annotated[float, Field(gt=0, le=64)] | None = None
+    width: Side | None = None
+    height: Side | None = None
+    long_side: Side | None = None
+    fit: Annotated[str, Field(pattern=r"^[1-9]\d{0,6}x[1-9]\d{0,6}$")] | None = None
+    strength: Fraction = 1.0
+    color_correction: Literal["none", "mean-std", "low-frequency"] = "none"
+    format: Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif"] = "keep"
     quality: Annotated[int, Field(ge=1, le=100)] = 95
+    lossless: bool = False
+    strip_metadata: bool = False
     suffix: str = ""
     recursive: bool = True
     overwrite: bool = False
     engine: Literal["auto", "torch", "openvino"] = "auto"
     device: Device = "auto"
     precision: PrecisionChoice = "auto"
+    max_memory: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[MG]$")] | None = None
     offline: bool = False
+
+    @model_validator(mode="after")
+    def _one_size(self) -> UpscaleConfig:
+        given = [name for name in ("scale", "width", "height", "long_side", "fit") if getattr(self, name) is not None]
+        if len(given) > 1:
+            names = " and ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(f"{names} contradict each other (to stay within a width and a height: --fit WxH)")
+        return self
+
+    @property
+    def most_memory(self) -> int | None:
+        """`max_memory` in bytes; M and G are 2^20 and 2^30."""
+        if self.max_memory is None:
+            return None
+        return int(float(self.max_memory[:-1]) * {"M": 2**20, "G": 2**30}[self.max_memory[-1]])
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------

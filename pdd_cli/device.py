@@ -77,6 +77,14 @@ def available_memory(device: torch.device) -> int:
         return 4 << 30
 
 
+def resident_memory() -> int:
+    """Bytes of memory that this process holds now; 0 where the system doesn't tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return 0
+
+
 def _choose_device(name: str) -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():

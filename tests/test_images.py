@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -11,8 +12,9 @@ import pytest
 import tifffile
 from PIL import Image, ImageCms, ImageOps
 
+from pdd_cli.encoding import Encoding, Layout, Sheet, check_size, write_sheets
 from pdd_cli.errors import InputError
-from pdd_cli.images import Picture, check_size, find_images, image_size, read_image, write_image
+from pdd_cli.images import MOST_PIXELS, Picture, decode_pages, find_images, image_size, read_image, write_image
 
 RNG = np.random.default_rng(0)
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -253,17 +255,130 @@ def test_find_images(tmp_path: Path) -> None:
         find_images(tmp_path / "b.png")
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     write_image(path, Picture(np.zeros((4, 4, 3), np.uint8)))
     before = path.read_bytes()
 
-    def interrupted(self: Image.Image, target: Path, *_: object, **__: object) -> None:
-        target.write_bytes(b"half")
+    def interrupted() -> Iterator[np.ndarray]:
+        yield np.ones((2, 4, 3), np.uint8)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Image.Image, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_image(path, Picture(np.ones((4, 4, 3), np.uint8)))
+        write_sheets(path, [Sheet(Layout(4, 4, 3), interrupted())])
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+# --- metadata, pages, streaming ---------------------------------------------------------------------------------
+
+XMP = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" xmlns:xmp="http://ns.adobe.com/xap/1.0/"
+ xmp:Rating="4" tiff:Orientation="6" tiff:ImageWidth="40"/></rdf:RDF></x:xmpmeta>"""
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "avif"])
+def test_metadata_of_a_jpeg_survive_in_every_format(tmp_path: Path, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Maker"
+    exif[0x8769] = {0x9003: "2020:01:02 03:04:05", 0x8827: 200}
+    exif[0x8825] = {1: "N", 2: (52.0, 30.0, 0.0)}
+    source = Image.fromarray(random_pixels(16, 24, 3))
+    source.save(tmp_path / "a.jpg", exif=exif, xmp=XMP, icc_profile=SRGB, dpi=(300, 300))
+    path = tmp_path / f"b.{suffix}"
+    write_image(path, read_image(tmp_path / "a.jpg"))
+    with Image.open(path) as image:
+        assert image.size == (16, 24)
+        found = image.getexif()
+        assert found.get(0x0112, 1) == 1
+        assert found[0x010F].rstrip("\0") == "Maker"
+        assert found.get_ifd(0x8769) == {0x9003: "2020:01:02 03:04:05", 0x8827: 200}
+        assert found.get_ifd(0x8825) == {1: "N", 2: (52.0, 30.0, 0.0)}
+        assert image.info["icc_profile"] == SRGB
+        assert b'Rating="4"' in image.info["xmp"]
+        assert b'Orientation="1"' in image.info["xmp"]
+        assert b"ImageWidth" not in image.info["xmp"]
+        if suffix in ("png", "jpg", "tif"):
+            assert image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+    assert read_image(path).xmp == read_image(tmp_path / "a.jpg").xmp
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_pages_of_a_tiff(tmp_path: Path, bits: int) -> None:
+    dtype = {8: np.uint8, 16: np.uint16}[bits]
+    pages = [random_pixels(5 + n, 9, 3, dtype=dtype) for n in range(3)]
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for page in pages:
+            writer.write(page, photometric="rgb")
+    path = tmp_path / "a.tif"
+    read = list(decode_pages(path, path.read_bytes()))
+    for picture, page in zip(read, pages, strict=True):
+        np.testing.assert_array_equal(picture.pixels, page)
+    write_sheets(tmp_path / "b.tif", [Sheet(p.layout, [p.interleaved]) for p in read], count=3)
+    with tifffile.TiffFile(tmp_path / "b.tif") as file:
+        for page, expected in zip(file.pages, pages, strict=True):
+            np.testing.assert_array_equal(page.asarray(), expected)
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_frames_of_an_animation(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.fromarray(random_pixels(8, 9, 3)) for _ in range(3)]
+    path = tmp_path / f"a.{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[40, 80, 120], lossless=True)
+    read = list(decode_pages(path, path.read_bytes()))
+    for picture, frame in zip(read, frames, strict=True):
+        np.testing.assert_array_equal(picture.pixels, np.asarray(frame))
+    again = tmp_path / f"b.{suffix}"
+    sheets = [Sheet(p.layout, [p.interleaved], duration=p.duration) for p in read]
+    write_sheets(again, sheets, count=3, encoding=Encoding(lossless=True))
+    with Image.open(again) as image:
+        for index, frame in enumerate(frames):
+            image.seek(index)
+            image.load()
+            assert image.info["duration"] == (40, 80, 120)[index]
+            np.testing.assert_array_equal(np.asarray(image.convert("RGB")), np.asarray(frame))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize(("samples", "bits"), [(1, 8), (3, 16), (4, 8)])
+def test_bands_of_any_height_make_the_same_file(tmp_path: Path, suffix: str, samples: int, bits: int) -> None:
+    pixels = random_pixels(601, 300, samples, dtype={8: np.uint8, 16: np.uint16}[bits])
+    pixels[100:400] = np.arange(300)[:, None] // 3  # rows for the filters to work on
+    layout = Layout(300, 601, samples - (samples == 4), samples == 4, bits)
+    for name, cuts in (("a", [601]), ("b", [1, 2, 257, 600])):
+        bands = np.split(pixels, cuts)
+        write_sheets(tmp_path / f"{name}.{suffix}", [Sheet(layout, [band for band in bands if len(band)])])
+    np.testing.assert_array_equal(read_image(tmp_path / f"a.{suffix}").interleaved, pixels)
+    np.testing.assert_array_equal(read_image(tmp_path / f"b.{suffix}").interleaved, pixels)
+
+
+def mutated(data: bytes, kind: int, rng: np.random.Generator) -> bytes:
+    changed = bytearray(data)
+    if kind == 0:
+        return bytes(changed[: rng.integers(1, len(data))])
+    for at in rng.integers(0, min(len(data), 200) if kind == 1 else len(data), 1 + 8 * kind):
+        changed[at] = rng.integers(0, 256)
+    if kind == 3:
+        at, length = sorted(rng.integers(0, len(data), 2))
+        del changed[at:length]
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "AVIF"])
+def test_mutated_files_are_read_or_refused(tmp_path: Path, format: str) -> None:
+    rng = np.random.default_rng(0)
+    target = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x8769] = {0x9003: "2020:01:02 03:04:05"}
+    options = {} if format == "TIFF" else {"exif": exif}
+    Image.fromarray(random_pixels(24, 20, 3)).save(target, format, **options)
+    path = tmp_path / "a.png"
+    refused = 0
+    for index in range(60):
+        path.write_bytes(mutated(target.getvalue(), index % 4, rng))
+        try:
+            picture = read_image(path)
+            assert picture.width * picture.height <= MOST_PIXELS
+        except InputError:
+            refused += 1
+    assert 5 < refused <= 60

@@ -14,33 +14,54 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pdd_cli.config import UpscaleConfig
-    from pdd_cli.inference.batch import Job, Result
+    from pdd_cli.inference.batch import Job, Output, Result
+    from pdd_cli.inference.manifest import Manifest
     from pdd_cli.inference.upscaler import Upscaler
 
 
 def upscale(
-    input: Annotated[Path, typer.Argument(help="Image, or folder of images.", show_default=False)],
+    input: Annotated[
+        Path, typer.Argument(help="Image, folder of images, or pattern in quotes ('in/**/*.png').", show_default=False)
+    ],
     output: Annotated[str, typer.Argument(help="Image, or folder for the outputs.", show_default=False)],
     weights: Annotated[str | None, typer.Option(help="NAME or FILE of the model. [default: realesrgan]")] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Output size as a multiple of the input's. [default: the model's]")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Output width in pixels; the aspect is kept.")] = None,
+    height: Annotated[int | None, typer.Option(help="Output height in pixels; the aspect is kept.")] = None,
+    long_side: Annotated[int | None, typer.Option(help="Longer side of the output in pixels.")] = None,
+    fit: Annotated[str | None, typer.Option(help="WxH: the largest output inside this box.", metavar="WxH")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Of adapted weights: from 0, their base, to 1, the adapted. [default: 1]")
+    ] = None,
+    color_correction: Annotated[
+        Literal["none", "mean-std", "low-frequency"] | None,
+        typer.Option(help="Give the output the input's colours. [default: none]"),
+    ] = None,
     tile: Annotated[
         str | None,
         typer.Option(help="Longest side of a tile in LR pixels; 0: the whole image; auto: by memory. [default: auto]"),
     ] = None,
     overlap: Annotated[
-        int | None, typer.Option(help="Overlap of tiles in LR pixels; at most half a tile is used. [default: 32]")
+        int | None, typer.Option(help="LR pixels around a tile that the model sees, too. [default: 64]")
     ] = None,
     format: Annotated[
-        Literal["keep", "png", "jpg", "webp", "tiff", "bmp"] | None,
+        Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif"] | None,
         typer.Option(help="Format of the outputs. [default: keep, the input's]"),
     ] = None,
-    quality: Annotated[int | None, typer.Option(help="Of JPEG and WebP, 1 to 100. [default: 95]")] = None,
+    quality: Annotated[int | None, typer.Option(help="Of JPEG, WebP and AVIF, 1 to 100. [default: 95]")] = None,
+    lossless: Annotated[bool | None, typer.Option("--lossless", help="Refuse lossy formats; WebP lossless.")] = None,
+    strip_metadata: Annotated[
+        bool | None, typer.Option("--strip-metadata", help="Keep no profile, EXIF, XMP or dpi.")
+    ] = None,
     suffix: Annotated[str | None, typer.Option(help="Text to put behind each output's name. [default: none]")] = None,
     recursive: Annotated[
         bool | None, typer.Option("--recursive/--no-recursive", help="Go into subfolders. [default: recursive]")
     ] = None,
     overwrite: Annotated[
         bool | None,
-        typer.Option("--overwrite/--skip-existing", help="What to do with outputs that exist. [default: skip]"),
+        typer.Option("--overwrite/--skip-existing", help="Make outputs again that are there. [default: skip]"),
     ] = None,
     engine: Annotated[
         Literal["auto", "torch", "openvino"] | None,
@@ -50,6 +71,9 @@ def upscale(
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"] | None, typer.Option(help="[default: auto: what is fastest here]")
     ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Most memory that the process takes, as 800M or 2G. [default: what is free]")
+    ] = None,
     offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file with an `upscale:` section. [default: ./pdd.yaml]")
@@ -58,9 +82,9 @@ def upscale(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Upscale an image or a folder of images (PNG, JPEG, WebP, TIFF, BMP).
+    """Upscale an image or a folder of images (PNG, JPEG, WebP, TIFF, BMP, AVIF).
 
-    Outputs that exist are skipped, so the same command again goes on where the last one stopped. An image that can't
+    The same command again makes what is missing, and what has changed: inputs, weights, settings. An image that can't
     be read is reported at the end; the others are done (exit code 3).
     """
     from pdd_cli.config import UpscaleConfig, resolve
@@ -75,21 +99,34 @@ def upscale(
             "weights": weights,
             "tile": int(tile) if tile is not None and tile.isdecimal() else tile,
             "overlap": overlap,
+            "scale": scale,
+            "width": width,
+            "height": height,
+            "long_side": long_side,
+            "fit": fit,
+            "strength": strength,
+            "color_correction": color_correction,
             "format": format,
             "quality": quality,
+            "lossless": lossless,
+            "strip_metadata": strip_metadata,
             "suffix": suffix,
             "recursive": recursive,
             "overwrite": overwrite,
             "engine": engine,
             "device": device,
             "precision": precision,
+            "max_memory": max_memory,
             "offline": offline,
         },
         overrides=set_ or (),
         file=config,
     )
 
-    from pdd_cli.inference.batch import plan_jobs, preview_jobs
+    from pdd_cli.encoding import Encoding
+    from pdd_cli.inference.batch import Output, manifest_folder, plan_jobs, preview_jobs
+    from pdd_cli.inference.manifest import Manifest
+    from pdd_cli.models.loading import state_sha256
 
     # What can be wrong with the paths is told before a model is fetched and loaded.
     jobs = plan_jobs(
@@ -100,11 +137,25 @@ def upscale(
         recursive=settings.recursive,
     )
     upscaler = _load(settings, console)
+    files = Output(
+        Encoding(settings.quality, settings.lossless), overwrite=settings.overwrite, strip=settings.strip_metadata
+    )
+    folder = manifest_folder(settings.input, settings.output)
+    manifest = None
+    if folder is not None:
+        # What an output is meant to be. How it is computed (tiles, engine, precision) is not: that changes nothing
+        # which could be seen.
+        made_by = settings.model_dump(
+            include={"scale", "width", "height", "long_side", "fit", "color_correction", "quality", "lossless"}
+            | {"strip_metadata"}
+        )
+        made_by["weights"] = state_sha256(upscaler.engine.model.module.state_dict())
+        manifest = Manifest(folder, made_by)
     if dry_run:
-        results = list(preview_jobs(jobs, upscaler, overwrite=settings.overwrite))
+        results = list(preview_jobs(jobs, upscaler, output=files, manifest=manifest))
         _show_preview(results, console)
     else:
-        results = _run(jobs, upscaler, settings, console)
+        results = _run(jobs, upscaler, files, manifest, console)
         _remember(results, settings, upscaler.scale)
     console.result(_document(results, settings, upscaler))
     _report(results, settings, console, dry_run=dry_run)
@@ -114,6 +165,8 @@ def _load(settings: UpscaleConfig, console: Console) -> Upscaler:
     from pdd_cli.commands._fetching import fetch_progress
     from pdd_cli.device import choose_runtime
     from pdd_cli.inference.engines import choose_engine
+    from pdd_cli.inference.resizing import SizeRequest
+    from pdd_cli.inference.strength import at_strength
     from pdd_cli.inference.upscaler import Upscaler
     from pdd_cli.models.loading import load_sr_model
     from pdd_cli.weights.fetch import ensure
@@ -122,13 +175,32 @@ def _load(settings: UpscaleConfig, console: Console) -> Upscaler:
     runtime = choose_runtime(settings.device, settings.precision)
     with fetch_progress(console) as on_event:
         path = ensure(settings.weights, store=Store.default(), offline=settings.offline, on_event=on_event)
-    model = load_sr_model(path)
+        model = at_strength(
+            load_sr_model(path),
+            settings.strength,
+            name=settings.weights,
+            find=lambda base: ensure(base, store=Store.default(), offline=settings.offline, on_event=on_event),
+        )
     engine = choose_engine(model, runtime, settings.engine)
     console.say(f"{settings.weights}: {model.architecture} x{model.scale} on {runtime}, {engine.name}")
-    return Upscaler(engine, tile=settings.tile, overlap=settings.overlap, notify=console.warn)
+    fit = None
+    if settings.fit is not None:
+        fit_width, fit_height = settings.fit.split("x")
+        fit = (int(fit_width), int(fit_height))
+    return Upscaler(
+        engine,
+        tile=settings.tile,
+        overlap=settings.overlap,
+        notify=console.warn,
+        size=SizeRequest(settings.scale, settings.width, settings.height, settings.long_side, fit),
+        correction=settings.color_correction,
+        max_memory=settings.most_memory,
+    )
 
 
-def _run(jobs: Sequence[Job], upscaler: Upscaler, settings: UpscaleConfig, console: Console) -> list[Result]:
+def _run(
+    jobs: Sequence[Job], upscaler: Upscaler, files: Output, manifest: Manifest | None, console: Console
+) -> list[Result]:
     from pdd_cli.inference.batch import run_jobs
 
     results: list[Result] = []
@@ -144,8 +216,8 @@ def _run(jobs: Sequence[Job], upscaler: Upscaler, settings: UpscaleConfig, conso
             for result in run_jobs(
                 jobs,
                 upscaler,
-                overwrite=settings.overwrite,
-                quality=settings.quality,
+                output=files,
+                manifest=manifest,
                 on_start=on_start,
                 on_tile=lambda done, total: progress.update(tiles, completed=done, total=total),
             ):
@@ -210,6 +282,7 @@ def _document(results: Sequence[Result], settings: UpscaleConfig, upscaler: Upsc
                 "tiles": result.tiles,
                 "seconds": round(result.seconds, 3),
                 "model_seconds": round(result.model_seconds, 3),
+                **({"memory": result.memory} if result.memory else {}),
             }
             for result in results
         ],
@@ -220,13 +293,16 @@ def _show_preview(results: Sequence[Result], console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("input", "output", "size in", "size out", "tiles", "note", title="dry run: nothing is written")
+    columns = ("input", "output", "size in", "size out", "tiles", "memory", "time", "note")
+    table = Table(*columns, title="dry run: nothing is written")
     for result in results:
         sizes = ["{}x{}".format(*size) if size else "" for size in (result.size_in, result.size_out)]
-        note = result.problem or ("exists, skipped" if result.status == "skipped" else "")
+        note = result.problem or ("made already, skipped" if result.status == "skipped" else "")
+        memory = f"{result.memory / 2**30:.1f} GiB" if result.memory else ""
+        seconds = f"{result.seconds:.0f} s" if result.status == "planned" else ""
         tiles = str(result.tiles) if result.tiles else ""
         names = [escape(str(path)) for path in (result.job.source, result.job.target)]
-        table.add_row(*names, *sizes, tiles, escape(note))
+        table.add_row(*names, *sizes, tiles, memory, seconds, escape(note))
     console.table(table)
 
 
@@ -235,10 +311,10 @@ def _report(results: Sequence[Result], settings: UpscaleConfig, console: Console
     done, skipped = _count(results, "done"), _count(results, "skipped")
     failed = [result for result in results if result.status == "failed"]
     for result in results:
-        if result.status == "done" and result.problem:
+        if result.status in ("done", "skipped") and result.problem and not dry_run:
             console.warn(f"{result.job.source}: {result.problem}")
     if skipped:
-        console.say(f"{skipped} skipped: the output exists (--overwrite does them again)")
+        console.say(f"{skipped} skipped: made already (--overwrite makes them again)")
     if done:
         seconds = sum(result.seconds for result in results)
         console.say(f"{done} upscaled to {settings.output} in {seconds:.1f} s")

@@ -1,19 +1,44 @@
-"""Files → files: which outputs a run makes, and making them one after the other."""
+"""Files → files: which outputs a run makes, and making them; reading, computing and writing overlap."""
 
 from __future__ import annotations
 
+import glob
+import itertools
 import os
+import queue
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from pdd_cli.encoding import (
+    STREAMED,
+    Encoding,
+    Metadata,
+    Sheet,
+    check_lossless,
+    check_size,
+    format_of,
+    keeps_frames,
+    write_sheets,
+)
 from pdd_cli.errors import InputError, PddError, ResourceError
-from pdd_cli.images import check_size, find_images, format_of, image_size, read_image, write_image
+from pdd_cli.images import Array, Picture, decode_pages, find_images, is_image, probe, read_bytes
+from pdd_cli.inference.manifest import Manifest
 from pdd_cli.inference.upscaler import OnTile, Upscaler
 
-FormatChoice = Literal["keep", "png", "jpg", "webp", "tiff", "bmp"]
+FormatChoice = Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif"]
+
+# Bands of rows that wait to be written, and images whose writing isn't waited for.
+_WAITING_BANDS = 2
+_WAITING_IMAGES = 2
+# What is larger, in bytes of pixels, is not decoded ahead.
+_MOST_AHEAD = 100 << 20
+_LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -25,8 +50,20 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Output:
+    """How outputs are written: `overwrite` what is there, `strip` the metadata."""
+
+    encoding: Encoding = field(default_factory=Encoding)
+    overwrite: bool = False
+    strip: bool = False
+
+
+@dataclass(frozen=True)
 class Result:
-    """What became of one job. Sizes are (width, height); `problem` says why it failed, or what to know of it."""
+    """What became of one job. Sizes are (width, height); `problem` says why it failed, or what to know of it.
+
+    `memory` (peak of the process, bytes) and `seconds` are estimates where the status is "planned".
+    """
 
     job: Job
     status: Literal["done", "skipped", "failed", "planned"]
@@ -36,100 +73,51 @@ class Result:
     tiles: int = 0
     seconds: float = 0.0
     model_seconds: float = 0.0
+    memory: int = 0
+
+
+# --- which outputs ----------------------------------------------------------------------------------------------
 
 
 def plan_jobs(source: Path, output: str, *, format: FormatChoice, suffix: str, recursive: bool) -> list[Job]:
-    """The jobs of a file or folder `source`; nothing is read but folders.
+    """The jobs of a file, folder or glob pattern `source`; nothing is read but folders.
 
-    A folder goes to the same tree below `output`. A file goes to the file `output`, or into it when it is a folder,
-    ends with a slash or has no suffix. `suffix` is put behind each name.
+    A folder goes to the same tree below `output`, a pattern too, from its first part without a wildcard on. A file
+    goes to the file `output`, or into it when it is a folder, ends with a slash or has no suffix. `suffix` is put
+    behind each name.
 
     Raises InputError where there is nothing to do, two inputs would share an output, or an output would replace an
     input.
     """
     if source.is_dir():
-        jobs = _folder_jobs(source, Path(output), format, suffix, recursive)
+        jobs = _folder_jobs(source, find_images(source, recursive=recursive), Path(output), format, suffix)
     elif source.exists():
         jobs = [Job(source, _target_of_file(source, output, format, suffix))]
+    elif glob.has_magic(str(source)):
+        root, found = _matching(source)
+        jobs = _folder_jobs(root, found, Path(output), format, suffix, f"no images match {source}")
     else:
         raise InputError(f"{source}: no such file or folder")
     _refuse_collisions(jobs)
     return jobs
 
 
-def run_jobs(
-    jobs: Sequence[Job],
-    upscaler: Upscaler,
-    *,
-    overwrite: bool,
-    quality: int,
-    on_start: Callable[[Job], None] = lambda job: None,
-    on_tile: OnTile = lambda done, total: None,
-) -> Iterator[Result]:
-    """Do the jobs in turn, yielding what became of each; a job whose output exists is skipped unless `overwrite`.
-
-    A job that fails doesn't stop the others; a full disk does (ResourceError), for it would stop them all.
-    """
-    for job in jobs:
-        if not overwrite and job.target.exists():
-            yield Result(job, "skipped")
-            continue
-        on_start(job)
-        yield _run(job, upscaler, quality, on_tile)
+def manifest_folder(source: Path, output: str) -> Path | None:
+    """The folder that holds the manifest of a run; None for a single file, which needs none."""
+    return Path(output) if source.is_dir() or not source.exists() else None
 
 
-def preview_jobs(jobs: Sequence[Job], upscaler: Upscaler, *, overwrite: bool) -> Iterator[Result]:
-    """What `run_jobs` would do, from the headers of the images alone."""
-    for job in jobs:
-        if not overwrite and job.target.exists():
-            yield Result(job, "skipped")
-            continue
-        try:
-            width, height = image_size(job.source)
-            size_out = (width * upscaler.scale, height * upscaler.scale)
-            check_size(job.target, *size_out)
-        except PddError as error:
-            yield Result(job, "failed", _reason(error))
-            continue
-        tiles = len(upscaler.plan(height, width))
-        yield Result(job, "planned", size_in=(width, height), size_out=size_out, tiles=tiles)
+def _matching(pattern: Path) -> tuple[Path, list[Path]]:
+    """The folder before the first wildcard, and the images that match; ** goes through folders."""
+    fixed = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts)
+    root = Path(*fixed)
+    found = (Path(name) for name in glob.iglob(str(pattern), recursive=True))  # noqa: PTH207 - a pattern of any kind
+    return root, sorted(path for path in found if path.is_file() and is_image(path))
 
 
-def _run(job: Job, upscaler: Upscaler, quality: int, on_tile: OnTile) -> Result:
-    started = time.perf_counter()
-    size_in = None
-    try:
-        picture = read_image(job.source)
-        size_in = (picture.width, picture.height)
-        check_size(job.target, picture.width * upscaler.scale, picture.height * upscaler.scale)
-        result = upscaler.upscale(picture, on_tile)
-    except (PddError, MemoryError) as error:
-        seconds = time.perf_counter() - started
-        return Result(job, "failed", _reason(error), size_in=size_in, seconds=seconds)
-    try:
-        write_image(job.target, result.picture, quality=quality)
-    except ResourceError:
-        raise
-    except PddError as error:
-        seconds = time.perf_counter() - started
-        return Result(job, "failed", _reason(error), size_in=size_in, seconds=seconds)
-    return Result(
-        job,
-        "done",
-        f"only the first of {picture.frames} frames was upscaled" if picture.frames > 1 else "",
-        size_in,
-        (result.picture.width, result.picture.height),
-        result.tiles,
-        time.perf_counter() - started,
-        result.model_seconds,
-    )
-
-
-def _reason(error: PddError | MemoryError) -> str:
-    return error.message if isinstance(error, PddError) else "out of memory: the image is too large"
-
-
-def _folder_jobs(source: Path, output: Path, format: FormatChoice, suffix: str, recursive: bool) -> list[Job]:
+def _folder_jobs(
+    source: Path, found: Sequence[Path], output: Path, format: FormatChoice, suffix: str, nothing: str = ""
+) -> list[Job]:
     if output.exists() and not output.is_dir():
         raise InputError(f"{source} is a folder, but {output} is a file", "Name a folder for the outputs.")
     inside, outside = source.resolve(), output.resolve()
@@ -138,7 +126,6 @@ def _folder_jobs(source: Path, output: Path, format: FormatChoice, suffix: str, 
             f"the outputs would go between the inputs in {source}",
             "Name another folder for the outputs, or add for example --suffix _x4.",
         )
-    found = find_images(source, recursive=recursive)
     if outside != inside and outside.is_relative_to(inside):
         # What earlier runs have put there is no input.
         found = [path for path in found if not path.resolve().is_relative_to(outside)]
@@ -147,7 +134,9 @@ def _folder_jobs(source: Path, output: Path, format: FormatChoice, suffix: str, 
         outputs = {job.target.resolve() for job in jobs}
         jobs = [job for job in jobs if job.source.resolve() not in outputs]
     if not jobs:
-        raise InputError(f"{source}: no images in it", "pdd reads PNG, JPEG, WebP, TIFF and BMP files.")
+        raise InputError(
+            nothing or f"{source}: no images in it", "pdd reads PNG, JPEG, WebP, TIFF, BMP and AVIF files."
+        )
     return jobs
 
 
@@ -181,3 +170,296 @@ def _refuse_collisions(jobs: Sequence[Job]) -> None:
                 f"{other} and {job.source} would both become {job.target}",
                 "Rename one of them, or leave --format out.",
             )
+
+
+# --- making them ------------------------------------------------------------------------------------------------
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    upscaler: Upscaler,
+    *,
+    output: Output = Output(),
+    manifest: Manifest | None = None,
+    on_start: Callable[[Job], None] = lambda job: None,
+    on_tile: OnTile = lambda done, total: None,
+) -> Iterator[Result]:
+    """Do the jobs in turn, yielding what became of each.
+
+    Skipped, unless `output.overwrite`: with a `manifest`, what the same input, weights and settings have made already
+    and files that no run has made; without one, all that exists. The next image is decoded and the last one encoded
+    while one is computed. A job that fails doesn't stop the others; a full disk does (ResourceError), for it would
+    stop them all.
+    """
+    waiting: deque[Callable[[], Result]] = deque()
+    with ThreadPoolExecutor(1, "decode") as decoder, ThreadPoolExecutor(1, "encode") as encoder:
+        try:
+            ahead: deque[Future[_Loaded]] = deque()
+            upcoming = iter(jobs)
+            for job in itertools.islice(upcoming, 2):
+                ahead.append(decoder.submit(_load, job, upscaler, output, manifest))
+            while ahead:
+                loaded = ahead.popleft().result()
+                for job in itertools.islice(upcoming, 1):
+                    ahead.append(decoder.submit(_load, job, upscaler, output, manifest))
+                if loaded.result is not None:
+                    waiting.append(_settled(loaded.result))
+                else:
+                    on_start(loaded.job)
+                    waiting.append(_compute(loaded, upscaler, output, manifest, encoder, on_tile))
+                while len(waiting) > (_WAITING_IMAGES if ahead else 0):
+                    yield waiting.popleft()()
+        finally:
+            decoder.shutdown(wait=False, cancel_futures=True)
+
+
+def preview_jobs(
+    jobs: Sequence[Job], upscaler: Upscaler, *, output: Output = Output(), manifest: Manifest | None = None
+) -> Iterator[Result]:
+    """What `run_jobs` would do, from the headers of the images alone (and their content, where a manifest is asked)."""
+    for job in jobs:
+        try:
+            skipped = _skipped(job, read_bytes(job.source) if manifest else b"", output, manifest)
+            if skipped is not None:
+                yield skipped
+                continue
+            header = probe(job.source, most_pixels=upscaler.most_pixels)
+            width, height = header.size
+            size_out = upscaler.output_size(width, height)
+            _check_target(job, size_out, output)
+            estimate = upscaler.estimate(header.layout, streamed=format_of(job.target) in STREAMED)
+            upscaler.check_memory(estimate.memory)
+        except PddError as error:
+            yield Result(job, "failed", _reason(error))
+            continue
+        frames = header.frames if keeps_frames(job.target) else 1
+        yield Result(
+            job,
+            "planned",
+            _about_frames(job, header.frames),
+            header.size,
+            size_out,
+            upscaler.tiles(width, height) * frames,
+            estimate.seconds * frames,
+            estimate.seconds * frames,
+            estimate.memory,
+        )
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """An input that was read: `result` where that is the end of it, else its pages, decoded or about to be."""
+
+    job: Job
+    result: Result | None = None
+    data: bytes = b""
+    key: str = ""
+    pages: Iterator[Picture] = field(default_factory=lambda: iter(()))
+
+
+def _load(job: Job, upscaler: Upscaler, output: Output, manifest: Manifest | None) -> _Loaded:
+    """Read and decode the input of `job`, where it is to be done. Runs in the decoding thread."""
+    started = time.perf_counter()
+    size_in = None
+    try:
+        if manifest is None and not output.overwrite and job.target.exists():
+            return _Loaded(job, Result(job, "skipped"))
+        data = read_bytes(job.source)
+        skipped = _skipped(job, data, output, manifest)
+        if skipped is not None:
+            return _Loaded(job, skipped)
+        header = probe(job.source, most_pixels=upscaler.most_pixels)
+        size_in = header.size
+        _check_target(job, upscaler.output_size(*header.size), output)
+        estimate = upscaler.estimate(header.layout, streamed=format_of(job.target) in STREAMED, timed=False)
+        upscaler.check_memory(estimate.memory)
+        pages = decode_pages(job.source, data, most_pixels=upscaler.most_pixels)
+        if header.layout.bytes <= _MOST_AHEAD:
+            pages = itertools.chain([next(pages)], pages)
+        return _Loaded(job, None, data, manifest.key(data) if manifest else "", pages)
+    except (PddError, MemoryError) as error:
+        seconds = time.perf_counter() - started
+        return _Loaded(job, Result(job, "failed", _reason(error), size_in=size_in, seconds=seconds))
+
+
+def _skipped(job: Job, data: bytes, output: Output, manifest: Manifest | None) -> Result | None:
+    if output.overwrite:
+        return None
+    if manifest is None:
+        return Result(job, "skipped") if job.target.exists() else None
+    match manifest.state(job.target, manifest.key(data)):
+        case "current":
+            return Result(job, "skipped")
+        case "foreign":
+            return Result(job, "skipped", "exists, and was not made by pdd here; --overwrite replaces it")
+        case _:
+            return None
+
+
+def _check_target(job: Job, size: tuple[int, int], output: Output) -> None:
+    """What the format can't hold, told before any work."""
+    check_size(job.target, *size)
+    if output.encoding.lossless:
+        check_lossless(job.target)
+    if len(os.fsencode(job.target.name)) > _LONGEST_NAME:
+        raise InputError(f"{job.target}: the name is longer than {_LONGEST_NAME} bytes", "Use a shorter --suffix.")
+
+
+def _compute(
+    loaded: _Loaded,
+    upscaler: Upscaler,
+    output: Output,
+    manifest: Manifest | None,
+    encoder: ThreadPoolExecutor,
+    on_tile: OnTile,
+) -> Callable[[], Result]:
+    """Compute the image of `loaded` while `encoder` writes it; what is returned waits for the file to be whole."""
+    job, started = loaded.job, time.perf_counter()
+    pages = loaded.pages
+    while True:
+        channel = _Channel()
+        picture = None
+        future: Future[None] | None = None
+        done = Result(job, "done")
+        try:
+            for index, picture in enumerate(pages):
+                count = picture.frames if keeps_frames(job.target) else 1
+                if index == count:
+                    break
+                run = upscaler.start(picture, on_tile)
+                sheet = replace(run.sheet, metadata=Metadata()) if output.strip else run.sheet
+                if future is None:
+                    future = encoder.submit(_write, job.target, channel, count, output.encoding, manifest, loaded.key)
+                channel.put(sheet, future)
+                for band in sheet.bands:
+                    channel.put(band, future)
+                done = replace(
+                    done,
+                    problem=_about_frames(job, picture.frames),
+                    size_in=done.size_in or (picture.width, picture.height),
+                    size_out=done.size_out or (sheet.layout.width, sheet.layout.height),
+                    tiles=done.tiles + run.tiles,
+                    model_seconds=done.model_seconds + run.model_seconds,
+                )
+            assert future is not None
+            channel.put(None, future)
+        except BaseException as error:
+            channel.abandon()
+            if future is not None and not isinstance(error, _WriterFailed):
+                future.exception()  # until the temporary file is gone
+            if isinstance(error, MemoryError | RuntimeError) and picture is not None:
+                try:
+                    upscaler.shrink_after(error, picture)
+                except ResourceError as out_of_memory:
+                    return _settled(_failed(job, out_of_memory, started, done))
+                pages = decode_pages(job.source, loaded.data, most_pixels=upscaler.most_pixels)
+                continue
+            if isinstance(error, PddError | MemoryError):
+                return _settled(_failed(job, error, started, done))
+            if not isinstance(error, _WriterFailed):  # its own reason comes with the future
+                raise
+        return partial(_finished, job, future, started, done)
+
+
+def _write(
+    target: Path, channel: _Channel, count: int, encoding: Encoding, manifest: Manifest | None, key: str
+) -> None:
+    """Write one output and its record. Runs in the encoding thread."""
+    if manifest is not None:
+        manifest.record(target, key, done=False)
+    write_sheets(target, channel.sheets(), count=count, encoding=encoding)
+    if manifest is not None:
+        manifest.record(target, key, done=True)
+
+
+def _settled(result: Result) -> Callable[[], Result]:
+    return lambda: result
+
+
+def _finished(job: Job, future: Future[None] | None, started: float, done: Result) -> Result:
+    assert future is not None
+    try:
+        future.result()
+    except ResourceError:
+        raise
+    except (PddError, MemoryError) as error:
+        return _failed(job, error, started, done)
+    return replace(done, seconds=time.perf_counter() - started)
+
+
+def _failed(job: Job, error: PddError | MemoryError, started: float, done: Result) -> Result:
+    return Result(job, "failed", _reason(error), size_in=done.size_in, seconds=time.perf_counter() - started)
+
+
+def _reason(error: PddError | MemoryError) -> str:
+    return error.message if isinstance(error, PddError) else "out of memory: the image is too large"
+
+
+def _about_frames(job: Job, frames: int) -> str:
+    if frames == 1 or keeps_frames(job.target):
+        return ""
+    return f"only the first of {frames} frames is kept: {format_of(job.target)} holds one"
+
+
+class _Abandoned(Exception):  # noqa: N818 - not a failure of its own
+    """Told to the writer: what it is writing won't be finished."""
+
+
+class _WriterFailed(Exception):  # noqa: N818 - the failure is in the writer's future
+    """Told to the computing thread: nobody takes its rows any more."""
+
+
+class _Channel:
+    """Carries sheets and their bands from the computing thread to the writing one; a few bands wait at most."""
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[Sheet | Array | None] = queue.Queue(_WAITING_BANDS)
+        self._abandoned = False
+
+    def put(self, item: Sheet | Array | None, writer: Future[None]) -> None:
+        """Hand over a sheet, a band of it, or None at the end. Raises _WriterFailed when the writer has ended."""
+        while True:
+            if writer.done():
+                raise _WriterFailed
+            try:
+                self._queue.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+    def abandon(self) -> None:
+        """Make the writer drop its file."""
+        self._abandoned = True
+
+    def sheets(self) -> Iterator[Sheet]:
+        """The sheets, for the writer, which takes the bands of each before the next."""
+        item = self._take()
+        while isinstance(item, Sheet):
+            bands = _Bands(self._take)
+            yield replace(item, bands=bands)
+            item = bands.after
+
+    def _take(self) -> Sheet | Array | None:
+        while True:
+            if self._abandoned:
+                raise _Abandoned
+            try:
+                return self._queue.get(timeout=0.2)
+            except queue.Empty:
+                continue
+
+
+class _Bands:
+    """The bands of one sheet; `after` is what came behind them."""
+
+    def __init__(self, take: Callable[[], Sheet | Array | None]) -> None:
+        self._take = take
+        self.after: Sheet | None = None
+
+    def __iter__(self) -> Iterator[Array]:
+        while True:
+            item = self._take()
+            if item is None or isinstance(item, Sheet):
+                self.after = item
+                return
+            yield item

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+# LR pixels over which neighbouring tiles are blended, in the middle of their overlap.
+_BLENDED = 16
+
 
 @dataclass(frozen=True)
 class Span:
@@ -73,18 +76,19 @@ def fit_tile(height: int, width: int, pixels: int) -> tuple[int, int] | None:
 
 
 def feather(spans: Sequence[Span], scale: int) -> list[npt.NDArray[np.float32]]:
-    """A weight for each output pixel of each span: positive, and summing to 1 where spans overlap.
+    """A weight for each output pixel of each span, summing to 1 where spans overlap.
 
-    Within an overlap a tile's weight rises as sin² from its edge, where the network lacks context, to 1.
+    In the middle of an overlap, over at most 16 LR pixels, a tile's weight rises as sin² from 0 to 1. Nearer to its
+    edge, where the network lacks context, the tile doesn't count: the other one is further from its own edge there.
     """
     weights = []
     for index, span in enumerate(spans):
         weight = np.ones((span.stop - span.start) * scale)
         if index > 0:
-            ramp = _ramp((spans[index - 1].stop - span.start) * scale)
+            ramp = _ramp(spans[index - 1].stop - span.start, scale)
             weight[: len(ramp)] *= ramp
         if index + 1 < len(spans):
-            ramp = _ramp((span.stop - spans[index + 1].start) * scale)
+            ramp = _ramp(span.stop - spans[index + 1].start, scale)
             weight[len(weight) - len(ramp) :] *= ramp[::-1]
         weights.append(weight)
     total = np.zeros(max(span.stop for span in spans) * scale)
@@ -93,8 +97,12 @@ def feather(spans: Sequence[Span], scale: int) -> list[npt.NDArray[np.float32]]:
     return [(weight / total[span.at(scale)]).astype(np.float32) for span, weight in zip(spans, weights, strict=True)]
 
 
-def _ramp(length: int) -> npt.NDArray[np.float64]:
-    ramp: npt.NDArray[np.float64] = np.sin((np.arange(length) + 0.5) / max(length, 1) * np.pi / 2) ** 2
+def _ramp(overlap: int, scale: int) -> npt.NDArray[np.float64]:
+    """The weights along an overlap: 0, in its middle rising to 1."""
+    blended = min(overlap, _BLENDED)
+    before = (overlap - blended) // 2
+    position = (np.arange(overlap * scale) + 0.5) / scale - before
+    ramp: npt.NDArray[np.float64] = np.sin((position / max(blended, 1)).clip(0, 1) * np.pi / 2) ** 2
     return ramp
 
 

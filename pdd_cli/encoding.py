@@ -1,0 +1,446 @@
+"""Rows of pixels → a file, as they come: PNG and TIFF are never held whole, the other formats are."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, TiffImagePlugin
+
+from pdd_cli.errors import InputError
+from pdd_cli.files import atomic_write
+
+Array = npt.NDArray[Any]
+
+FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".bmp": "BMP",
+    ".avif": "AVIF",
+}
+"""Suffix → the name of its format; what pdd reads and writes."""
+
+STREAMED = ("PNG", "TIFF")
+"""The formats that are written row by row."""
+
+_LONGEST_SIDE = {"JPEG": 65_535, "WEBP": 16_383, "AVIF": 65_535}
+_MOST_BYTES = {"BMP": 2**32 - 1}
+_SIXTEEN_BIT = ("PNG", "TIFF")
+_WITH_ALPHA = ("PNG", "WEBP", "TIFF", "BMP", "AVIF")
+_LOSSY_ONLY = ("JPEG", "AVIF")
+_ANIMATED = ("PNG", "WEBP", "AVIF")
+
+# What one APP1 segment of a JPEG holds.
+_MOST_JPEG_EXIF, _MOST_JPEG_XMP = 65_533, 65_504
+
+_TILE = 256
+_EXIF_IFD, _GPS_IFD = 0x8769, 0x8825
+_BIG_TIFF = 3_900_000_000
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of an image in a file: `channels` 1 (gray) or 3 (RGB), then alpha; `bits` per sample 8 or 16."""
+
+    width: int
+    height: int
+    channels: int
+    alpha: bool = False
+    bits: int = 8
+
+    @property
+    def samples(self) -> int:
+        """Values per pixel, 1 to 4."""
+        return self.channels + self.alpha
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all pixels."""
+        return self.width * self.height * self.samples * self.bits // 8
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a file says beside the pixels; `exif` begins with "Exif\\0\\0", `dpi` is horizontal, vertical."""
+
+    icc: bytes | None = None
+    exif: bytes | None = None
+    xmp: bytes | None = None
+    dpi: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Sheet:
+    """One image of a file: its rows come in `bands` (rows, width, samples) from top to bottom.
+
+    `duration`: how long a frame of an animation is shown, in milliseconds.
+    """
+
+    layout: Layout
+    bands: Iterable[Array]
+    metadata: Metadata = Metadata()
+    duration: float | None = None
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How files are written: `quality` 1 to 100 is for JPEG, AVIF and lossy WebP; `lossless` is for WebP."""
+
+    quality: int = 95
+    lossless: bool = False
+
+
+def format_of(path: Path) -> str:
+    """The format that the suffix of `path` names. Raises InputError for one that pdd doesn't write."""
+    try:
+        return FORMATS[path.suffix.lower()]
+    except KeyError:
+        raise InputError(f"{path}: can't write this format", f"Use one of {', '.join(FORMATS)}.") from None
+
+
+def check_size(path: Path, width: int, height: int) -> None:
+    """Raise InputError when the format of `path` can't hold an image of this size."""
+    format = format_of(path)
+    longest = _LONGEST_SIDE.get(format, 2**31 - 1)
+    if max(width, height) > longest:
+        raise InputError(
+            f"{path}: {width}x{height} is too large for {format} (at most {longest} pixels a side)",
+            "Use --format png or tiff.",
+        )
+    if width * height * 4 > _MOST_BYTES.get(format, 2**62):
+        raise InputError(
+            f"{path}: {width}x{height} is too large for {format} (at most 4 GiB)", "Use --format png or tiff."
+        )
+
+
+def check_lossless(path: Path) -> None:
+    """Raise InputError when the format of `path` always loses something."""
+    if format_of(path) in _LOSSY_ONLY:
+        raise InputError(
+            f"{path}: {format_of(path)} can't be written losslessly",
+            "Use --format png, tiff or webp, or leave --lossless out.",
+        )
+
+
+def keeps_frames(path: Path) -> bool:
+    """Whether the format of `path` holds several pages or frames."""
+    return format_of(path) in (*_ANIMATED, "TIFF")
+
+
+def stored_layout(path: Path, layout: Layout) -> Layout:
+    """`layout` as the format of `path` can hold it: other formats than PNG and TIFF have 8 bits, JPEG no alpha."""
+    format = format_of(path)
+    return replace(
+        layout,
+        bits=layout.bits if format in _SIXTEEN_BIT else 8,
+        alpha=layout.alpha and format in _WITH_ALPHA,
+    )
+
+
+def write_sheets(path: Path, sheets: Iterable[Sheet], *, count: int = 1, encoding: Encoding = Encoding()) -> None:
+    """Write the images `sheets`, of which there are `count`, as one file of the suffix's format, whole or not at all.
+
+    The bands of a sheet are taken before the next sheet is asked for. What the format can't hold is reduced: 16 bits
+    to 8, alpha to a white ground, several images to the first. Raises InputError when the format can't hold the size.
+    """
+    format = format_of(path)
+    sheets = (_fitted(path, sheet) for sheet in sheets)
+    with atomic_write(path) as temporary:
+        if format == "TIFF":
+            _write_tiff(temporary, sheets)
+        elif count > 1 and format in _ANIMATED:
+            _write_whole(temporary, format, sheets, encoding)
+        elif format == "PNG":
+            with temporary.open("wb") as file:
+                _write_png(file, next(sheets))
+        else:
+            _write_whole(temporary, format, itertools.islice(sheets, 1), encoding)
+
+
+def _fitted(path: Path, sheet: Sheet) -> Sheet:
+    layout = stored_layout(path, sheet.layout)
+    check_size(path, layout.width, layout.height)
+    bands: Iterable[Array] = sheet.bands
+    if layout.bits != sheet.layout.bits:
+        bands = (from_float(to_float(band), layout.bits) for band in bands)
+    if layout.alpha != sheet.layout.alpha:
+        bands = (_on_white(band) for band in bands)
+    return replace(sheet, layout=layout, bands=bands)
+
+
+def _on_white(band: Array) -> Array:
+    values = to_float(band)
+    alpha = values[..., -1:]
+    return from_float(values[..., :-1] * alpha + (1 - alpha), band.dtype.itemsize * 8)
+
+
+def to_float(values: Array) -> npt.NDArray[np.float32]:
+    """Unsigned integers to 0..1."""
+    return values.astype(np.float32) / np.float32(np.iinfo(values.dtype).max)
+
+
+def from_float(values: Array, bits: int) -> Array:
+    """0..1, clipped, to unsigned integers of 8 or 16 bits, rounded. Raises ValueError for values that aren't finite."""
+    if not np.isfinite(values).all():
+        raise ValueError("pixel values that are not finite")
+    top = (1 << bits) - 1
+    # In float64 for 16 bits: float32 has no half steps left there.
+    scaled = values.astype(np.float64 if bits == 16 else np.float32) * top
+    rounded: Array = np.clip(np.rint(scaled), 0, top).astype(np.uint16 if bits == 16 else np.uint8)
+    return rounded
+
+
+# --- PNG --------------------------------------------------------------------------------------------------------
+
+
+def _write_png(file: BinaryIO, sheet: Sheet) -> None:
+    """Any PNG of 8 or 16 bits: Pillow holds the whole image, and has no 16 bits of several channels."""
+    layout, metadata = sheet.layout, sheet.metadata
+    colour = {1: 0, 2: 4, 3: 2, 4: 6}[layout.samples]
+
+    def chunk(kind: bytes, body: bytes) -> None:
+        file.write(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)))
+
+    file.write(b"\x89PNG\r\n\x1a\n")
+    chunk(b"IHDR", struct.pack(">IIBBBBB", layout.width, layout.height, layout.bits, colour, 0, 0, 0))
+    if metadata.icc:
+        chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(metadata.icc))
+    if metadata.dpi:
+        chunk(b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in metadata.dpi), 1))
+    if metadata.exif:
+        chunk(b"eXIf", metadata.exif.removeprefix(b"Exif\0\0"))
+    if metadata.xmp:
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + metadata.xmp)
+    compressor = zlib.compressobj(6, zlib.DEFLATED, 15, 9, zlib.Z_FILTERED)
+    above = np.zeros(layout.width * layout.samples * layout.bits // 8, np.uint8)
+    for band in sheet.bands:
+        for start in range(0, len(band), 64):
+            rows = band[start : start + 64].astype(f">u{layout.bits // 8}").view(np.uint8).reshape(-1, len(above))
+            data = compressor.compress(_filtered(rows, above, layout.samples * layout.bits // 8).tobytes())
+            above = rows[-1]
+            if data:
+                chunk(b"IDAT", data)
+    chunk(b"IDAT", compressor.flush())
+    chunk(b"IEND", b"")
+
+
+def _filtered(rows: Array, above: Array, step: int) -> Array:
+    """The rows (n, bytes) after the one `above`, each by the PNG filter whose differences are smallest (n, 1 + bytes).
+
+    `step`: bytes per pixel. PNG specification, section 9; the choice is the heuristic that it recommends.
+    """
+    up = np.vstack([above, rows[:-1]])
+    left, corner = np.zeros_like(rows), np.zeros_like(rows)
+    left[:, step:], corner[:, step:] = rows[:, :-step], up[:, :-step]
+    a, b, c = (values.astype(np.int16) for values in (left, up, corner))
+    to_left, to_up, to_corner = np.abs(b - c), np.abs(a - c), np.abs(a + b - 2 * c)
+    paeth = np.where((to_left <= to_up) & (to_left <= to_corner), left, np.where(to_up <= to_corner, up, corner))
+    mean = ((a + b) >> 1).astype(np.uint8)
+    candidates = np.stack([rows - predicted for predicted in (np.uint8(0), left, up, mean, paeth)])
+    cost = np.abs(candidates.view(np.int8).astype(np.int16)).sum(axis=2, dtype=np.int64)
+    best = cost.argmin(axis=0)
+    return np.hstack([best[:, None].astype(np.uint8), candidates[best, np.arange(len(rows))]])
+
+
+# --- TIFF -------------------------------------------------------------------------------------------------------
+
+
+def _write_tiff(path: Path, sheets: Iterable[Sheet]) -> None:
+    import tifffile
+
+    pointers: list[dict[int, dict[int, Any]]] = []
+    writer: Any = None
+    try:
+        for sheet in sheets:
+            layout, metadata = sheet.layout, sheet.metadata
+            # Classic TIFF holds 4 GiB; beyond it the variant with 64-bit offsets, which not every program reads.
+            writer = writer or tifffile.TiffWriter(path, byteorder="<", bigtiff=layout.bytes > _BIG_TIFF)
+            tags, folders = _tiff_tags(metadata)
+            shape = (layout.height, layout.width, layout.samples)
+            writer.write(
+                _tiles(sheet.bands),
+                shape=shape if layout.samples > 1 else shape[:2],
+                dtype=np.uint16 if layout.bits == 16 else np.uint8,
+                tile=(_TILE, _TILE),
+                photometric="rgb" if layout.channels == 3 else "minisblack",
+                planarconfig="contig" if layout.samples > 1 else None,
+                extrasamples=["unassalpha"] if layout.alpha else None,
+                compression="zlib",
+                predictor=True,
+                iccprofile=metadata.icc,
+                resolution=metadata.dpi,
+                resolutionunit="INCH" if metadata.dpi else None,
+                extratags=tags,
+                metadata=None,
+                software=False,
+                maxworkers=1,
+            )
+            pointers.append(folders)
+    finally:
+        if writer is not None:
+            writer.close()
+    _append_tiff_folders(path, pointers)
+
+
+def _tiles(bands: Iterable[Array]) -> Iterator[Array]:
+    """The bands as tiles of `_TILE` rows and columns, row by row; those at the border are smaller."""
+    for rows in _of_height(bands, _TILE):
+        rows = rows[..., 0] if rows.shape[2] == 1 else rows
+        for x in range(0, rows.shape[1], _TILE):
+            yield np.ascontiguousarray(rows[:, x : x + _TILE])
+
+
+def _of_height(bands: Iterable[Array], height: int) -> Iterator[Array]:
+    """The same rows in bands of `height`; the last one may be less."""
+    held: list[Array] = []
+    rows = 0
+    for band in bands:
+        held.append(band)
+        rows += len(band)
+        if rows >= height:
+            whole = np.concatenate(held)
+            for start in range(0, rows - height + 1, height):
+                yield whole[start : start + height]
+            held, rows = [whole[rows - rows % height :].copy()], rows % height
+    if rows:
+        yield np.concatenate(held)
+
+
+def _tiff_tags(metadata: Metadata) -> tuple[list[tuple[object, ...]], dict[int, dict[int, Any]]]:
+    """The EXIF and XMP as tags of the page, and the EXIF and GPS folders that it points to."""
+    tags: list[tuple[object, ...]] = []
+    folders: dict[int, dict[int, Any]] = {}
+    if metadata.xmp:
+        tags.append((0x02BC, 1, len(metadata.xmp), metadata.xmp, True))
+    if metadata.exif:
+        exif = Image.Exif()
+        exif.load(metadata.exif)
+        for tag, value in exif.items():
+            if tag not in (_EXIF_IFD, _GPS_IFD) and isinstance(value, str):
+                tags.append((tag, 2, 0, value.encode("utf-8", "replace") + b"\0", True))
+        for tag, name in ((_EXIF_IFD, "ExifTag"), (_GPS_IFD, "GPSTag")):
+            folder = exif.get_ifd(tag)
+            if folder:
+                folders[tag] = dict(folder)
+                tags.append((name, 4, 1, 0, True))
+    return tags, folders
+
+
+def _append_tiff_folders(path: Path, pages: list[dict[int, dict[int, Any]]]) -> None:
+    """Put the EXIF and GPS folders of each page behind the file, and the page's pointers on them."""
+    if not any(pages):
+        return
+    with path.open("rb+") as file:
+        big = file.read(4)[2] == 43
+        head, count, entry, word = (8, "<Q", 20, "<Q") if big else (4, "<H", 12, "<I")
+        file.seek(head)
+        (at,) = struct.unpack(word, file.read(struct.calcsize(word)))
+        for folders in pages:
+            file.seek(at)
+            (entries,) = struct.unpack(count, file.read(struct.calcsize(count)))
+            first = file.tell()
+            table = file.read(entries * entry + struct.calcsize(word))
+            for index in range(entries):
+                (tag,) = struct.unpack_from("<H", table, index * entry)
+                if tag in folders:
+                    end = file.seek(0, 2)
+                    file.write(b"\0" * (end % 2))
+                    offset = file.tell()
+                    file.write(_tiff_folder(folders[tag], offset, big))
+                    file.seek(first + index * entry + (12 if big else 8))
+                    file.write(struct.pack(word, offset))
+            (at,) = struct.unpack_from(word, table, entries * entry)
+
+
+def _tiff_folder(values: dict[int, Any], offset: int, big: bool) -> bytes:
+    header = b"II\x2b\x00\x08\x00\x00\x00" + b"\0" * 8 if big else b"II\x2a\x00\x08\x00\x00\x00"
+    folder = TiffImagePlugin.ImageFileDirectory_v2(header)
+    for tag, value in values.items():
+        folder[tag] = value
+    return bytes(folder.tobytes(offset))
+
+
+# --- the other formats ------------------------------------------------------------------------------------------
+
+
+def _write_whole(path: Path, format: str, sheets: Iterable[Sheet], encoding: Encoding) -> None:
+    """With Pillow, from arrays of the whole image."""
+    images: list[Image.Image] = []
+    durations: list[float] = []
+    metadata, channels = Metadata(), 3
+    for index, sheet in enumerate(sheets):
+        layout = sheet.layout
+        whole = np.empty((layout.height, layout.width, layout.samples), np.uint16 if layout.bits == 16 else np.uint8)
+        row = 0
+        for band in sheet.bands:
+            whole[row : row + len(band)] = band
+            row += len(band)
+        if layout.bits == 16:  # an animated PNG
+            whole = from_float(to_float(whole), 8)
+        image = Image.fromarray(whole[..., 0] if layout.samples == 1 else whole)
+        images.append(image.convert("RGBA") if image.mode == "LA" and format != "PNG" else image)
+        durations.append(sheet.duration or 0)
+        if index == 0:
+            metadata, channels = sheet.metadata, layout.channels
+    options = _pillow_options(format, metadata, channels, encoding)
+    if len(images) > 1:
+        options |= {"save_all": True, "append_images": images[1:], "duration": [round(d) for d in durations], "loop": 0}
+    images[0].save(path, format, **options)
+
+
+def _pillow_options(format: str, metadata: Metadata, channels: int, encoding: Encoding) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    exif, xmp = metadata.exif, metadata.xmp
+    match format:
+        case "JPEG":
+            # Chroma at full resolution: nothing that the model drew is thrown away again.
+            options = {"quality": encoding.quality, "subsampling": 0, "optimize": True}
+            exif = exif if exif and len(exif) <= _MOST_JPEG_EXIF else None
+            xmp = xmp if xmp and len(xmp) <= _MOST_JPEG_XMP else None
+        case "WEBP":
+            options = {"quality": encoding.quality, "method": 4, "exact": True, "lossless": encoding.lossless}
+        case "AVIF":
+            options = {"quality": encoding.quality, "subsampling": "4:4:4"}
+        case "PNG":
+            options = {"compress_level": 6}
+        case "BMP":
+            return {"dpi": metadata.dpi} if metadata.dpi else {}
+    if metadata.icc and (format not in ("WEBP", "AVIF") or channels == 3):
+        options["icc_profile"] = metadata.icc
+    if exif:
+        options["exif"] = exif
+    if xmp and format != "PNG":
+        options["xmp"] = xmp
+    if metadata.dpi and format in ("JPEG", "PNG"):
+        options["dpi"] = metadata.dpi
+    return options
+
+
+# --- what goes stale --------------------------------------------------------------------------------------------
+
+_STALE_XMP = rb"(?:tiff:ImageWidth|tiff:ImageLength|exif:PixelXDimension|exif:PixelYDimension)"
+_REFRESH = (
+    (re.compile(rb'(tiff:Orientation\s*=\s*["\'])\d(["\'])'), rb"\g<1>1\g<2>"),
+    (re.compile(rb"(<tiff:Orientation>)\d(</tiff:Orientation>)"), rb"\g<1>1\g<2>"),
+    (re.compile(rb"\s" + _STALE_XMP + rb'\s*=\s*(?:"[^"]*"|\'[^\']*\')'), b""),
+    (re.compile(rb"<(" + _STALE_XMP + rb")>[^<]*</\1>"), b""),
+)
+
+
+def fresh_xmp(xmp: bytes) -> bytes:
+    """`xmp` for the upright image of another size: orientation 1, no sizes in pixels."""
+    for pattern, replacement in _REFRESH:
+        xmp = pattern.sub(replacement, xmp)
+    return xmp

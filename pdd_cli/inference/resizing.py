@@ -1,0 +1,123 @@
+"""Which size an output gets, how many passes of the model that takes, and the one resampling to the exact size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+FloatArray = npt.NDArray[np.float32]
+
+# Lanczos' radius in pixels of the coarser of the two grids.
+_RADIUS = 3
+# Output rows that are resampled at once.
+_ROWS = 256
+# What resampling may add to the model's scale before another pass of the model (many times the work) is worth it.
+_STRETCH = 1.1
+
+
+@dataclass(frozen=True)
+class SizeRequest:
+    """The asked size of an output: at most one of the fields; none of them is the model's own scale.
+
+    `scale` times the input; `width`, `height` or `long_side` in pixels; `fit`: the largest (width, height) inside
+    this box. The aspect is kept in every case.
+    """
+
+    scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+    long_side: int | None = None
+    fit: tuple[int, int] | None = None
+
+    def size_of(self, width: int, height: int, native: int) -> tuple[int, int]:
+        """(width, height) that an image of this size gets from a model of scale `native`; at least one pixel."""
+        if self.width is not None:
+            return self.width, max(1, round(height * self.width / width))
+        if self.height is not None:
+            return max(1, round(width * self.height / height)), self.height
+        if self.long_side is not None:
+            if width >= height:
+                return self.long_side, max(1, round(height * self.long_side / width))
+            return max(1, round(width * self.long_side / height)), self.long_side
+        if self.fit is not None:
+            factor = min(self.fit[0] / width, self.fit[1] / height)
+            return (
+                min(self.fit[0], max(1, round(width * factor))),
+                min(self.fit[1], max(1, round(height * factor))),
+            )
+        factor = native if self.scale is None else self.scale
+        return max(1, round(width * factor)), max(1, round(height * factor))
+
+
+def passes(source: tuple[int, int], target: tuple[int, int], native: int) -> int:
+    """How many passes of a model of scale `native` come before the resampling to `target` (width, height); at least 1.
+
+    As many as reach the target, or fall short of it by a tenth at most.
+    """
+    if native == 1:
+        return 1
+    needed = max(target[0] / source[0], target[1] / source[1]) / _STRETCH
+    count = 1
+    while native**count < needed:
+        count += 1
+    return count
+
+
+def resize_bands(
+    bands: Iterable[FloatArray], source: tuple[int, int], target: tuple[int, int], *, alpha: bool
+) -> Iterator[FloatArray]:
+    """Resample the rows of an image from `source` to `target` (width, height) with antialiased Lanczos.
+
+    `bands`: (rows, width, C) from top to bottom, colours as sRGB encodes them, in 0..1; `alpha`: the last channel is
+    alpha. Only the rows that the filter needs are held. An image is reduced in linear light, where the mean of black
+    and white pixels has their brightness, and enlarged as it is encoded, where Lanczos rings least.
+    """
+    if source == target:
+        yield from bands
+        return
+    reduces = target[0] * target[1] < source[0] * source[1]
+    colours = slice(None, -1) if alpha else slice(None)
+    step = source[1] / target[1]
+    margin = math.ceil(_RADIUS * max(step, 1)) + 1
+    incoming = iter(bands)
+    held: list[FloatArray] = []
+    first = stop = 0  # the source rows that are held
+    for start in range(0, target[1], _ROWS):
+        end = min(start + _ROWS, target[1])
+        while stop < min(math.ceil(end * step) + margin, source[1]):
+            band = np.clip(next(incoming), 0, 1)
+            if reduces:
+                band[..., colours] = to_linear(band[..., colours])
+            held.append(band)
+            stop += len(band)
+        keep = max(math.floor(start * step) - margin, 0)
+        while held and first + len(held[0]) <= keep:
+            first += len(held.pop(0))
+        slab = np.concatenate(held) if len(held) > 1 else held[0]
+        held = [slab]
+        box = (0, start * step - first, source[0], min(end * step - first, len(slab)))
+        rows = np.stack([_resample(slab[..., c], (target[0], end - start), box) for c in range(slab.shape[2])], axis=-1)
+        np.clip(rows, 0, 1, out=rows)
+        if reduces:
+            rows[..., colours] = from_linear(rows[..., colours])
+        yield rows
+
+
+def _resample(plane: FloatArray, size: tuple[int, int], box: tuple[float, float, float, float]) -> FloatArray:
+    image = Image.fromarray(np.ascontiguousarray(plane))
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS, box), np.float32)
+
+
+def to_linear(encoded: FloatArray) -> FloatArray:
+    """sRGB's decoding of 0..1 (IEC 61966-2-1)."""
+    return np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4).astype(np.float32)
+
+
+def from_linear(linear: FloatArray) -> FloatArray:
+    """sRGB's encoding of 0..1, the inverse of `to_linear`."""
+    return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055).astype(np.float32)

@@ -1,0 +1,46 @@
+"""Between the adapted model and its base: weights interpolated tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pdd_cli.errors import InputError, PddError
+from pdd_cli.models.loading import SRModel, load_sr_model, state_sha256
+
+
+def at_strength(adapted: SRModel, strength: float, *, name: str, find: Callable[[str], Path]) -> SRModel:
+    """`adapted` moved towards its base: `strength` 1 is the adapted model, 0 its base, between them a mixture.
+
+    `find` turns the base's name, as the adapted model's card gives it, into a weights file; `name` is for messages.
+    The network of `adapted` is changed in place. Raises InputError where the base isn't known, can't be found, or
+    isn't the one that the card's checksum names.
+    """
+    if strength == 1:
+        return adapted
+    card = adapted.card
+    if card is None or card.base is None or card.base_sha256 is None:
+        raise InputError(
+            f"--strength {strength:g}: {name} doesn't say what base it was adapted from",
+            "Only weights that `pdd adapt` made know their base. Leave --strength out.",
+        )
+    try:
+        base = load_sr_model(find(card.base))
+    except PddError as error:
+        raise InputError(
+            f"--strength {strength:g}: the base of {name}, {card.base}, can't be had: {error.message}", error.hint
+        ) from error
+    ours, theirs = adapted.module.state_dict(), base.module.state_dict()
+    if state_sha256(theirs) != card.base_sha256:
+        raise InputError(
+            f"--strength {strength:g}: {card.base} isn't the base that {name} was adapted from (other tensors)",
+            f"Install the weights that were used then as {card.base}, or leave --strength out.",
+        )
+    if {key: tensor.shape for key, tensor in ours.items()} != {key: tensor.shape for key, tensor in theirs.items()}:
+        raise InputError(f"--strength {strength:g}: {name} and its base {card.base} are networks of different shapes")
+    mixed = {
+        key: theirs[key].lerp(tensor, strength) if tensor.is_floating_point() else tensor
+        for key, tensor in ours.items()
+    }
+    adapted.module.load_state_dict(mixed)
+    return adapted
