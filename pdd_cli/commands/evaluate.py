@@ -186,7 +186,7 @@ def _upscaled(settings: EvaluateConfig, console: Console) -> Inputs:
     """The sets that --weights make; the last named is the one that is judged."""
     from pdd_cli.commands._fetching import fetch_progress
     from pdd_cli.device import choose_runtime
-    from pdd_cli.inference.batch import Job, run_jobs
+    from pdd_cli.inference.batch import Job, Output, run_jobs
     from pdd_cli.inference.engines import choose_engine
     from pdd_cli.inference.upscaler import Upscaler
     from pdd_cli.iqa.inputs import Inputs, folders_as_dataset, upscaled_sets
@@ -206,7 +206,7 @@ def _upscaled(settings: EvaluateConfig, console: Console) -> Inputs:
     for weights, file in zip(settings.weights, files, strict=True):
         name = Path(weights).stem if Path(weights).suffix else weights
         upscaler = Upscaler(
-            choose_engine(load_sr_model(file), runtime, "auto"), tile="auto", overlap=32, notify=console.warn
+            choose_engine(load_sr_model(file), runtime, "auto"), tile="auto", overlap=64, notify=console.warn
         )
         folder = settings.upscaled_dir / name
         jobs = [Job(lr, folder / png) for lr, png in _png_names(dataset).items()]
@@ -214,7 +214,7 @@ def _upscaled(settings: EvaluateConfig, console: Console) -> Inputs:
         with console.progress(transient=True) as progress:
             task = progress.add_task(f"upscale with {name}", total=len(jobs), note="")
             # Always anew: what lies there may be from an earlier training of the same name.
-            for result in run_jobs(jobs, upscaler, overwrite=True, quality=95):
+            for result in run_jobs(jobs, upscaler, output=Output(overwrite=True)):
                 progress.update(task, advance=1, note=result.job.source.name)
                 if result.status == "failed":
                     problems.append(f"{name}: {result.problem}")

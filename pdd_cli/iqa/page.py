@@ -15,7 +15,7 @@ from PIL import Image
 
 from pdd_cli import __version__
 from pdd_cli.errors import PddError
-from pdd_cli.images import Array, read_image
+from pdd_cli.images import Array, Picture, read_image
 from pdd_cli.iqa.compare import Comparison
 from pdd_cli.iqa.metrics import Item, MetricInfo
 
@@ -229,10 +229,11 @@ def _card(report: Report, name: str, group: str) -> dict[str, Any] | None:
 
 def _read(item: Item) -> Array | None:
     try:
-        picture = read_image(item.image).with_bits(8)
+        picture = read_image(item.image)
     except PddError:
         return None  # told among the problems already
-    return np.ascontiguousarray(np.broadcast_to(picture.pixels, (picture.height, picture.width, 3)))
+    pixels = picture.pixels if picture.bits == 8 else Picture.from_float(picture.to_float()).pixels
+    return np.ascontiguousarray(np.broadcast_to(pixels, (picture.height, picture.width, 3)))
 
 
 def _window(image: Array, other: Array | None) -> tuple[int, int, int, int]:
