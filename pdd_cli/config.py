@@ -152,6 +152,8 @@ class AdaptConfig(Settings):
     discriminator_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.003
     # The share of the real images that is kept from training, to judge the result on.
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    # What to write for other programs, beside the store's entry.
+    export: tuple[Literal["pth", "onnx"], ...] = ()
     checkpoint_every: PositiveInt = 50
     preview_every: PositiveInt = 50
     device: Device = "auto"

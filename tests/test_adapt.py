@@ -8,11 +8,13 @@ import sys
 import time
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from spandrel import ModelLoader
 
 from pdd_cli.distillation.generalist import ema_update
 from pdd_cli.models.rrdbnet import RRDBNet
@@ -215,6 +217,39 @@ def test_bad_input_is_named(ground, tmp_path, more, words):
     for word in words:
         assert word in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_exports_give_the_same_picture(ground, finished, tmp_path):
+    folder, _ = finished
+    result = run(ground, folder, "--resume", "--export", "pth,onnx")
+    assert result.returncode == 0, result.stderr
+    torch.manual_seed(0)
+    lr = torch.rand(1, 3, 23, 37)
+    expected = ModelLoader().load_from_file(str(folder / "home" / "weights" / "realLR.safetensors")).eval()(lr)
+    exported = folder / "runs" / "realLR"
+    for key in ("params", "params_ema"):  # as Real-ESRGAN's scripts take one or the other
+        content = torch.load(exported / "realLR.pth", weights_only=True)[key]
+        again = ModelLoader().load_from_state_dict(content).eval()(lr)
+        assert torch.equal(again, expected)
+    session = onnxruntime.InferenceSession(str(exported / "realLR.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"lr": lr.numpy()})
+    assert np.mean((found.clip(0, 1) - expected.detach().numpy()) ** 2) < 1e-6  # 60 dB; spandrel clamps
+
+
+def test_the_run_ends_with_a_verdict(ground, finished):
+    folder, result = finished
+    runs = folder / "runs" / "realLR"
+    verdict = json.loads((runs / "verdict.json").read_text())
+    assert ("verdict: keep" if verdict["keep"] else "verdict: reject") in result.stderr
+    assert verdict["reason"] in result.stderr
+    judged = [json.loads(line) for line in (runs / "judgements.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["which"]) for line in judged] == [
+        (step, which) for step in (4, 8, 12) for which in ("specialist", "ema")
+    ]
+    card = Store(folder / "home" / "weights").get("realLR").card
+    assert card.adapted["verdict"] == ("keep" if verdict["keep"] else "reject")
+    assert card.adapted["strength"] == verdict["strength"]
+    assert card.adapted["real_images"] == 2  # of three, one was held out
 
 
 def test_ema_is_the_weighted_mean_of_parameters():

@@ -47,6 +47,10 @@ def adapt(
     feature_weights: Annotated[Path | None, typer.Option(help="File with the weights of --features.")] = None,
     intra_weight: Annotated[float | None, typer.Option(help="Weight of the intra-model distance. [default: 1]")] = None,
     inter_weight: Annotated[float | None, typer.Option(help="Weight of the inter-model distance. [default: 1]")] = None,
+    export: Annotated[
+        str | None,
+        typer.Option(help="Write the result for other programs, too: pth (BasicSR's form), onnx.", metavar="pth,onnx"),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run of this name from its checkpoint.")
     ] = False,
@@ -88,6 +92,7 @@ def adapt(
             "features.weights": feature_weights,
             "losses.intra": intra_weight,
             "losses.inter": inter_weight,
+            "export": tuple(part.strip() for part in export.split(",") if part.strip()) if export else None,
             "device": device,
             "precision": precision,
             "offline": offline,
@@ -134,6 +139,8 @@ def adapt(
     verdict = run.conclude()
     entry = run.register(store, verdict)
     console.say(f"done: previews in {run.folder.previews}, weights '{run_name}' in {entry.path}")
+    for path in run.export():
+        console.say(f"exported: {path}")
     if verdict.keep:
         console.say(f"verdict: keep. {verdict.reason}")
         strength = f" --strength {verdict.strength:g}" if verdict.strength < 1 else ""

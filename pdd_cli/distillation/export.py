@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -58,6 +57,3 @@ def export_onnx(path: Path, model: SRModel) -> None:
             deviation = float((torch.from_numpy(found) - expected).square().mean())
             if not deviation <= 10 ** (-_WORST_DB / 10):
                 raise PddError(f"{path}: the ONNX graph doesn't compute what the model does; it was not written")
-
-
-EXPORTS: dict[str, Any] = {"pth": export_pth, "onnx": export_onnx}

@@ -24,6 +24,7 @@ from pdd_cli.data.datasets import RGB, Domains, downscaled, hr_from_real, read_f
 from pdd_cli.data.degradations import Degradation
 from pdd_cli.device import Runtime
 from pdd_cli.distillation.checkpoint import TrainState, checkpoint_settings, load_checkpoint, save_checkpoint
+from pdd_cli.distillation.export import export_onnx, export_pth
 from pdd_cli.distillation.trainer import StepReport, new_state, train
 from pdd_cli.distillation.verdict import STRENGTHS, Judgement, Verdict, decide, held_out, interpolated, judge
 from pdd_cli.errors import InputError
@@ -34,7 +35,7 @@ from pdd_cli.weights.states import read_state
 from pdd_cli.weights.store import Card, Entry, Store
 
 # What a resumed run may change: these don't alter what is learnt, or (steps) only how long.
-_CHANGEABLE = {"steps", "runs_dir", "checkpoint_every", "preview_every", "device", "precision", "offline"}
+_CHANGEABLE = {"steps", "runs_dir", "checkpoint_every", "preview_every", "export", "device", "precision", "offline"}
 
 _PREVIEW_IMAGES = 4
 _PREVIEW_SIZE = 64  # LR pixels
@@ -212,6 +213,17 @@ class Run:
             },
         )
         return store.add(card, weights)
+
+    def export(self) -> list[Path]:
+        """Write the best weights in the forms that the settings name; `runs/NAME/NAME.pth` and the like."""
+        model = replace(self.base, module=copy.deepcopy(self.base.module))
+        model.module.load_state_dict(read_state(self.folder.best))
+        written = []
+        for form in self.config.export:
+            path = self.folder.path / f"{self.name}.{form}"
+            (export_pth if form == "pth" else export_onnx)(path, model)
+            written.append(path)
+        return written
 
     def _settings(self) -> dict[str, Any]:
         return self.config.model_dump(mode="json")
