@@ -90,7 +90,7 @@ class SyntheticSettings(Settings):
         default=("bicubic", "bilinear", "area"), min_length=1
     )
     # HR is taken at these sizes, too: made smaller, a photograph is sharp to its last pixel.
-    hr_scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=(1.0,), min_length=1)
+    hr_scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=(1.0, 0.7, 0.5), min_length=1)
     blur: Range | None = None  # standard deviation of a Gaussian, LR pixels
     noise: Range | None = None  # standard deviation of white noise, 8-bit levels
     jpeg: Range | None = None  # quality, 1 to 100
@@ -105,15 +105,18 @@ class SyntheticSettings(Settings):
 
 
 class LossWeights(Settings):
-    """Weights of the whole objective (the paper's names: inter, intra, pixel, perceptual, adversarial)."""
+    """Weights of the whole objective (the paper's names: inter, intra, pixel, perceptual, adversarial).
+
+    The defaults are for runs of hundreds of steps (docs/results.md); configs/paper/ has the paper's.
+    """
 
     inter: NonNegative = 1.0
     intra: NonNegative = 1.0
-    pixel: NonNegative = 0.5
+    pixel: NonNegative = 0.2
     perceptual: NonNegative = 1.0
-    adversarial: NonNegative = 0.01
+    adversarial: NonNegative = 0.8  # with discriminator unet, which is another scale: the paper's 0.01
     # Not in the paper: S_t, brought back to LR size, must have the LR's colours and coarse shading.
-    consistency: NonNegative = 0.0
+    consistency: NonNegative = 2.0
     adversarial_on_target: bool = True
 
 
@@ -121,10 +124,10 @@ class OptimizerSettings(Settings):
     """Adam, for the specialist and the discriminator alike."""
 
     learning_rate: Positive = 1e-4
-    discriminator_learning_rate: Positive = 1e-4
+    discriminator_learning_rate: Positive = 1e-3
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
-    # Fractions of the run at which the rate halves: the paper's 25k of 100k.
-    halve_at: tuple[Fraction, ...] = (0.25,)
+    # Fractions of the run at which the rate halves. The paper's long run: 25k of 100k.
+    halve_at: tuple[Fraction, ...] = (0.4, 0.7)
 
 
 class AdaptConfig(Settings):
@@ -136,18 +139,18 @@ class AdaptConfig(Settings):
     generalist: Generalist = EmaGeneralist()
     name: str | None = None
     runs_dir: Path = Path("runs")
-    steps: PositiveInt = 400
+    steps: PositiveInt = 200
     batch_size: PositiveInt = 2
     crop: Annotated[int, Field(ge=16, multiple_of=4)] = 48
     # Of so many random crops the one with the most texture is taken: flat ones teach nothing.
-    crop_candidates: PositiveInt = 1
+    crop_candidates: PositiveInt = 4
     seed: Annotated[int, Field(ge=0)] = 0
     features: FeatureSettings = FeatureSettings()
     synthetic: SyntheticSettings = SyntheticSettings()
     losses: LossWeights = LossWeights()
     optimizer: OptimizerSettings = OptimizerSettings()
     # unet: the paper's; features: heads on the feature network, which learn within hundreds of steps.
-    discriminator: Literal["unet", "features"] = "unet"
+    discriminator: Literal["unet", "features"] = "features"
     # Steps of the run in which the discriminator alone learns: the paper's 300 of 100k.
     discriminator_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.003
     # The share of the real images that is kept from training, to judge the result on.

@@ -37,7 +37,7 @@ def adapt(
         str | None, typer.Option(help="Name of the run and of its weights. [default: the real-dir's name]")
     ] = None,
     runs_dir: Annotated[Path | None, typer.Option(help="Where runs are kept. [default: runs]")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps. [default: 400]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps. [default: 200]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Synthetic and real crops a step, each. [default: 2]")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of crops and initial weights. [default: 0]")] = None,
     features: Annotated[
