@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pdd_cli.device import Runtime
-from pdd_cli.distillation.verdict import Judgement, decide, held_out, interpolated, judge
-from pdd_cli.models.loading import SRModel
+from pdd_cli.distillation.verdict import Judgement, decide, held_out, judge
+from pdd_cli.models.loading import SRModel, interpolated
 
 CPU = Runtime(torch.device("cpu"), "fp32")
 

@@ -26,11 +26,11 @@ from pdd_cli.device import Runtime
 from pdd_cli.distillation.checkpoint import TrainState, checkpoint_settings, load_checkpoint, save_checkpoint
 from pdd_cli.distillation.export import export_onnx, export_pth
 from pdd_cli.distillation.trainer import StepReport, new_state, train
-from pdd_cli.distillation.verdict import STRENGTHS, Judgement, Verdict, decide, held_out, interpolated, judge
+from pdd_cli.distillation.verdict import STRENGTHS, Judgement, Verdict, decide, held_out, judge
 from pdd_cli.errors import InputError
 from pdd_cli.files import atomic_write, write_text
 from pdd_cli.models.features import FeatureNetwork, feature_network
-from pdd_cli.models.loading import SRModel, load_sr_model, state_sha256
+from pdd_cli.models.loading import SRModel, interpolated, load_sr_model, state_sha256
 from pdd_cli.weights.states import read_state
 from pdd_cli.weights.store import Card, Entry, Store
 

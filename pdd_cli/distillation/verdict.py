@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pdd_cli.data.datasets import RGB, texture
 from pdd_cli.device import Runtime
@@ -88,14 +87,6 @@ def judge(model: SRModel, images: Sequence[RGB], runtime: Runtime) -> Judgement:
         )
     model.module.train(training)
     return Judgement(*(float(value) for value in np.mean(found, axis=0)))
-
-
-def interpolated(base: Mapping[str, Tensor], adapted: Mapping[str, Tensor], strength: float) -> dict[str, Tensor]:
-    """base + strength · (adapted − base) for every tensor of floating point; others are the adapted ones."""
-    return {
-        key: torch.lerp(base[key].float(), value.float(), strength) if value.is_floating_point() else value
-        for key, value in adapted.items()
-    }
 
 
 def decide(judgements: Mapping[float, Judgement], base: Judgement) -> Verdict:

@@ -85,7 +85,7 @@ class OpenVINOEngine:
 def choose_engine(model: SRModel, runtime: Runtime, choice: EngineChoice) -> Engine:
     """The engine for `--engine`: auto is OpenVINO on a CPU where it is installed and agrees with PyTorch, else PyTorch.
 
-    OpenVINO is the faster of the two on every CPU measured (docs/upscale.md); whether it computes the same is checked
+    OpenVINO is the faster of the two on the CPU measured (docs/upscale.md); whether it computes the same is checked
     here for the very model, on noise.
     """
     if choice == "openvino":
@@ -104,7 +104,7 @@ def bytes_per_pixel(model: SRModel) -> int:
     """Bytes of fp32 activations that a forward pass holds at once, per LR pixel: an estimate from a small one.
 
     The largest input and output of any one layer, twice: what is upsampled, concatenated or kept for a skip
-    connection stands beside them (measured for RRDBNet: docs/upscale.md).
+    connection stands beside them.
     """
     side = max(16, model.size_minimum)
     largest = 0

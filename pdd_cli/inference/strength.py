@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pdd_cli.errors import InputError, PddError
-from pdd_cli.models.loading import SRModel, load_sr_model, state_sha256
+from pdd_cli.models.loading import SRModel, interpolated, load_sr_model, state_sha256
 
 
 def at_strength(adapted: SRModel, strength: float, *, name: str, find: Callable[[str], Path]) -> SRModel:
@@ -38,9 +38,5 @@ def at_strength(adapted: SRModel, strength: float, *, name: str, find: Callable[
         )
     if {key: tensor.shape for key, tensor in ours.items()} != {key: tensor.shape for key, tensor in theirs.items()}:
         raise InputError(f"--strength {strength:g}: {name} and its base {card.base} are networks of different shapes")
-    mixed = {
-        key: theirs[key].lerp(tensor, strength) if tensor.is_floating_point() else tensor
-        for key, tensor in ours.items()
-    }
-    adapted.module.load_state_dict(mixed)
+    adapted.module.load_state_dict(interpolated(theirs, ours, strength))
     return adapted

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -93,6 +94,14 @@ def model_from_state(state: Mapping[str, Tensor], *, origin: str, card: Card | N
     )
 
 
+def interpolated(base: Mapping[str, Tensor], adapted: Mapping[str, Tensor], strength: float) -> dict[str, Tensor]:
+    """base + strength · (adapted − base) for every tensor of floating point; others are the adapted ones."""
+    return {
+        key: torch.lerp(base[key].float(), value.float(), strength) if value.is_floating_point() else value
+        for key, value in adapted.items()
+    }
+
+
 def state_sha256(state: Mapping[str, Tensor]) -> str:
     """sha256 over names, shapes and fp32 values: equal for equal weights, in whatever file they are."""
     digest = hashlib.sha256()
@@ -109,4 +118,4 @@ def _spandrel_version() -> str:
     return version("spandrel")
 
 
-__all__ = ["RRDBNet", "SRModel", "load_sr_model", "model_from_state", "state_sha256"]
+__all__ = ["RRDBNet", "SRModel", "interpolated", "load_sr_model", "model_from_state", "state_sha256"]
