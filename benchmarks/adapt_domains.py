@@ -77,7 +77,7 @@ def main() -> None:
     arguments = parser.parse_args()
     runtime = choose_runtime(arguments.device)
     features = arguments.data / "features" / "vgg16_features_fp16.safetensors"
-    pairs = _pairs(arguments.data / arguments.domain, features)
+    pairs = load_pairs(arguments.data / arguments.domain, features)
     rows = []
     for seed in arguments.seeds:
         for variant in arguments.variants:
@@ -85,7 +85,7 @@ def main() -> None:
                 run = _prepare(arguments, variant, seed, features, Path(folder), runtime)
                 if not rows:
                     truth = {"variant": "HR itself", "niqe": _mean(pairs.niqe, pairs.hr), "sharpness": _sharp(pairs.hr)}
-                    rows += [truth, {"variant": "base", **_score(run.base, pairs, runtime)}]
+                    rows += [truth, {"variant": "base", **score(run.base, pairs, runtime)}]
                 started = time.perf_counter()
                 for _ in run.train(lambda: False):
                     pass
@@ -94,7 +94,7 @@ def main() -> None:
                     rows.append(
                         {
                             "variant": variant, "which": which, "seed": seed, "steps": arguments.steps,
-                            "seconds": round(seconds), **_score(model, pairs, runtime),
+                            "seconds": round(seconds), **score(model, pairs, runtime),
                         }
                     )  # fmt: skip
                     print(json.dumps(rows[-1]), flush=True)
@@ -135,7 +135,7 @@ def _candidates(run: Run) -> Iterator[tuple[str, SRModel]]:
         yield "ema", replace(run.base, module=run.state.generalist)
 
 
-def _pairs(folder: Path, features: Path) -> Pairs:
+def load_pairs(folder: Path, features: Path) -> Pairs:
     network = feature_network("vgg16", read_state(features), origin=str(features))
     lr, hr = find_images(folder / "test_lr"), find_images(folder / "test_hr")
     matched = pair(lr, folder / "test_lr", hr, folder / "test_hr").pairs
@@ -150,7 +150,7 @@ def _load(path: Path) -> Tensor:
     return torch.from_numpy(read_image(path).to_float()).permute(2, 0, 1).expand(3, -1, -1)[None].contiguous()
 
 
-def _score(model: SRModel, pairs: Pairs, runtime: Runtime) -> dict[str, float]:
+def score(model: SRModel, pairs: Pairs, runtime: Runtime) -> dict[str, float]:
     model.module.to(runtime.device).eval()
     outputs, distances = [], []
     with torch.inference_mode():

@@ -94,6 +94,8 @@ class SyntheticSettings(Settings):
     blur: Range | None = None  # standard deviation of a Gaussian, LR pixels
     noise: Range | None = None  # standard deviation of white noise, 8-bit levels
     jpeg: Range | None = None  # quality, 1 to 100
+    # All of it twice, with a size between HR's and LR's drawn in between (Real-ESRGAN's second order).
+    second_order: bool = False
 
     @model_validator(mode="after")
     def _ranges_are_in_order(self) -> SyntheticSettings:

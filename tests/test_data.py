@@ -116,6 +116,29 @@ def test_jpeg_is_pillows_of_that_quality():
     assert jpeg(image[..., :13, :21], 50, rng).shape == (1, 3, 13, 21)
 
 
+def test_second_order_degrades_twice():
+    flat = torch.full((1, 3, 256, 256), 0.5)
+    once, twice = (
+        Degradation(("area",), noise=(10, 10), second_order=second).apply(flat, 4, np.random.default_rng(1))
+        for second in (False, True)
+    )
+    assert once.shape == twice.shape == (1, 3, 64, 64)
+    # The first noise is thinned out by the second shrinking, and adds to the second noise.
+    assert float((once * 255).std()) == pytest.approx(10, rel=0.05)
+    assert 10.2 < float((twice * 255).std()) < 14.2
+    # The first blur has the same width in LR pixels: the variances of both add up.
+    edge = torch.zeros(1, 3, 256, 256)
+    edge[..., 128:] = 1
+    slope = {
+        second: np.diff(
+            Degradation(("area",), blur=(2, 2), second_order=second).apply(edge, 4, np.random.default_rng(1))[0, 0, 32]
+        )
+        for second in (False, True)
+    }
+    deviation = {k: np.sqrt((v * (np.arange(63) - 31) ** 2).sum() / v.sum()) for k, v in slope.items()}
+    assert deviation[True] == pytest.approx(deviation[False] * np.sqrt(2), rel=0.05)
+
+
 def test_of_several_crops_the_one_with_most_texture_is_taken():
     image = np.full((64, 640, 3), 128, np.uint8)
     image[:, :64] = noise(64, 64)

@@ -306,7 +306,7 @@ def prepare_run(
         downscaled(hr, synthetic.hr_scales, hr_crop),
         config.crop,
         base.scale,
-        Degradation(synthetic.filters, synthetic.blur, synthetic.noise, synthetic.jpeg),
+        Degradation(synthetic.filters, synthetic.blur, synthetic.noise, synthetic.jpeg, synthetic.second_order),
         config.seed,
         config.crop_candidates,
     )
