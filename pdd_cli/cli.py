@@ -14,6 +14,7 @@ from pdd_cli.commands.evaluate import evaluate
 from pdd_cli.commands.fetch_weights import fetch_weights
 from pdd_cli.commands.upscale import upscale
 from pdd_cli.console import Console
+from pdd_cli.distributed import World
 from pdd_cli.errors import PddError
 
 app = typer.Typer(
@@ -49,39 +50,43 @@ def _global(
 def main() -> NoReturn:
     """Run `pdd` on sys.argv and exit with its code (see docs/cli.md)."""
     signal.signal(signal.SIGTERM, _interrupt)
-    console = Console()
-    debug = "--debug" in sys.argv
+    world = World.from_environment()
     try:
-        # Typer answers its own usage errors with exit 2, and `--help` with 0.
-        code = app(standalone_mode=True)
-    except PddError as error:
-        if debug:
-            raise
-        console.fail(error)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        console.say("interrupted")
-        code = 130
-    except MemoryError:
-        if debug:
-            raise
-        console.fail(PddError("out of memory", "Close other programs, or use a smaller --tile or --batch-size."))
-        code = 5
+        with world.silence():
+            # Typer answers its own usage errors with exit 2, and `--help` with 0.
+            code = app(standalone_mode=True)
     except BrokenPipeError:
         code = 0
-    except Exception as error:
-        if debug:
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in sys.argv:
             raise
+        code = _exit_code(error)
+        if world.first_to_fail():
+            _tell(error)
+    sys.exit(code)
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, PddError):
+        return error.exit_code
+    return 130 if isinstance(error, KeyboardInterrupt) else 5 if isinstance(error, MemoryError) else 1
+
+
+def _tell(error: BaseException) -> None:
+    console = Console()
+    if isinstance(error, PddError):
+        console.fail(error)
+    elif isinstance(error, KeyboardInterrupt):
+        console.say("interrupted")
+    elif isinstance(error, MemoryError):
+        console.fail(PddError("out of memory", "Close other programs, or use a smaller --tile or --batch-size."))
+    else:
         console.fail(
             PddError(
                 f"a bug in pdd: {type(error).__name__}: {error}",
                 "Please report it with the output of the same command after `pdd --debug`.",
             )
         )
-        code = 1
-    sys.exit(code)
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:

@@ -28,8 +28,8 @@ class Disturbed(Domains):
 
     disturb: Callable[[int, Batch], Batch] = lambda step, batch: batch
 
-    def batch(self, step: int, size: int) -> Batch:
-        return self.disturb(step, super().batch(step, size))
+    def batch(self, step: int, size: int, first: int = 0) -> Batch:
+        return self.disturb(step, super().batch(step, size, first))
 
 
 @pytest.fixture

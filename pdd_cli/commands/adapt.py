@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pdd_cli.console import Console
+from pdd_cli.distributed import World
 from pdd_cli.errors import DownloadError, InputError, Interrupted
 
 if TYPE_CHECKING:
@@ -107,15 +108,21 @@ def adapt(
 
     store = Store.default()
     run_name = settings.name or settings.real_dir.resolve().name
-    _check_name(run_name, store, replace=resume or overwrite)
-    runtime = choose_runtime(settings.device, settings.precision)
-    weights = _weight_files(settings, store, console)
+    world = World.from_environment()
+    if world.is_first:
+        _check_name(run_name, store, replace=resume or overwrite)
+    world.share(settings.batch_size)
+    runtime = choose_runtime(world.device(settings.device), settings.precision)
+    world.join(runtime.device)
+    weights = world.first_on_machine(lambda: _weight_files(settings, store, console))
     run = prepare_run(
-        settings, weights, runtime, name=run_name, resume=resume, overwrite=overwrite, notify=console.warn
-    )
+        settings, weights, runtime,
+        name=run_name, resume=resume, overwrite=overwrite, notify=console.warn, world=world,
+    )  # fmt: skip
     console.say(
         f"adapting {settings.base} to {len(run.domains.real)} real images as '{run_name}': "
         f"{settings.steps - run.state.step} steps on {runtime}, features of {run.features_name}"
+        + (f", {world.size} processes" if world.size > 1 else "")
     )
 
     with console.progress() as progress, _Interruption() as interruption:
@@ -131,11 +138,14 @@ def adapt(
                 if key in losses
             )
             progress.update(task, completed=report.step, note=shown)
+    world.leave()
     if run.state.step < settings.steps:
         raise Interrupted(
             f"stopped after step {run.state.step} of {settings.steps}; the state is saved in {run.folder.checkpoint}",
             "Run the same command with --resume to go on.",
         )
+    if not world.is_first:
+        return
     verdict = run.conclude()
     entry = run.register(store, verdict)
     console.say(f"done: previews in {run.folder.previews}, weights '{run_name}' in {entry.path}")

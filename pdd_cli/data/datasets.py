@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +46,25 @@ class Domains:
     seed: int
     candidates: int = 1  # of so many random crops the one with the most texture is taken
 
-    def batch(self, step: int, size: int) -> Batch:
-        """The `size` + `size` crops of `step`. They depend on the seed and the step alone, so that a resumed run sees
-        what an uninterrupted one would have seen."""
-        rng = np.random.default_rng((self.seed, step))
-        hr_s = _stack([self._crop(self.hr, self.crop * self.scale, rng) for _ in range(size)])
-        lr_s = torch.cat([self.degradation.apply(one, self.scale, rng) for one in hr_s.split(1)])
-        lr_t = _stack([self._crop(self.real, self.crop, rng) for _ in range(size)])
+    def batch(self, step: int, size: int, first: int = 0) -> Batch:
+        """The `size` + `size` crops of `step` from element `first` on.
+
+        An element depends on the seed, the step and its number alone, so that a resumed run sees what an uninterrupted
+        one would have seen, and several processes together see what one would.
+        """
+        rngs = [np.random.default_rng((self.seed, step, first + number)) for number in range(size)]
+        hr_s = _stack([self._crop(self.hr, self.crop * self.scale, rng) for rng in rngs])
+        pairs = zip(hr_s.split(1), rngs, strict=True)
+        lr_s = torch.cat([self.degradation.apply(one, self.scale, rng) for one, rng in pairs])
+        lr_t = _stack([self._crop(self.real, self.crop, rng) for rng in rngs])
         return Batch(lr_s, hr_s, lr_t)
+
+    def digest(self) -> str:
+        """Equal for equal images: of their sizes and of every 16th row."""
+        digest = hashlib.sha256()
+        for image in (*self.real, *self.hr):
+            digest.update(repr(image.shape).encode() + np.ascontiguousarray(image[::16]).tobytes())
+        return digest.hexdigest()
 
     def _crop(self, images: Sequence[RGB], size: int, rng: np.random.Generator) -> RGB:
         """Most of a photograph is sky, wall and blur, from which nothing is learnt."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pdd_cli.distributed import ALONE, World
 from pdd_cli.errors import InputError
 from pdd_cli.files import atomic_write
 
@@ -61,9 +63,12 @@ def save_checkpoint(path: Path, state: TrainState, settings: dict[str, Any]) -> 
         torch.save(content, temporary)
 
 
-def load_checkpoint(path: Path, state: TrainState) -> None:
-    """Put what `path` holds into `state`. Raises InputError where it can't be read or is of another kind of run."""
-    content = _read(path)
+def load_checkpoint(path: Path, state: TrainState, world: World = ALONE) -> None:
+    """Put what `path`, the first process's file, holds into the `state` of every process.
+
+    Raises InputError where it can't be read or is of another kind of run.
+    """
+    content = _read(path, world.file(path))
     try:
         state.specialist.load_state_dict(content["specialist"])
         state.generalist.load_state_dict(content["generalist"])
@@ -81,12 +86,12 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
 
 def checkpoint_settings(path: Path) -> dict[str, Any]:
     """The settings of the run that wrote `path`."""
-    return dict(_read(path)["settings"])
+    return dict(_read(path, path)["settings"])
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, source: Path | io.BytesIO) -> dict[str, Any]:
     try:
-        content = torch.load(path, "cpu", weights_only=True, mmap=True)
+        content = torch.load(source, "cpu", weights_only=True, mmap=source is path)
     except Exception as error:
         # torch.load raises UnpicklingError, RuntimeError, EOFError and others, by where the file is broken.
         raise InputError(f"can't read the checkpoint {path}: {error}", "Start anew under another --name.") from error

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pdd_cli.distillation.distances import inter_model_distance, intra_model_distance
+from pdd_cli.distributed import ALONE, World
 
 Features = Mapping[str, Tensor]  # layer -> (N, C, H, W), before the ReLU
 
@@ -23,16 +24,20 @@ ALL_LAYERS = tuple(sorted({*INTER_LAYERS, *INTRA_LAYERS, *PERCEPTUAL_LAYERS}))
 _LOG_EPSILON = 1e-6
 
 
-def inter_loss(S_s: Features, S_t: Features, G_s: Features, G_t: Features) -> Tensor:
-    """Σ_l a_l ‖A_t − A_s‖_F, A the inter-model distance in each domain; one norm over the whole batch tensor.
+def inter_loss(S_s: Features, S_t: Features, G_s: Features, G_t: Features, world: World = ALONE) -> Tensor:
+    """Σ_l a_l ‖A_t − A_s‖_F, A the inter-model distance in each domain; one norm over the whole batch tensor, of
+    which each process of `world` has its share.
 
     Its gradient is undefined where S = G exactly (A is zero in both domains).
     """
-    total = torch.zeros((), device=S_s["conv2_1"].device)
-    for layer, weight in INTER_LAYERS.items():
+    norms = []
+    for layer in INTER_LAYERS:
         A_t = inter_model_distance(S_t[layer], G_t[layer])
         A_s = inter_model_distance(S_s[layer], G_s[layer])
-        total = total + weight * torch.linalg.vector_norm(A_t - A_s)
+        norms.append(torch.linalg.vector_norm(A_t - A_s))
+    total = torch.zeros((), device=norms[0].device)
+    for weight, norm in zip(INTER_LAYERS.values(), world.norm(torch.stack(norms)), strict=True):
+        total = total + weight * norm
     return total
 
 

@@ -27,6 +27,7 @@ from pdd_cli.distillation.checkpoint import TrainState, checkpoint_settings, loa
 from pdd_cli.distillation.export import export_onnx, export_pth
 from pdd_cli.distillation.trainer import StepReport, new_state, train
 from pdd_cli.distillation.verdict import STRENGTHS, Judgement, Verdict, decide, held_out, judge
+from pdd_cli.distributed import ALONE, World
 from pdd_cli.errors import InputError
 from pdd_cli.files import atomic_write, write_text
 from pdd_cli.models.features import FeatureNetwork, feature_network
@@ -104,21 +105,19 @@ class Run:
     judged_on: Sequence[RGB]  # real images: held out of training, or all where there are too few
     state: TrainState
     runtime: Runtime
+    world: World
 
     def train(self, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
         """Train to the last step, or until `should_stop()`; writes log, checkpoints and previews on the way."""
+        if not self.world.is_first:
+            yield from self._steps(lambda: None, lambda: None, should_stop)
+            return
         _cut_log(self.folder.log, self.state.step)
         _cut_log(self.folder.judgements, self.state.step)
         base = self._judge_base()
         base_panels = [self._upscale(self.base, lr) for lr in self._preview_crops()]
         with self.folder.log.open("a", encoding="utf-8") as log:
-            for report in train(
-                self.config, self.state, self.base, self.generalist, self.domains, self.features, self.runtime,
-                save=lambda: self._save(base),
-                restore=lambda: load_checkpoint(self.folder.checkpoint, self.state),
-                preview=lambda: self._write_preview(base_panels),
-                should_stop=should_stop,
-            ):  # fmt: skip
+            for report in self._steps(lambda: self._save(base), lambda: self._write_preview(base_panels), should_stop):
                 line = {
                     "step": report.step,
                     **report.losses,
@@ -129,6 +128,18 @@ class Run:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 yield report
+
+    def _steps(
+        self, save: Callable[[], None], preview: Callable[[], None], should_stop: Callable[[], bool]
+    ) -> Iterator[StepReport]:
+        return train(
+            self.config, self.state, self.base, self.generalist, self.domains, self.features, self.runtime,
+            save=save,
+            restore=lambda: load_checkpoint(self.folder.checkpoint, self.state, self.world),
+            preview=preview,
+            should_stop=should_stop,
+            world=self.world,
+        )  # fmt: skip
 
     def _save(self, base: Judgement) -> None:
         """A checkpoint; and its weights are judged, and kept if they are the best so far."""
@@ -265,6 +276,7 @@ def prepare_run(
     resume: bool,
     overwrite: bool,
     notify: Callable[[str], None],
+    world: World = ALONE,
 ) -> Run:
     """Check and load all that a run needs. `notify` is told, in words, what the user should know.
 
@@ -311,8 +323,12 @@ def prepare_run(
         config.crop_candidates,
     )
 
+    if world.size > 1:
+        facts = {"features": weights.feature_network, "settings": config.model_dump(mode="json")}
+        world.require_same({**facts, "images": domains.digest()})
     state = new_state(config, base, generalist, domains, features, runtime)
-    _open_folder(folder, config, state, resume=resume, overwrite=overwrite)
+    if world.is_first:
+        _open_folder(folder, config, state, resume=resume, overwrite=overwrite)
     base.module.to(runtime.device).to(memory_format=torch.channels_last)
     return Run(
         name=name,
@@ -327,6 +343,7 @@ def prepare_run(
         judged_on=judged_on,
         state=state,
         runtime=runtime,
+        world=world,
     )
 
 

@@ -26,6 +26,7 @@ from pdd_cli.distillation.losses import (
     perceptual_loss,
     pixel_loss,
 )
+from pdd_cli.distributed import ALONE, World
 from pdd_cli.errors import PddError
 from pdd_cli.models.discriminator import FeatureDiscriminator, UNetDiscriminator
 from pdd_cli.models.features import FeatureNetwork
@@ -94,6 +95,7 @@ def train(
     restore: Callable[[], None],
     preview: Callable[[], None],
     should_stop: Callable[[], bool],
+    world: World = ALONE,
 ) -> Iterator[StepReport]:
     """Train `state` from the step that it is at to `config.steps`, yielding a report a step.
 
@@ -103,14 +105,20 @@ def train(
     A step whose loss or gradient isn't finite is skipped. After several in a row, or when the supervised loss has
     risen far above its best, `restore` puts the last checkpoint back into `state`, and the rate is halved. Raises
     PddError when that doesn't help.
+
+    The processes of `world` each take their share of every batch. Losses, gradients and decisions are those of the
+    whole batch, and alike in all of them; only the first need save and preview.
     """
     specialist = replace(base, module=state.specialist)
     frozen = replace(generalist, module=state.generalist)
     D, weights = state.discriminator, config.losses
     ema = config.generalist if config.generalist.mode == "ema" else None
 
+    n = world.share(config.batch_size)
     if state.step == 0:
         save()
+    if world.size > 1:
+        restore()  # all begin where the first does
     while state.step < config.steps:
         started = time.perf_counter()
         learning_rate = _set_learning_rates(config, state)
@@ -120,8 +128,7 @@ def train(
         healthy = True
 
         # data
-        batch = domains.batch(state.step, config.batch_size).to(runtime.device)
-        n = config.batch_size
+        batch = domains.batch(state.step, n, world.rank * n).to(runtime.device)
 
         # predictions
         with torch.set_grad_enabled(not only_discriminator), runtime.autocast():
@@ -153,13 +160,13 @@ def train(
                 )
                 # static: the synthetic prediction is led by its ground truth alone.
                 distilled = phi_S_s if ema else {layer: value.detach() for layer, value in phi_S_s.items()}
-                losses["inter"] = inter_loss(distilled, phi_S_t, phi_G_s, phi_G_t)
+                losses["inter"] = inter_loss(distilled, phi_S_t, phi_G_s, phi_G_t, world)
                 losses["intra"] = intra_loss(distilled, phi_S_t, phi_G_s, phi_G_t)
                 if weights.consistency:
                     losses["consistency"] = consistency_loss(S[n:], batch.lr_t, base.scale)
             total = sum(getattr(weights, name) * loss for name, loss in losses.items())
             assert isinstance(total, Tensor)
-            healthy = _update(state.optimizer, total)
+            healthy = _update(state.optimizer, total, world)
 
         # discriminator: losses and step
         D.requires_grad_(True)
@@ -174,9 +181,8 @@ def train(
         losses["discriminator_real"] = adversarial_loss([one[:n] for one in logits], real=True)
         losses["discriminator_fake"] = adversarial_loss([one[n:] for one in logits], real=False)
         if healthy:
-            healthy = _update(
-                state.discriminator_optimizer, losses["discriminator_real"] + losses["discriminator_fake"]
-            )
+            total = losses["discriminator_real"] + losses["discriminator_fake"]
+            healthy = _update(state.discriminator_optimizer, total, world)
 
         # EMA
         if ema and healthy and not only_discriminator:
@@ -184,7 +190,9 @@ def train(
         state.step += 1
 
         # log
-        values = {name: float(loss.detach()) for name, loss in losses.items()}
+        means = torch.stack([loss.detach() for loss in losses.values()])
+        world.average_([means])
+        values = dict(zip(losses, means.tolist(), strict=True))
         done = state.step
         event = _watch(state, values, healthy, restore)
         yield StepReport(done, values, learning_rate, time.perf_counter() - started, event)
@@ -192,7 +200,7 @@ def train(
             continue
 
         # checkpoint, preview
-        stop = should_stop()
+        stop = world.any(should_stop())
         due = state.step % config.checkpoint_every == 0 and healthy  # what a rollback returns to must be sound
         if stop or due or state.step == config.steps:
             save()
@@ -227,14 +235,17 @@ def _part(features: Features, start: int, end: int) -> dict[str, Tensor]:
     return {layer: value[start:end] for layer, value in features.items()}
 
 
-def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> bool:
-    """One step of `optimizer` on `loss`; False, and nothing is changed, where loss or gradient isn't finite."""
-    if not torch.isfinite(loss.detach()):
-        return False
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor, world: World) -> bool:
+    """One step of `optimizer` on the mean of `loss` over the processes.
+
+    False, and nothing is changed, where loss or gradient isn't finite: in all processes, where it isn't in one.
+    """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not torch.isfinite(torch.stack([norm.sum() for norm in torch._foreach_norm(gradients)]).sum()):
+    means = [loss.detach(), *gradients]
+    world.average_(means)
+    if not torch.isfinite(torch.stack(torch._foreach_norm(means)).sum()):
         return False
     optimizer.step()
     return True

@@ -1,0 +1,231 @@
+"""The processes that train together: started by `torchrun`, one a GPU, each with its share of every batch."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from pdd_cli.errors import InputError, PddError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+T = TypeVar("T")
+
+# The first process judges images and fetches weights while the others wait for it. One that ended is noticed at once,
+# by its closed connection.
+_PATIENCE = timedelta(hours=6)
+
+
+@dataclass(frozen=True)
+class World:
+    """Which of how many processes this one is. Alone (the default) every method costs nothing.
+
+    Whatever is done together must be called by all processes in the same order. Each method that talks raises PddError
+    where another process has ended.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # on this machine
+
+    @staticmethod
+    def from_environment(environment: Mapping[str, str] = os.environ) -> World:
+        """The world that `torchrun`, or a scheduler that sets the same variables, has put this process into."""
+        if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+            return World()
+        return World(int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", 0)))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def device(self, wanted: str) -> str:
+        """What `--device wanted` means for this process: each takes the GPU of its number."""
+        if self.size == 1 or wanted == "cpu":
+            return wanted
+        import torch
+
+        if wanted not in ("auto", "cuda"):
+            raise InputError(
+                f"--device {wanted}: {self.size} processes can't share one device", "Leave it out, or use --device cpu."
+            )
+        if wanted == "auto" and not torch.cuda.is_available():
+            return "cpu"
+        if self.local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"more processes than the {torch.cuda.device_count()} GPUs of this machine",
+                f"Start torchrun with --nproc-per-node {torch.cuda.device_count()}.",
+            )
+        return f"cuda:{self.local_rank}"
+
+    def share(self, batch_size: int) -> int:
+        """How many of the batch's elements are this process's: those from rank · share on."""
+        if batch_size % self.size:
+            raise InputError(
+                f"batch_size {batch_size} is that of all processes together, and {self.size} can't share it equally",
+                f"Give a multiple of {self.size}: --batch-size {-(-batch_size // self.size) * self.size}.",
+            )
+        return batch_size // self.size
+
+    def join(self, device: torch.device) -> None:
+        """Wait for all processes and connect to them; `device` is the one that this process computes on."""
+        if self.size == 1:
+            return
+        import torch
+        from torch import distributed
+
+        with _talking():
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+                distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=_PATIENCE, device_id=device)
+            else:
+                distributed.init_process_group("gloo", timeout=_PATIENCE)
+
+    def leave(self) -> None:
+        """Part from the other processes, when nothing is left to be done together."""
+        if self.size > 1:
+            from torch import distributed
+
+            self.any(False)  # no connection is closed while another process still talks
+            distributed.destroy_process_group()
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace the tensors by their means over the processes; all have one dtype and device."""
+        if self.size == 1:
+            return
+        import torch
+        from torch import distributed
+
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])  # one message, not hundreds
+        with _talking():
+            distributed.all_reduce(flat)
+        parts = (flat / self.size).split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [part.view_as(tensor) for tensor, part in zip(tensors, parts, strict=True)])
+
+    def norm(self, norms: Tensor) -> Tensor:
+        """The norms over the whole batch, from those, (K), over this process's share of it.
+
+        A mean over the batch may be computed of each share, and gradients be averaged (`average_`); a norm may not: its
+        gradient is the sum of the shares'. Hence the factor.
+        """
+        if self.size == 1:
+            return norms
+        import torch
+        from torch import distributed
+
+        shares = [torch.empty_like(norms) for _ in range(self.size)]
+        with _talking():
+            distributed.all_gather(shares, norms.detach())
+        shares[self.rank] = _with_gradient_times(norms, self.size)
+        whole: Tensor = torch.linalg.vector_norm(torch.stack(shares), dim=0)
+        return whole
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true in any process; waits for all."""
+        if self.size == 1:
+            return flag
+        import torch
+        from torch import distributed
+
+        flags = torch.tensor([flag], dtype=torch.int32)
+        with _talking():
+            distributed.all_reduce(flags, distributed.ReduceOp.MAX)
+        return bool(flags)
+
+    def file(self, path: Path) -> Path | io.BytesIO:
+        """The first process's file, for all: the path itself, or its content."""
+        if self.size == 1:
+            return path
+        import torch
+        from torch import distributed
+
+        content = bytearray(path.read_bytes()) if self.is_first else bytearray()
+        length = torch.tensor([len(content)])
+        with _talking():
+            distributed.broadcast(length, 0)
+            content = content or bytearray(int(length))
+            distributed.broadcast(torch.frombuffer(content, dtype=torch.uint8), 0)
+        return io.BytesIO(content)
+
+    def require_same(self, facts: Mapping[str, object]) -> None:
+        """Raise InputError, naming the first of `facts` that isn't the first process's."""
+        from torch import distributed
+
+        told: list[Mapping[str, object]] = [{}] * self.size
+        with _talking():
+            distributed.all_gather_object(told, dict(facts))
+        for rank, theirs in enumerate(told):
+            for name, value in told[0].items():
+                if theirs[name] != value:
+                    raise InputError(
+                        f"{name} differ between the processes (that of rank {rank} from the first's)",
+                        "Give all machines the same command, images and weights.",
+                    )
+
+    def first_on_machine(self, work: Callable[[], T]) -> T:
+        """`work()` in one process of each machine, then in the others, which find its downloads done."""
+        if self.local_rank == 0:
+            result = work()
+            self.any(False)
+            return result
+        self.any(False)
+        return work()
+
+    @contextlib.contextmanager
+    def silence(self) -> Iterator[None]:
+        """Only the first process's output is seen."""
+        if self.is_first:
+            yield
+            return
+        with (
+            Path(os.devnull).open("w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
+            yield
+
+    def first_to_fail(self) -> bool:
+        """Whether this process is the first that fails: the one to say why. What others say is its consequence."""
+        if self.size == 1:
+            return True
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        try:  # torchrun's store, not the process group, which may be what failed
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+            return int(store.add(f"pdd/failures/{attempt}", 1)) == 1
+        except Exception:
+            return True  # rather said twice than never
+
+
+ALONE = World()
+
+
+def _with_gradient_times(value: Tensor, factor: int) -> Tensor:
+    """`value`, whose gradient is multiplied on the way back."""
+    if not value.requires_grad:
+        return value
+    result = value.clone()
+    result.register_hook(lambda gradient: gradient * factor)
+    return result
+
+
+@contextlib.contextmanager
+def _talking() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise PddError(
+            f"another process of this run has ended or can't be reached: {str(error).splitlines()[0]}",
+            "Look for its message, or torchrun's; with --resume the run goes on from its last checkpoint.",
+        ) from error
