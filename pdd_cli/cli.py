@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 from typing import Annotated, NoReturn
@@ -52,7 +53,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)
     world = World.from_environment()
     try:
-        with world.silence():
+        with world.one_voice():
             # Typer answers its own usage errors with exit 2, and `--help` with 0.
             code = app(standalone_mode=True)
     except BrokenPipeError:
@@ -60,9 +61,9 @@ def main() -> NoReturn:
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in sys.argv:
             raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, where another process has failed, too
+        world.tell_once(functools.partial(_tell, error))
         code = _exit_code(error)
-        if world.first_to_fail():
-            _tell(error)
     sys.exit(code)
 
 

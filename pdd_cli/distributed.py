@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,7 @@ T = TypeVar("T")
 # The first process judges images and fetches weights while the others wait for it. One that ended is noticed at once,
 # by its closed connection.
 _PATIENCE = timedelta(hours=6)
+_USAGE_ERROR = 2  # Typer's exit code
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ class World:
         return work()
 
     @contextlib.contextmanager
-    def silence(self) -> Iterator[None]:
+    def one_voice(self) -> Iterator[None]:
         """Only the first process's output is seen."""
         if self.is_first:
             yield
@@ -191,21 +193,36 @@ class World:
             contextlib.redirect_stdout(nowhere),
             contextlib.redirect_stderr(nowhere),
         ):
-            yield
+            try:
+                yield
+            except SystemExit as left:
+                if left.code == _USAGE_ERROR:  # the first has it, too, and must say it before torchrun ends all
+                    with contextlib.suppress(KeyboardInterrupt):
+                        time.sleep(60)
+                raise
 
-    def first_to_fail(self) -> bool:
-        """Whether this process is the first that fails: the one to say why. What others say is its consequence."""
+    def tell_once(self, tell: Callable[[], None]) -> None:
+        """`tell()` in the process that fails first: what the others would say is a consequence. They wait for it."""
         if self.size == 1:
-            return True
+            tell()
+            return
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        attempt = f"pdd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         try:  # torchrun's store, not the process group, which may be what failed
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
-            return int(store.add(f"pdd/failures/{attempt}", 1)) == 1
+            failed_before = store.add(f"{attempt}/failed", 1) > 1
         except Exception:
-            return True  # rather said twice than never
+            tell()  # rather twice than never
+            return
+        if not failed_before:
+            tell()
+        with contextlib.suppress(Exception):
+            if failed_before:
+                store.wait([f"{attempt}/told"])
+            else:
+                store.set(f"{attempt}/told", "")
 
 
 ALONE = World()

@@ -142,8 +142,13 @@ class Run:
         )  # fmt: skip
 
     def _save(self, base: Judgement) -> None:
-        """A checkpoint; and its weights are judged, and kept if they are the best so far."""
-        if self.state.step:
+        """A checkpoint; and its weights are judged, and kept if they are the best so far.
+
+        Not judged where the run is stopped in between: an undisturbed run would not judge there, and torchrun gives it
+        but 30 s to end.
+        """
+        step = self.state.step
+        if step == self.config.steps or (step and step % self.config.checkpoint_every == 0):
             candidates = {"specialist": self.state.specialist}
             if self.config.generalist.mode == "ema":
                 candidates["ema"] = self.state.generalist

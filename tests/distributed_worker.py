@@ -1,0 +1,100 @@
+"""Trains a tiny network in every mode, in one process or under torchrun, and keeps what came out of each process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pdd_cli.config import AdaptConfig
+from pdd_cli.data.datasets import Batch, Domains
+from pdd_cli.device import Runtime
+from pdd_cli.distillation.losses import INTER_LAYERS, inter_loss
+from pdd_cli.distillation.run import Run, WeightFiles, prepare_run
+from pdd_cli.distributed import World
+from tests.test_guard import Disturbed
+
+# The inter-model distance weighs so much that a wrong gradient of it shows in the weights.
+COMMON = {"steps": 6, "batch_size": 4, "crop": 16, "discriminator_warmup": 0.2, "losses": {"inter": 100}}
+EMA = {"mode": "ema", "warmup_steps": 1}
+CASES: dict[str, dict[str, object]] = {
+    "ema": {"generalist": EMA, "discriminator": "features"},
+    "ema_unet": {"generalist": EMA, "discriminator": "unet", "steps": 4, "batch_size": 2},
+    "static": {"generalist": {"mode": "static", "weights": "other", "warmup_steps": 0}, "discriminator": "features"},
+    "disturbed": {"generalist": EMA, "steps": 12, "checkpoint_every": 4},
+}
+
+
+def prepare(ground: Path, runs: Path, name: str, world: World, *, resume: bool = False, **settings: object) -> Run:
+    """A run on the images and weights below `ground`, its folder below `runs`."""
+    config = AdaptConfig(real_dir=ground / "realLR", hr_dir=ground / "hr", runs_dir=runs, **settings)  # type: ignore[arg-type]
+    static = config.generalist.mode == "static"
+    files = WeightFiles(
+        ground / "base.safetensors",
+        ground / "other.safetensors" if static else None,
+        "efficientnet-lite0",
+        ground / "features.safetensors",
+    )
+    return prepare_run(
+        config, files, Runtime(torch.device("cpu"), "fp32"),
+        name=name, resume=resume, overwrite=False, notify=print, world=world,
+    )  # fmt: skip
+
+
+def outcome(run: Run, stop: Callable[[], bool] = lambda: False) -> dict[str, object]:
+    """Train `run`; every tensor of its state, and what each step reported."""
+    reports = [(report.step, report.losses, report.learning_rate, report.event) for report in run.train(stop)]
+    state = run.state
+    return {
+        "specialist": state.specialist.state_dict(),
+        "generalist": state.generalist.state_dict(),
+        "discriminator": state.discriminator.state_dict(),
+        "reports": json.dumps(reports),
+    }
+
+
+def disturbed(run: Run) -> Run:
+    """The last process's share of step 2, and the first time of steps 6, 7 and 8, isn't finite."""
+    seen: set[int] = set()
+
+    def disturb(step: int, batch: Batch) -> Batch:
+        first, _ = step not in seen, seen.add(step)
+        if step not in (2, 6, 7, 8) or not first or run.world.rank != run.world.size - 1:
+            return batch
+        return dataclasses.replace(batch, hr_s=batch.hr_s * float("inf" if step == 2 else "nan"))
+
+    plain = {field.name: getattr(run.domains, field.name) for field in dataclasses.fields(Domains)}
+    return dataclasses.replace(run, domains=Disturbed(**plain, disturb=disturb))
+
+
+def inter_gradients(world: World) -> dict[str, torch.Tensor]:
+    """The inter loss of random features, and its gradient with regard to this process's share of them."""
+    generator = torch.Generator().manual_seed(0)
+    n = world.share(4)
+    mine = slice(world.rank * n, (world.rank + 1) * n)
+    four = [
+        {layer: torch.randn(4, 6, 5, 5, generator=generator)[mine].requires_grad_() for layer in INTER_LAYERS}
+        for _ in range(4)
+    ]
+    loss = inter_loss(*four, world)
+    loss.backward()
+    gradients = {f"{number} {layer}": phi.grad for number, of in enumerate(four) for layer, phi in of.items()}
+    return {"loss": loss.detach(), **{key: value / world.size for key, value in gradients.items() if value is not None}}
+
+
+def main(ground: Path, runs: Path, world: World) -> None:
+    torch.save(inter_gradients(world), runs / f"inter_{world.rank}.pt")
+    for name, settings in CASES.items():
+        run = prepare(ground, runs, name, world, **{**COMMON, **settings})
+        torch.save(outcome(disturbed(run) if name == "disturbed" else run), runs / f"{name}_{world.rank}.pt")
+
+
+if __name__ == "__main__":
+    world = World.from_environment()
+    world.join(torch.device("cpu"))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), world)
+    world.leave()
