@@ -169,7 +169,7 @@ class World:
             for name, value in told[0].items():
                 if theirs[name] != value:
                     raise InputError(
-                        f"{name} differ between the processes (that of rank {rank} from the first's)",
+                        f"{name}: not the same in process {rank} as in the first",
                         "Give all machines the same command, images and weights.",
                     )
 
@@ -243,6 +243,6 @@ def _talking() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise PddError(
-            f"another process of this run has ended or can't be reached: {str(error).splitlines()[0]}",
-            "Look for its message, or torchrun's; with --resume the run goes on from its last checkpoint.",
+            "another process of this run has ended, or can't be reached",
+            "Its message, torchrun's, or `pdd --debug adapt` says why; --resume goes on from the last checkpoint.",
         ) from error

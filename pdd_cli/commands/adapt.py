@@ -39,7 +39,9 @@ def adapt(
     ] = None,
     runs_dir: Annotated[Path | None, typer.Option(help="Where runs are kept. [default: runs]")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps. [default: 200]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Synthetic and real crops a step, each. [default: 2]")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Synthetic and real crops a step, each, over all processes. [default: 2]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of crops and initial weights. [default: 0]")] = None,
     features: Annotated[
         Literal["auto", "vgg19", "vgg16", "efficientnet-lite0"] | None,
@@ -109,11 +111,11 @@ def adapt(
     store = Store.default()
     run_name = settings.name or settings.real_dir.resolve().name
     world = World.from_environment()
-    if world.is_first:
-        _check_name(run_name, store, replace=resume or overwrite)
     world.share(settings.batch_size)
     runtime = choose_runtime(world.device(settings.device), settings.precision)
     world.join(runtime.device)
+    if world.is_first:
+        _check_name(run_name, store, replace=resume or overwrite)
     weights = world.first_on_machine(lambda: _weight_files(settings, store, console))
     run = prepare_run(
         settings, weights, runtime,

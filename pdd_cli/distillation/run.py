@@ -38,6 +38,9 @@ from pdd_cli.weights.store import Card, Entry, Store
 # What a resumed run may change: these don't alter what is learnt, or (steps) only how long.
 _CHANGEABLE = {"steps", "runs_dir", "checkpoint_every", "preview_every", "export", "device", "precision", "offline"}
 
+# What may differ between the machines of one run.
+_OF_A_MACHINE = {"real_dir", "hr_dir", "base", "name", "runs_dir", "features", "export", "device", "offline"}
+
 _PREVIEW_IMAGES = 4
 _PREVIEW_SIZE = 64  # LR pixels
 
@@ -329,8 +332,9 @@ def prepare_run(
     )
 
     if world.size > 1:
-        facts = {"features": weights.feature_network, "settings": config.model_dump(mode="json")}
-        world.require_same({**facts, "images": domains.digest()})
+        facts = config.model_dump(mode="json", exclude=_OF_A_MACHINE)
+        seen = {"images": domains.digest(), "feature weights": state_sha256(features.state_dict())}
+        world.require_same({**facts, **seen, "precision": runtime.precision})
     state = new_state(config, base, generalist, domains, features, runtime)
     if world.is_first:
         _open_folder(folder, config, state, resume=resume, overwrite=overwrite)
