@@ -9,15 +9,18 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
+import pyiqa
 import pytest
 import scipy.io
 import torch
 from PIL import Image
+from pyiqa.models.inference_model import InferenceModel
 from typer.testing import CliRunner
 
 from pdd_cli.cli import app
 from pdd_cli.errors import DownloadError, InputError, PartialFailure, PddError
 from pdd_cli.images import Picture, write_image
+from pdd_cli.iqa.metrics import Item, metric_infos, score
 from pdd_cli.iqa.pairing import pair, plain_stem
 from pdd_cli.latest import LatestUpscale, UpscaledPair, remember_upscale
 
@@ -283,6 +286,59 @@ def test_a_metric_without_a_value_is_told(tmp_path: Path) -> None:
     assert code == 3
     assert set(json.loads(out)["images"][0]["scores"]) == {"psnr"}
     assert "metric" in err
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's limit on a process's memory")
+def test_what_the_memory_does_not_hold_is_told_and_the_rest_is_scored(tmp_path: Path) -> None:
+    import resource
+
+    items = []
+    for name, side in (("large", 1000), ("small", 64)):
+        clean = photo(side, side)
+        items.append(Item(save(tmp_path / f"sr/{name}.png", clean + 1), save(tmp_path / f"gt/{name}.png", clean)))
+    metrics = {info: pyiqa.create_metric(info.name, device="cpu") for info in metric_infos(["entropy", "psnr"])}
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    # entropy takes 2 GB for the large one.
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, before[1]))
+    try:
+        large, small = score(items, metrics)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert set(large.values) == {"psnr"}
+    assert "large.png: entropy: the metric failed: not enough memory" in large.problems["entropy"]
+    assert set(small.values) == {"entropy", "psnr"}
+
+
+class Full(InferenceModel):
+    """A metric on a device without room."""
+
+    def forward(self, *images: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+class Broken(InferenceModel):
+    """A metric with a bug."""
+
+    def forward(self, *images: torch.Tensor) -> torch.Tensor:
+        raise KeyError("scale")
+
+
+def test_a_metric_that_fails_loses_no_other_and_one_without_room_goes_to_the_cpu(folders: tuple[Path, Path]) -> None:
+    sr, gt = folders
+    items = [Item(sr / name, gt / name) for name in ("a.png", "c.png")]
+    first, second, third = metric_infos(["psnr", "ssim", "psnry"])
+    metrics = {
+        first: Full("psnr", device="meta"),
+        second: Broken("ssim", device="cpu"),
+        third: Full("psnry", device="cpu"),
+    }
+    for item, found in zip(items, score(items, metrics), strict=True):
+        assert item.reference
+        assert found.values == {"psnr": pytest.approx(psnr(pixels(item.image), pixels(item.reference)), abs=1e-3)}
+        assert "scale" in found.problems["ssim"]
+        assert "not enough memory" in found.problems["psnry"]
+    assert metrics[first].dummy_param.device.type == "meta"
 
 
 @pytest.mark.parametrize(
