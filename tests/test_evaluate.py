@@ -147,17 +147,18 @@ def test_table_csv_and_json_show_the_same(folders: tuple[Path, Path], tmp_path: 
     code, out, err, _ = run("evaluate", sr, "--gt-dir", gt, "--metrics", "psnr,ssim", "--output", tmp_path / "s.csv")
     assert code == 0, err
     assert "psnr ↑" in out
+    assert f"pyiqa {pyiqa.__version__}. RGB in 0..1, 0 pixels left out at each side. psnr: higher is better" in err
     run("evaluate", sr, "--gt-dir", gt, "--metrics", "psnr,ssim", "--output", tmp_path / "s.json")
     document = json.loads((tmp_path / "s.json").read_text())
     with (tmp_path / "s.csv").open() as opened:
         rows = list(csv.DictReader(opened))
-    assert [row["image"] for row in rows] == [image["image"] for image in document["images"]] + ["mean"]
+    assert [row["image"] for row in rows] == [image["image"] for image in document["images"]] + ["mean", "about"]
     for row, image in zip(rows, document["images"], strict=False):
         for metric in ("psnr", "ssim"):
             assert float(row[metric]) == image["scores"][metric]
             assert f"{image['scores'][metric]:.4f}" in out
         assert row["reference"] == image["reference"]
-    assert float(rows[-1]["psnr"]) == document["metrics"][0]["mean"]
+    assert float(rows[-2]["psnr"]) == document["metrics"][0]["mean"]
     code, *_, err, _ = run("evaluate", sr, "--output", tmp_path / "s.xlsx")
     assert code == 2
     assert ".csv" in err
@@ -185,6 +186,7 @@ def test_weights_that_cannot_be_had_do_not_lose_the_other_scores(folders: tuple[
     assert code == 4
     assert "pdd fetch-weights --metrics niqe" in err
     assert all(set(image["scores"]) == {"psnr"} for image in json.loads(out)["images"])
+    assert json.loads(out)["skipped"] == {"niqe": "lacks its weights"}
     code, out, err, _ = run("evaluate", sr, "--metrics", "niqe", "--offline")
     assert code == 4
     assert "pdd fetch-weights --metrics niqe" in err

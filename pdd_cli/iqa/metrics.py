@@ -46,6 +46,11 @@ class MetricInfo:
     of_sets: bool = False  # scores a set of images as a whole (fid), with the set of their HR images where it compares
 
     @property
+    def better(self) -> str:
+        """The better side: lower or higher."""
+        return "lower" if self.lower_better else "higher"
+
+    @property
     def arrow(self) -> str:
         """↓ where lower is better, ↑ where higher is."""
         return "↓" if self.lower_better else "↑"
