@@ -85,6 +85,16 @@ def resident_memory() -> int:
         return 0
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the memory of the machine or of the device ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        sign in text for sign in ("not enough memory", "out of memory", "can't allocate memory", "bad_alloc")
+    )
+
+
 def _choose_device(name: str) -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():

@@ -479,13 +479,25 @@ def test_the_best_and_the_worst_are_shown_where_they_differ(tmp_path: Path) -> N
 
 
 def test_the_csv_holds_what_the_page_shows(sets: Path) -> None:
-    _, document, _ = evaluate(sets / "good", "--gt-dir", sets / "gt", "--baseline", sets / "poor",
-                              "--metrics", "psnr", "--output", sets / "s.csv")  # fmt: skip
+    (sets / "gt/0.png").unlink()
+    (sets / "good/1.png").write_bytes(b"no image")
+    _, document, err = evaluate(sets / "good", "--gt-dir", sets / "gt", "--baseline", sets / "poor",
+                                "--metrics", "psnr,downscale_consistency", "--output", sets / "s.csv")  # fmt: skip
     with (sets / "s.csv").open() as opened:
-        rows = {row["image"]: row for row in csv.DictReader(opened)}
+        listed = list(csv.DictReader(opened))
+    rows = {row["image"]: row for row in listed}
+    skipped, *problems = [row["reference"] for row in listed if row["image"] == "not scored"]
+    assert skipped == "downscale_consistency was skipped: it needs the LR inputs: add --lr-dir DIR"
+    assert problems == document["problems"]
+    assert [re.search(r"\d\.png", problem)[0] for problem in problems] == ["0.png", "1.png"]  # type: ignore[index]
+    assert all(problem in err for problem in problems)
+    assert f"pyiqa {pyiqa.__version__}" in rows["about"]["reference"]
     one = document["comparisons"][0]  # type: ignore[index]
     for image in document["images"]:  # type: ignore[attr-defined]
         row = rows[image["image"]]
+        if not image["scores"]:
+            assert not row["psnr"]
+            continue
         assert float(row["psnr"]) == image["scores"]["psnr"]
         assert float(row["poor: psnr"]) == image["baselines"]["poor"]["scores"]["psnr"]
         assert float(row["psnr − poor"]) == one["differences"][image["name"]]

@@ -9,15 +9,18 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
+import pyiqa
 import pytest
 import scipy.io
 import torch
 from PIL import Image
+from pyiqa.models.inference_model import InferenceModel
 from typer.testing import CliRunner
 
 from pdd_cli.cli import app
 from pdd_cli.errors import DownloadError, InputError, PartialFailure, PddError
 from pdd_cli.images import Picture, write_image
+from pdd_cli.iqa.metrics import Item, metric_infos, score
 from pdd_cli.iqa.pairing import pair, plain_stem
 from pdd_cli.latest import LatestUpscale, UpscaledPair, remember_upscale
 
@@ -144,17 +147,18 @@ def test_table_csv_and_json_show_the_same(folders: tuple[Path, Path], tmp_path: 
     code, out, err, _ = run("evaluate", sr, "--gt-dir", gt, "--metrics", "psnr,ssim", "--output", tmp_path / "s.csv")
     assert code == 0, err
     assert "psnr ↑" in out
+    assert f"pyiqa {pyiqa.__version__}. RGB in 0..1, 0 pixels left out at each side. psnr: higher is better" in err
     run("evaluate", sr, "--gt-dir", gt, "--metrics", "psnr,ssim", "--output", tmp_path / "s.json")
     document = json.loads((tmp_path / "s.json").read_text())
     with (tmp_path / "s.csv").open() as opened:
         rows = list(csv.DictReader(opened))
-    assert [row["image"] for row in rows] == [image["image"] for image in document["images"]] + ["mean"]
+    assert [row["image"] for row in rows] == [image["image"] for image in document["images"]] + ["mean", "about"]
     for row, image in zip(rows, document["images"], strict=False):
         for metric in ("psnr", "ssim"):
             assert float(row[metric]) == image["scores"][metric]
             assert f"{image['scores'][metric]:.4f}" in out
         assert row["reference"] == image["reference"]
-    assert float(rows[-1]["psnr"]) == document["metrics"][0]["mean"]
+    assert float(rows[-2]["psnr"]) == document["metrics"][0]["mean"]
     code, *_, err, _ = run("evaluate", sr, "--output", tmp_path / "s.xlsx")
     assert code == 2
     assert ".csv" in err
@@ -182,6 +186,7 @@ def test_weights_that_cannot_be_had_do_not_lose_the_other_scores(folders: tuple[
     assert code == 4
     assert "pdd fetch-weights --metrics niqe" in err
     assert all(set(image["scores"]) == {"psnr"} for image in json.loads(out)["images"])
+    assert json.loads(out)["skipped"] == {"niqe": "lacks its weights"}
     code, out, err, _ = run("evaluate", sr, "--metrics", "niqe", "--offline")
     assert code == 4
     assert "pdd fetch-weights --metrics niqe" in err
@@ -283,6 +288,59 @@ def test_a_metric_without_a_value_is_told(tmp_path: Path) -> None:
     assert code == 3
     assert set(json.loads(out)["images"][0]["scores"]) == {"psnr"}
     assert "metric" in err
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's limit on a process's memory")
+def test_what_the_memory_does_not_hold_is_told_and_the_rest_is_scored(tmp_path: Path) -> None:
+    import resource
+
+    items = []
+    for name, side in (("large", 1000), ("small", 64)):
+        clean = photo(side, side)
+        items.append(Item(save(tmp_path / f"sr/{name}.png", clean + 1), save(tmp_path / f"gt/{name}.png", clean)))
+    metrics = {info: pyiqa.create_metric(info.name, device="cpu") for info in metric_infos(["entropy", "psnr"])}
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    # entropy takes 2 GB for the large one.
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, before[1]))
+    try:
+        large, small = score(items, metrics)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert set(large.values) == {"psnr"}
+    assert "large.png: entropy: the metric failed: not enough memory" in large.problems["entropy"]
+    assert set(small.values) == {"entropy", "psnr"}
+
+
+class Full(InferenceModel):
+    """A metric on a device without room."""
+
+    def forward(self, *images: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+class Broken(InferenceModel):
+    """A metric with a bug."""
+
+    def forward(self, *images: torch.Tensor) -> torch.Tensor:
+        raise KeyError("scale")
+
+
+def test_a_metric_that_fails_loses_no_other_and_one_without_room_goes_to_the_cpu(folders: tuple[Path, Path]) -> None:
+    sr, gt = folders
+    items = [Item(sr / name, gt / name) for name in ("a.png", "c.png")]
+    first, second, third = metric_infos(["psnr", "ssim", "psnry"])
+    metrics = {
+        first: Full("psnr", device="meta"),
+        second: Broken("ssim", device="cpu"),
+        third: Full("psnry", device="cpu"),
+    }
+    for item, found in zip(items, score(items, metrics), strict=True):
+        assert item.reference
+        assert found.values == {"psnr": pytest.approx(psnr(pixels(item.image), pixels(item.reference)), abs=1e-3)}
+        assert "scale" in found.problems["ssim"]
+        assert "not enough memory" in found.problems["psnry"]
+    assert metrics[first].dummy_param.device.type == "meta"
 
 
 @pytest.mark.parametrize(

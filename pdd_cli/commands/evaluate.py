@@ -140,15 +140,16 @@ def evaluate(
         loaded, lacking = load_metrics(wanted, device=target, offline=settings.offline, on_event=on_event)
     if not loaded:
         raise _summed(lacking)
-    failed: list[str] = []
-    main, *baselines = (_score(one, loaded, settings, console, failed) for one in inputs.sets)
-    report = Report(list(loaded), main, baselines, settings.crop_border, skipped, failed)
+    lost = {info.name: "lacks its weights" for info in wanted if info not in loaded}
+    failures = list(inputs.problems)
+    main, *baselines = (_score(one, loaded, settings, console, failures) for one in inputs.sets)
+    report = Report(list(loaded), main, baselines, settings.crop_border, {**skipped, **lost}, failures)
     _show(report, console)
     if settings.output is not None:
         write_report(settings.output, report)
         console.say(f"report written to {settings.output}")
     console.result(report.as_document())
-    _conclude(report, settings, console, [*inputs.problems, *failed, *_problems(report)], lacking)
+    _conclude(report, settings, console, lacking)
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
@@ -261,9 +262,9 @@ def _score(
     loaded: dict[MetricInfo, object],
     settings: EvaluateConfig,
     console: Console,
-    failed: list[str],
+    failures: list[str],
 ) -> ScoredSet:
-    """The scores of one set; `failed` gets what could not be computed of it as a whole."""
+    """The scores of one set; `failures` gets what could not be computed of it as a whole."""
     from pdd_cli.iqa.metrics import score, score_set
     from pdd_cli.iqa.report import ScoredSet
 
@@ -285,17 +286,8 @@ def _score(
             try:
                 together[info.name] = score_set(items, info, metric)
             except PddError as error:
-                failed.append(f"{images.name}: {error.message}")
+                failures.append(f"{images.name}: {error.message}")
     return ScoredSet(images.name, dict(zip(images.items, scored, strict=True)), together)
-
-
-def _problems(report: Report) -> list[str]:
-    return [
-        problem
-        for one in report.sets
-        for scores in one.images.values()
-        for problem in dict.fromkeys(scores.problems.values())
-    ]
 
 
 def _show(report: Report, console: Console) -> None:
@@ -318,6 +310,7 @@ def _show(report: Report, console: Console) -> None:
         console.say(f"{len(report.main.images) - _ROWS} more images are not shown: --output scores.csv has them all")
     if report.baselines:
         _show_comparison(report, console)
+    console.say(report.about)
 
 
 def _show_comparison(report: Report, console: Console) -> None:
@@ -352,11 +345,10 @@ def _conclude(
     report: Report,
     settings: EvaluateConfig,
     console: Console,
-    problems: Sequence[str],
     lacking: Sequence[DownloadError],
 ) -> None:
     """Name what went wrong, and raise what the exit code asks for."""
-    for problem in dict.fromkeys(problems):
+    for problem in report.problems:
         console.warn(problem)
     if lacking:
         raise _summed(lacking)
@@ -367,8 +359,11 @@ def _conclude(
         raise CheckFailed(f"--fail-if-worse: {report.main.name} is worse by {told}")
     if any(one.verdict == "too few" for one in checked):
         console.warn("--fail-if-worse: too few images to tell, so nothing failed")
-    if problems:
-        raise PartialFailure(f"{len(dict.fromkeys(problems))} problems, each named above", "The rest is scored.")
+    if report.problems:
+        count = len(report.problems)
+        named = "1 problem, named above" if count == 1 else f"{count} problems, each named above"
+        scored = any(scores.values for one in report.sets for scores in one.images.values())
+        raise PartialFailure(named, "The rest is scored." if scored else "Nothing could be scored.")
 
 
 def _list_metrics(console: Console) -> None:

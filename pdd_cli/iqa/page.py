@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from pdd_cli import __version__
 from pdd_cli.errors import PddError
 from pdd_cli.images import Array, Picture, read_image
 from pdd_cli.iqa.compare import Comparison
@@ -125,30 +124,20 @@ def _table(report: Report, shown: set[str]) -> str:
 
 
 def _problems(report: Report) -> str:
-    told = dict.fromkeys(
-        problem for one in report.sets for scores in one.images.values() for problem in scores.problems.values()
-    )
-    lines = [*(f"{name} was skipped: it {reason}" for name, reason in report.skipped.items()), *report.failed, *told]
-    if not lines:
+    if not report.unscored:
         return ""
-    return f"<h2>Not scored</h2><ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+    return f"<h2>Not scored</h2><ul>{''.join(f'<li>{escape(line)}</li>' for line in report.unscored)}</ul>"
 
 
 def _about(report: Report) -> str:
-    metrics = "; ".join(
-        f"{metric.name}: {'lower' if metric.lower_better else 'higher'} is better, range {metric.value_range or '?'}"
-        for metric in report.metrics
-    )
     return escape(
-        f"pdd {__version__}, pyiqa {report.pyiqa}. RGB in 0..1, {report.crop_border} pixels left out at each side. "
-        f"{metrics}. Intervals: 95 %, bootstrap over images. The pictures here are compressed, the scores are of the "
-        "files. JSON and CSV reports carry the same numbers."
+        f"{report.about} Intervals: 95 %, bootstrap over images. The pictures here are compressed, the scores are of "
+        "the files. JSON and CSV reports carry the same numbers."
     )
 
 
 def _title(metric: MetricInfo) -> str:
-    better = "lower" if metric.lower_better else "higher"
-    return f'<span title="{better} is better">{escape(metric.name)} {metric.arrow}</span>'
+    return f'<span title="{metric.better} is better">{escape(metric.name)} {metric.arrow}</span>'
 
 
 def _number(value: float | None, *, signed: bool = False) -> str:

@@ -52,7 +52,7 @@ class Report:
     baselines: Sequence[ScoredSet]
     crop_border: int
     skipped: Mapping[str, str]  # metrics that were not computed, and why
-    failed: Sequence[str] = ()  # what could not be computed of a set as a whole
+    failures: Sequence[str] = ()  # what isn't of a single image: files without a partner, metrics of a whole set
 
     @property
     def sets(self) -> list[ScoredSet]:
@@ -77,6 +77,28 @@ class Report:
         """Main against a baseline in words."""
         return f"{self.main.name} against {baseline.name}: {in_words(self.against(baseline))}"
 
+    @cached_property
+    def problems(self) -> list[str]:
+        """All that could not be paired, read or computed, each once."""
+        of_images = (
+            problem for one in self.sets for scores in one.images.values() for problem in scores.problems.values()
+        )
+        return list(dict.fromkeys([*self.failures, *of_images]))
+
+    @property
+    def unscored(self) -> list[str]:
+        """The metrics that were passed over and why, and all problems."""
+        return [*(f"{name} was skipped: it {reason}" for name, reason in self.skipped.items()), *self.problems]
+
+    @property
+    def about(self) -> str:
+        """What the numbers are: versions, colour space, crop; direction and range of each metric."""
+        ranges = "; ".join(
+            f"{metric.name}: {metric.better} is better, range {metric.value_range or '?'}" for metric in self.metrics
+        )
+        cropped = f"{self.crop_border} pixels left out at each side"
+        return f"pdd {__version__}, pyiqa {self.pyiqa}. RGB in 0..1, {cropped}. {ranges}."
+
     @property
     def pyiqa(self) -> str:
         """pyiqa's version."""
@@ -95,7 +117,7 @@ class Report:
                     "name": metric.name,
                     "reference": metric.reference,
                     "of": "set" if metric.of_sets else "image",
-                    "better": "lower" if metric.lower_better else "higher",
+                    "better": metric.better,
                     "range": metric.value_range,
                     "unit": metric.unit,
                     "mean": self.main.mean(metric),
@@ -105,7 +127,7 @@ class Report:
                 for metric in self.metrics
             ],
             "skipped": dict(self.skipped),
-            "failed": list(self.failed),
+            "problems": self.problems,
             "verdicts": {baseline.name: self.verdict(baseline) for baseline in self.baselines},
             "comparisons": [
                 {
@@ -139,7 +161,8 @@ class Report:
     def as_csv(self) -> str:
         """A row an image, a column a metric; then the baselines' scores and the differences; the means below.
 
-        With baselines, rows with the differences' intervals, wins and losses, and verdicts follow.
+        With baselines, rows with the differences' intervals, wins and losses, and verdicts follow; then what was not
+        scored, and what the numbers are.
         """
         names = [metric.name for metric in self.metrics]
         columns = [f"{baseline.name}: {name}" for baseline in self.baselines for name in names]
@@ -166,6 +189,8 @@ class Report:
             writer.writerow(["wins", *empty, *(one.wins for one in compared)])
             writer.writerow(["losses", *empty, *(one.losses for one in compared)])
             writer.writerow(["verdict", *empty, *(one.verdict for one in compared)])
+        writer.writerows(["not scored", line] for line in self.unscored)
+        writer.writerow(["about", self.about])
         return text.getvalue()
 
 
