@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ def decode_pages(path: Path, data: bytes, *, most_pixels: int = MOST_PIXELS) -> 
     """
     index, frames = 0, 1
     while index < frames:
-        with _told(path), _strict_pillow():
+        with _told(path), _STRICT_PILLOW:
             picture = _decode(data, index, most_pixels)
         yield picture
         index, frames = index + 1, picture.frames
@@ -192,7 +193,7 @@ class Header:
 
 def probe(path: Path, *, most_pixels: int = MOST_PIXELS) -> Header:
     """Look at the header of an image file alone. Raises InputError as `read_image` does."""
-    with _told(path), _strict_pillow(), Image.open(path, formats=_PILLOW_FORMATS) as image:
+    with _told(path), _STRICT_PILLOW, Image.open(path, formats=_PILLOW_FORMATS) as image:
         _check_pixels(image, most_pixels)
         # A TIFF's size is that of the upright image already; for a PNG without EXIF getexif would decode it all.
         known = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info or "xmp" in image.info)
@@ -242,21 +243,35 @@ def _check_pixels(image: Image.Image, most: int) -> None:
         raise InputError(f"too large ({image.width}x{image.height} pixels; at most {most / 1e6:.0f} megapixels)")
 
 
-@contextmanager
-def _strict_pillow() -> Iterator[None]:
-    """Pillow that reports a file cut short, and doesn't print warnings."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    # pyiqa switches this on for the whole process when it is imported.
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    # `_check_pixels` does it, before anything is decoded, by the limit that its caller has the memory for.
-    most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
-        Image.MAX_IMAGE_PIXELS = most
+class _StrictPillow:
+    """Within it, Pillow reports a file cut short and prints no warnings; of several threads the last one leaves it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._before.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", ImageFile.LOAD_TRUNCATED_IMAGES)
+                self._before.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+                self._before.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+                # pyiqa switches this on for the whole process when it is imported.
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+                # `_check_pixels` does it, before anything is decoded, by the limit that its caller has the memory for.
+                Image.MAX_IMAGE_PIXELS = None
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._before.close()
+
+
+_STRICT_PILLOW = _StrictPillow()
 
 
 def _stored(image: Image.Image) -> str:

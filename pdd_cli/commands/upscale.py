@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from pdd_cli.inference.batch import Job, Output, Result
     from pdd_cli.inference.manifest import Manifest
     from pdd_cli.inference.upscaler import Upscaler
+    from pdd_cli.ranks import Meeting, Ranks
 
 
 def upscale(
@@ -67,7 +70,9 @@ def upscale(
         Literal["auto", "torch", "openvino"] | None,
         typer.Option(help="auto: OpenVINO on a CPU where it is installed, else PyTorch. [default: auto]"),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. [default: auto]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps; several: cuda:0,cuda:1. [default: auto]")
+    ] = None,
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"] | None, typer.Option(help="[default: auto: what is fastest here]")
     ] = None,
@@ -88,8 +93,10 @@ def upscale(
     be read is reported at the end; the others are done (exit code 3).
     """
     from pdd_cli.config import UpscaleConfig, resolve
+    from pdd_cli.ranks import Meeting, Ranks
 
-    console = Console(json=json)
+    ranks = Ranks.from_environment(os.environ)
+    console = Console(json=json, quiet=not ranks.first)
     settings = resolve(
         UpscaleConfig,
         "upscale",
@@ -124,7 +131,7 @@ def upscale(
     )
 
     from pdd_cli.encoding import Encoding
-    from pdd_cli.inference.batch import Output, manifest_folder, plan_jobs, preview_jobs
+    from pdd_cli.inference.batch import Output, manifest_folder, plan_jobs, preview_jobs, share_of
     from pdd_cli.inference.manifest import Manifest
     from pdd_cli.models.loading import state_sha256
 
@@ -136,7 +143,9 @@ def upscale(
         suffix=settings.suffix,
         recursive=settings.recursive,
     )
-    upscaler = _load(settings, console)
+    meeting = Meeting(ranks)
+    upscalers = _load(settings, ranks, meeting, console)
+    upscaler = upscalers[0]
     files = Output(
         Encoding(settings.quality, settings.lossless), overwrite=settings.overwrite, strip=settings.strip_metadata
     )
@@ -150,20 +159,44 @@ def upscale(
             | {"strip_metadata"}
         )
         made_by["weights"] = state_sha256(upscaler.engine.model.module.state_dict())
-        manifest = Manifest(folder, made_by)
-    if dry_run:
-        results = list(preview_jobs(jobs, upscaler, output=files, manifest=manifest))
-        _show_preview(results, console)
-    else:
-        results = _run(jobs, upscaler, files, manifest, console)
-        _remember(results, settings, upscaler.scale)
-    console.result(_document(results, settings, upscaler))
-    _report(results, settings, console, dry_run=dry_run)
+        # What a run that died has left is put in order before others write.
+        if ranks.first and not dry_run:
+            Manifest(folder, made_by).tidy()
+        meeting.gather("tidied")
+        manifest = Manifest(folder, made_by, part=ranks.index if ranks.count > 1 else None)
+    # Nobody begins before all have found the inputs and read the manifest.
+    meeting.gather("planned")
+    share = share_of(jobs, ranks)
+    started = time.perf_counter()
+    try:
+        if dry_run:
+            results = list(preview_jobs(share, upscaler, output=files, manifest=manifest))
+        else:
+            results = _run(share, upscalers, files, manifest, console)
+        results = _of_all(results, jobs, meeting)
+        if ranks.first and not dry_run:
+            if folder is not None and ranks.count > 1:
+                Manifest(folder, made_by).tidy()
+            _remember(results, settings, upscaler.scale)
+        if dry_run:
+            _show_preview(results, console)
+        console.result(_document(results, settings, upscalers))
+        _tell(results, settings, time.perf_counter() - started, console, dry_run=dry_run)
+        # torchrun ends the others as soon as one exits with a failure: not before the first has told of it.
+        meeting.gather("told")
+        meeting.end()
+        _judge(results, dry_run=dry_run)
+    except (PartialFailure, Interrupted) as failure:
+        # Said once for all processes.
+        if not ranks.first:
+            raise typer.Exit(failure.exit_code) from None
+        raise
 
 
-def _load(settings: UpscaleConfig, console: Console) -> Upscaler:
+def _load(settings: UpscaleConfig, ranks: Ranks, meeting: Meeting, console: Console) -> list[Upscaler]:
+    """An upscaler for each device; the weights are fetched by one process on each machine."""
     from pdd_cli.commands._fetching import fetch_progress
-    from pdd_cli.device import choose_runtime
+    from pdd_cli.device import choose_runtimes, resident_memory
     from pdd_cli.inference.engines import choose_engine
     from pdd_cli.inference.resizing import SizeRequest
     from pdd_cli.inference.strength import at_strength
@@ -172,54 +205,75 @@ def _load(settings: UpscaleConfig, console: Console) -> Upscaler:
     from pdd_cli.weights.fetch import ensure
     from pdd_cli.weights.store import Store
 
-    runtime = choose_runtime(settings.device, settings.precision)
+    runtimes = choose_runtimes(settings.device, settings.precision, ranks)
+    if ranks.local != 0:
+        meeting.gather("fetched")
     with fetch_progress(console) as on_event:
-        path = ensure(settings.weights, store=Store.default(), offline=settings.offline, on_event=on_event)
-        model = at_strength(
-            load_sr_model(path),
-            settings.strength,
-            name=settings.weights,
-            find=lambda base: ensure(base, store=Store.default(), offline=settings.offline, on_event=on_event),
-        )
-    engine = choose_engine(model, runtime, settings.engine)
-    console.say(f"{settings.weights}: {model.architecture} x{model.scale} on {runtime}, {engine.name}")
+
+        def find(name: str) -> Path:
+            return ensure(name, store=Store.default(), offline=settings.offline, on_event=on_event)
+
+        path = find(settings.weights)
+        models = [
+            at_strength(load_sr_model(path), settings.strength, name=settings.weights, find=find) for _ in runtimes
+        ]
+    if ranks.local == 0:
+        meeting.gather("fetched")
+    engines = [choose_engine(model, runtime, settings.engine) for model, runtime in zip(models, runtimes, strict=True)]
+    places = "; ".join(f"{engine.runtime}, {engine.name}" for engine in engines)
+    processes = f", {ranks.count} processes" if ranks.count > 1 else ""
+    console.say(f"{settings.weights}: {models[0].architecture} x{models[0].scale} on {places}{processes}")
     fit = None
     if settings.fit is not None:
         fit_width, fit_height = settings.fit.split("x")
         fit = (int(fit_width), int(fit_height))
-    return Upscaler(
-        engine,
-        tile=settings.tile,
-        overlap=settings.overlap,
-        notify=console.warn,
-        size=SizeRequest(settings.scale, settings.width, settings.height, settings.long_side, fit),
-        correction=settings.color_correction,
-        max_memory=settings.most_memory,
-    )
+    most_memory = settings.most_memory
+    if most_memory is not None:
+        # What the models leave of it is shared by the devices.
+        models_take = min(resident_memory(), most_memory)
+        most_memory = models_take + (most_memory - models_take) // len(engines)
+    return [
+        Upscaler(
+            engine,
+            tile=settings.tile,
+            overlap=settings.overlap,
+            notify=console.warn,
+            size=SizeRequest(settings.scale, settings.width, settings.height, settings.long_side, fit),
+            correction=settings.color_correction,
+            max_memory=most_memory,
+        )
+        for engine in engines
+    ]
+
+
+def _of_all(results: Sequence[Result], jobs: Sequence[Job], meeting: Meeting) -> list[Result]:
+    """The results of all processes, in the order of the jobs."""
+    from pdd_cli.inference.batch import results_from_json, results_to_json
+
+    found = [result for text in meeting.gather("done", results_to_json(results)) for result in results_from_json(text)]
+    place = {job: index for index, job in enumerate(jobs)}
+    return sorted(found, key=lambda result: place[result.job])
 
 
 def _run(
-    jobs: Sequence[Job], upscaler: Upscaler, files: Output, manifest: Manifest | None, console: Console
+    jobs: Sequence[Job], upscalers: Sequence[Upscaler], files: Output, manifest: Manifest | None, console: Console
 ) -> list[Result]:
-    from pdd_cli.inference.batch import run_jobs
+    from pdd_cli.inference.batch import run_on_devices
 
     results: list[Result] = []
     with console.progress() as progress:
         images = progress.add_task("images", total=len(jobs), note="")
-        tiles = progress.add_task("tiles", total=None, note="")
+        tiles = [progress.add_task("tiles", total=None, note="") for _ in upscalers]
 
-        def on_start(job: Job) -> None:
-            progress.update(images, note=job.source.name)
-            progress.reset(tiles, total=None)
+        def on_start(device: int, job: Job) -> None:
+            progress.reset(tiles[device], total=None, note=job.source.name)
+
+        def on_tile(device: int, done: int, total: int) -> None:
+            progress.update(tiles[device], completed=done, total=total)
 
         try:
-            for result in run_jobs(
-                jobs,
-                upscaler,
-                output=files,
-                manifest=manifest,
-                on_start=on_start,
-                on_tile=lambda done, total: progress.update(tiles, completed=done, total=total),
+            for result in run_on_devices(
+                jobs, upscalers, output=files, manifest=manifest, on_start=on_start, on_tile=on_tile
             ):
                 results.append(result)
                 progress.update(images, advance=1)
@@ -257,16 +311,16 @@ def _remember(results: Sequence[Result], settings: UpscaleConfig, scale: int) ->
         )
 
 
-def _document(results: Sequence[Result], settings: UpscaleConfig, upscaler: Upscaler) -> dict[str, object]:
-    engine = upscaler.engine
+def _document(results: Sequence[Result], settings: UpscaleConfig, upscalers: Sequence[Upscaler]) -> dict[str, object]:
+    engine = upscalers[0].engine
     return {
         "input": settings.input,
         "output": settings.output,
         "weights": settings.weights,
         "architecture": engine.model.architecture,
-        "scale": upscaler.scale,
+        "scale": upscalers[0].scale,
         "engine": engine.name,
-        "device": str(engine.runtime.device),
+        "device": ",".join(str(upscaler.engine.runtime.device) for upscaler in upscalers),
         "precision": engine.runtime.precision,
         **{status: _count(results, status) for status in ("done", "skipped", "failed", "planned")},
         "seconds": round(sum(result.seconds for result in results), 3),
@@ -306,8 +360,10 @@ def _show_preview(results: Sequence[Result], console: Console) -> None:
     console.table(table)
 
 
-def _report(results: Sequence[Result], settings: UpscaleConfig, console: Console, *, dry_run: bool) -> None:
-    """Say what became of the run; raise what its exit code asks for."""
+def _tell(
+    results: Sequence[Result], settings: UpscaleConfig, seconds: float, console: Console, *, dry_run: bool
+) -> None:
+    """Say what became of the run."""
     done, skipped = _count(results, "done"), _count(results, "skipped")
     failed = [result for result in results if result.status == "failed"]
     for result in results:
@@ -316,14 +372,20 @@ def _report(results: Sequence[Result], settings: UpscaleConfig, console: Console
     if skipped:
         console.say(f"{skipped} skipped: made already (--overwrite makes them again)")
     if done:
-        seconds = sum(result.seconds for result in results)
         console.say(f"{done} upscaled to {settings.output} in {seconds:.1f} s")
     if failed:
         console.say(f"{len(failed)} failed:")
         for result in failed:
             console.say(f"  {result.problem}")
+
+
+def _judge(results: Sequence[Result], *, dry_run: bool) -> None:
+    """Raise what the exit code asks for."""
+    failed = _count(results, "failed")
+    if failed:
         verb = "would fail" if dry_run else "failed"
-        raise PartialFailure(f"{len(failed)} of {len(results)} images {verb}", "The others are done." if done else "")
+        hint = "The others are done." if _count(results, "done") else ""
+        raise PartialFailure(f"{failed} of {len(results)} images {verb}", hint)
 
 
 def _count(results: Sequence[Result], status: str) -> int:

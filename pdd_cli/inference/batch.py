@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import glob
+import heapq
 import itertools
+import json
 import os
 import queue
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -30,6 +33,7 @@ from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.images import Array, Picture, decode_pages, find_images, is_image, probe, read_bytes
 from pdd_cli.inference.manifest import Manifest
 from pdd_cli.inference.upscaler import OnTile, Upscaler
+from pdd_cli.ranks import Ranks
 
 FormatChoice = Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif"]
 
@@ -74,6 +78,21 @@ class Result:
     seconds: float = 0.0
     model_seconds: float = 0.0
     memory: int = 0
+
+
+def results_to_json(results: Sequence[Result]) -> str:
+    """The results as a text for another process."""
+    return json.dumps([{**asdict(result), "job": [str(path) for path in astuple(result.job)]} for result in results])
+
+
+def results_from_json(text: str) -> list[Result]:
+    """What `results_to_json` was given."""
+    found = []
+    for values in json.loads(text):
+        job = Job(*(Path(path) for path in values.pop("job")))
+        sizes = [size and tuple(size) for size in (values.pop("size_in"), values.pop("size_out"))]
+        found.append(Result(job, size_in=sizes[0], size_out=sizes[1], **values))
+    return found
 
 
 # --- which outputs ----------------------------------------------------------------------------------------------
@@ -175,8 +194,104 @@ def _refuse_collisions(jobs: Sequence[Job]) -> None:
 # --- making them ------------------------------------------------------------------------------------------------
 
 
-def run_jobs(
+def share_of(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
+    """The jobs that one of several processes does, by the pixels of the inputs: the same in each of them.
+
+    The largest input goes to the process that has the least so far, and so on. What can't be read counts nothing.
+    """
+    if ranks.count == 1:
+        return list(jobs)
+    pixels = [_pixels(job.source) for job in jobs]
+    loads = [(0, rank) for rank in range(ranks.count)]
+    mine = []
+    for index in sorted(range(len(jobs)), key=lambda index: (-pixels[index], index)):
+        load, rank = heapq.heappop(loads)
+        heapq.heappush(loads, (load + pixels[index], rank))
+        if rank == ranks.index:
+            mine.append(index)
+    return [jobs[index] for index in sorted(mine)]
+
+
+def _pixels(source: Path) -> int:
+    try:
+        header = probe(source)
+    except PddError:
+        return 0
+    return header.size[0] * header.size[1] * header.frames
+
+
+def run_on_devices(
     jobs: Sequence[Job],
+    upscalers: Sequence[Upscaler],
+    *,
+    output: Output = Output(),
+    manifest: Manifest | None = None,
+    on_start: Callable[[int, Job], None] = lambda device, job: None,
+    on_tile: Callable[[int, int, int], None] = lambda device, done, total: None,
+) -> Iterator[Result]:
+    """`run_jobs` with several upscalers at once: each takes the next job when it is free. Results come as jobs end.
+
+    The callbacks get the place of the upscaler first, and are called from its thread.
+    """
+    if len(upscalers) == 1:
+        start, tile = partial(on_start, 0), partial(on_tile, 0)
+        yield from run_jobs(jobs, upscalers[0], output=output, manifest=manifest, on_start=start, on_tile=tile)
+        return
+    upcoming = _Shared(jobs)
+    results: queue.Queue[Result | BaseException | None] = queue.Queue()
+
+    def work(device: int) -> None:
+        def tile(done: int, total: int) -> None:
+            if upcoming.closed:
+                raise _Abandoned
+            on_tile(device, done, total)
+
+        try:
+            start = partial(on_start, device)
+            for result in run_jobs(
+                upcoming, upscalers[device], output=output, manifest=manifest, on_start=start, on_tile=tile
+            ):
+                results.put(result)
+            results.put(None)
+        except BaseException as error:
+            results.put(error)
+
+    with ThreadPoolExecutor(len(upscalers), "device") as pool:
+        try:
+            working = [pool.submit(work, device) for device in range(len(upscalers))]
+            ended = 0
+            while ended < len(working):
+                item = results.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    ended += 1
+                else:
+                    yield item
+        finally:
+            upcoming.closed = True
+
+
+class _Shared:
+    """One sequence of jobs that several threads take from; once it is `closed` nothing comes any more."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = iter(jobs)
+        self._lock = threading.Lock()
+        self.closed = False
+
+    def __iter__(self) -> Iterator[Job]:
+        return self
+
+    def __next__(self) -> Job:
+        with self._lock:
+            if self.closed:
+                raise StopIteration
+            return next(self._jobs)
+
+
+def run_jobs(
+    jobs: Iterable[Job],
     upscaler: Upscaler,
     *,
     output: Output = Output(),
@@ -196,7 +311,7 @@ def run_jobs(
         try:
             ahead: deque[Future[_Loaded]] = deque()
             upcoming = iter(jobs)
-            for job in itertools.islice(upcoming, 2):
+            for job in itertools.islice(upcoming, 1):
                 ahead.append(decoder.submit(_load, job, upscaler, output, manifest))
             while ahead:
                 loaded = ahead.popleft().result()
@@ -402,7 +517,7 @@ def _about_frames(job: Job, frames: int) -> str:
 
 
 class _Abandoned(Exception):  # noqa: N818 - not a failure of its own
-    """Told to the writer: what it is writing won't be finished."""
+    """Told to who computes or writes an image: it won't be finished."""
 
 
 class _WriterFailed(Exception):  # noqa: N818 - the failure is in the writer's future

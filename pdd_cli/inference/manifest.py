@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from pdd_cli.errors import InputError
-from pdd_cli.files import write_text
+from pdd_cli.files import atomic_write
 
 NAME = ".pdd-manifest.jsonl"
+_PART = ".pdd-manifest.{}.jsonl"
 
 State = Literal["current", "stale", "missing", "foreign"]
 
@@ -30,17 +31,24 @@ class _Record:
 class Manifest:
     """The records of the outputs in one folder: one line of JSON each, appended when an output is begun and done.
 
-    `recipe` is what decides, with the input, what an output is: the weights and the settings. A line that was cut
-    short by a power failure is passed over, and its output made again.
+    `recipe` is what decides, with the input, what an output is: the weights and the settings. `part`: the number of
+    this process where several make outputs of the folder; each appends to a file of its own, for appends from several
+    machines to one file may be lost. A line that was cut short by a power failure is passed over, and its output made
+    again.
     """
 
-    def __init__(self, folder: Path, recipe: Mapping[str, object]) -> None:
-        self._path = folder / NAME
+    def __init__(self, folder: Path, recipe: Mapping[str, object], *, part: int | None = None) -> None:
         self._folder = folder
+        self._whole = folder / NAME
+        self._path = self._whole if part is None else folder / _PART.format(part)
         self._recipe = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
         self._records: dict[str, _Record] = {}
         self._lock = threading.Lock()
-        self._read()
+        self._lines = 0
+        self._cut = False
+        # Parts are there during a run of several processes, or after one that died: newer than the whole.
+        for path in (self._whole, *self._parts()):
+            self._read(path)
 
     def key(self, data: bytes) -> str:
         """What an output made now of an input of this content would be known by."""
@@ -70,28 +78,46 @@ class Manifest:
                 raise InputError(f"can't write {self._path}: {error.strerror or error}") from error
             self._records[name] = _Record(key, done)
 
+    def tidy(self) -> None:
+        """Bring all records into one file, a line each, where there are parts, or lines that are cut short or old.
+
+        To be called by one process while no other writes.
+        """
+        parts = self._parts()
+        # Two lines an output are its life; what is more is from earlier runs.
+        if not parts and not self._cut and self._lines <= 4 * len(self._records) + 100:
+            return
+        text = "".join(
+            json.dumps({"output": name, "key": record.key, "done": record.done}, ensure_ascii=False) + "\n"
+            for name, record in self._records.items()
+        )
+        with atomic_write(self._whole) as temporary:
+            temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
+        # Only then: until now they say the same as the whole.
+        for path in parts:
+            path.unlink(missing_ok=True)
+        self._lines, self._cut = len(self._records), False
+
+    def _parts(self) -> list[Path]:
+        return sorted(self._folder.glob(_PART.format("*")))
+
     def _name(self, target: Path) -> str:
         return target.relative_to(self._folder).as_posix()
 
-    def _read(self) -> None:
+    def _read(self, path: Path) -> None:
         try:
-            data = self._path.read_bytes()
+            data = path.read_bytes()
         except FileNotFoundError:
             return
         except OSError as error:
-            raise InputError(f"can't read {self._path}: {error.strerror or error}") from error
+            raise InputError(f"can't read {path}: {error.strerror or error}") from error
         lines = data.decode("utf-8", "surrogateescape").splitlines()
+        self._lines += len(lines)
+        # The next line would be appended to one that was cut short.
+        self._cut = self._cut or (bool(data) and not data.endswith(b"\n"))
         for line in lines:
             try:
                 values = json.loads(line)
                 self._records[str(values["output"])] = _Record(str(values["key"]), bool(values["done"]))
             except (ValueError, KeyError, TypeError):
                 continue  # cut short
-        # Two lines an output are its life; what is more is from earlier runs. Rewritten too where a line was cut
-        # short, lest the next one be appended to it.
-        if len(lines) > 4 * len(self._records) + 100 or (data and not data.endswith(b"\n")):
-            text = "".join(
-                json.dumps({"output": name, "key": record.key, "done": record.done}, ensure_ascii=False) + "\n"
-                for name, record in self._records.items()
-            )
-            write_text(self._path, text)
