@@ -6,10 +6,12 @@ import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pdd_cli.errors import InputError, ResourceError
+
+_TEMPORARY = ".pdd-tmp-"
 
 
 @contextlib.contextmanager
@@ -23,12 +25,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".pdd-", suffix=path.suffix)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY, suffix=path.suffix)
     except OSError as error:
         raise _explain(error, path) from error
-    os.close(descriptor)
     temporary = Path(name)
     try:
+        _lock(descriptor)  # as long as it is being written
         yield temporary
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
@@ -37,7 +39,29 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _explain(error, path) from error
     finally:
+        os.close(descriptor)
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folders: Iterable[Path]) -> None:
+    """Remove the temporary files that processes which were killed have left in `folders`; not those being written."""
+    for path in (path for folder in folders for path in folder.glob(f"{_TEMPORARY}*")):
+        with contextlib.suppress(OSError), path.open("rb+") as file:
+            if _lock(file.fileno()):
+                path.unlink()
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file until it is closed or its process ends; False where another has, or locks aren't known."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -627,5 +627,6 @@ def test_a_killed_run_leaves_whole_files_and_the_next_completes(tmp_path: Path, 
     document, error = run_upscale(tmp_path / "in", out, "--weights", weights)
     assert error is None
     assert 40 - len(made) <= int(str(document["done"])) <= 41 - len(made)
+    assert [path.name for path in out.glob(".*")] == [MANIFEST]
     for path in (tmp_path / "expected").glob("*.png"):
         assert (out / path.name).read_bytes() == path.read_bytes()

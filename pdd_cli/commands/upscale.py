@@ -131,6 +131,7 @@ def upscale(
     )
 
     from pdd_cli.encoding import Encoding
+    from pdd_cli.files import remove_leftovers
     from pdd_cli.inference.batch import Output, manifest_folder, plan_jobs, preview_jobs, share_of
     from pdd_cli.inference.manifest import Manifest
     from pdd_cli.models.loading import state_sha256
@@ -149,6 +150,9 @@ def upscale(
     files = Output(
         Encoding(settings.quality, settings.lossless), overwrite=settings.overwrite, strip=settings.strip_metadata
     )
+    # What a run that died has left is put in order before others write.
+    if ranks.first and not dry_run:
+        remove_leftovers({job.target.parent for job in jobs})
     folder = manifest_folder(settings.input, settings.output)
     manifest = None
     if folder is not None:
@@ -159,7 +163,6 @@ def upscale(
             | {"strip_metadata"}
         )
         made_by["weights"] = state_sha256(upscaler.engine.model.module.state_dict())
-        # What a run that died has left is put in order before others write.
         if ranks.first and not dry_run:
             Manifest(folder, made_by).tidy()
         meeting.gather("tidied")
@@ -280,7 +283,7 @@ def _run(
                 if result.status == "failed":
                     console.warn(f"{result.job.source}: failed, going on")
         except KeyboardInterrupt:
-            finished = sum(result.status != "failed" for result in results)
+            finished = sum(job.target.exists() for job in jobs)
             raise Interrupted(
                 f"interrupted: {finished} of {len(jobs)} outputs are there, whole",
                 "The same command again goes on from there.",
