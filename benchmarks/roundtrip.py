@@ -17,6 +17,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pillow_heif
+import pillow_jxl  # noqa: F401 - registers itself
 import tifffile
 import torch
 from PIL import Image, ImageCms
@@ -36,7 +38,8 @@ XMP = (
     b'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" xmp:Rating="4" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
 )
 # What each suffix holds, by docs/upscale.md.
-SIXTEEN, ALPHA = {".png", ".tif", ".tiff"}, {".png", ".tif", ".tiff", ".webp", ".avif", ".bmp"}
+SIXTEEN = {".png", ".tif", ".tiff"}
+ALPHA = {".png", ".tif", ".tiff", ".webp", ".avif", ".bmp", ".heic", ".jxl"}
 KEPT_TAGS = ("Make", "Artist", "DateTimeOriginal", "ISO", "GPSLatitude", "Rating")
 
 
@@ -56,6 +59,7 @@ def exif(orientation: int) -> Image.Exif:
 
 
 def generate(folder: Path) -> None:
+    pillow_heif.register_heif_opener()
     h, w = 16, 24
     rgba = Image.fromarray(pixels(h, w, 4))
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -73,6 +77,11 @@ def generate(folder: Path) -> None:
         rgba.convert(mode).save(folder / f"{mode}.avif", quality=98)
     for mode in ("RGB", "RGBA"):
         rgba.convert(mode).save(folder / f"{mode}.webp", lossless=True)
+    for mode in ("L", "RGB", "RGBA"):
+        rgba.convert(mode).save(folder / f"{mode}.heic", quality=98, chroma=444)
+        rgba.convert(mode).save(folder / f"{mode}.jxl", lossless=True)
+    ten = pillow_heif.from_bytes("RGB;10", (w, h), (pixels(h, w, 3, dtype=np.uint16) >> 6).tobytes())
+    ten.save(folder / "10x3.heic", quality=98, chroma=444, bit_depth=10)
     rgba.save(folder / "RGBA.avif", quality=98)
     rgba.convert("RGB").save(folder / "transparent.png", transparency=tuple(pixels(h, w, 4)[0, 0, :3].tolist()))
     for channels in (3, 4):
@@ -86,12 +95,14 @@ def generate(folder: Path) -> None:
     Image.fromarray(pixels(h, w, dtype=np.uint16)).save(folder / "16x1.png")
     Image.fromarray(pixels(h, w, dtype=np.uint16)).save(folder / "16x1.tif")
     for orientation in (1, 3, 6, 8):
-        for suffix in ("jpg", "png", "webp", "tif", "avif"):
+        for suffix in ("jpg", "png", "webp", "tif", "avif", "heic", "jxl"):
             xmp = XMP.replace(b'Orientation="6"', b'Orientation="%d"' % orientation)
             options = {**everything, "exif": exif(orientation), "xmp": xmp}
             name = folder / f"metadata-{orientation}.{suffix}"
             if suffix == "png":
                 del options["xmp"]
+            if suffix == "jxl":
+                options["exif"] = exif(1).tobytes()  # the orientation of JPEG XL isn't that of its EXIF
             if suffix == "tif":  # Pillow can't write the EXIF that it made itself into a TIFF
                 data = options.pop("exif").tobytes()
                 options["exif"] = Image.Exif()
@@ -155,7 +166,11 @@ def differences(before: Path, after: Path) -> list[str]:
         problems.append(f"orientation {tags_b['Orientation']}")
     if "ExifImageWidth" in tags_b or "ThumbnailOffset" in tags_b:
         problems.append("stale sizes or thumbnail")
-    if "ProfileDescription" in tags_a and tags_a["ProfileDescription"] != tags_b.get("ProfileDescription"):
+    if (
+        "ProfileDescription" in tags_a
+        and after.suffix != ".jxl"
+        and tags_a["ProfileDescription"] != tags_b.get("ProfileDescription")
+    ):
         problems.append("profile lost")
     resolution = tags_a.get("XResolution")
     same_kind = after.suffix in (".png", ".jpg", ".tif", ".bmp") and before.suffix == after.suffix
@@ -163,7 +178,7 @@ def differences(before: Path, after: Path) -> list[str]:
         problems.append(f"resolution {resolution} became {tags_b.get('XResolution')}")
     if a["pages"] and b["pages"]:
         width, height = a["size"]  # type: ignore[misc]
-        if turned and before.suffix != ".avif":
+        if turned and before.suffix not in (".avif", ".heic"):
             width, height = height, width
         if b["size"] != (width * SCALE, height * SCALE):
             problems.append(f"size {a['size']} became {b['size']}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import re
 import struct
@@ -13,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageCms, TiffImagePlugin
 
 from pdd_cli.errors import InputError
 from pdd_cli.files import atomic_write
@@ -29,17 +30,22 @@ FORMATS = {
     ".tiff": "TIFF",
     ".bmp": "BMP",
     ".avif": "AVIF",
+    ".heic": "HEIF",
+    ".heif": "HEIF",
+    ".jxl": "JXL",
 }
-"""Suffix → the name of its format; what pdd reads and writes."""
+"""Suffix → the name of its format; what pdd reads and writes, HEIF and JXL with Pillow's plugins for them."""
 
 STREAMED = ("PNG", "TIFF")
 """The formats that are written row by row."""
 
 _LONGEST_SIDE = {"JPEG": 65_535, "WEBP": 16_383, "AVIF": 65_535}
-_MOST_BYTES = {"BMP": 2**32 - 1}
-_SIXTEEN_BIT = ("PNG", "TIFF")
-_WITH_ALPHA = ("PNG", "WEBP", "TIFF", "BMP", "AVIF")
-_LOSSY_ONLY = ("JPEG", "AVIF")
+# For HEIF what libheif, and so most programs, would read.
+_MOST_BYTES = {"BMP": 2**32 - 1, "HEIF": 2**32}
+_SIXTEEN_BIT = ("PNG", "TIFF", "HEIF")
+_WITH_ALPHA = ("PNG", "WEBP", "TIFF", "BMP", "AVIF", "HEIF", "JXL")
+_LOSSY_ONLY = ("JPEG", "AVIF", "HEIF")
+_HEIF_BITS = 10  # of 16: what devices read; x265 has 12, too
 _ANIMATED = ("PNG", "WEBP", "AVIF")
 
 # What one APP1 segment of a JPEG holds.
@@ -110,6 +116,20 @@ def format_of(path: Path) -> str:
         raise InputError(f"{path}: can't write this format", f"Use one of {', '.join(FORMATS)}.") from None
 
 
+def load_plugin(format: str) -> None:
+    """Let Pillow know HEIF or JXL. Raises InputError where the plugin isn't installed."""
+    try:
+        if format == "HEIF":
+            import pillow_heif
+
+            pillow_heif.register_heif_opener()
+        elif format == "JXL":
+            import pillow_jxl  # noqa: F401 - registers itself
+    except ImportError as error:
+        name = {"HEIF": "HEIC", "JXL": "JPEG XL"}[format]
+        raise InputError(f"{name} needs a plugin that isn't installed: run pip install 'pdd-cli[formats]'") from error
+
+
 def check_size(path: Path, width: int, height: int) -> None:
     """Raise InputError when the format of `path` can't hold an image of this size."""
     format = format_of(path)
@@ -130,7 +150,7 @@ def check_lossless(path: Path) -> None:
     if format_of(path) in _LOSSY_ONLY:
         raise InputError(
             f"{path}: {format_of(path)} can't be written losslessly",
-            "Use --format png, tiff or webp, or leave --lossless out.",
+            "Use --format png, tiff, webp or jxl, or leave --lossless out.",
         )
 
 
@@ -140,11 +160,12 @@ def keeps_frames(path: Path) -> bool:
 
 
 def stored_layout(path: Path, layout: Layout) -> Layout:
-    """`layout` as the format of `path` can hold it: other formats than PNG and TIFF have 8 bits, JPEG no alpha."""
+    """`layout` as it is written to `path`: JPEG has no alpha; 16 bits only PNG, TIFF and HEIF, and JPEG XL for gray."""
     format = format_of(path)
+    deep = format in _SIXTEEN_BIT or (format == "JXL" and layout.samples == 1)
     return replace(
         layout,
-        bits=layout.bits if format in _SIXTEEN_BIT else 8,
+        bits=layout.bits if deep else 8,
         alpha=layout.alpha and format in _WITH_ALPHA,
     )
 
@@ -165,6 +186,8 @@ def write_sheets(path: Path, sheets: Iterable[Sheet], *, count: int = 1, encodin
         elif format == "PNG":
             with temporary.open("wb") as file:
                 _write_png(file, next(sheets))
+        elif format == "HEIF":
+            _write_heif(temporary, next(sheets), encoding)
         else:
             _write_whole(temporary, format, itertools.islice(sheets, 1), encoding)
 
@@ -382,14 +405,13 @@ def _write_whole(path: Path, format: str, sheets: Iterable[Sheet], encoding: Enc
     metadata, channels = Metadata(), 3
     for index, sheet in enumerate(sheets):
         layout = sheet.layout
-        whole = np.empty((layout.height, layout.width, layout.samples), np.uint16 if layout.bits == 16 else np.uint8)
-        row = 0
-        for band in sheet.bands:
-            whole[row : row + len(band)] = band
-            row += len(band)
-        if layout.bits == 16:  # an animated PNG
+        whole = _whole(sheet)
+        if layout.bits == 16 and format == "PNG":  # an animated one
             whole = from_float(to_float(whole), 8)
         image = Image.fromarray(whole[..., 0] if layout.samples == 1 else whole)
+        if format == "JXL":
+            load_plugin(format)
+            image = _as_srgb(image, sheet.metadata.icc)
         images.append(image.convert("RGBA") if image.mode == "LA" and format != "PNG" else image)
         durations.append(sheet.duration or 0)
         if index == 0:
@@ -398,6 +420,48 @@ def _write_whole(path: Path, format: str, sheets: Iterable[Sheet], encoding: Enc
     if len(images) > 1:
         options |= {"save_all": True, "append_images": images[1:], "duration": [round(d) for d in durations], "loop": 0}
     images[0].save(path, format, **options)
+
+
+def _whole(sheet: Sheet) -> Array:
+    """All rows of `sheet` in one array."""
+    layout = sheet.layout
+    whole = np.empty((layout.height, layout.width, layout.samples), np.uint16 if layout.bits == 16 else np.uint8)
+    row = 0
+    for band in sheet.bands:
+        whole[row : row + len(band)] = band
+        row += len(band)
+    return whole
+
+
+def _as_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
+    """`image` in sRGB: Pillow's plugin writes no profile into a JPEG XL file, which then means sRGB."""
+    if icc is None or image.mode not in ("RGB", "RGBA"):
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=image.mode)
+    except (ImageCms.PyCMSError, OSError):
+        return image  # a damaged profile
+    return converted or image
+
+
+def _write_heif(path: Path, sheet: Sheet, encoding: Encoding) -> None:
+    """Not with Pillow, which has no 16 bits of several channels."""
+    load_plugin("HEIF")
+    import pillow_heif
+
+    layout, metadata = sheet.layout, sheet.metadata
+    pixels, mode = _whole(sheet), ("L", "LA", "RGB", "RGBA")[layout.samples - 1]
+    if layout.bits == 16:
+        top = (1 << _HEIF_BITS) - 1
+        pixels, mode = np.rint(to_float(pixels) * top).astype(np.uint16), f"{mode};{_HEIF_BITS}"
+    file = pillow_heif.from_bytes(mode, (layout.width, layout.height), pixels.tobytes())
+    if metadata.icc:
+        file.info["icc_profile"] = metadata.icc
+    # Chroma at full resolution, as in JPEG.
+    options = {"quality": encoding.quality, "chroma": 444, "bit_depth": _HEIF_BITS}
+    with path.open("wb") as target:
+        file.save(target, exif=metadata.exif, xmp=metadata.xmp, **options)
 
 
 def _pillow_options(format: str, metadata: Metadata, channels: int, encoding: Encoding) -> dict[str, Any]:
@@ -413,6 +477,14 @@ def _pillow_options(format: str, metadata: Metadata, channels: int, encoding: En
             options = {"quality": encoding.quality, "method": 4, "exact": True, "lossless": encoding.lossless}
         case "AVIF":
             options = {"quality": encoding.quality, "subsampling": "4:4:4"}
+        case "JXL":
+            return {
+                "quality": encoding.quality,
+                "lossless": encoding.lossless,
+                "use_container": True,
+                "exif": exif or b"",
+                "xmp": xmp or b"",
+            }
         case "PNG":
             options = {"compress_level": 6}
         case "BMP":

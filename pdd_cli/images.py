@@ -24,17 +24,19 @@ from pdd_cli.encoding import (
     Sheet,
     fresh_xmp,
     from_float,
+    load_plugin,
     to_float,
     write_sheets,
 )
 from pdd_cli.errors import InputError
+from pdd_cli.jxl import is_jxl, size_of, xmp_of
 
 Array = npt.NDArray[Any]
 
 MOST_PIXELS = 178_956_970
 """Pillow's limit against decompression bombs: what is larger is refused where the caller doesn't set another limit."""
 
-_KINDS = "PNG, JPEG, WebP, TIFF, BMP or AVIF"
+_KINDS = "PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC or JPEG XL"
 
 # EXIF tags that stay true when the pixels change: who, when, with what, where. Everything else (sizes, strips, the
 # thumbnail, the orientation that has been applied) would be stale.
@@ -144,7 +146,7 @@ def is_image(path: Path | str) -> bool:
 
 
 def read_image(path: Path) -> Picture:
-    """Read PNG, JPEG, WebP, TIFF, BMP or AVIF, whatever the suffix says; of several pages or frames the first.
+    """Read an image of any of the FORMATS, whatever the suffix says; of several pages or frames the first.
 
     The orientation is applied. Palette images become RGB (gray where the palette is), CMYK becomes RGB; 16 bits per
     channel stay 16. Raises InputError that names the file and the reason for one that is damaged, cut short, too
@@ -193,16 +195,25 @@ class Header:
 
 def probe(path: Path, *, most_pixels: int = MOST_PIXELS) -> Header:
     """Look at the header of an image file alone. Raises InputError as `read_image` does."""
-    with _told(path), _STRICT_PILLOW, Image.open(path, formats=_PILLOW_FORMATS) as image:
-        _check_pixels(image, most_pixels)
+    with _told(path):
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+        if is_jxl(head):
+            size = size_of(path.read_bytes())
+            _check_pixels(size, most_pixels)
+            return Header(size, 1, Layout(*size, 3, True))  # the most that it may hold
+    with _told(path), _STRICT_PILLOW, Image.open(path, formats=_formats(head)) as image:
+        _check_pixels(image.size, most_pixels)
         # A TIFF's size is that of the upright image already; for a PNG without EXIF getexif would decode it all.
-        known = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info or "xmp" in image.info)
+        known = image.format not in ("TIFF", "HEIF") and (
+            image.format != "PNG" or "exif" in image.info or "xmp" in image.info
+        )
         turned = known and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
         size = (image.height, image.width) if turned else (image.width, image.height)
         alpha = image.mode in ("LA", "RGBA", "PA", "La", "RGBa") or "transparency" in image.info
         channels = 1 if image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16") else 3
-        bits = 16 if image.mode.startswith("I;16") or ";16" in _stored(image) else 8
-        return Header(size, int(getattr(image, "n_frames", 1)), Layout(*size, channels, alpha, bits))
+        bits = 16 if image.mode.startswith("I;16") or ";16" in _stored(image) or _is_deep_heif(image) else 8
+        return Header(size, _frames(image), Layout(*size, channels, alpha, bits))
 
 
 def write_image(path: Path, picture: Picture, *, quality: int = 95, lossless: bool = False) -> None:
@@ -218,6 +229,9 @@ def write_image(path: Path, picture: Picture, *, quality: int = 95, lossless: bo
 # --- reading ----------------------------------------------------------------------------------------------------
 
 _PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "AVIF")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
+# Bytes that tell the format.
+_HEAD = 64
 
 
 @contextmanager
@@ -238,9 +252,21 @@ def _told(path: Path) -> Iterator[None]:
         raise InputError(f"can't read {path}: damaged: {error}") from error
 
 
-def _check_pixels(image: Image.Image, most: int) -> None:
-    if image.width * image.height > most:
-        raise InputError(f"too large ({image.width}x{image.height} pixels; at most {most / 1e6:.0f} megapixels)")
+def _formats(head: bytes) -> tuple[str, ...]:
+    """The formats that a file with this beginning may have, their plugins loaded. Raises InputError without those."""
+    if is_jxl(head):
+        load_plugin("JXL")
+        return ("JXL",)
+    brands = head[8 : int.from_bytes(head[:4], "big")] if head[4:8] == b"ftyp" else b""
+    if any(brands[at : at + 4] in _HEIF_BRANDS for at in range(0, len(brands), 4)):
+        load_plugin("HEIF")
+        return ("HEIF",)
+    return _PILLOW_FORMATS
+
+
+def _check_pixels(size: tuple[int, int], most: int) -> None:
+    if size[0] * size[1] > most:
+        raise InputError(f"too large ({size[0]}x{size[1]} pixels; at most {most / 1e6:.0f} megapixels)")
 
 
 class _StrictPillow:
@@ -280,23 +306,32 @@ def _stored(image: Image.Image) -> str:
 
 
 def _decode(data: bytes, index: int, most_pixels: int) -> Picture:
-    with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
-        _check_pixels(image, most_pixels)
-        frames = int(getattr(image, "n_frames", 1))
+    if is_jxl(data):
+        _check_pixels(size_of(data), most_pixels)
+    with Image.open(io.BytesIO(data), formats=_formats(data[:_HEAD])) as image:
+        _check_pixels(image.size, most_pixels)
+        frames = _frames(image)
         if index:
             image.seek(index)
-            _check_pixels(image, most_pixels)
+            _check_pixels(image.size, most_pixels)
         # Asked first: a PNG may be loaded by getexif, and then has no tiles any more.
         stored = _stored(image)
         orientation = image.getexif().get(_ORIENTATION, 1)
-        image.load()
-        exif, dpi, xmp = image.getexif(), _dpi(image), _xmp(image)
+        if image.format == "JXL" and not getattr(image, "jpeg", False):
+            orientation = 1  # the decoder has turned it; not where it gives back a JPEG
+        if not _is_deep_heif(image):
+            image.load()
+        exif, dpi, xmp = image.getexif(), _dpi(image), _xmp(xmp_of(data) or image.info.get("xmp"))
         duration = image.info.get("duration") if frames > 1 and image.format != "TIFF" else None
         if ";16" in stored and (index == 0 or image.format == "TIFF"):
             channels, icc = _decode16(data, index, gray="LA;16" in stored), image.info.get("icc_profile")
+        elif _is_deep_heif(image):
+            channels, icc = _decode_heif(data), image.info.get("icc_profile")
         else:
             plain, icc = _plain_mode(image)
             channels = np.asarray(plain)
+        if image.format == "HEIF" and channels.shape[-1] == 4 and "chroma" not in image.info:
+            channels = _without_copies(channels)  # libheif gives gray with alpha as RGBA
     if image.format != "TIFF":  # Pillow and OpenCV turn TIFFs upright by themselves
         channels = _upright(channels, orientation)
     if channels.ndim == 2:
@@ -338,10 +373,14 @@ def _plain_mode(image: Image.Image) -> tuple[Image.Image, bytes | None]:
 def _from_palette(image: Image.Image) -> Image.Image:
     with_alpha = image.mode == "PA" or "transparency" in image.info
     colours = image.convert("RGBA" if with_alpha else "RGB")
-    array = np.asarray(colours)
+    return Image.fromarray(_without_copies(np.asarray(colours)))
+
+
+def _without_copies(array: Array) -> Array:
+    """RGB (H, W, 3) or RGBA (H, W, 4) whose colours are all gray as (H, W) or (H, W, 2); others as they are."""
     if not (array[..., 0] == array[..., 1]).all() or not (array[..., 1] == array[..., 2]).all():
-        return colours
-    return Image.fromarray(array[..., (0, 3)] if with_alpha else array[..., 0])
+        return array
+    return array[..., (0, 3)] if array.shape[2] == 4 else array[..., 0]
 
 
 def _from_cmyk(image: Image.Image, icc: object) -> Image.Image:
@@ -373,6 +412,27 @@ def _decode16(data: bytes, index: int, *, gray: bool) -> Array:
         raise InputError("16-bit pixels in this layout are not supported")
     count = decoded.shape[2]
     return np.asarray(decoded[:, :, (0, count - 1) if gray else (2, 1, 0, 3)[:count]])
+
+
+def _is_deep_heif(image: Image.Image) -> bool:
+    return image.format == "HEIF" and int(image.info.get("bit_depth", 8)) > 8
+
+
+def _decode_heif(data: bytes) -> Array:
+    """The main image of a HEIC file of 10 or 12 bits, which Pillow's plugin reduces to 8, in 16: (H, W, C)."""
+    import pillow_heif
+
+    file = pillow_heif.open_heif(io.BytesIO(data), convert_hdr_to_8bit=False)
+    image = file[file.primary_index]
+    shifted = np.frombuffer(image.data, "<u2").reshape(-1, image.stride // 2)
+    (width, height), count, bits = image.size, len(image.mode.split(";")[0]), int(image.info["bit_depth"])
+    values = shifted[:height, : width * count].reshape(height, width, count) >> (16 - bits)
+    return np.asarray(np.rint(values * (65535 / ((1 << bits) - 1))), np.uint16)
+
+
+def _frames(image: Image.Image) -> int:
+    """How many pages or frames; of the images of a HEIC file, which are no sequence, the main one counts."""
+    return 1 if image.format == "HEIF" else int(getattr(image, "n_frames", 1))
 
 
 def _upright(channels: Array, orientation: int) -> Array:
@@ -422,6 +482,5 @@ def _dpi(image: Image.Image) -> tuple[float, float] | None:
     return (x, y) if 1 <= x < 1e5 and 1 <= y < 1e5 else None
 
 
-def _xmp(image: Image.Image) -> bytes | None:
-    xmp = image.info.get("xmp")
+def _xmp(xmp: object) -> bytes | None:
     return fresh_xmp(xmp) if isinstance(xmp, bytes) and xmp.strip(b"\0 \n") else None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pillow_heif
+import pillow_jxl  # noqa: F401
 import pytest
 import tifffile
 from PIL import Image, ImageCms, ImageOps
@@ -16,6 +19,7 @@ from pdd_cli.encoding import Encoding, Layout, Sheet, check_size, write_sheets
 from pdd_cli.errors import InputError
 from pdd_cli.images import MOST_PIXELS, Picture, decode_pages, find_images, image_size, read_image, write_image
 
+pillow_heif.register_heif_opener()  # pillow_jxl registers itself
 RNG = np.random.default_rng(0)
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -43,6 +47,13 @@ MODES = [
     ("CMYK", "a.jpg", 3, False),
     ("CMYK", "a.tif", 3, False),
     ("RGBA", "a.webp", 3, True),
+    ("L", "a.heic", 1, False),
+    ("RGB", "a.heic", 3, False),
+    ("RGBA", "a.heif", 3, True),
+    ("L", "a.jxl", 1, False),
+    ("LA", "a.jxl", 1, True),
+    ("RGB", "a.jxl", 3, False),
+    ("RGBA", "a.jxl", 3, True),
 ]
 
 
@@ -277,7 +288,7 @@ XMP = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.
  xmp:Rating="4" tiff:Orientation="6" tiff:ImageWidth="40"/></rdf:RDF></x:xmpmeta>"""
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "avif"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "avif", "heic", "jxl"])
 def test_metadata_of_a_jpeg_survive_in_every_format(tmp_path: Path, suffix: str) -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "Maker"
@@ -294,13 +305,108 @@ def test_metadata_of_a_jpeg_survive_in_every_format(tmp_path: Path, suffix: str)
         assert found[0x010F].rstrip("\0") == "Maker"
         assert found.get_ifd(0x8769) == {0x9003: "2020:01:02 03:04:05", 0x8827: 200}
         assert found.get_ifd(0x8825) == {1: "N", 2: (52.0, 30.0, 0.0)}
-        assert image.info["icc_profile"] == SRGB
-        assert b'Rating="4"' in image.info["xmp"]
-        assert b'Orientation="1"' in image.info["xmp"]
-        assert b"ImageWidth" not in image.info["xmp"]
+        if suffix != "jxl":  # the plugin writes no profile
+            assert image.info["icc_profile"] == SRGB
+        xmp = path.read_bytes() if suffix == "jxl" else image.info["xmp"]  # … and reads no XMP
+        assert b'Rating="4"' in xmp
+        assert b'Orientation="1"' in xmp
+        assert b"ImageWidth" not in xmp
         if suffix in ("png", "jpg", "tif"):
             assert image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
     assert read_image(path).xmp == read_image(tmp_path / "a.jpg").xmp
+
+
+# --- HEIC and JPEG XL -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_heic_of_any_depth_is_read_whole(tmp_path: Path, mode: str, bits: int) -> None:
+    top, count = (1 << bits) - 1, len(mode)
+    levels = np.linspace(0, top, 96 * 64).astype(np.uint16).reshape(64, 96, 1).repeat(count, axis=2)
+    data = levels.astype(np.uint8) if bits == 8 else levels
+    file = pillow_heif.from_bytes(mode if bits == 8 else f"{mode};{bits}", (96, 64), data.tobytes())
+    file.save(tmp_path / "a.heic", quality=100, chroma=444, bit_depth=bits)
+    picture = read_image(tmp_path / "a.heic")
+    assert picture.bits == (8 if bits == 8 else 16)
+    np.testing.assert_allclose(picture.to_float() * top, levels[..., :3], atol=max(0.003 * top, 1.01))
+    assert image_size(tmp_path / "a.heic") == (96, 64)
+
+
+@pytest.mark.parametrize(("channels", "alpha"), [(1, False), (1, True), (3, False), (3, True)])
+def test_sixteen_bits_become_ten_in_heic(tmp_path: Path, channels: int, alpha: bool) -> None:
+    ramp = np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64)
+    picture = Picture(np.repeat(ramp[..., None], channels, axis=2), ramp if alpha else None, icc=None)
+    write_image(tmp_path / "a.heic", picture, quality=100)
+    read = read_image(tmp_path / "a.heic")
+    assert (read.bits, read.channels, read.alpha is not None) == (16, channels, alpha)
+    assert len(np.unique(read.pixels)) > 512  # more than 8 bits, or 9
+    np.testing.assert_allclose(read.to_float(), picture.to_float(), atol=0.003)
+    assert read.pixels.max() == 65535
+
+
+def test_jpeg_xl_is_lossless_when_asked_and_keeps_16_bits_of_gray(tmp_path: Path) -> None:
+    colour = Picture(random_pixels(20, 30, 3), random_pixels(20, 30))
+    write_image(tmp_path / "a.jxl", colour, lossless=True)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.jxl").interleaved, colour.interleaved)
+    gray = Picture(random_pixels(20, 30, 1, dtype=np.uint16))
+    write_image(tmp_path / "b.jxl", gray, lossless=True)
+    np.testing.assert_array_equal(read_image(tmp_path / "b.jxl").pixels, gray.pixels)
+    write_image(tmp_path / "c.jxl", Picture(random_pixels(20, 30, 3, dtype=np.uint16)))
+    assert read_image(tmp_path / "c.jxl").bits == 8
+
+
+def test_jpeg_xl_of_another_colour_space_becomes_srgb(tmp_path: Path) -> None:
+    # A profile whose primaries are turned round: what it calls red is green.
+    profile = bytearray(SRGB)
+    red, green = profile.index(b"rXYZ"), profile.index(b"gXYZ")
+    profile[red : red + 4], profile[green : green + 4] = b"gXYZ", b"rXYZ"
+    write_image(tmp_path / "a.jxl", Picture(np.full((8, 8, 3), (255, 0, 0), np.uint8), icc=bytes(profile)))
+    np.testing.assert_allclose(read_image(tmp_path / "a.jxl").pixels[4, 4], (0, 255, 0), atol=3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (64, 48), (300, 200), (7, 600), (9000, 2), (256, 128), (13, 5)])
+def test_the_size_of_a_jpeg_xl_is_in_its_head(tmp_path: Path, size: tuple[int, int]) -> None:
+    for container in (False, True):
+        Image.fromarray(random_pixels(size[1], size[0])).save(tmp_path / "a.jxl", use_container=container, effort=1)
+        assert image_size(tmp_path / "a.jxl") == size
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 8])
+def test_a_jpeg_inside_a_jpeg_xl_is_turned_once(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(random_pixels(16, 24, 3)).save(tmp_path / "a.jpg", exif=exif)
+    with Image.open(tmp_path / "a.jpg") as image:
+        image.save(tmp_path / "a.jxl", lossless_jpeg=True)
+    upright = read_image(tmp_path / "a.jpg")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.jxl").pixels, upright.pixels)
+    assert image_size(tmp_path / "a.jxl") == (upright.width, upright.height)
+
+
+def test_the_size_is_checked_before_a_jpeg_xl_is_decoded(tmp_path: Path) -> None:
+    # 2^30 x 2^30 pixels in 12 bytes: sides of 30 bits.
+    bits = 0 | 3 << 1 | ((1 << 30) - 1) << 3 | 0 << 33 | 3 << 36 | ((1 << 30) - 1) << 38
+    (tmp_path / "a.jxl").write_bytes(b"\xff\x0a" + bits.to_bytes(20, "little"))
+    for read in (read_image, image_size):
+        with pytest.raises(InputError, match="too large"):
+            read(tmp_path / "a.jxl")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "module", "name"), [("heic", "pillow_heif", "HEIC"), ("jxl", "pillow_jxl", "JPEG XL")]
+)
+def test_a_missing_plugin_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, module: str, name: str
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    write_image(path, Picture(random_pixels(16, 16, 3)))
+    monkeypatch.setitem(sys.modules, module, None)
+    message = rf"{name} needs a plugin.*pip install 'pdd-cli\[formats\]'"
+    with pytest.raises(InputError, match=rf"a\.{suffix}: {message}"):
+        read_image(path)
+    with pytest.raises(InputError, match=message):
+        write_image(path, Picture(random_pixels(16, 16, 3)))
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -364,13 +470,13 @@ def mutated(data: bytes, kind: int, rng: np.random.Generator) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "AVIF"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "AVIF", "HEIF", "JXL"])
 def test_mutated_files_are_read_or_refused(tmp_path: Path, format: str) -> None:
     rng = np.random.default_rng(0)
     target = io.BytesIO()
     exif = Image.Exif()
     exif[0x8769] = {0x9003: "2020:01:02 03:04:05"}
-    options = {} if format == "TIFF" else {"exif": exif}
+    options = {} if format == "TIFF" else {"exif": exif.tobytes() if format == "JXL" else exif}
     Image.fromarray(random_pixels(24, 20, 3)).save(target, format, **options)
     path = tmp_path / "a.png"
     refused = 0

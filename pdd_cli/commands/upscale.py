@@ -50,11 +50,13 @@ def upscale(
         int | None, typer.Option(help="LR pixels around a tile that the model sees, too. [default: 64]")
     ] = None,
     format: Annotated[
-        Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif"] | None,
+        Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl"] | None,
         typer.Option(help="Format of the outputs. [default: keep, the input's]"),
     ] = None,
-    quality: Annotated[int | None, typer.Option(help="Of JPEG, WebP and AVIF, 1 to 100. [default: 95]")] = None,
-    lossless: Annotated[bool | None, typer.Option("--lossless", help="Refuse lossy formats; WebP lossless.")] = None,
+    quality: Annotated[int | None, typer.Option(help="Of lossy formats, 1 to 100. [default: 95]")] = None,
+    lossless: Annotated[
+        bool | None, typer.Option("--lossless", help="Refuse lossy formats; WebP and JPEG XL lossless.")
+    ] = None,
     strip_metadata: Annotated[
         bool | None, typer.Option("--strip-metadata", help="Keep no profile, EXIF, XMP or dpi.")
     ] = None,
@@ -87,7 +89,7 @@ def upscale(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Upscale an image or a folder of images (PNG, JPEG, WebP, TIFF, BMP, AVIF).
+    """Upscale an image or a folder of images (PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC, JPEG XL).
 
     The same command again makes what is missing, and what has changed: inputs, weights, settings. An image that can't
     be read is reported at the end; the others are done (exit code 3).

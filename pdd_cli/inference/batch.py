@@ -27,6 +27,7 @@ from pdd_cli.encoding import (
     check_size,
     format_of,
     keeps_frames,
+    load_plugin,
     write_sheets,
 )
 from pdd_cli.errors import InputError, PddError, ResourceError
@@ -35,7 +36,7 @@ from pdd_cli.inference.manifest import Manifest
 from pdd_cli.inference.upscaler import OnTile, Upscaler
 from pdd_cli.ranks import Ranks
 
-FormatChoice = Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif"]
+FormatChoice = Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl"]
 
 # Bands of rows that wait to be written, and images whose writing isn't waited for.
 _WAITING_BANDS = 2
@@ -118,6 +119,8 @@ def plan_jobs(source: Path, output: str, *, format: FormatChoice, suffix: str, r
     else:
         raise InputError(f"{source}: no such file or folder")
     _refuse_collisions(jobs)
+    if format in ("heic", "jxl"):
+        load_plugin(format_of(jobs[0].target))
     return jobs
 
 
@@ -154,7 +157,8 @@ def _folder_jobs(
         jobs = [job for job in jobs if job.source.resolve() not in outputs]
     if not jobs:
         raise InputError(
-            nothing or f"{source}: no images in it", "pdd reads PNG, JPEG, WebP, TIFF, BMP and AVIF files."
+            nothing or f"{source}: no images in it",
+            "pdd reads PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC and JPEG XL files.",
         )
     return jobs
 
