@@ -375,12 +375,28 @@ def _check(model: type[T], values: Mapping[str, Any], origin: str, *, partial: b
         if not problems:
             return None  # type: ignore[return-value]  # the caller of a partial check takes no result
         where = f"{origin}: " if origin else ""
-        raise InputError("\n".join(where + _explain(problem, model) for problem in problems)) from error
+        by_key: dict[tuple[str, ...], list[ErrorDetails]] = {}
+        for problem in problems:
+            by_key.setdefault(_path(problem, model), []).append(problem)
+        raise InputError("\n".join(where + _explain(path, found, model) for path, found in by_key.items())) from error
 
 
-def _explain(problem: ErrorDetails, model: type[Settings]) -> str:
-    """One problem in plain words: key, value, what is allowed."""
-    path = [str(part) for part in problem["loc"] if part not in ("ema", "static", "constrained-int", "literal['auto']")]
+def _path(problem: ErrorDetails, model: type[BaseModel]) -> tuple[str, ...]:
+    """The keys that lead to what is wrong, without the names that pydantic gives to the branches of a union."""
+    path: list[str] = []
+    models = [model]
+    for index, part in enumerate(problem["loc"]):
+        fields = [field for m in models for name, field in m.model_fields.items() if part == (field.alias or name)]
+        unknown = problem["type"] == "extra_forbidden" and index == len(problem["loc"]) - 1
+        if fields or unknown or isinstance(part, int):
+            path.append(str(part))
+            models = [sub for field in fields for sub in _models_in(field.annotation)] or models
+    return tuple(path)
+
+
+def _explain(path: Sequence[str], problems: Sequence[ErrorDetails], model: type[Settings]) -> str:
+    """What is wrong with one key in plain words: key, value, what is allowed. A union has a problem a branch."""
+    problem = problems[0]
     key = ".".join(path) or "settings"
     value = problem["input"]
     match problem["type"]:
@@ -394,7 +410,12 @@ def _explain(problem: ErrorDetails, model: type[Settings]) -> str:
             return f"{key}: {problem['ctx']['error']}"
         case _:
             shown = str(value) if isinstance(value, Path) else repr(value)
-            return f"{key}: {shown} is not allowed: {problem['msg']}"
+            return f"{key}: {shown} is not allowed: {' or '.join(_allowed(problem['msg']) for problem in problems)}"
+
+
+def _allowed(message: str) -> str:
+    """pydantic's message without what the value that stands before it says already."""
+    return message.removeprefix("Input should be ").removesuffix(", unable to parse string as an integer")
 
 
 def _option(key: str) -> str:

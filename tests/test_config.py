@@ -77,6 +77,17 @@ def test_errors_in_a_file_name_the_file(text, words):
         assert word in caught.value.message
 
 
+def test_a_union_has_one_message():
+    for value, allowed in (("bad", "'auto' or a valid integer"), (-1, "'auto' or greater than or equal to 0")):
+        with pytest.raises(InputError) as caught:
+            resolve(UpscaleConfig, "upscale", options={"input": Path("a"), "output": "b", "tile": value, "quality": 0})
+        lines = caught.value.message.splitlines()
+        assert lines == [
+            f"tile: {value!r} is not allowed: {allowed}",
+            "quality: 0 is not allowed: greater than or equal to 1",
+        ]
+
+
 def test_a_missing_config_file_is_named():
     with pytest.raises(InputError, match=r"nowhere\.yaml"):
         adapt(file=Path("nowhere.yaml"))
