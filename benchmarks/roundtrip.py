@@ -94,6 +94,8 @@ def generate(folder: Path) -> None:
         )
     Image.fromarray(pixels(h, w, dtype=np.uint16)).save(folder / "16x1.png")
     Image.fromarray(pixels(h, w, dtype=np.uint16)).save(folder / "16x1.tif")
+    deep = pixels(h, w, 2, dtype=np.uint16)
+    tifffile.imwrite(folder / "16x2.tif", deep, photometric="minisblack", extrasamples=["unassalpha"])
     for orientation in (1, 3, 6, 8):
         for suffix in ("jpg", "png", "webp", "tif", "avif", "heic", "jxl"):
             xmp = XMP.replace(b'Orientation="6"', b'Orientation="%d"' % orientation)

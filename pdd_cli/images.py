@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import threading
 import warnings
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from pdd_cli.encoding import (
     FORMATS,
@@ -42,6 +43,7 @@ _KINDS = "PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC or JPEG XL"
 # thumbnail, the orientation that has been applied) would be stale.
 _KEPT_TAGS = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x013C, 0x8298, 0x9C9B, 0x9C9C, 0x9C9D, 0x9C9E, 0x9C9F)
 _EXIF_IFD, _GPS_IFD, _ORIENTATION = 0x8769, 0x8825, 0x0112
+_BITS_PER_SAMPLE, _EXTRA_SAMPLES, _PLANES = 258, 338, 284
 _STALE_EXIF_TAGS = (0xA002, 0xA003, 0xA005)  # pixel width and height, the interoperability pointer
 
 
@@ -270,7 +272,10 @@ def _check_pixels(size: tuple[int, int], most: int) -> None:
 
 
 class _StrictPillow:
-    """Within it, Pillow reports a file cut short and prints no warnings; of several threads the last one leaves it."""
+    """Within it, Pillow reports a file cut short, prints no warnings and opens TIFFs of 16-bit gray with alpha.
+
+    Of several threads that are in it the last one to leave puts everything back.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -289,6 +294,10 @@ class _StrictPillow:
                 ImageFile.LOAD_TRUNCATED_IMAGES = False
                 # `_check_pixels` does it, before anything is decoded, by the limit that its caller has the memory for.
                 Image.MAX_IMAGE_PIXELS = None
+                for prefix, extra in itertools.product((b"II", b"MM"), _GRAY_ALPHA):
+                    key = (prefix, 1, (1,), 1, (16, 16), (extra,))
+                    TiffImagePlugin.OPEN_INFO[key] = ("LA", _GRAY_ALPHA[extra])
+                    self._before.callback(TiffImagePlugin.OPEN_INFO.pop, key)
 
     def __exit__(self, *exception: object) -> None:
         with self._lock:
@@ -297,11 +306,17 @@ class _StrictPillow:
                 self._before.close()
 
 
+# What the second sample may be (TIFF 6.0, ExtraSamples), and a raw mode that tells it; Pillow never decodes it.
+_GRAY_ALPHA = {0: "LA;16B", 1: "La;16B", 2: "LA;16B"}
 _STRICT_PILLOW = _StrictPillow()
 
 
 def _stored(image: Image.Image) -> str:
     """The raw modes that Pillow is about to reduce to 8 bits: "RGB;16B" and the like, but not the one of its own."""
+    tags = getattr(image, "tag_v2", {})
+    if not image.mode.startswith("I;16") and 16 in tags.get(_BITS_PER_SAMPLE, ()):
+        # Of planes that are stored one after the other Pillow forgets it.
+        return f"{'a' if 1 in tags.get(_EXTRA_SAMPLES, ()) else 'A'};16"
     return "" if image.mode.startswith("I;16") else " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
@@ -319,11 +334,14 @@ def _decode(data: bytes, index: int, most_pixels: int) -> Picture:
         orientation = image.getexif().get(_ORIENTATION, 1)
         if image.format == "JXL" and not getattr(image, "jpeg", False):
             orientation = 1  # the decoder has turned it; not where it gives back a JPEG
-        if not _is_deep_heif(image):
+        apart = _is_beyond_pillow(image)
+        if not _is_deep_heif(image) and not apart:
             image.load()
         exif, dpi, xmp = image.getexif(), _dpi(image), _xmp(xmp_of(data) or image.info.get("xmp"))
         duration = image.info.get("duration") if frames > 1 and image.format != "TIFF" else None
-        if ";16" in stored and (index == 0 or image.format == "TIFF"):
+        if apart:
+            channels, icc = _upright(_decode_tiff16(data, index), orientation), image.info.get("icc_profile")
+        elif ";16" in stored and (index == 0 or image.format == "TIFF"):
             channels, icc = _decode16(data, index, gray="LA;16" in stored), image.info.get("icc_profile")
         elif _is_deep_heif(image):
             channels, icc = _decode_heif(data), image.info.get("icc_profile")
@@ -332,6 +350,8 @@ def _decode(data: bytes, index: int, most_pixels: int) -> Picture:
             channels = np.asarray(plain)
         if image.format == "HEIF" and channels.shape[-1] == 4 and "chroma" not in image.info:
             channels = _without_copies(channels)  # libheif gives gray with alpha as RGBA
+        if "a;16" in stored:
+            channels = _straight(channels)
     if image.format != "TIFF":  # Pillow and OpenCV turn TIFFs upright by themselves
         channels = _upright(channels, orientation)
     if channels.ndim == 2:
@@ -412,6 +432,33 @@ def _decode16(data: bytes, index: int, *, gray: bool) -> Array:
         raise InputError("16-bit pixels in this layout are not supported")
     count = decoded.shape[2]
     return np.asarray(decoded[:, :, (0, count - 1) if gray else (2, 1, 0, 3)[:count]])
+
+
+def _is_beyond_pillow(image: Image.Image) -> bool:
+    """Whether it is a page of a TIFF that neither Pillow nor OpenCV decodes: 16-bit gray with alpha, or in planes."""
+    if image.format != "TIFF" or ";16" not in _stored(image):
+        return False
+    return image.mode in ("LA", "La") or getattr(image, "tag_v2", {}).get(_PLANES) == 2
+
+
+def _decode_tiff16(data: bytes, index: int) -> Array:
+    """A page of a TIFF of 16 bits by tifffile: (H, W, C), as stored."""
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        try:
+            page = file.pages[index]
+            channels = page.asarray()
+        except (ValueError, ImportError) as error:  # LZW and a few more
+            raise InputError(f"16-bit gray with alpha or in planes: {error}; or save it with Deflate") from error
+    return np.moveaxis(channels, 0, -1) if page.planarconfig == 2 else channels
+
+
+def _straight(channels: Array) -> Array:
+    """Colours that were multiplied by their alpha, the last of 16-bit channels, as they were before."""
+    values = channels.astype(np.float64)
+    values[..., :-1] *= 65535 / np.maximum(values[..., -1:], 1)
+    return np.asarray(np.rint(values.clip(0, 65535)), np.uint16)
 
 
 def _is_deep_heif(image: Image.Image) -> bool:

@@ -78,8 +78,6 @@ def test_each_mode_is_read_as_pillow_reads_it(tmp_path: Path, mode: str, name: s
 def test_lossless_formats_give_back_what_was_written(
     tmp_path: Path, suffix: str, channels: int, alpha: bool, bits: int
 ) -> None:
-    if (suffix, channels, alpha, bits) == ("tif", 1, True, 16):
-        pytest.skip("no reader here knows 16-bit gray+alpha TIFF")
     dtype = {8: np.uint8, 16: np.uint16}[bits]
     icc = SRGB if channels == 3 else None
     written = Picture(
@@ -106,11 +104,49 @@ def test_sixteen_bits_from_other_writers(tmp_path: Path) -> None:
     rgba = random_pixels(8, 5, 4, dtype=np.uint16)
     cv2.imwrite(str(tmp_path / "a.png"), rgba[..., (2, 1, 0, 3)])
     tifffile.imwrite(tmp_path / "b.tif", rgba[..., :3], photometric="rgb", byteorder=">")
+    tifffile.imwrite(
+        tmp_path / "planes.tif", np.moveaxis(rgba[..., :3], -1, 0), photometric="rgb", planarconfig="separate"
+    )
+    np.testing.assert_array_equal(read_image(tmp_path / "planes.tif").pixels, rgba[..., :3])
     Image.fromarray(rgba[..., 0]).save(tmp_path / "c.png")
     np.testing.assert_array_equal(read_image(tmp_path / "a.png").pixels, rgba[..., :3])
     np.testing.assert_array_equal(read_image(tmp_path / "a.png").alpha, rgba[..., 3])
     np.testing.assert_array_equal(read_image(tmp_path / "b.tif").pixels, rgba[..., :3])
     np.testing.assert_array_equal(read_image(tmp_path / "c.png").pixels[..., 0], rgba[..., 0])
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_gray_with_alpha_of_16_bits_in_a_tiff(tmp_path: Path, order: str, compression: str | None, planar: str) -> None:
+    values = random_pixels(9, 6, 2, dtype=np.uint16)
+    stored = values if planar == "contig" else np.moveaxis(values, -1, 0)
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path, byteorder=order) as writer:
+        for page in (stored, stored // 2):
+            writer.write(
+                page,
+                photometric="minisblack",
+                planarconfig=planar,
+                extrasamples=["unassalpha"],
+                compression=compression,
+                extratags=[(274, 3, 1, 6, True)],
+            )
+    pages = list(decode_pages(path, path.read_bytes()))
+    np.testing.assert_array_equal(pages[0].interleaved, np.rot90(values, -1))
+    np.testing.assert_array_equal(pages[1].interleaved, np.rot90(values // 2, -1))
+    assert image_size(path) == (9, 6)
+
+
+def test_colours_multiplied_by_alpha_of_16_bits_become_straight(tmp_path: Path) -> None:
+    for channels, photometric in ((1, "minisblack"), (3, "rgb")):
+        straight = random_pixels(9, 6, channels, dtype=np.uint16)
+        alpha = RNG.integers(2**14, 2**16, (9, 6, 1), np.uint16)
+        stored = np.dstack([np.rint(straight * (alpha / 65535)).astype(np.uint16), alpha])
+        tifffile.imwrite(tmp_path / "a.tif", stored, photometric=photometric, extrasamples=["assocalpha"])
+        picture = read_image(tmp_path / "a.tif")
+        np.testing.assert_allclose(picture.pixels.astype(int), straight, atol=3)
+        np.testing.assert_array_equal(picture.alpha, alpha[..., 0])
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.jpg", "sixteen.tif", "sixteen.png"])
