@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -24,6 +25,11 @@ def visible(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file() and not path.name.startswith(".")
     }
+
+
+def count(folder: Path) -> int:
+    """Outputs that are there."""
+    return sum(not name.startswith(".") for _, _, names in os.walk(folder) for name in names)
 
 
 def main() -> None:
@@ -45,12 +51,13 @@ def main() -> None:
     print(f"undisturbed: {len(expected)} files in {seconds:.0f} s", flush=True)
     problems = 0
     for number in range(1, arguments.kills + 1):
-        before = (killed / MANIFEST).stat().st_size if (killed / MANIFEST).exists() else 0
+        before = count(killed)
+        new = draw.randint(0, 2 * len(expected) // arguments.kills)
         process = subprocess.Popen([*command, killed, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        # From the first output that is begun on: what comes before is the start-up.
-        while process.poll() is None and (not killed.exists() or (killed / MANIFEST).stat().st_size <= before):
+        # So many new outputs, and then a moment more, which is as likely in the middle of one as at its end.
+        while process.poll() is None and count(killed) < before + new:
             time.sleep(0.01)
-        after = draw.uniform(0, 1.5 * seconds / arguments.kills)
+        after = draw.uniform(0, 2 * seconds / len(expected))
         time.sleep(after)
         process.kill()
         process.wait()
@@ -59,7 +66,8 @@ def main() -> None:
         left = sum(1 for path in killed.rglob(".pdd-tmp-*"))
         problems += len(wrong)
         print(
-            f"kill {number:2} after {after:5.2f} s: {len(made):3} files, {len(wrong)} wrong, {left} hidden", flush=True
+            f"kill {number:2}, {after:5.2f} s after {new} new: {len(made):3} files, {len(wrong)} wrong, {left} hidden",
+            flush=True,
         )
     result = subprocess.run([*command, killed, *options], check=False, capture_output=True, text=True)
     document = json.loads(result.stdout)
