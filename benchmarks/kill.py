@@ -52,7 +52,7 @@ def main() -> None:
     problems = 0
     for number in range(1, arguments.kills + 1):
         before = count(killed)
-        new = draw.randint(0, 2 * len(expected) // arguments.kills)
+        new = draw.randint(1, 2 * len(expected) // arguments.kills)
         process = subprocess.Popen([*command, killed, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         # So many new outputs, and then a moment more, which is as likely in the middle of one as at its end.
         while process.poll() is None and count(killed) < before + new:
