@@ -35,7 +35,7 @@ from pdd_cli.jxl import is_jxl, size_of, xmp_of
 Array = npt.NDArray[Any]
 
 MOST_PIXELS = 178_956_970
-"""Pillow's limit against decompression bombs: what is larger is refused where the caller doesn't set another limit."""
+"""Pillow's limit against decompression bombs: what is larger is refused where the caller sets no limit of its own."""
 
 _KINDS = "PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC or JPEG XL"
 
@@ -152,7 +152,7 @@ def read_image(path: Path) -> Picture:
 
     The orientation is applied. Palette images become RGB (gray where the palette is), CMYK becomes RGB; 16 bits per
     channel stay 16. Raises InputError that names the file and the reason for one that is damaged, cut short, too
-    large (179 megapixels, Pillow's limit against decompression bombs) or of another kind.
+    large (MOST_PIXELS) or of another kind.
     """
     return next(decode_pages(path, read_bytes(path)))
 
@@ -268,7 +268,9 @@ def _formats(head: bytes) -> tuple[str, ...]:
 
 def _check_pixels(size: tuple[int, int], most: int) -> None:
     if size[0] * size[1] > most:
-        raise InputError(f"too large ({size[0]}x{size[1]} pixels; at most {most / 1e6:.0f} megapixels)")
+        raise InputError(
+            f"too large ({size[0]}x{size[1]} pixels; at most {most / 1e6:.0f} megapixels; --max-memory may allow more)"
+        )
 
 
 class _StrictPillow:

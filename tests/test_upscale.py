@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -473,6 +476,56 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(tmp_path: Path, home:
     assert document["done"] == 60 - len(made)
 
 
+# --- memory -----------------------------------------------------------------------------------------------------
+
+
+def repeating(scale: int) -> SRModel:
+    """A network that repeats each pixel, and so costs nothing."""
+    module = nn.Upsample(scale_factor=scale)
+    module.register_parameter("unused", nn.Parameter(torch.zeros(1)))
+    return SRModel(module=module, scale=scale, in_channels=3, out_channels=3, architecture="test")
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_large_output_is_never_held_whole(tmp_path: Path, suffix: str) -> None:
+    worker = upscaler(repeating(4), tile=32, overlap=4)
+    peaks = []
+    for height in (512, 1536):
+        lr = np.tile(RNG.integers(0, 256, (64, 128, 3), np.uint8), (height // 64, 1, 1))
+        write_image(tmp_path / "a.png", Picture(lr))
+        job = Job(tmp_path / "a.png", tmp_path / f"{height}.{suffix}")
+        tracemalloc.start()
+        try:
+            (result,) = run_jobs([job], worker)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        assert result.status == "done"
+        np.testing.assert_array_equal(read_image(job.target).pixels, lr.repeat(4, axis=0).repeat(4, axis=1))
+    # The output grew by 6 MiB, the input by 0.4: of this a few copies.
+    assert peaks[1] - peaks[0] < 2 << 20
+
+
+def test_inputs_beyond_the_limit_against_bombs_need_max_memory(tmp_path: Path, home: Path) -> None:
+    weights = saved(tmp_path, compact(2))
+    with (tmp_path / "a.png").open("wb") as file:  # 200 megapixels, whose data ends after the first rows
+        rows = zlib.compress(bytes(20_001))
+        for kind, body in ((b"IHDR", struct.pack(">IIBBBBB", 20_000, 10_000, 8, 0, 0, 0, 0)), (b"IDAT", rows)):
+            file.write(b"\x89PNG\r\n\x1a\n" if kind == b"IHDR" else b"")
+            file.write(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)))
+    command = (tmp_path / "a.png", tmp_path / "b.png", "--weights", weights, "--dry-run")
+    for options, status, words in (
+        ((), "failed", "too large (20000x10000 pixels; at most 179 megapixels; --max-memory may allow more)"),
+        (("--max-memory", "1G"), "failed", "too large (20000x10000 pixels; at most"),
+        (("--max-memory", "16G"), "planned", ""),
+    ):
+        document, _ = run_upscale(*command, *options)
+        (file,) = document["files"]  # type: ignore[misc]
+        assert (file["status"], words in file["problem"]) == (status, True)
+    assert file["size_out"] == [40_000, 20_000]
+    assert file["memory"] < 16 << 30
+
+
 # --- sizes, strength, colours -----------------------------------------------------------------------------------
 
 
@@ -491,9 +544,7 @@ def test_any_target_size(tmp_path: Path, size: tuple[int, int], scale: float) ->
 
 def test_a_flat_image_stays_flat_whatever_is_done_to_it(tmp_path: Path) -> None:
     # A network that repeats each pixel: what comes out is then known.
-    module = nn.Upsample(scale_factor=4)
-    module.register_parameter("unused", nn.Parameter(torch.zeros(1)))
-    model = SRModel(module=module, scale=4, in_channels=3, out_channels=3, architecture="test")
+    model = repeating(4)
     lr = Picture(np.full((20, 30, 3), (200, 100, 50), np.uint8))
     for correction in ("none", "mean-std", "low-frequency"):
         for scale in (0.7, 2.0, 4.0, 5.5):

@@ -218,7 +218,7 @@ def share_of(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
 
 def _pixels(source: Path) -> int:
     try:
-        header = probe(source)
+        header = probe(source, most_pixels=2**62)
     except PddError:
         return 0
     return header.size[0] * header.size[1] * header.frames

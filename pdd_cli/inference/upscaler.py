@@ -103,9 +103,10 @@ class Upscaler:
 
     @property
     def most_pixels(self) -> int:
-        """The largest input that is decoded at all, as a bomb would have it: by the memory, and 179 megapixels."""
-        limit = self._max_memory or self._base_memory + available_memory(torch.device("cpu"))
-        return max(1, min(MOST_PIXELS, (limit - self._base_memory) // _DECODED_BYTES))
+        """The largest input that is decoded at all: by `max_memory`; without it 179 megapixels, for bombs' sake."""
+        if self._max_memory is not None:
+            return max(1, (self._max_memory - self._base_memory) // _DECODED_BYTES)
+        return max(1, min(MOST_PIXELS, available_memory(torch.device("cpu")) // _DECODED_BYTES))
 
     def plan(self, height: int, width: int) -> TilePlan:
         """The tiles of a pass over an image of this size, as they would be computed now."""
