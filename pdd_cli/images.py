@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -159,6 +160,7 @@ def read_image(path: Path) -> Picture:
 
 def read_bytes(path: Path) -> bytes:
     """The content of an image file, not empty. Raises InputError for one that can't be read."""
+    _check_kind(path)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -166,6 +168,12 @@ def read_bytes(path: Path) -> bytes:
     if not data:
         raise InputError(f"can't read {path}: the file is empty")
     return data
+
+
+def _check_kind(path: Path) -> None:
+    """Raise InputError for a pipe or a device, which would be read for ever."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"can't read {path}: not a file")
 
 
 def decode_pages(path: Path, data: bytes, *, most_pixels: int = MOST_PIXELS) -> Iterator[Picture]:
@@ -197,6 +205,7 @@ class Header:
 
 def probe(path: Path, *, most_pixels: int = MOST_PIXELS) -> Header:
     """Look at the header of an image file alone. Raises InputError as `read_image` does."""
+    _check_kind(path)
     with _told(path):
         with path.open("rb") as file:
             head = file.read(_HEAD)
@@ -251,7 +260,8 @@ def _told(path: Path) -> Iterator[None]:
         raise InputError(f"can't read {path}: {error.strerror or f'damaged: {error}'}") from error
     except Exception as error:
         # Decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError…, by where the file is broken.
-        raise InputError(f"can't read {path}: damaged: {error}") from error
+        what = re.split(r"\.\s|\n", str(error))[0]
+        raise InputError(f"can't read {path}: damaged: {what}") from error
 
 
 def _formats(head: bytes) -> tuple[str, ...]:
@@ -451,8 +461,13 @@ def _decode_tiff16(data: bytes, index: int) -> Array:
         try:
             page = file.pages[index]
             channels = page.asarray()
-        except (ValueError, ImportError) as error:  # LZW and a few more
-            raise InputError(f"16-bit gray with alpha or in planes: {error}; or save it with Deflate") from error
+        except (ValueError, ImportError) as error:
+            if "imagecodecs" not in str(error) and not isinstance(error, ImportError):
+                raise
+            raise InputError(
+                f"16-bit gray with alpha, or in planes, and {page.compression.name} compression: "
+                "save it with Deflate, or pip install imagecodecs"
+            ) from error
     return np.moveaxis(channels, 0, -1) if page.planarconfig == 2 else channels
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import tifffile
 from PIL import Image, ImageCms, ImageOps
 
+from benchmarks.fuzz import handmade
 from pdd_cli.encoding import Encoding, Layout, Sheet, check_size, write_sheets
 from pdd_cli.errors import InputError
 from pdd_cli.images import MOST_PIXELS, Picture, decode_pages, find_images, image_size, read_image, write_image
@@ -504,6 +506,35 @@ def mutated(data: bytes, kind: int, rng: np.random.Generator) -> bytes:
         at, length = sorted(rng.integers(0, len(data), 2))
         del changed[at:length]
     return bytes(changed)
+
+
+def test_hostile_files_are_read_or_refused(tmp_path: Path) -> None:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("no pipes here")
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(InputError, match="not a file"):
+        read_image(tmp_path / "pipe.png")
+    refused = []
+    for name, data in handmade(16 << 20):
+        path = tmp_path / name
+        path.write_bytes(data)
+        try:
+            picture = read_image(path)
+            assert picture.width * picture.height <= MOST_PIXELS
+        except InputError as error:
+            refused.append(error.message.replace(f"{path}: ", "FILE "))
+    assert len(refused) >= 30
+    assert all("FILE" in message and "\n" not in message for message in refused)
+
+
+def test_a_compression_that_needs_more_is_named(tmp_path: Path) -> None:
+    values = random_pixels(9, 6, 2, dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="minisblack", extrasamples=["unassalpha"])
+    data = (tmp_path / "a.tif").read_bytes()
+    at = data.index(b"\x03\x01\x03\x00")  # the tag of the compression, a short
+    (tmp_path / "a.tif").write_bytes(data[: at + 8] + b"\x05" + data[at + 9 :])
+    with pytest.raises(InputError, match=r"LZW compression.*imagecodecs"):
+        read_image(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "AVIF", "HEIF", "JXL"])

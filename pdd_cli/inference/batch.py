@@ -349,7 +349,7 @@ def preview_jobs(
             estimate = upscaler.estimate(header.layout, streamed=format_of(job.target) in STREAMED)
             upscaler.check_memory(estimate.memory)
         except PddError as error:
-            yield Result(job, "failed", _reason(error))
+            yield Result(job, "failed", _reason(job, error))
             continue
         frames = header.frames if keeps_frames(job.target) else 1
         yield Result(
@@ -398,7 +398,7 @@ def _load(job: Job, upscaler: Upscaler, output: Output, manifest: Manifest | Non
         return _Loaded(job, None, data, manifest.key(data) if manifest else "", pages)
     except (PddError, MemoryError) as error:
         seconds = time.perf_counter() - started
-        return _Loaded(job, Result(job, "failed", _reason(error), size_in=size_in, seconds=seconds))
+        return _Loaded(job, Result(job, "failed", _reason(job, error), size_in=size_in, seconds=seconds))
 
 
 def _skipped(job: Job, data: bytes, output: Output, manifest: Manifest | None) -> Result | None:
@@ -507,11 +507,13 @@ def _finished(job: Job, future: Future[None] | None, started: float, done: Resul
 
 
 def _failed(job: Job, error: PddError | MemoryError, started: float, done: Result) -> Result:
-    return Result(job, "failed", _reason(error), size_in=done.size_in, seconds=time.perf_counter() - started)
+    return Result(job, "failed", _reason(job, error), size_in=done.size_in, seconds=time.perf_counter() - started)
 
 
-def _reason(error: PddError | MemoryError) -> str:
-    return error.message if isinstance(error, PddError) else "out of memory: the image is too large"
+def _reason(job: Job, error: PddError | MemoryError) -> str:
+    """Why `job` failed, with its file."""
+    reason = error.message if isinstance(error, PddError) else "out of memory: the image is too large"
+    return reason if str(job.source) in reason or str(job.target) in reason else f"{job.source}: {reason}"
 
 
 def _about_frames(job: Job, frames: int) -> str:
