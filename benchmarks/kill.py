@@ -32,6 +32,10 @@ def count(folder: Path) -> int:
     return sum(not name.startswith(".") for _, _, names in os.walk(folder) for name in names)
 
 
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path)
@@ -44,20 +48,18 @@ def main() -> None:
     whole, killed = arguments.work / "whole", arguments.work / "killed"
     command = [sys.executable, "-m", "pdd_cli", "upscale", arguments.images]
     options = ["--weights", arguments.weights, "--offline", "--json"]
-    started = time.monotonic()
     subprocess.run([*command, whole, *options], check=True, capture_output=True)
     expected = visible(whole)
-    seconds = time.monotonic() - started
-    print(f"undisturbed: {len(expected)} files in {seconds:.0f} s", flush=True)
+    print(f"undisturbed: {len(expected)} files", flush=True)
     problems = 0
     for number in range(1, arguments.kills + 1):
-        before = count(killed)
-        new = draw.randint(1, 2 * len(expected) // arguments.kills)
+        before, begun = count(killed), size(killed / MANIFEST)
+        # As many new outputs as bring the last kill near the end of the batch, and then a moment more.
+        new = draw.randint(0, max(0, 2 * (len(expected) - before) // (arguments.kills - number + 1) - 3))
         process = subprocess.Popen([*command, killed, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        # So many new outputs, and then a moment more, which is as likely in the middle of one as at its end.
-        while process.poll() is None and count(killed) < before + new:
+        while process.poll() is None and (size(killed / MANIFEST) <= begun or count(killed) < before + new):
             time.sleep(0.01)
-        after = draw.uniform(0, 2 * seconds / len(expected))
+        after = draw.uniform(0, 3)
         time.sleep(after)
         process.kill()
         process.wait()
