@@ -24,13 +24,13 @@ from pdd_cli.errors import PddError
 
 
 class Console:
-    """Messages, tables, progress and the JSON document of one command; a `quiet` one prints nothing."""
+    """Messages, tables, progress and the JSON document of one command."""
 
-    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
-        self.json = json and not quiet
+    def __init__(self, *, json: bool = False) -> None:
+        self.json = json
         # A pipe has no width of its own: what goes there must not be cut to 80 columns.
-        self.err = RichConsole(stderr=True, highlight=False, quiet=quiet, width=None if sys.stderr.isatty() else 160)
-        self._out = RichConsole(highlight=False, quiet=quiet, width=None if sys.stdout.isatty() else 160)
+        self.err = RichConsole(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 160)
+        self._out = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 160)
 
     def say(self, text: str) -> None:
         """A line for people (stderr)."""

@@ -11,7 +11,6 @@ from typing import Literal, cast, get_args
 import torch
 
 from pdd_cli.errors import InputError
-from pdd_cli.ranks import Ranks
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -50,19 +49,6 @@ def choose_runtime(device: str = "auto", precision: str = "auto") -> Runtime:
     if precision == "fp16" and chosen.type == "cpu":
         raise InputError("--precision fp16 doesn't run on a CPU", "Use auto, fp32 or bf16.")
     return Runtime(chosen, cast(Precision, precision))
-
-
-def choose_runtimes(devices: str, precision: str, ranks: Ranks) -> tuple[Runtime, ...]:
-    """The Runtimes for a comma list of devices, each as `choose_runtime` has it; one may be listed several times.
-
-    Of several processes on a machine each takes one: that of its place in the list, and of auto or cuda its own GPU.
-    """
-    names = [name.strip() for name in devices.split(",")]
-    if ranks.count > 1:
-        name = names[ranks.local % len(names)]
-        own_gpu = name in ("auto", "cuda") and torch.cuda.is_available()
-        names = [f"cuda:{ranks.local % torch.cuda.device_count()}" if own_gpu else name]
-    return tuple(choose_runtime(name, precision) for name in names)
 
 
 def cpu_computes_bf16_fast() -> bool:

@@ -69,6 +69,13 @@ class World:
             )
         return f"cuda:{self.local_rank}"
 
+    def devices(self, wanted: str) -> list[str]:
+        """What a comma list of devices means for this process: alone all of them, else that of its number."""
+        names = [name.strip() for name in wanted.split(",")]
+        if self.size == 1:
+            return names
+        return [names[self.local_rank % len(names)] if len(names) > 1 else self.device(names[0])]
+
     def share(self, batch_size: int) -> int:
         """How many of the batch's elements are this process's: those from rank · share on."""
         if batch_size % self.size:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,10 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pdd_cli.config import UpscaleConfig
+    from pdd_cli.distributed import World
     from pdd_cli.inference.batch import Job, Output, Result
     from pdd_cli.inference.manifest import Manifest
     from pdd_cli.inference.upscaler import Upscaler
-    from pdd_cli.ranks import Meeting, Ranks
+    from pdd_cli.meeting import Meeting
 
 
 def upscale(
@@ -95,10 +95,11 @@ def upscale(
     be read is reported at the end; the others are done (exit code 3).
     """
     from pdd_cli.config import UpscaleConfig, resolve
-    from pdd_cli.ranks import Meeting, Ranks
+    from pdd_cli.distributed import World
+    from pdd_cli.meeting import Meeting
 
-    ranks = Ranks.from_environment(os.environ)
-    console = Console(json=json, quiet=not ranks.first)
+    world = World.from_environment()
+    console = Console(json=json)
     settings = resolve(
         UpscaleConfig,
         "upscale",
@@ -146,14 +147,14 @@ def upscale(
         suffix=settings.suffix,
         recursive=settings.recursive,
     )
-    meeting = Meeting(ranks)
-    upscalers = _load(settings, ranks, meeting, console)
+    meeting = Meeting(world)
+    upscalers = _load(settings, world, meeting, console)
     upscaler = upscalers[0]
     files = Output(
         Encoding(settings.quality, settings.lossless), overwrite=settings.overwrite, strip=settings.strip_metadata
     )
     # What a run that died has left is put in order before others write.
-    if ranks.first and not dry_run:
+    if world.is_first and not dry_run:
         remove_leftovers({job.target.parent for job in jobs})
     folder = manifest_folder(settings.input, settings.output)
     manifest = None
@@ -165,43 +166,37 @@ def upscale(
             | {"strip_metadata"}
         )
         made_by["weights"] = state_sha256(upscaler.engine.model.module.state_dict())
-        if ranks.first and not dry_run:
+        if world.is_first and not dry_run:
             Manifest(folder, made_by).tidy()
         meeting.gather("tidied")
-        manifest = Manifest(folder, made_by, part=ranks.index if ranks.count > 1 else None)
+        manifest = Manifest(folder, made_by, part=world.rank if world.size > 1 else None)
     # Nobody begins before all have found the inputs and read the manifest.
     meeting.gather("planned")
-    share = share_of(jobs, ranks)
+    share = share_of(jobs, world)
     started = time.perf_counter()
-    try:
-        if dry_run:
-            results = list(preview_jobs(share, upscaler, output=files, manifest=manifest))
-        else:
-            results = _run(share, upscalers, files, manifest, console)
-        results = _of_all(results, jobs, meeting)
-        if ranks.first and not dry_run:
-            if folder is not None and ranks.count > 1:
-                Manifest(folder, made_by).tidy()
-            _remember(results, settings, upscaler.scale)
-        if dry_run:
-            _show_preview(results, console)
-        console.result(_document(results, settings, upscalers))
-        _tell(results, settings, time.perf_counter() - started, console, dry_run=dry_run)
-        # torchrun ends the others as soon as one exits with a failure: not before the first has told of it.
-        meeting.gather("told")
-        meeting.end()
-        _judge(results, dry_run=dry_run)
-    except (PartialFailure, Interrupted) as failure:
-        # Said once for all processes.
-        if not ranks.first:
-            raise typer.Exit(failure.exit_code) from None
-        raise
+    if dry_run:
+        results = list(preview_jobs(share, upscaler, output=files, manifest=manifest))
+    else:
+        results = _run(share, upscalers, files, manifest, console)
+    results = _of_all(results, jobs, meeting)
+    if world.is_first and not dry_run:
+        if folder is not None and world.size > 1:
+            Manifest(folder, made_by).tidy()
+        _remember(results, settings, upscaler.scale)
+    if dry_run:
+        _show_preview(results, console)
+    console.result(_document(results, settings, upscalers))
+    _tell(results, settings, time.perf_counter() - started, console, dry_run=dry_run)
+    # torchrun ends the others as soon as one exits with a failure: not before the first has told of it.
+    meeting.gather("told")
+    meeting.end()
+    _judge(results, dry_run=dry_run)
 
 
-def _load(settings: UpscaleConfig, ranks: Ranks, meeting: Meeting, console: Console) -> list[Upscaler]:
+def _load(settings: UpscaleConfig, world: World, meeting: Meeting, console: Console) -> list[Upscaler]:
     """An upscaler for each device; the weights are fetched by one process on each machine."""
     from pdd_cli.commands._fetching import fetch_progress
-    from pdd_cli.device import choose_runtimes, resident_memory
+    from pdd_cli.device import choose_runtime, resident_memory
     from pdd_cli.inference.engines import choose_engine
     from pdd_cli.inference.resizing import SizeRequest
     from pdd_cli.inference.strength import at_strength
@@ -210,8 +205,8 @@ def _load(settings: UpscaleConfig, ranks: Ranks, meeting: Meeting, console: Cons
     from pdd_cli.weights.fetch import ensure
     from pdd_cli.weights.store import Store
 
-    runtimes = choose_runtimes(settings.device, settings.precision, ranks)
-    if ranks.local != 0:
+    runtimes = [choose_runtime(name, settings.precision) for name in world.devices(settings.device)]
+    if world.local_rank != 0:
         meeting.gather("fetched")
     with fetch_progress(console) as on_event:
 
@@ -222,11 +217,11 @@ def _load(settings: UpscaleConfig, ranks: Ranks, meeting: Meeting, console: Cons
         models = [
             at_strength(load_sr_model(path), settings.strength, name=settings.weights, find=find) for _ in runtimes
         ]
-    if ranks.local == 0:
+    if world.local_rank == 0:
         meeting.gather("fetched")
     engines = [choose_engine(model, runtime, settings.engine) for model, runtime in zip(models, runtimes, strict=True)]
     places = "; ".join(f"{engine.runtime}, {engine.name}" for engine in engines)
-    processes = f", {ranks.count} processes" if ranks.count > 1 else ""
+    processes = f", {world.size} processes" if world.size > 1 else ""
     console.say(f"{settings.weights}: {models[0].architecture} x{models[0].scale} on {places}{processes}")
     fit = None
     if settings.fit is not None:

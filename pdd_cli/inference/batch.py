@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from pdd_cli.distributed import World
 from pdd_cli.encoding import (
     STREAMED,
     Encoding,
@@ -34,7 +35,6 @@ from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.images import Array, Picture, decode_pages, find_images, is_image, probe, read_bytes
 from pdd_cli.inference.manifest import Manifest
 from pdd_cli.inference.upscaler import OnTile, Upscaler
-from pdd_cli.ranks import Ranks
 
 FormatChoice = Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl"]
 
@@ -198,20 +198,20 @@ def _refuse_collisions(jobs: Sequence[Job]) -> None:
 # --- making them ------------------------------------------------------------------------------------------------
 
 
-def share_of(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
+def share_of(jobs: Sequence[Job], world: World) -> list[Job]:
     """The jobs that one of several processes does, by the pixels of the inputs: the same in each of them.
 
     The largest input goes to the process that has the least so far, and so on. What can't be read counts nothing.
     """
-    if ranks.count == 1:
+    if world.size == 1:
         return list(jobs)
     pixels = [_pixels(job.source) for job in jobs]
-    loads = [(0, rank) for rank in range(ranks.count)]
+    loads = [(0, rank) for rank in range(world.size)]
     mine = []
     for index in sorted(range(len(jobs)), key=lambda index: (-pixels[index], index)):
         load, rank = heapq.heappop(loads)
         heapq.heappush(loads, (load + pixels[index], rank))
-        if rank == ranks.index:
+        if rank == world.rank:
             mine.append(index)
     return [jobs[index] for index in sorted(mine)]
 
