@@ -39,7 +39,7 @@ def as_page(report: Report) -> str:
         "title": escape(f"{report.main.name}: scores of {len(report.main.images)} images"),
         "summary": _summary(report),
         "means": _means(report),
-        "plots": "".join([*(_bars(one) for one in report.comparisons), _scatter(report)]),
+        "plots": _plots(report),
         "table": _table(report, {card["name"] for card in cards}),
         "judged": escape(judged),
         "problems": _problems(report),
@@ -249,6 +249,11 @@ def _webp(image: Image.Image, *, lossless: bool = False) -> str:
 
 
 # --- plots ------------------------------------------------------------------------------------------------------
+
+
+def _plots(report: Report) -> str:
+    drawn = "".join([*(_bars(one) for one in report.comparisons), _scatter(report)])
+    return f'<h2>Plots</h2><div class="plots">{drawn}</div>' if drawn else ""
 
 
 def _bars(one: Comparison) -> str:
