@@ -200,7 +200,9 @@ class UpscaleConfig(Settings):
     fit: Annotated[str, Field(pattern=r"^[1-9]\d{0,6}x[1-9]\d{0,6}$")] | None = None
     strength: Fraction = 1.0
     color_correction: Literal["none", "mean-std", "low-frequency"] = "none"
-    format: Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl"] = "keep"
+    format: Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl", "mp4", "mov", "mkv", "webm"] = (
+        "keep"
+    )
     quality: Annotated[int, Field(ge=1, le=100)] = 95
     lossless: bool = False
     strip_metadata: bool = False

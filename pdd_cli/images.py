@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +119,10 @@ class Picture:
         return cls(from_float(pixels, bits), None if alpha is None else from_float(alpha, bits))
 
 
-def find_images(folder: Path, *, recursive: bool = True) -> list[Path]:
+def find_images(folder: Path, *, recursive: bool = True, wanted: Callable[[str], bool] | None = None) -> list[Path]:
     """The images below `folder`, by suffix, sorted; hidden files and folders are passed over, links followed once.
+
+    `wanted` says of a file's name whether it is looked for, in place of `is_image`.
 
     Raises InputError when `folder` isn't a folder that can be read.
     """
@@ -139,7 +141,7 @@ def find_images(folder: Path, *, recursive: bool = True) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
-        found += [Path(parent, name) for name in files if not name.startswith(".") and is_image(name)]
+        found += [Path(parent, name) for name in files if not name.startswith(".") and (wanted or is_image)(name)]
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pdd_cli.distributed import World
 from pdd_cli.errors import InputError, PartialFailure
 from pdd_cli.images import write_image
-from pdd_cli.inference.batch import Job, Result, results_from_json, results_to_json, run_on_devices, share_of
+from pdd_cli.inference.batch import Job, Result, results_from_json, results_to_json, run_jobs, run_on_devices, share_of
 from pdd_cli.inference.manifest import NAME as MANIFEST
 from pdd_cli.inference.manifest import Manifest
 from pdd_cli.latest import latest_upscale
@@ -73,7 +73,7 @@ def test_a_device_that_fails_stops_the_batch(images: Path) -> None:
             raise RuntimeError("a GPU is gone")
 
     with pytest.raises(RuntimeError, match="gone"):
-        list(run_on_devices(jobs, workers, on_start=fail))
+        list(run_on_devices(run_jobs, jobs, workers, on_start=fail))
     assert len(begun) < len(jobs)
     assert not list((images.parent / "out").glob(".pdd-*"))
 
@@ -164,7 +164,7 @@ def test_every_process_ends_with_the_exit_code_of_all(images: Path, home: Path) 
     assert (document["done"], document["skipped"], document["failed"]) == (1, 7, 1)
     assert "broken.png: damaged" in told[0][1]
     assert (told[0][1] + told[1][1]).count("broken.png: damaged") == 1
-    assert "1 of 9 images failed" in told[0][1] + told[1][1]
+    assert "1 of 9 files failed" in told[0][1] + told[1][1]
     assert told[1][0] == ""
 
 

@@ -654,7 +654,7 @@ def test_a_pattern_takes_what_matches(tmp_path: Path, home: Path) -> None:
     ]
     _, error = run_upscale(tmp_path / "in/*.webp", tmp_path / "out", "--weights", weights)
     assert isinstance(error, InputError)
-    assert "no images match" in str(error)
+    assert "no images or videos match" in str(error)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

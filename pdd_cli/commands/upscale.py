@@ -12,7 +12,7 @@ from pdd_cli.console import Console
 from pdd_cli.errors import Interrupted, PartialFailure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from pdd_cli.config import UpscaleConfig
     from pdd_cli.distributed import World
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 def upscale(
     input: Annotated[
-        Path, typer.Argument(help="Image, folder of images, or pattern in quotes ('in/**/*.png').", show_default=False)
+        Path,
+        typer.Argument(help="Image, video, folder of them, or pattern in quotes ('in/**/*.png').", show_default=False),
     ],
-    output: Annotated[str, typer.Argument(help="Image, or folder for the outputs.", show_default=False)],
+    output: Annotated[str, typer.Argument(help="Image, video, or folder for the outputs.", show_default=False)],
     weights: Annotated[str | None, typer.Option(help="NAME or FILE of the model. [default: realesrgan]")] = None,
     scale: Annotated[
         float | None, typer.Option(help="Output size as a multiple of the input's. [default: the model's]")
@@ -50,15 +51,15 @@ def upscale(
         int | None, typer.Option(help="LR pixels around a tile that the model sees, too. [default: 64]")
     ] = None,
     format: Annotated[
-        Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl"] | None,
-        typer.Option(help="Format of the outputs. [default: keep, the input's]"),
+        Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl", "mp4", "mov", "mkv", "webm"] | None,
+        typer.Option(help="Format of the outputs: images or videos. [default: keep, the input's]"),
     ] = None,
     quality: Annotated[int | None, typer.Option(help="Of lossy formats, 1 to 100. [default: 95]")] = None,
     lossless: Annotated[
-        bool | None, typer.Option("--lossless", help="Refuse lossy formats; WebP and JPEG XL lossless.")
+        bool | None, typer.Option("--lossless", help="Refuse lossy formats; WebP, JPEG XL and .mkv lossless.")
     ] = None,
     strip_metadata: Annotated[
-        bool | None, typer.Option("--strip-metadata", help="Keep no profile, EXIF, XMP or dpi.")
+        bool | None, typer.Option("--strip-metadata", help="Keep no profile, EXIF, XMP, dpi or tags.")
     ] = None,
     suffix: Annotated[str | None, typer.Option(help="Text to put behind each output's name. [default: none]")] = None,
     recursive: Annotated[
@@ -89,9 +90,11 @@ def upscale(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Upscale an image or a folder of images (PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC, JPEG XL).
+    """Upscale images and videos, single files or folders of them.
 
-    The same command again makes what is missing, and what has changed: inputs, weights, settings. An image that can't
+    PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC, JPEG XL; MP4, MOV, MKV, WebM and others.
+
+    The same command again makes what is missing, and what has changed: inputs, weights, settings. A file that can't
     be read is reported at the end; the others are done (exit code 3).
     """
     from pdd_cli.config import UpscaleConfig, resolve
@@ -135,7 +138,7 @@ def upscale(
 
     from pdd_cli.encoding import Encoding
     from pdd_cli.files import remove_leftovers
-    from pdd_cli.inference.batch import Output, manifest_folder, plan_jobs, preview_jobs, share_of
+    from pdd_cli.inference.batch import Output, manifest_folder, plan_jobs, share_of
     from pdd_cli.inference.manifest import Manifest
     from pdd_cli.models.loading import state_sha256
 
@@ -157,31 +160,31 @@ def upscale(
     if world.is_first and not dry_run:
         remove_leftovers({job.target.parent for job in jobs})
     folder = manifest_folder(settings.input, settings.output)
+    # What an output is meant to be. How it is computed (tiles, engine, precision) is not: that changes nothing
+    # which could be seen.
+    recipe = settings.model_dump(
+        include={"scale", "width", "height", "long_side", "fit", "color_correction", "quality", "lossless"}
+        | {"strip_metadata"}
+    )
+    recipe["weights"] = state_sha256(upscaler.engine.model.module.state_dict())
     manifest = None
     if folder is not None:
-        # What an output is meant to be. How it is computed (tiles, engine, precision) is not: that changes nothing
-        # which could be seen.
-        made_by = settings.model_dump(
-            include={"scale", "width", "height", "long_side", "fit", "color_correction", "quality", "lossless"}
-            | {"strip_metadata"}
-        )
-        made_by["weights"] = state_sha256(upscaler.engine.model.module.state_dict())
         if world.is_first and not dry_run:
-            Manifest(folder, made_by).tidy()
+            Manifest(folder, recipe).tidy()
         meeting.gather("tidied")
-        manifest = Manifest(folder, made_by, part=world.rank if world.size > 1 else None)
+        manifest = Manifest(folder, recipe, part=world.rank if world.size > 1 else None)
     # Nobody begins before all have found the inputs and read the manifest.
     meeting.gather("planned")
     share = share_of(jobs, world)
     started = time.perf_counter()
     if dry_run:
-        results = list(preview_jobs(share, upscaler, output=files, manifest=manifest))
+        results = _preview(share, upscaler, files, manifest, recipe)
     else:
-        results = _run(share, upscalers, files, manifest, console)
+        results = _run(share, upscalers, files, manifest, recipe, console)
     results = _of_all(results, jobs, meeting)
     if world.is_first and not dry_run:
         if folder is not None and world.size > 1:
-            Manifest(folder, made_by).tidy()
+            Manifest(folder, recipe).tidy()
         _remember(results, settings, upscaler.scale)
     if dry_run:
         _show_preview(results, console)
@@ -255,28 +258,55 @@ def _of_all(results: Sequence[Result], jobs: Sequence[Job], meeting: Meeting) ->
     return sorted(found, key=lambda result: place[result.job])
 
 
-def _run(
-    jobs: Sequence[Job], upscalers: Sequence[Upscaler], files: Output, manifest: Manifest | None, console: Console
+def _preview(
+    jobs: Sequence[Job], upscaler: Upscaler, files: Output, manifest: Manifest | None, recipe: Mapping[str, object]
 ) -> list[Result]:
-    from pdd_cli.inference.batch import run_on_devices
+    from pdd_cli.inference.batch import preview_jobs
+    from pdd_cli.inference.video import preview_videos
 
+    images, videos = _by_kind(jobs)
+    return [
+        *preview_jobs(images, upscaler, output=files, manifest=manifest),
+        *preview_videos(videos, upscaler, recipe=recipe, output=files, manifest=manifest),
+    ]
+
+
+def _run(
+    jobs: Sequence[Job],
+    upscalers: Sequence[Upscaler],
+    files: Output,
+    manifest: Manifest | None,
+    recipe: Mapping[str, object],
+    console: Console,
+) -> list[Result]:
+    from functools import partial
+    from itertools import chain
+
+    from pdd_cli.inference.batch import run_jobs, run_on_devices
+    from pdd_cli.inference.video import run_videos
+
+    images, videos = _by_kind(jobs)
     results: list[Result] = []
     with console.progress() as progress:
-        images = progress.add_task("images", total=len(jobs), note="")
-        tiles = [progress.add_task("tiles", total=None, note="") for _ in upscalers]
+        total = progress.add_task("files", total=len(jobs), note="")
+        steps = [progress.add_task("tiles", total=None, note="") for _ in upscalers]
 
         def on_start(device: int, job: Job) -> None:
-            progress.reset(tiles[device], total=None, note=job.source.name)
+            what = "frames" if job in videos else "tiles"
+            progress.reset(steps[device], total=None, description=what, note=job.source.name)
 
-        def on_tile(device: int, done: int, total: int) -> None:
-            progress.update(tiles[device], completed=done, total=total)
+        def on_step(device: int, done: int, total: int) -> None:
+            progress.update(steps[device], completed=done, total=total)
 
+        run_images = partial(run_jobs, output=files, manifest=manifest)
+        run_clips = partial(run_videos, recipe=recipe, output=files, manifest=manifest)
         try:
-            for result in run_on_devices(
-                jobs, upscalers, output=files, manifest=manifest, on_start=on_start, on_tile=on_tile
+            for result in chain(
+                run_on_devices(run_images, images, upscalers, on_start=on_start, on_tile=on_step),
+                run_on_devices(run_clips, videos, upscalers, on_start=on_start, on_tile=on_step),
             ):
                 results.append(result)
-                progress.update(images, advance=1)
+                progress.update(total, advance=1)
                 if result.status == "failed":
                     console.warn(f"{result.job.source}: failed, going on")
         except KeyboardInterrupt:
@@ -288,15 +318,23 @@ def _run(
     return results
 
 
+def _by_kind(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
+    """The images and the videos."""
+    from pdd_cli.inference.clips import is_video
+
+    return [job for job in jobs if not is_video(job.source)], [job for job in jobs if is_video(job.source)]
+
+
 def _remember(results: Sequence[Result], settings: UpscaleConfig, scale: int) -> None:
     from datetime import datetime, timezone
 
+    from pdd_cli.inference.clips import is_video
     from pdd_cli.latest import LatestUpscale, UpscaledPair, remember_upscale
 
     pairs = tuple(
         UpscaledPair(lr=result.job.source.absolute(), sr=result.job.target.absolute())
         for result in results
-        if result.status in ("done", "skipped")
+        if result.status in ("done", "skipped") and not is_video(result.job.source)
     )
     if pairs:
         remember_upscale(
@@ -337,6 +375,7 @@ def _document(results: Sequence[Result], settings: UpscaleConfig, upscalers: Seq
                 "seconds": round(result.seconds, 3),
                 "model_seconds": round(result.model_seconds, 3),
                 **({"memory": result.memory} if result.memory else {}),
+                **({"frames": result.frames} if result.frames else {}),
             }
             for result in results
         ],
@@ -385,7 +424,7 @@ def _judge(results: Sequence[Result], *, dry_run: bool) -> None:
     if failed:
         verb = "would fail" if dry_run else "failed"
         hint = "The others are done." if _count(results, "done") else ""
-        raise PartialFailure(f"{failed} of {len(results)} images {verb}", hint)
+        raise PartialFailure(f"{failed} of {len(results)} files {verb}", hint)
 
 
 def _count(results: Sequence[Result], status: str) -> int:

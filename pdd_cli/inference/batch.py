@@ -16,10 +16,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from pdd_cli.distributed import World
 from pdd_cli.encoding import (
+    FORMATS,
     STREAMED,
     Encoding,
     Metadata,
@@ -33,10 +34,12 @@ from pdd_cli.encoding import (
 )
 from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.images import Array, Picture, decode_pages, find_images, is_image, probe, read_bytes
+from pdd_cli.inference.clips import CONTAINERS, check_video_name, is_video, video_pixels
 from pdd_cli.inference.manifest import Manifest
 from pdd_cli.inference.upscaler import OnTile, Upscaler
 
-FormatChoice = Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl"]
+FormatChoice = Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl", "mp4", "mov", "mkv", "webm"]
+_VIDEO_FORMATS = ("mp4", "mov", "mkv", "webm")
 
 # Bands of rows that wait to be written, and images whose writing isn't waited for.
 _WAITING_BANDS = 2
@@ -48,7 +51,7 @@ _LONGEST_NAME = 255
 
 @dataclass(frozen=True)
 class Job:
-    """One image to upscale, and where it goes."""
+    """One image or video to upscale, and where it goes."""
 
     source: Path
     target: Path
@@ -79,6 +82,7 @@ class Result:
     seconds: float = 0.0
     model_seconds: float = 0.0
     memory: int = 0
+    frames: int = 0  # of a video
 
 
 def results_to_json(results: Sequence[Result]) -> str:
@@ -110,17 +114,18 @@ def plan_jobs(source: Path, output: str, *, format: FormatChoice, suffix: str, r
     input.
     """
     if source.is_dir():
-        jobs = _folder_jobs(source, find_images(source, recursive=recursive), Path(output), format, suffix)
+        found = find_images(source, recursive=recursive, wanted=_is_input)
+        jobs = _folder_jobs(source, found, Path(output), format, suffix)
     elif source.exists():
         jobs = [Job(source, _target_of_file(source, output, format, suffix))]
     elif glob.has_magic(str(source)):
         root, found = _matching(source)
-        jobs = _folder_jobs(root, found, Path(output), format, suffix, f"no images match {source}")
+        jobs = _folder_jobs(root, found, Path(output), format, suffix, f"no images or videos match {source}")
     else:
         raise InputError(f"{source}: no such file or folder")
     _refuse_collisions(jobs)
     if format in ("heic", "jxl"):
-        load_plugin(format_of(jobs[0].target))
+        load_plugin(FORMATS[f".{format}"])
     return jobs
 
 
@@ -134,7 +139,7 @@ def _matching(pattern: Path) -> tuple[Path, list[Path]]:
     fixed = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts)
     root = Path(*fixed)
     found = (Path(name) for name in glob.iglob(str(pattern), recursive=True))  # noqa: PTH207 - a pattern of any kind
-    return root, sorted(path for path in found if path.is_file() and is_image(path))
+    return root, sorted(path for path in found if path.is_file() and _is_input(path))
 
 
 def _folder_jobs(
@@ -157,26 +162,44 @@ def _folder_jobs(
         jobs = [job for job in jobs if job.source.resolve() not in outputs]
     if not jobs:
         raise InputError(
-            nothing or f"{source}: no images in it",
-            "pdd reads PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC and JPEG XL files.",
+            nothing or f"{source}: no images or videos in it",
+            "pdd reads PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC and JPEG XL files, and videos.",
         )
     return jobs
 
 
 def _target_of_file(source: Path, output: str, format: FormatChoice, suffix: str) -> Path:
     path = Path(output)
+    check = check_video_name if is_video(source) else format_of
+    if format != "keep" and (format in _VIDEO_FORMATS) != is_video(source):
+        raise InputError(f"--format {format} isn't one for {source}", "Leave it out, or name another format.")
     if path.is_dir() or output.endswith(("/", os.sep)) or not path.suffix:
         target = _named(path / source.name, format, suffix)
-        format_of(target)
+        check(target)
         return target
-    if format != "keep" and format_of(path) != format_of(Path(f"a.{format}")):
+    check(path)
+    if format != "keep" and not _same_format(path, format):
         raise InputError(f"--format {format} contradicts the name {path}", "Leave one of them out.")
-    format_of(path)
     return path.with_name(path.stem + suffix + path.suffix)
 
 
+def _same_format(path: Path, format: FormatChoice) -> bool:
+    named = FORMATS.get(f".{format}", format)
+    return FORMATS.get(path.suffix.lower(), path.suffix.lower().lstrip(".")) == named
+
+
 def _named(path: Path, format: FormatChoice, suffix: str) -> Path:
-    return path.with_name(path.stem + suffix + (path.suffix if format == "keep" else f".{format}"))
+    """The name of the output for the input's; --format is of the images, or of the videos."""
+    ending = path.suffix
+    if format != "keep" and (format in _VIDEO_FORMATS) == is_video(path):
+        ending = f".{format}"
+    elif is_video(path) and ending.lower() not in CONTAINERS:
+        ending = ".mkv"  # which holds whatever there is in it
+    return path.with_name(path.stem + suffix + ending)
+
+
+def _is_input(path: Path | str) -> bool:
+    return is_image(path) or is_video(path)
 
 
 def _refuse_collisions(jobs: Sequence[Job]) -> None:
@@ -218,28 +241,36 @@ def share_of(jobs: Sequence[Job], world: World) -> list[Job]:
 
 def _pixels(source: Path) -> int:
     try:
+        if is_video(source):
+            return video_pixels(source)
         header = probe(source, most_pixels=2**62)
     except PddError:
         return 0
     return header.size[0] * header.size[1] * header.frames
 
 
+class Runner(Protocol):
+    """What does jobs in turn on one device: `run_jobs`, or another function of this kind."""
+
+    def __call__(
+        self, jobs: Iterable[Job], upscaler: Upscaler, *, on_start: Callable[[Job], None], on_tile: OnTile
+    ) -> Iterator[Result]: ...
+
+
 def run_on_devices(
+    run: Runner,
     jobs: Sequence[Job],
     upscalers: Sequence[Upscaler],
     *,
-    output: Output = Output(),
-    manifest: Manifest | None = None,
     on_start: Callable[[int, Job], None] = lambda device, job: None,
     on_tile: Callable[[int, int, int], None] = lambda device, done, total: None,
 ) -> Iterator[Result]:
-    """`run_jobs` with several upscalers at once: each takes the next job when it is free. Results come as jobs end.
+    """`run` with several upscalers at once: each takes the next job when it is free. Results come as jobs end.
 
     The callbacks get the place of the upscaler first, and are called from its thread.
     """
     if len(upscalers) == 1:
-        start, tile = partial(on_start, 0), partial(on_tile, 0)
-        yield from run_jobs(jobs, upscalers[0], output=output, manifest=manifest, on_start=start, on_tile=tile)
+        yield from run(jobs, upscalers[0], on_start=partial(on_start, 0), on_tile=partial(on_tile, 0))
         return
     upcoming = _Shared(jobs)
     results: queue.Queue[Result | BaseException | None] = queue.Queue()
@@ -251,10 +282,7 @@ def run_on_devices(
             on_tile(device, done, total)
 
         try:
-            start = partial(on_start, device)
-            for result in run_jobs(
-                upcoming, upscalers[device], output=output, manifest=manifest, on_start=start, on_tile=tile
-            ):
+            for result in run(upcoming, upscalers[device], on_start=partial(on_start, device), on_tile=tile):
                 results.put(result)
             results.put(None)
         except BaseException as error:
@@ -338,9 +366,10 @@ def preview_jobs(
     """What `run_jobs` would do, from the headers of the images alone (and their content, where a manifest is asked)."""
     for job in jobs:
         try:
-            skipped = _skipped(job, read_bytes(job.source) if manifest else b"", output, manifest)
-            if skipped is not None:
-                yield skipped
+            key = manifest.key(read_bytes(job.source)) if manifest else ""
+            result = skipped(job, key, output, manifest)
+            if result is not None:
+                yield result
                 continue
             header = probe(job.source, most_pixels=upscaler.most_pixels)
             width, height = header.size
@@ -384,9 +413,10 @@ def _load(job: Job, upscaler: Upscaler, output: Output, manifest: Manifest | Non
         if manifest is None and not output.overwrite and job.target.exists():
             return _Loaded(job, Result(job, "skipped"))
         data = read_bytes(job.source)
-        skipped = _skipped(job, data, output, manifest)
-        if skipped is not None:
-            return _Loaded(job, skipped)
+        key = manifest.key(data) if manifest else ""
+        result = skipped(job, key, output, manifest)
+        if result is not None:
+            return _Loaded(job, result)
         header = probe(job.source, most_pixels=upscaler.most_pixels)
         size_in = header.size
         _check_target(job, upscaler.output_size(*header.size), output)
@@ -395,18 +425,19 @@ def _load(job: Job, upscaler: Upscaler, output: Output, manifest: Manifest | Non
         pages = decode_pages(job.source, data, most_pixels=upscaler.most_pixels)
         if header.layout.bytes <= _MOST_AHEAD:
             pages = itertools.chain([next(pages)], pages)
-        return _Loaded(job, None, data, manifest.key(data) if manifest else "", pages)
+        return _Loaded(job, None, data, key, pages)
     except (PddError, MemoryError) as error:
         seconds = time.perf_counter() - started
         return _Loaded(job, Result(job, "failed", _reason(job, error), size_in=size_in, seconds=seconds))
 
 
-def _skipped(job: Job, data: bytes, output: Output, manifest: Manifest | None) -> Result | None:
+def skipped(job: Job, key: str, output: Output, manifest: Manifest | None) -> Result | None:
+    """That a job has nothing to do, if so; `key` is the manifest's for what it would make."""
     if output.overwrite:
         return None
     if manifest is None:
         return Result(job, "skipped") if job.target.exists() else None
-    match manifest.state(job.target, manifest.key(data)):
+    match manifest.state(job.target, key):
         case "current":
             return Result(job, "skipped")
         case "foreign":
@@ -420,8 +451,13 @@ def _check_target(job: Job, size: tuple[int, int], output: Output) -> None:
     check_size(job.target, *size)
     if output.encoding.lossless:
         check_lossless(job.target)
-    if len(os.fsencode(job.target.name)) > _LONGEST_NAME:
-        raise InputError(f"{job.target}: the name is longer than {_LONGEST_NAME} bytes", "Use a shorter --suffix.")
+    check_name(job.target)
+
+
+def check_name(target: Path) -> None:
+    """Raise InputError for a name that file systems don't take."""
+    if len(os.fsencode(target.name)) > _LONGEST_NAME:
+        raise InputError(f"{target}: the name is longer than {_LONGEST_NAME} bytes", "Use a shorter --suffix.")
 
 
 def _compute(
@@ -470,11 +506,11 @@ def _compute(
                 try:
                     upscaler.shrink_after(error, picture)
                 except ResourceError as out_of_memory:
-                    return _settled(_failed(job, out_of_memory, started, done))
+                    return _settled(failed(job, out_of_memory, started, done))
                 pages = decode_pages(job.source, loaded.data, most_pixels=upscaler.most_pixels)
                 continue
             if isinstance(error, PddError | MemoryError):
-                return _settled(_failed(job, error, started, done))
+                return _settled(failed(job, error, started, done))
             if not isinstance(error, _WriterFailed):  # its own reason comes with the future
                 raise
         return partial(_finished, job, future, started, done)
@@ -502,17 +538,21 @@ def _finished(job: Job, future: Future[None] | None, started: float, done: Resul
     except ResourceError:
         raise
     except (PddError, MemoryError) as error:
-        return _failed(job, error, started, done)
+        return failed(job, error, started, done)
     return replace(done, seconds=time.perf_counter() - started)
 
 
-def _failed(job: Job, error: PddError | MemoryError, started: float, done: Result) -> Result:
-    return Result(job, "failed", _reason(job, error), size_in=done.size_in, seconds=time.perf_counter() - started)
+def failed(job: Job, error: PddError | MemoryError, started: float, done: Result | None = None) -> Result:
+    """That a job, begun at `started`, came to `error`; `done`: what was known of it."""
+    size = done.size_in if done else None
+    return Result(job, "failed", _reason(job, error), size_in=size, seconds=time.perf_counter() - started)
 
 
 def _reason(job: Job, error: PddError | MemoryError) -> str:
     """Why `job` failed, with its file."""
-    reason = error.message if isinstance(error, PddError) else "out of memory: the image is too large"
+    reason = "out of memory: the image is too large"
+    if isinstance(error, PddError):
+        reason = f"{error.message}. {error.hint}" if error.hint else error.message
     return reason if str(job.source) in reason or str(job.target) in reason else f"{job.source}: {reason}"
 
 

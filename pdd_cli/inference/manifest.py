@@ -28,6 +28,12 @@ class _Record:
     done: bool
 
 
+def key_of(digest: str, recipe: Mapping[str, object]) -> str:
+    """What an output is known by: the SHA-256 of its input, and the weights and settings that decide what it is."""
+    made_by = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
+    return f"{digest}-{made_by[:16]}"
+
+
 class Manifest:
     """The records of the outputs in one folder: one line of JSON each, appended when an output is begun and done.
 
@@ -41,7 +47,7 @@ class Manifest:
         self._folder = folder
         self._whole = folder / NAME
         self._path = self._whole if part is None else folder / _PART.format(part)
-        self._recipe = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
+        self._recipe = recipe
         self._records: dict[str, _Record] = {}
         self._lock = threading.Lock()
         self._lines = 0
@@ -52,7 +58,7 @@ class Manifest:
 
     def key(self, data: bytes) -> str:
         """What an output made now of an input of this content would be known by."""
-        return f"{hashlib.sha256(data).hexdigest()}-{self._recipe[:16]}"
+        return key_of(hashlib.sha256(data).hexdigest(), self._recipe)
 
     def state(self, target: Path, key: str) -> State:
         """Whether the output `target` is what `key` makes; `foreign` is a file that no recorded run has made."""

@@ -97,6 +97,7 @@ class Upscaler:
         if tile == "auto":
             memory = available_memory(engine.runtime.device) * _MEMORY_SHARE
             self._pixels = max(_SMALLEST_SIDE**2, min(_MOST_PIXELS, memory // self._bytes_per_pixel))
+        self.reserved = 0  # bytes that something else will take while a picture is upscaled: an encoder of video
         self._max_memory = max_memory
         self._base_memory = resident_memory() + _OVERHEAD
         self._seconds_per_pixel = 0.0
@@ -150,7 +151,8 @@ class Upscaler:
             sum(len(plan) * math.prod(plan.tile_size) for plan in plans) * self._time_of_a_pixel() if timed else 0.0
         )
         on_cpu = self.engine.runtime.device.type == "cpu"
-        return Estimate(self._base_memory + memory + (activations if on_cpu else 0), activations, seconds)
+        memory += self._base_memory + self.reserved + (activations if on_cpu else 0)
+        return Estimate(memory, activations, seconds)
 
     def check_memory(self, memory: int) -> None:
         """Raise ResourceError when an estimate is beyond what the process may take."""
@@ -164,7 +166,7 @@ class Upscaler:
     def _affordable(self, height: int, width: int) -> float:
         """The LR pixels that the network may see at once within `max_memory`, beside all else of an image."""
         assert self._max_memory is not None
-        left = self._max_memory - self._base_memory - 2 * height * width * 4
+        left = self._max_memory - self._base_memory - self.reserved - 2 * height * width * 4
         side = _SMALLEST_SIDE
         while True:
             rows, across = min(side + 8, height), min(side + 8, width)
