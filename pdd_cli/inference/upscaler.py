@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from pdd_cli.device import available_memory, is_out_of_memory, resident_memory
 from pdd_cli.encoding import Layout, Sheet, from_float, to_float
 from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.images import MOST_PIXELS, Array, Picture
 from pdd_cli.inference.colour import Correction, bleed, correct
-from pdd_cli.inference.engines import Engine, FloatArray, bytes_per_pixel
+from pdd_cli.inference.engines import Engine, FloatArray
 from pdd_cli.inference.resizing import SizeRequest, passes, resize_bands
 from pdd_cli.inference.tiling import Span, TilePlan, fit_tile, plan_tiles
 
@@ -93,9 +92,9 @@ class Upscaler:
         # What the network sees at once, in LR pixels: a side, or a number of pixels.
         self._side = tile + 2 * overlap if isinstance(tile, int) and tile > 0 else None
         self._pixels: float = math.inf
-        self._bytes_per_pixel = bytes_per_pixel(model)
+        self._bytes_per_pixel = engine.bytes_per_pixel
         if tile == "auto":
-            memory = available_memory(engine.runtime.device) * _MEMORY_SHARE
+            memory = available_memory(engine.runtime.place) * _MEMORY_SHARE
             self._pixels = max(_SMALLEST_SIDE**2, min(_MOST_PIXELS, memory // self._bytes_per_pixel))
         self._max_memory = max_memory
         self._base_memory = resident_memory() + _OVERHEAD
@@ -106,7 +105,7 @@ class Upscaler:
         """The largest input that is decoded at all: by `max_memory`; without it 179 megapixels, for bombs' sake."""
         if self._max_memory is not None:
             return max(1, (self._max_memory - self._base_memory) // _DECODED_BYTES)
-        return max(1, min(MOST_PIXELS, available_memory(torch.device("cpu")) // _DECODED_BYTES))
+        return max(1, min(MOST_PIXELS, available_memory("cpu") // _DECODED_BYTES))
 
     def plan(self, height: int, width: int) -> TilePlan:
         """The tiles of a pass over an image of this size, as they would be computed now."""
@@ -149,7 +148,7 @@ class Upscaler:
         seconds = (
             sum(len(plan) * math.prod(plan.tile_size) for plan in plans) * self._time_of_a_pixel() if timed else 0.0
         )
-        on_cpu = self.engine.runtime.device.type == "cpu"
+        on_cpu = self.engine.runtime.kind == "cpu"
         return Estimate(self._base_memory + memory + (activations if on_cpu else 0), activations, seconds)
 
     def check_memory(self, memory: int) -> None:
@@ -220,7 +219,9 @@ class Upscaler:
                 f"out of memory even with tiles of {seen} pixels",
                 "Close other programs, or use --device cpu or a lighter model.",
             )
-        if self.engine.runtime.device.type == "cuda":
+        if self.engine.runtime.kind == "cuda":
+            import torch
+
             torch.cuda.empty_cache()
         self._notify(f"out of memory: going on with tiles of at most {side} pixels")
         # Told once: whatever comes later is known from the first time.
