@@ -50,7 +50,10 @@ class Engine(Protocol):
         ...
 
     def run(self, lr: FloatArray, *, exact: bool = False) -> FloatArray:
-        """(N, in_channels, h, w) in 0..1 to (N, out_channels, h*scale, w*scale); `exact` computes in fp32."""
+        """(N, in_channels, h, w) in 0..1 to (N, out_channels, h*scale, w*scale); `exact` computes in fp32.
+
+        In memory the channels of the result lie next to each other, as they do in pictures.
+        """
         ...
 
 
@@ -84,7 +87,8 @@ class TorchEngine:
         runtime = Runtime(self.runtime.place, "fp32") if exact else self.runtime
         batch = torch.from_numpy(lr).to(runtime.device, memory_format=torch.channels_last)
         with torch.inference_mode(), runtime.autocast():
-            return np.asarray(self.model.upscale(batch).float().cpu().contiguous().numpy())
+            # Brought to fp32 on this side of the bus.
+            return np.asarray(self.model.upscale(batch).cpu().float().numpy())
 
 
 class OpenVINOEngine:
@@ -127,7 +131,9 @@ class OpenVINOEngine:
             request.cancel()
             raise
         sr: FloatArray = request.get_output_tensor(0).data
-        return sr[..., : height * self.model.scale, : width * self.model.scale].astype(np.float32, order="C")
+        sr = sr[..., : height * self.model.scale, : width * self.model.scale]
+        # A copy, for the next call writes there.
+        return np.array(sr.transpose(0, 2, 3, 1), np.float32, order="C").transpose(0, 3, 1, 2)
 
 
 def choose_engine(model: SRModel, runtime: Runtime, choice: EngineChoice) -> Engine:

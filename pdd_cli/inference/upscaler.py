@@ -16,7 +16,7 @@ from pdd_cli.images import MOST_PIXELS, Array, Picture
 from pdd_cli.inference.colour import Correction, bleed, correct
 from pdd_cli.inference.engines import Engine, FloatArray
 from pdd_cli.inference.resizing import SizeRequest, passes, resize_bands
-from pdd_cli.inference.tiling import Span, TilePlan, fit_tile, plan_tiles
+from pdd_cli.inference.tiling import Span, TilePlan, Weights, fit_tile, plan_tiles
 
 # The automatic tile: what its activations may take of the free memory, and how large it gets at most. Beyond a
 # megapixel of LR a larger tile saves almost no overlap, and nothing would be heard of an image for minutes.
@@ -284,15 +284,18 @@ class Upscaling:
         """One pass of the model over (h, w, C), C = 1 (gray) or 3 and alpha: bands of rows, w*scale wide, float."""
         height, width = source.shape[:2]
         scale, plan = self._upscaler.scale, self._upscaler.plan(height, width)
+        if len(plan) == 1:
+            yield self._tile(source, plan.tile_size, gray)[: height * scale, : width * scale]
+            return
         padded_width = plan.columns[-1].stop
         top = 0  # the output row that `held` begins with
         held = np.zeros((0, padded_width * scale, source.shape[2]), np.float32)
         row: Span | None = None
-        for next_row, column, weights in plan.tiles(scale):
+        for next_row, column, down, across in plan.tiles(scale):
             if next_row != row:
                 row = next_row
                 # Rows above the first that this row of tiles counts in are final.
-                final = row.start * scale + _leading_zeros(weights[:, np.argmax(weights.sum(axis=0))])
+                final = row.start * scale + int(np.argmax(down > 0))
                 if final > top:
                     yield held[: final - top, : width * scale]
                     held, top = held[final - top :], final
@@ -300,8 +303,8 @@ class Upscaling:
                 grown[: len(held)] = held
                 held = grown
             tile = self._tile(source[row.at(1), column.at(1)], plan.tile_size, gray)
+            _weigh(tile, down, across)
             counted = slice(max(top - row.start * scale, 0), None)
-            tile *= weights[:, :, None]
             held[row.start * scale + (counted.start or 0) - top :, column.at(scale)] += tile[counted]
         yield held[: height * scale - top, : width * scale]
 
@@ -368,8 +371,11 @@ def _picture(whole: Array, sheet: Sheet, source: Picture) -> Picture:
     return replace(source, pixels=pixels, alpha=alpha, frames=1)
 
 
-def _leading_zeros(weights: FloatArray) -> int:
-    return int(np.argmax(weights > 0))
+def _weigh(tile: FloatArray, down: Weights, across: Weights) -> None:
+    """Multiply (h, w, C) by the weights of its rows and columns, in place; most of them are 1."""
+    rows, columns = down != 1, across != 1
+    tile[rows] *= np.outer(down[rows], across)[:, :, None]
+    tile[np.ix_(~rows, columns)] *= across[columns, None]
 
 
 def _keep_extremes(sr: FloatArray, lr: FloatArray, scale: int) -> FloatArray:
