@@ -3,34 +3,59 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
-
-import torch
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from pdd_cli.errors import InputError
 
+if TYPE_CHECKING:
+    import torch
+
 Precision = Literal["fp32", "bf16", "fp16"]
+
+# Without one of these Linux has no GPU that PyTorch could use: the drivers of NVIDIA, Jetson, WSL and AMD.
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where a network runs, and in which precision its convolutions are computed (weights stay fp32)."""
+    """Where a network runs, and in which precision its convolutions are computed (weights stay fp32).
 
-    device: torch.device
+    `place`: a device by PyTorch's name. Importing PyTorch takes seconds, which a CPU doesn't always need.
+    """
+
+    place: str | torch.device
     precision: Precision
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "place", str(self.place))
+
+    @property
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device(self.place)
+
+    @property
+    def kind(self) -> str:
+        """cpu, cuda or mps."""
+        return str(self.place).split(":")[0]
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The autocast context for this precision; for fp32 a context that does nothing."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
+        import torch
+
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
-        return torch.autocast(self.device.type, dtype)
+        return torch.autocast(self.kind, dtype)
 
     def __str__(self) -> str:
-        return f"{self.device}, {self.precision}"
+        return f"{self.place}, {self.precision}"
 
 
 def choose_runtime(device: str = "auto", precision: str = "auto") -> Runtime:
@@ -46,7 +71,7 @@ def choose_runtime(device: str = "auto", precision: str = "auto") -> Runtime:
         precision = "bf16" if _computes_bf16_fast(chosen) else "fp32"
     if precision not in get_args(Precision):
         raise InputError(f"--precision {precision}: not a precision", "Use auto, fp32, bf16 or fp16.")
-    if precision == "fp16" and chosen.type == "cpu":
+    if precision == "fp16" and chosen == "cpu":
         raise InputError("--precision fp16 doesn't run on a CPU", "Use auto, fp32 or bf16.")
     return Runtime(chosen, cast(Precision, precision))
 
@@ -60,9 +85,28 @@ def cpu_computes_bf16_fast() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-def available_memory(device: torch.device) -> int:
+def available_cpus() -> int:
+    """The logical cores that this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def usable_cpus() -> int:
+    """How many threads can run at once: on the available cores, fewer where a container is granted less time."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(available_cpus(), math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # "max", or no such group
+        return available_cpus()
+
+
+def available_memory(device: torch.device | str) -> int:
     """Bytes that a computation may still take on `device`."""
-    if device.type == "cuda":
+    if str(device).startswith("cuda"):
+        import torch
+
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     try:
@@ -87,7 +131,7 @@ def resident_memory() -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that the memory of the machine or of the device ran out."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(
@@ -95,11 +139,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _choose_device(name: str) -> torch.device:
+def _choose_device(name: str) -> str:
+    if name == "cpu" or (name == "auto" and _has_surely_no_gpu()):
+        return "cpu"
+    import torch
+
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -111,10 +159,16 @@ def _choose_device(name: str) -> torch.device:
         raise InputError("--device mps: no Apple GPU here", "Use --device cpu or auto.")
     if device.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"--device {name}: not supported", "Use auto, cpu, cuda, cuda:N or mps.")
-    return device
+    return str(device)
 
 
-def _computes_bf16_fast(device: torch.device) -> bool:
-    if device.type == "cpu":
+def _has_surely_no_gpu() -> bool:
+    return sys.platform == "linux" and not any(Path(driver).exists() for driver in _GPU_DRIVERS)
+
+
+def _computes_bf16_fast(device: str) -> bool:
+    if device == "cpu":
         return cpu_computes_bf16_fast()
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    import torch
+
+    return device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -52,6 +52,9 @@ _ANIMATED = ("PNG", "WEBP", "AVIF")
 _MOST_JPEG_EXIF, _MOST_JPEG_XMP = 65_533, 65_504
 
 _TILE = 256
+# Rows that a PNG is filtered by at once, and values that are computed with at once: as the CPU's cache holds them.
+_PNG_ROWS = 16
+_CACHED = 1 << 16
 _EXIF_IFD, _GPS_IFD = 0x8769, 0x8825
 _BIG_TIFF = 3_900_000_000
 
@@ -216,13 +219,21 @@ def to_float(values: Array) -> npt.NDArray[np.float32]:
 
 def from_float(values: Array, bits: int) -> Array:
     """0..1, clipped, to unsigned integers of 8 or 16 bits, rounded. Raises ValueError for values that aren't finite."""
-    if not np.isfinite(values).all():
-        raise ValueError("pixel values that are not finite")
     top = (1 << bits) - 1
-    # In float64 for 16 bits: float32 has no half steps left there.
-    scaled = values.astype(np.float64 if bits == 16 else np.float32) * top
-    rounded: Array = np.clip(np.rint(scaled), 0, top).astype(np.uint16 if bits == 16 else np.uint8)
-    return rounded
+    found = np.empty(values.shape, np.uint16 if bits == 16 else np.uint8)
+    if not values.size:
+        return found
+    # In parts that stay in the CPU's cache.
+    rows = max(1, _CACHED // values[0].size) if values.ndim > 1 else _CACHED
+    for start in range(0, len(values), rows):
+        part = values[start : start + rows]
+        if not np.isfinite(part).all():
+            raise ValueError("pixel values that are not finite")
+        # In float64 for 16 bits: float32 has no half steps left there.
+        scaled = np.multiply(part, top, dtype=np.float64 if bits == 16 else np.float32)
+        np.clip(np.rint(scaled, out=scaled), 0, top, out=scaled)
+        found[start : start + rows] = scaled
+    return found
 
 
 # --- PNG --------------------------------------------------------------------------------------------------------
@@ -246,11 +257,15 @@ def _write_png(file: BinaryIO, sheet: Sheet) -> None:
         chunk(b"eXIf", metadata.exif.removeprefix(b"Exif\0\0"))
     if metadata.xmp:
         chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + metadata.xmp)
-    compressor = zlib.compressobj(6, zlib.DEFLATED, 15, 9, zlib.Z_FILTERED)
+    # Of filtered photographs only the statistics and flat areas can be used: to look for repetitions takes ten times as
+    # long, and the short ones that are found make the file larger.
+    compressor = zlib.compressobj(6, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
     above = np.zeros(layout.width * layout.samples * layout.bits // 8, np.uint8)
     for band in sheet.bands:
-        for start in range(0, len(band), 64):
-            rows = band[start : start + 64].astype(f">u{layout.bits // 8}").view(np.uint8).reshape(-1, len(above))
+        for start in range(0, len(band), _PNG_ROWS):
+            rows = (
+                band[start : start + _PNG_ROWS].astype(f">u{layout.bits // 8}").view(np.uint8).reshape(-1, len(above))
+            )
             data = compressor.compress(_filtered(rows, above, layout.samples * layout.bits // 8).tobytes())
             above = rows[-1]
             if data:
@@ -267,14 +282,29 @@ def _filtered(rows: Array, above: Array, step: int) -> Array:
     up = np.vstack([above, rows[:-1]])
     left, corner = np.zeros_like(rows), np.zeros_like(rows)
     left[:, step:], corner[:, step:] = rows[:, :-step], up[:, :-step]
-    a, b, c = (values.astype(np.int16) for values in (left, up, corner))
-    to_left, to_up, to_corner = np.abs(b - c), np.abs(a - c), np.abs(a + b - 2 * c)
-    paeth = np.where((to_left <= to_up) & (to_left <= to_corner), left, np.where(to_up <= to_corner, up, corner))
-    mean = ((a + b) >> 1).astype(np.uint8)
-    candidates = np.stack([rows - predicted for predicted in (np.uint8(0), left, up, mean, paeth)])
-    cost = np.abs(candidates.view(np.int8).astype(np.int16)).sum(axis=2, dtype=np.int64)
+    # In 8 bits throughout, which a CPU does 64 at a time. Paeth: where left and up differ from the corner to the same
+    # side, |left + up - 2 corner| is the sum of both differences, more than either.
+    to_left, to_up = _distance(up, corner), _distance(left, corner)
+    to_corner = _distance(to_left, to_up) | _mask((left > corner) == (up > corner))
+    is_left = _mask((to_left <= to_up) & (to_left <= to_corner))
+    is_up = _mask(to_up <= to_corner)
+    paeth = (left & is_left) | (((up & is_up) | (corner & ~is_up)) & ~is_left)
+    mean = (left & up) + ((left ^ up) >> 1)
+    candidates = np.stack([rows, rows - left, rows - up, rows - mean, rows - paeth])
+    cost = np.minimum(candidates, -candidates).sum(axis=2, dtype=np.uint32)
     best = cost.argmin(axis=0)
     return np.hstack([best[:, None].astype(np.uint8), candidates[best, np.arange(len(rows))]])
+
+
+def _distance(a: Array, b: Array) -> Array:
+    distance: Array = np.maximum(a, b) - np.minimum(a, b)
+    return distance
+
+
+def _mask(condition: npt.NDArray[np.bool_]) -> Array:
+    """255 where it holds, else 0."""
+    mask: Array = -condition.view(np.uint8)
+    return mask
 
 
 # --- TIFF -------------------------------------------------------------------------------------------------------

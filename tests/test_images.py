@@ -17,7 +17,7 @@ import tifffile
 from PIL import Image, ImageCms, ImageOps
 
 from benchmarks.fuzz import handmade
-from pdd_cli.encoding import Encoding, Layout, Sheet, check_size, write_sheets
+from pdd_cli.encoding import Encoding, Layout, Sheet, check_size, from_float, write_sheets
 from pdd_cli.errors import InputError
 from pdd_cli.images import MOST_PIXELS, Picture, decode_pages, find_images, image_size, read_image, write_image
 
@@ -555,3 +555,18 @@ def test_mutated_files_are_read_or_refused(tmp_path: Path, format: str) -> None:
         except InputError:
             refused += 1
     assert 5 < refused <= 60
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("shape", [(700, 130, 3), (3, 70_000, 2), (1, 1, 1), (0, 5, 3), (200_000,)])
+def test_floats_become_the_nearest_integers(bits: int, shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(0).uniform(-0.2, 1.2, shape).astype(np.float32)
+    top = 2**bits - 1
+    found = from_float(values, bits)
+    assert found.dtype.itemsize * 8 == bits
+    exact = values.astype(np.float64).clip(0, 1) * top
+    assert (np.abs(found - exact) <= 0.5 + (1e-4 if bits == 8 else 0)).all()
+    if values.size:
+        values.flat[-1] = np.nan
+        with pytest.raises(ValueError, match="not finite"):
+            from_float(values, bits)

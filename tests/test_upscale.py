@@ -454,7 +454,7 @@ def test_a_single_broken_file_fails_the_command(batch: Path, home: Path) -> None
 def test_an_interrupted_run_leaves_whole_files_and_goes_on(tmp_path: Path, home: Path) -> None:
     saved(tmp_path, compact())
     for number in range(60):
-        write_image(tmp_path / f"in/{number:02}.png", picture(64, 64))
+        write_image(tmp_path / f"in/{number:02}.png", picture(128, 128))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "pdd_cli", "upscale", tmp_path / "in", out]
     command += ["--weights", tmp_path / "model.safetensors", "--engine", "torch"]
@@ -469,7 +469,7 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(tmp_path: Path, home:
     made = [path for path in out.iterdir() if path.name != MANIFEST]
     assert 3 <= len(made) < 60
     for path in made:  # no temporary file, none cut short
-        assert read_image(path).width == 256
+        assert read_image(path).width == 512
     document, error = run_upscale(tmp_path / "in", out, "--weights", tmp_path / "model.safetensors")
     assert error is None
     assert document["skipped"] == len(made)
@@ -661,7 +661,7 @@ def test_a_pattern_takes_what_matches(tmp_path: Path, home: Path) -> None:
 def test_a_killed_run_leaves_whole_files_and_the_next_completes(tmp_path: Path, home: Path) -> None:
     weights = saved(tmp_path, compact())
     for number in range(40):
-        write_image(tmp_path / f"in/{number:02}.png", picture(48, 48))
+        write_image(tmp_path / f"in/{number:02}.png", picture(96, 96))
     out = tmp_path / "out"
     run_upscale(tmp_path / "in", tmp_path / "expected", "--weights", weights)
     command = [sys.executable, "-m", "pdd_cli", "upscale", tmp_path / "in", out, "--weights", weights]

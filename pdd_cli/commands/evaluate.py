@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -188,7 +189,8 @@ def _upscaled(settings: EvaluateConfig, console: Console) -> Inputs:
     from pdd_cli.commands._fetching import fetch_progress
     from pdd_cli.device import choose_runtime
     from pdd_cli.inference.batch import Job, Output, run_jobs
-    from pdd_cli.inference.engines import choose_engine
+    from pdd_cli.inference.compiled import fingerprint
+    from pdd_cli.inference.engines import open_engine
     from pdd_cli.inference.upscaler import Upscaler
     from pdd_cli.iqa.inputs import Inputs, folders_as_dataset, upscaled_sets
     from pdd_cli.models.loading import load_sr_model
@@ -206,9 +208,8 @@ def _upscaled(settings: EvaluateConfig, console: Console) -> Inputs:
     problems = list(dataset.problems)
     for weights, file in zip(settings.weights, files, strict=True):
         name = Path(weights).stem if Path(weights).suffix else weights
-        upscaler = Upscaler(
-            choose_engine(load_sr_model(file), runtime, "auto"), tile="auto", overlap=64, notify=console.warn
-        )
+        engine = open_engine(partial(load_sr_model, file), fingerprint([file], 1.0), runtime, "auto")
+        upscaler = Upscaler(engine, tile="auto", overlap=64, notify=console.warn)
         folder = settings.upscaled_dir / name
         jobs = [Job(lr, folder / png) for lr, png in _png_names(dataset).items()]
         made = outputs.setdefault(name, {})

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pdd_cli.inference.manifest import Manifest
     from pdd_cli.inference.upscaler import Upscaler
     from pdd_cli.meeting import Meeting
+    from pdd_cli.models.loading import SRModel
 
 
 def upscale(
@@ -140,7 +141,6 @@ def upscale(
     from pdd_cli.files import remove_leftovers
     from pdd_cli.inference.batch import Output, manifest_folder, plan_jobs, share_of
     from pdd_cli.inference.manifest import Manifest
-    from pdd_cli.models.loading import state_sha256
 
     # What can be wrong with the paths is told before a model is fetched and loaded.
     jobs = plan_jobs(
@@ -166,7 +166,7 @@ def upscale(
         include={"scale", "width", "height", "long_side", "fit", "color_correction", "quality", "lossless"}
         | {"strip_metadata"}
     )
-    recipe["weights"] = state_sha256(upscaler.engine.model.module.state_dict())
+    recipe["weights"] = upscaler.engine.weights_sha256
     manifest = None
     if folder is not None:
         if world.is_first and not dry_run:
@@ -200,11 +200,11 @@ def _load(settings: UpscaleConfig, world: World, meeting: Meeting, console: Cons
     """An upscaler for each device; the weights are fetched by one process on each machine."""
     from pdd_cli.commands._fetching import fetch_progress
     from pdd_cli.device import choose_runtime, resident_memory
-    from pdd_cli.inference.engines import choose_engine
+    from pdd_cli.inference.compiled import fingerprint
+    from pdd_cli.inference.engines import open_engine
     from pdd_cli.inference.resizing import SizeRequest
-    from pdd_cli.inference.strength import at_strength
+    from pdd_cli.inference.strength import at_strength, files_at_strength
     from pdd_cli.inference.upscaler import Upscaler
-    from pdd_cli.models.loading import load_sr_model
     from pdd_cli.weights.fetch import ensure
     from pdd_cli.weights.store import Store
 
@@ -217,15 +217,20 @@ def _load(settings: UpscaleConfig, world: World, meeting: Meeting, console: Cons
             return ensure(name, store=Store.default(), offline=settings.offline, on_event=on_event)
 
         path = find(settings.weights)
-        models = [
-            at_strength(load_sr_model(path), settings.strength, name=settings.weights, find=find) for _ in runtimes
-        ]
+        weights = fingerprint(files_at_strength(path, settings.strength, find), settings.strength)
     if world.local_rank == 0:
         meeting.gather("fetched")
-    engines = [choose_engine(model, runtime, settings.engine) for model, runtime in zip(models, runtimes, strict=True)]
+
+    def load() -> SRModel:
+        from pdd_cli.models.loading import load_sr_model
+
+        return at_strength(load_sr_model(path), settings.strength, name=settings.weights, find=find)
+
+    engines = [open_engine(load, weights, runtime, settings.engine) for runtime in runtimes]
     places = "; ".join(f"{engine.runtime}, {engine.name}" for engine in engines)
     processes = f", {world.size} processes" if world.size > 1 else ""
-    console.say(f"{settings.weights}: {models[0].architecture} x{models[0].scale} on {places}{processes}")
+    model = engines[0].model
+    console.say(f"{settings.weights}: {model.architecture} x{model.scale} on {places}{processes}")
     fit = None
     if settings.fit is not None:
         fit_width, fit_height = settings.fit.split("x")
@@ -358,7 +363,7 @@ def _document(results: Sequence[Result], settings: UpscaleConfig, upscalers: Seq
         "architecture": engine.model.architecture,
         "scale": upscalers[0].scale,
         "engine": engine.name,
-        "device": ",".join(str(upscaler.engine.runtime.device) for upscaler in upscalers),
+        "device": ",".join(str(upscaler.engine.runtime.place) for upscaler in upscalers),
         "precision": engine.runtime.precision,
         **{status: _count(results, status) for status in ("done", "skipped", "failed", "planned")},
         "seconds": round(sum(result.seconds for result in results), 3),

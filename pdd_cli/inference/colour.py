@@ -7,7 +7,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from scipy import ndimage
 
 FloatArray = npt.NDArray[np.float32]
 Correction = Literal["none", "mean-std", "low-frequency"]
@@ -40,6 +39,8 @@ def bleed(pixels: npt.NDArray[np.generic], alpha: npt.NDArray[np.generic]) -> np
     hidden = alpha == 0
     if not hidden.any() or hidden.all():
         return pixels
+    from scipy import ndimage
+
     _, (rows, columns) = ndimage.distance_transform_edt(hidden, return_indices=True)
     filled: npt.NDArray[np.generic] = pixels[rows, columns]
     return filled
@@ -81,6 +82,8 @@ def _match_low_frequencies(sr: FloatArray, lr: FloatArray, visible: FloatArray |
 
 
 def _low_pass(plane: FloatArray) -> FloatArray:
+    from scipy import ndimage
+
     return np.asarray(ndimage.gaussian_filter(plane, _LOW_PASS, mode="nearest"), np.float32)
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import cached_property
 from importlib.util import find_spec
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor, nn
 
-from pdd_cli.device import Runtime
+from pdd_cli.device import Runtime, usable_cpus
 from pdd_cli.errors import InputError
-from pdd_cli.models.loading import SRModel
+from pdd_cli.inference import compiled
+from pdd_cli.models.traits import Traits
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pdd_cli.models.loading import SRModel
 
 FloatArray = npt.NDArray[np.float32]
 EngineChoice = Literal["auto", "torch", "openvino"]
@@ -30,11 +34,26 @@ class Engine(Protocol):
     """Computes the forward pass of one model."""
 
     name: str
-    model: SRModel
     runtime: Runtime
 
+    @property
+    def model(self) -> Traits: ...
+
+    @property
+    def weights_sha256(self) -> str:
+        """By `state_sha256`: equal for equal weights, in whatever file they are."""
+        ...
+
+    @property
+    def bytes_per_pixel(self) -> int:
+        """Bytes of fp32 activations that a forward pass holds at once, per LR pixel: an estimate."""
+        ...
+
     def run(self, lr: FloatArray, *, exact: bool = False) -> FloatArray:
-        """(N, in_channels, h, w) in 0..1 to (N, out_channels, h*scale, w*scale); `exact` computes in fp32."""
+        """(N, in_channels, h, w) in 0..1 to (N, out_channels, h*scale, w*scale); `exact` computes in fp32.
+
+        In memory the channels of the result lie next to each other, as they do in pictures.
+        """
         ...
 
 
@@ -44,60 +63,123 @@ class TorchEngine:
     name = "torch"
 
     def __init__(self, model: SRModel, runtime: Runtime) -> None:
+        import torch
+
         self.model = model
         self.runtime = runtime
         model.module.to(runtime.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if runtime.kind == "cpu":
+            torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        from pdd_cli.models.loading import state_sha256
+
+        return state_sha256(self.model.module.state_dict())
+
+    @cached_property
+    def bytes_per_pixel(self) -> int:
+        return bytes_per_pixel(self.model)
 
     def run(self, lr: FloatArray, *, exact: bool = False) -> FloatArray:
-        runtime = Runtime(self.runtime.device, "fp32") if exact else self.runtime
+        import torch
+
+        runtime = Runtime(self.runtime.place, "fp32") if exact else self.runtime
         batch = torch.from_numpy(lr).to(runtime.device, memory_format=torch.channels_last)
         with torch.inference_mode(), runtime.autocast():
-            return np.asarray(self.model.upscale(batch).float().cpu().contiguous().numpy())
+            # Brought to fp32 on this side of the bus.
+            return np.asarray(self.model.upscale(batch).cpu().float().numpy())
 
 
 class OpenVINOEngine:
     """OpenVINO on the CPU in the runtime's precision, for any size of image.
 
-    Raises InputError when OpenVINO isn't installed, the runtime isn't a CPU, or the model can't be converted.
+    Of a loaded model, or of one that was converted before. Raises InputError when OpenVINO isn't installed, the runtime
+    isn't a CPU, or the model can't be converted.
     """
 
     name = "openvino"
 
-    def __init__(self, model: SRModel, runtime: Runtime) -> None:
+    def __init__(self, model: SRModel | compiled.Converted, runtime: Runtime) -> None:
         if find_spec("openvino") is None:
             raise InputError("--engine openvino: OpenVINO isn't installed", "Run: pip install 'pdd-cli[openvino]'")
-        if runtime.device.type != "cpu":
-            raise InputError(f"--engine openvino runs on a CPU, not on {runtime.device}", "Add --device cpu.")
-        self.model = model
+        if runtime.kind != "cpu":
+            raise InputError(f"--engine openvino runs on a CPU, not on {runtime.place}", "Add --device cpu.")
+        self.converted = model if isinstance(model, compiled.Converted) else _convert(model)
+        self.model = self.converted.traits
         self.runtime = runtime
-        self._converted = _convert(model)
-        self._fast = replace(model, module=_Compiled(self._converted, runtime.precision))
-        self._exact: SRModel | None = self._fast if runtime.precision == "fp32" else None
+        self.weights_sha256 = self.converted.weights_sha256
+        self.bytes_per_pixel = self.converted.bytes_per_pixel
+        self.compiled = self.converted.compile(runtime.precision)
+        self._fast = self.compiled.create_infer_request()
+        self._exact = self._fast if runtime.precision == "fp32" else None
 
     def run(self, lr: FloatArray, *, exact: bool = False) -> FloatArray:
-        if exact and self._exact is None:
-            self._exact = replace(self.model, module=_Compiled(self._converted, "fp32"))
-        model = self._exact if exact and self._exact is not None else self._fast
-        with torch.inference_mode():
-            return np.ascontiguousarray(model.upscale(torch.from_numpy(lr)).numpy())
+        request: Any = self._fast
+        if exact:
+            request = self._exact = self._exact or self.converted.compile("fp32").create_infer_request()
+        height, width = lr.shape[-2:]
+        bottom, right = self.model.lacking(height), self.model.lacking(width)
+        if bottom or right:
+            lr = np.pad(lr, ((0, 0), (0, 0), (0, bottom), (0, right)), mode="edge")
+        request.start_async([np.ascontiguousarray(lr)])
+        try:
+            # In small waits, between which Python answers Ctrl-C.
+            while not request.wait_for(100):
+                pass
+        except BaseException:
+            request.cancel()
+            raise
+        sr: FloatArray = request.get_output_tensor(0).data
+        sr = sr[..., : height * self.model.scale, : width * self.model.scale]
+        # A copy, for the next call writes there.
+        return np.array(sr.transpose(0, 2, 3, 1), np.float32, order="C").transpose(0, 3, 1, 2)
 
 
 def choose_engine(model: SRModel, runtime: Runtime, choice: EngineChoice) -> Engine:
     """The engine for `--engine`: auto is OpenVINO on a CPU where it is installed and agrees with PyTorch, else PyTorch.
 
-    OpenVINO is the faster of the two on the CPU measured (docs/upscale.md); whether it computes the same is checked
+    OpenVINO is the faster of the two on the CPUs measured (docs/benchmarks.md); whether it computes the same is checked
     here for the very model, on noise.
     """
     if choice == "openvino":
         return OpenVINOEngine(model, runtime)
-    if choice == "auto" and runtime.device.type == "cpu" and find_spec("openvino") is not None:
+    if choice == "auto" and _could_be_openvino(runtime):
         try:
             engine = OpenVINOEngine(model, runtime)
         except InputError:
             return TorchEngine(model, runtime)
-        if _agrees(engine):
+        if _agrees(engine, model):
             return engine
     return TorchEngine(model, runtime)
+
+
+def open_engine(load: Callable[[], SRModel], weights: str, runtime: Runtime, choice: EngineChoice) -> Engine:
+    """What `choose_engine` gives for the model that `load` loads, which isn't loaded where OpenVINO's form is cached.
+
+    `weights`: its fingerprint (`compiled.fingerprint`). What is found out of a model, it is found out once.
+    """
+    if choice == "torch" or not _could_be_openvino(runtime):
+        return choose_engine(load(), runtime, choice)
+    known = compiled.find(weights, runtime.precision)
+    if known is not None and choice == "auto" and not known.agrees:
+        return TorchEngine(load(), runtime)
+    if known is not None and known.program is not None:
+        try:
+            return OpenVINOEngine(known, runtime)
+        except RuntimeError:  # not what this OpenVINO exported
+            pass
+    model = load()
+    try:
+        engine = OpenVINOEngine(model, runtime)
+    except InputError:
+        if choice == "openvino":
+            raise
+        compiled.keep(weights, runtime.precision, _describe(model, None), b"")
+        return TorchEngine(model, runtime)
+    found = replace(engine.converted, agrees=_agrees(engine, model))
+    compiled.keep(weights, runtime.precision, found, engine.compiled.export_model().getvalue())
+    return engine if found.agrees or choice == "openvino" else TorchEngine(model, runtime)
 
 
 def bytes_per_pixel(model: SRModel) -> int:
@@ -106,12 +188,14 @@ def bytes_per_pixel(model: SRModel) -> int:
     The largest input and output of any one layer, twice: what is upsampled, concatenated or kept for a skip
     connection stands beside them.
     """
+    import torch
+
     side = max(16, model.size_minimum)
     largest = 0
 
     def record(module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
         nonlocal largest
-        tensors = [tensor for tensor in (*inputs, output) if isinstance(tensor, Tensor)]
+        tensors = [tensor for tensor in (*inputs, output) if isinstance(tensor, torch.Tensor)]
         largest = max(largest, sum(tensor.numel() for tensor in tensors) * 4)
 
     leaves = [module for module in model.module.modules() if not list(module.children())]
@@ -126,54 +210,28 @@ def bytes_per_pixel(model: SRModel) -> int:
     return -(-2 * largest // side**2)
 
 
-class _Compiled(nn.Module):
-    """A converted network, compiled for the CPU in one precision, in the place of the PyTorch module."""
-
-    def __init__(self, converted: Any, precision: str) -> None:
-        super().__init__()
-        import openvino
-
-        hint = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[precision]
-        settings = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
-        self._request = openvino.Core().compile_model(converted, "CPU", settings).create_infer_request()
-
-    def forward(self, batch: Tensor) -> Tensor:
-        self._request.start_async([np.ascontiguousarray(batch.numpy())])
-        try:
-            # In small waits, between which Python answers Ctrl-C.
-            while not self._request.wait_for(100):
-                pass
-        except BaseException:
-            self._request.cancel()
-            raise
-        return torch.from_numpy(np.array(self._request.get_output_tensor(0).data, np.float32))
+def _could_be_openvino(runtime: Runtime) -> bool:
+    return runtime.kind == "cpu" and find_spec("openvino") is not None
 
 
-def _convert(model: SRModel) -> Any:
-    import openvino
-
-    side = -(-max(32, model.size_minimum) // model.size_multiple) * model.size_multiple
-    example = torch.zeros(1, model.in_channels, side, side)
-    logging.getLogger("nncf").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit.trace's, about its own future
-            converted = openvino.convert_model(model.module, example_input=example)
-            converted.reshape([-1, model.in_channels, -1, -1])
-    except Exception as error:  # whatever tracing and conversion raise for an operation that they don't know
-        raise InputError(
-            f"--engine openvino: can't convert this {model.architecture} model", "Use --engine torch."
-        ) from error
-    return converted
+def _convert(model: SRModel) -> compiled.Converted:
+    return _describe(model, compiled.convert(model))
 
 
-def _agrees(engine: Engine) -> bool:
+def _describe(model: SRModel, program: Any) -> compiled.Converted:
+    from pdd_cli.models.loading import state_sha256
+
+    traits = Traits(**{field.name: getattr(model, field.name) for field in fields(Traits)})
+    return compiled.Converted(traits, state_sha256(model.module.state_dict()), bytes_per_pixel(model), program)
+
+
+def _agrees(engine: Engine, model: SRModel) -> bool:
     """Whether `engine` is as near to PyTorch's fp32 as PyTorch is in its precision.
 
     On noise of two sizes: the second tells a conversion that was frozen to one size.
     """
-    model, runtime = engine.model, engine.runtime
-    same, full = TorchEngine(model, runtime), TorchEngine(model, Runtime(runtime.device, "fp32"))
+    runtime = engine.runtime
+    same, full = TorchEngine(model, runtime), TorchEngine(model, Runtime(runtime.place, "fp32"))
     generator = np.random.default_rng(0)
     multiple = model.size_multiple
     for side in (max(24, model.size_minimum), max(40, model.size_minimum + 8)):

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pdd_cli.errors import InputError, PddError
-from pdd_cli.models.loading import SRModel, interpolated, load_sr_model, state_sha256
+from pdd_cli.weights.store import read_card
+
+if TYPE_CHECKING:
+    from pdd_cli.models.loading import SRModel
+
+
+def files_at_strength(path: Path, strength: float, find: Callable[[str], Path]) -> list[Path]:
+    """The weights files that decide what `at_strength` makes of the one at `path`."""
+    card = read_card(path) if strength != 1 else None
+    if card is None or card.base is None:
+        return [path]
+    try:
+        return [path, find(card.base)]
+    except PddError:  # which `at_strength` explains
+        return [path]
 
 
 def at_strength(adapted: SRModel, strength: float, *, name: str, find: Callable[[str], Path]) -> SRModel:
@@ -18,6 +33,8 @@ def at_strength(adapted: SRModel, strength: float, *, name: str, find: Callable[
     """
     if strength == 1:
         return adapted
+    from pdd_cli.models.loading import interpolated, load_sr_model, state_sha256
+
     card = adapted.card
     if card is None or card.base is None or card.base_sha256 is None:
         raise InputError(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+Weights = npt.NDArray[np.float32]
+
 # LR pixels over which neighbouring tiles are blended, in the middle of their overlap.
 _BLENDED = 16
 
@@ -41,12 +43,13 @@ class TilePlan:
         row, column = self.rows[0], self.columns[0]
         return row.stop - row.start, column.stop - column.start
 
-    def tiles(self, scale: int) -> Iterator[tuple[Span, Span, npt.NDArray[np.float32]]]:
-        """(row span, column span, weights) of each tile; weights (h*scale, w*scale) sum to 1 at every output pixel."""
+    def tiles(self, scale: int) -> Iterator[tuple[Span, Span, Weights, Weights]]:
+        """(row span, column span, weights of its rows, of its columns) of each tile, for its h*scale rows and w*scale
+        columns; the products of both sum to 1 at every output pixel."""
         down, across = feather(self.rows, scale), feather(self.columns, scale)
         for row, row_weights in zip(self.rows, down, strict=True):
             for column, column_weights in zip(self.columns, across, strict=True):
-                yield row, column, np.outer(row_weights, column_weights)
+                yield row, column, row_weights, column_weights
 
 
 def plan_tiles(height: int, width: int, *, tile: tuple[int, int] | None, overlap: int, multiple: int = 1) -> TilePlan:
@@ -75,7 +78,7 @@ def fit_tile(height: int, width: int, pixels: int) -> tuple[int, int] | None:
     return min(height, max(1, pixels // tile_width)), tile_width
 
 
-def feather(spans: Sequence[Span], scale: int) -> list[npt.NDArray[np.float32]]:
+def feather(spans: Sequence[Span], scale: int) -> list[Weights]:
     """A weight for each output pixel of each span, summing to 1 where spans overlap.
 
     In the middle of an overlap, over at most 16 LR pixels, a tile's weight rises as sin² from 0 to 1. Nearer to its

@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from pdd_cli.device import available_memory, is_out_of_memory, resident_memory
 from pdd_cli.encoding import Layout, Sheet, from_float, to_float
 from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.images import MOST_PIXELS, Array, Picture
 from pdd_cli.inference.colour import Correction, bleed, correct
-from pdd_cli.inference.engines import Engine, FloatArray, bytes_per_pixel
+from pdd_cli.inference.engines import Engine, FloatArray
 from pdd_cli.inference.resizing import SizeRequest, passes, resize_bands
-from pdd_cli.inference.tiling import Span, TilePlan, fit_tile, plan_tiles
+from pdd_cli.inference.tiling import Span, TilePlan, Weights, fit_tile, plan_tiles
 
 # The automatic tile: what its activations may take of the free memory, and how large it gets at most. Beyond a
 # megapixel of LR a larger tile saves almost no overlap, and nothing would be heard of an image for minutes.
@@ -93,9 +92,9 @@ class Upscaler:
         # What the network sees at once, in LR pixels: a side, or a number of pixels.
         self._side = tile + 2 * overlap if isinstance(tile, int) and tile > 0 else None
         self._pixels: float = math.inf
-        self._bytes_per_pixel = bytes_per_pixel(model)
+        self._bytes_per_pixel = engine.bytes_per_pixel
         if tile == "auto":
-            memory = available_memory(engine.runtime.device) * _MEMORY_SHARE
+            memory = available_memory(engine.runtime.place) * _MEMORY_SHARE
             self._pixels = max(_SMALLEST_SIDE**2, min(_MOST_PIXELS, memory // self._bytes_per_pixel))
         self.reserved = 0  # bytes that something else will take while a picture is upscaled: an encoder of video
         self._max_memory = max_memory
@@ -107,7 +106,7 @@ class Upscaler:
         """The largest input that is decoded at all: by `max_memory`; without it 179 megapixels, for bombs' sake."""
         if self._max_memory is not None:
             return max(1, (self._max_memory - self._base_memory) // _DECODED_BYTES)
-        return max(1, min(MOST_PIXELS, available_memory(torch.device("cpu")) // _DECODED_BYTES))
+        return max(1, min(MOST_PIXELS, available_memory("cpu") // _DECODED_BYTES))
 
     def plan(self, height: int, width: int) -> TilePlan:
         """The tiles of a pass over an image of this size, as they would be computed now."""
@@ -150,7 +149,7 @@ class Upscaler:
         seconds = (
             sum(len(plan) * math.prod(plan.tile_size) for plan in plans) * self._time_of_a_pixel() if timed else 0.0
         )
-        on_cpu = self.engine.runtime.device.type == "cpu"
+        on_cpu = self.engine.runtime.kind == "cpu"
         memory += self._base_memory + self.reserved + (activations if on_cpu else 0)
         return Estimate(memory, activations, seconds)
 
@@ -222,7 +221,9 @@ class Upscaler:
                 f"out of memory even with tiles of {seen} pixels",
                 "Close other programs, or use --device cpu or a lighter model.",
             )
-        if self.engine.runtime.device.type == "cuda":
+        if self.engine.runtime.kind == "cuda":
+            import torch
+
             torch.cuda.empty_cache()
         self._notify(f"out of memory: going on with tiles of at most {side} pixels")
         # Told once: whatever comes later is known from the first time.
@@ -285,15 +286,18 @@ class Upscaling:
         """One pass of the model over (h, w, C), C = 1 (gray) or 3 and alpha: bands of rows, w*scale wide, float."""
         height, width = source.shape[:2]
         scale, plan = self._upscaler.scale, self._upscaler.plan(height, width)
+        if len(plan) == 1:
+            yield self._tile(source, plan.tile_size, gray)[: height * scale, : width * scale]
+            return
         padded_width = plan.columns[-1].stop
         top = 0  # the output row that `held` begins with
         held = np.zeros((0, padded_width * scale, source.shape[2]), np.float32)
         row: Span | None = None
-        for next_row, column, weights in plan.tiles(scale):
+        for next_row, column, down, across in plan.tiles(scale):
             if next_row != row:
                 row = next_row
                 # Rows above the first that this row of tiles counts in are final.
-                final = row.start * scale + _leading_zeros(weights[:, np.argmax(weights.sum(axis=0))])
+                final = row.start * scale + int(np.argmax(down > 0))
                 if final > top:
                     yield held[: final - top, : width * scale]
                     held, top = held[final - top :], final
@@ -301,8 +305,8 @@ class Upscaling:
                 grown[: len(held)] = held
                 held = grown
             tile = self._tile(source[row.at(1), column.at(1)], plan.tile_size, gray)
+            _weigh(tile, down, across)
             counted = slice(max(top - row.start * scale, 0), None)
-            tile *= weights[:, :, None]
             held[row.start * scale + (counted.start or 0) - top :, column.at(scale)] += tile[counted]
         yield held[: height * scale - top, : width * scale]
 
@@ -369,8 +373,11 @@ def _picture(whole: Array, sheet: Sheet, source: Picture) -> Picture:
     return replace(source, pixels=pixels, alpha=alpha, frames=1)
 
 
-def _leading_zeros(weights: FloatArray) -> int:
-    return int(np.argmax(weights > 0))
+def _weigh(tile: FloatArray, down: Weights, across: Weights) -> None:
+    """Multiply (h, w, C) by the weights of its rows and columns, in place; most of them are 1."""
+    rows, columns = down != 1, across != 1
+    tile[rows] *= np.outer(down[rows], across)[:, :, None]
+    tile[np.ix_(~rows, columns)] *= across[columns, None]
 
 
 def _keep_extremes(sr: FloatArray, lr: FloatArray, scale: int) -> FloatArray:

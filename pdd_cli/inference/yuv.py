@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -85,6 +84,8 @@ def from_rgb(pixels: Array, coding: Coding, chroma: tuple[int, int]) -> list[Arr
     Cb and Cr are sited on the left (`to_rgb`); their filter is 1 2 1 across, a mean down. `chroma` is 1 or 2 each way
     and divides the size.
     """
+    import cv2
+
     top = np.iinfo(pixels.dtype).max
     kind = np.uint8 if coding.bits == 8 else np.uint16
     pixels = np.ascontiguousarray(pixels, np.uint16)

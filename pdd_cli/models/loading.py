@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from pdd_cli.errors import InputError
 from pdd_cli.models.rrdbnet import RRDBNet, rrdbnet_from_state
+from pdd_cli.models.traits import Traits
 from pdd_cli.weights.states import read_state
 from pdd_cli.weights.store import Card, read_card
 
 
-@dataclass(frozen=True, eq=False)
-class SRModel:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SRModel(Traits):
     """A super-resolution network that knows its scale and size needs.
 
     `module` maps (N, in_channels, h, w) in 0..1, h and w multiples of `size_multiple` and at least `size_minimum`, to
@@ -26,26 +27,16 @@ class SRModel:
     """
 
     module: nn.Module
-    scale: int
-    in_channels: int
-    out_channels: int
-    architecture: str
-    size_multiple: int = 1
-    size_minimum: int = 1
     card: Card | None = None
 
     def upscale(self, lr: Tensor) -> Tensor:
         """(N, C, h, w) of any size to (N, C, h*scale, w*scale): padded by repeating the border as the network needs."""
         height, width = lr.shape[-2:]
-        bottom, right = self._missing(height), self._missing(width)
+        bottom, right = self.lacking(height), self.lacking(width)
         if bottom or right:
             lr = F.pad(lr, (0, right, 0, bottom), mode="replicate")
         sr: Tensor = self.module(lr)
         return sr[..., : height * self.scale, : width * self.scale]
-
-    def _missing(self, side: int) -> int:
-        """Pixels that a side lacks to the network's minimum and multiple."""
-        return max(self.size_minimum - side, 0) + -max(side, self.size_minimum) % self.size_multiple
 
 
 def load_sr_model(path: Path) -> SRModel:

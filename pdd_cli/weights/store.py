@@ -62,6 +62,13 @@ def home() -> Path:
     return Path(configured).expanduser() if configured else Path(platformdirs.user_data_dir("pdd", appauthor=False))
 
 
+def cache_home() -> Path:
+    """The folder of what pdd can make again: `$PDD_HOME/cache`, or the platform's cache folder."""
+    if os.environ.get("PDD_HOME"):
+        return home() / "cache"
+    return Path(platformdirs.user_cache_dir("pdd", appauthor=False))
+
+
 @dataclass(frozen=True)
 class Store:
     """The entries below one folder."""
@@ -135,7 +142,7 @@ def read_card(path: Path) -> Card | None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as opened:
+        with safe_open(path, framework="numpy") as opened:
             text = (opened.metadata() or {}).get(_CARD_KEY)
     except (SafetensorError, OSError):
         return None
