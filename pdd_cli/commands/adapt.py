@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from pdd_cli.console import Console
-from pdd_cli.errors import DownloadError, InputError, Interrupted
-
-if TYPE_CHECKING:
-    from pdd_cli.config import AdaptConfig
-    from pdd_cli.distillation.run import WeightFiles
-    from pdd_cli.weights.store import Store
+from pdd_cli.errors import Interrupted
 
 
 def adapt(
@@ -64,6 +59,9 @@ def adapt(
         Path | None, typer.Option(help="YAML file with an `adapt:` section. [default: ./pdd.yaml]")
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting: key.path=value; repeatable.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, estimate time, memory and disk; write nothing.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Adapt a model to your own real images, without ground truth (Pairwise Distance Distillation).
@@ -71,7 +69,10 @@ def adapt(
     Writes runs/NAME/ (settings, log, previews, checkpoint) and registers the weights NAME for `pdd upscale`.
     Ctrl-C saves a checkpoint; the same command with --resume goes on.
     """
+    from pdd_cli.commands._adapting import check_name, dry_adapt, weight_files
+    from pdd_cli.commands._fetching import fetch_progress
     from pdd_cli.config import AdaptConfig, resolve
+    from pdd_cli.weights.fetch import ensure
 
     console = Console(json=json)
     settings = resolve(
@@ -102,17 +103,27 @@ def adapt(
     )
 
     from pdd_cli.device import choose_runtime
+    from pdd_cli.distillation.rehearsal import check_places
     from pdd_cli.distillation.run import prepare_run
     from pdd_cli.weights.store import Store
 
     store = Store.default()
     run_name = settings.name or settings.real_dir.resolve().name
-    _check_name(run_name, store, replace=resume or overwrite)
+    if dry_run:
+        dry_adapt(settings, store, console, name=run_name, resume=resume, overwrite=overwrite)
+        return
+    check_name(run_name, store, replace=resume or overwrite)
     runtime = choose_runtime(settings.device, settings.precision)
-    weights = _weight_files(settings, store, console)
+    with fetch_progress(console) as on_event:
+        weights = weight_files(
+            settings,
+            lambda reference: ensure(reference, store=store, offline=settings.offline, on_event=on_event),
+            console.warn,
+        )
     run = prepare_run(
         settings, weights, runtime, name=run_name, resume=resume, overwrite=overwrite, notify=console.warn
     )
+    check_places(run, store)
     console.say(
         f"adapting {settings.base} to {len(run.domains.real)} real images as '{run_name}': "
         f"{settings.steps - run.state.step} steps on {runtime}, features of {run.features_name}"
@@ -183,46 +194,3 @@ class _Interruption:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-
-
-def _check_name(name: str, store: Store, *, replace: bool) -> None:
-    """Refuse a name that would hide other weights."""
-    from pdd_cli.weights.catalog import CATALOG
-
-    store.path(name)
-    if any(entry.name == name for entry in CATALOG):
-        raise InputError(f"--name {name}: pdd fetches weights of that name", "Choose another --name.")
-    if not replace and store.get(name) is not None:
-        raise InputError(
-            f"weights '{name}' exist already in the store", "Choose another --name, or replace them with --overwrite."
-        )
-
-
-def _weight_files(settings: AdaptConfig, store: Store, console: Console) -> WeightFiles:
-    """The files of base, generalist and features, fetched where they aren't installed."""
-    from pdd_cli.commands._fetching import fetch_progress
-    from pdd_cli.distillation.run import WeightFiles
-    from pdd_cli.weights.fetch import ensure
-
-    with fetch_progress(console) as on_event:
-
-        def have(reference: str) -> Path:
-            return ensure(reference, store=store, offline=settings.offline, on_event=on_event)
-
-        base = have(settings.base)
-        generalist = have(settings.generalist.weights) if settings.generalist.mode == "static" else None
-        network, file = settings.features.network, settings.features.weights
-        if file is not None:
-            return WeightFiles(base, generalist, network, have(str(file)))
-        if network != "auto":
-            return WeightFiles(base, generalist, network, have(network))
-        for candidate in ("vgg19", "vgg16"):
-            try:
-                return WeightFiles(base, generalist, candidate, have(candidate))
-            except (DownloadError, InputError):
-                console.warn(f"{candidate} can't be had, trying the next feature network")
-        console.warn(
-            "neither VGG-19 nor VGG-16 can be had: distances are measured with efficientnet-lite0, which the method "
-            "was not made for; with VGG the result is better (pdd fetch-weights vgg19 --from FILE)"
-        )
-        return WeightFiles(base, generalist, "efficientnet-lite0", have("efficientnet-lite0"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,8 +38,8 @@ from pdd_cli.weights.store import Card, Entry, Store
 # What a resumed run may change: these don't alter what is learnt, or (steps) only how long.
 _CHANGEABLE = {"steps", "runs_dir", "checkpoint_every", "preview_every", "export", "device", "precision", "offline"}
 
-_PREVIEW_IMAGES = 4
-_PREVIEW_SIZE = 64  # LR pixels
+PREVIEW_IMAGES = 4
+PREVIEW_SIZE = 64  # LR pixels
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,19 @@ class WeightFiles:
     features: Path
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a folder of images gave. Sizes are width, height in pixels."""
+
+    option: str
+    folder: Path
+    used: int
+    smallest: tuple[int, int]
+    largest: tuple[int, int]
+    small: int  # how many are smaller than a crop
+    left_out: tuple[str, ...]  # which, and why
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """A run that is ready to train."""
@@ -95,6 +109,8 @@ class Run:
     name: str
     config: AdaptConfig
     folder: RunFolder
+    resumed: bool
+    sources: Sequence[Source]
     base: SRModel
     generalist: SRModel
     base_sha256: str
@@ -107,6 +123,7 @@ class Run:
 
     def train(self, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
         """Train to the last step, or until `should_stop()`; writes log, checkpoints and previews on the way."""
+        self._open_folder()
         _cut_log(self.folder.log, self.state.step)
         _cut_log(self.folder.judgements, self.state.step)
         base = self._judge_base()
@@ -129,6 +146,12 @@ class Run:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 yield report
+
+    def _open_folder(self) -> None:
+        if self.folder.checkpoint.exists() and not self.resumed:
+            shutil.rmtree(self.folder.path)  # --overwrite: without it nobody gets here
+        self.folder.previews.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder.config, yaml.safe_dump({"adapt": self._settings()}, sort_keys=False))
 
     def _save(self, base: Judgement) -> None:
         """A checkpoint; and its weights are judged, and kept if they are the best so far."""
@@ -203,7 +226,7 @@ class Run:
                 "steps": self.state.step,
                 "features": self.features_name,
                 "real_images": len(self.domains.real),
-                "hr_images": len(self.domains.hr),
+                "hr_images": self.sources[-1].used if self.config.hr_dir else len(self.domains.real),
                 "hr_from": "hr_dir" if self.config.hr_dir else "the real images, downscaled",
                 "precision": self.runtime.precision,
                 "verdict": "keep" if verdict.keep else "reject",
@@ -230,9 +253,9 @@ class Run:
 
     def _preview_crops(self) -> list[Tensor]:
         crops = []
-        for image in self.domains.real[:_PREVIEW_IMAGES]:
-            y, x = (max(0, (side - _PREVIEW_SIZE) // 2) for side in image.shape[:2])
-            crop = np.ascontiguousarray(image[y : y + _PREVIEW_SIZE, x : x + _PREVIEW_SIZE])
+        for image in self.domains.real[:PREVIEW_IMAGES]:
+            y, x = (max(0, (side - PREVIEW_SIZE) // 2) for side in image.shape[:2])
+            crop = np.ascontiguousarray(image[y : y + PREVIEW_SIZE, x : x + PREVIEW_SIZE])
             crops.append(torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 255)
         return crops
 
@@ -266,11 +289,12 @@ def prepare_run(
     overwrite: bool,
     notify: Callable[[str], None],
 ) -> Run:
-    """Check and load all that a run needs. `notify` is told, in words, what the user should know.
+    """Check and load all that a run needs; nothing is written. `notify` is told, in words, what the user should know.
 
     Raises InputError for images, weights or a run folder that can't be used.
     """
     folder = RunFolder(config.runs_dir / name)
+    check_folder(folder, config, resume=resume, overwrite=overwrite)
     base = _trainable(load_sr_model(weights.base), config.base)
     generalist = base
     if weights.generalist is not None and config.generalist.mode == "static":
@@ -284,26 +308,15 @@ def prepare_run(
     features = feature_network(weights.feature_network, read_state(weights.features), origin=str(weights.features))
     features.to(runtime.device).to(memory_format=torch.channels_last)
 
-    def left_out(reason: str) -> None:
-        notify(f"left out: {reason}")
-
-    real = read_folder(config.real_dir, "--real-dir", left_out)
+    real, hr, sources = read_sources(config, base.scale, notify)
     kept_out = held_out(len(real), config.held_out)
     judged_on = [real[index] for index in kept_out] or real
     real = [image for index, image in enumerate(real) if index not in kept_out]
     hr_crop = config.crop * base.scale
-    if config.hr_dir is not None:
-        hr = read_folder(config.hr_dir, "--hr-dir", left_out)
-    else:
-        hr = hr_from_real(real, hr_crop)
-        notify(
-            "no --hr-dir given: the synthetic domain's HR is made from your own images by downscaling; "
-            "a folder of sharp photographs as --hr-dir gives better results"
-        )
     synthetic = config.synthetic
     domains = Domains(
         real,
-        downscaled(hr, synthetic.hr_scales, hr_crop),
+        downscaled(hr or hr_from_real(real, hr_crop), synthetic.hr_scales, hr_crop),
         config.crop,
         base.scale,
         Degradation(synthetic.filters, synthetic.blur, synthetic.noise, synthetic.jpeg),
@@ -312,12 +325,15 @@ def prepare_run(
     )
 
     state = new_state(config, base, generalist, domains, features, runtime)
-    _open_folder(folder, config, state, resume=resume, overwrite=overwrite)
+    if resume:
+        load_checkpoint(folder.checkpoint, state)
     base.module.to(runtime.device).to(memory_format=torch.channels_last)
     return Run(
         name=name,
         config=config,
         folder=folder,
+        resumed=resume,
+        sources=sources,
         base=base,
         generalist=generalist,
         base_sha256=state_sha256(base.module.state_dict()),
@@ -330,6 +346,58 @@ def prepare_run(
     )
 
 
+def check_folder(folder: RunFolder, config: AdaptConfig, *, resume: bool, overwrite: bool) -> None:
+    """Raise InputError where the run can't begin in `folder`, or can't go on there."""
+    if not resume:
+        if folder.checkpoint.exists() and not overwrite:
+            raise InputError(
+                f"{folder.path} holds a run already",
+                "Continue it with --resume, replace it with --overwrite, or choose another --name.",
+            )
+        return
+    if not folder.checkpoint.exists():
+        raise InputError(f"--resume: there is no checkpoint in {folder.path}", "Leave --resume out to start a run.")
+    before = AdaptConfig.model_validate(checkpoint_settings(folder.checkpoint)).model_dump(mode="json")
+    now = config.model_dump(mode="json")
+    changed = sorted(key for key in now if key not in _CHANGEABLE and now[key] != before[key])
+    if changed:
+        told = "; ".join(f"{key} was {before[key]}, is {now[key]}" for key in changed)
+        raise InputError(
+            f"--resume: the settings differ from those of {folder.path}: {told}", "Give them as they were."
+        )
+
+
+def read_sources(
+    config: AdaptConfig, scale: int, notify: Callable[[str], None]
+) -> tuple[list[RGB], list[RGB], list[Source]]:
+    """The real images, the HR images (none where they are to be made of the real ones), and what there is to say.
+
+    Raises InputError for a folder without a readable image.
+    """
+    folders = [("--real-dir", config.real_dir, config.crop)]
+    if config.hr_dir is not None:
+        folders.append(("--hr-dir", config.hr_dir, config.crop * scale))
+    else:
+        notify(
+            "no --hr-dir given: the synthetic domain's HR is made from your own images by downscaling; "
+            "a folder of sharp photographs as --hr-dir gives better results"
+        )
+    found: list[list[RGB]] = []
+    sources = []
+    for option, folder, crop in folders:
+        left_out: list[str] = []
+        images = read_folder(folder, option, left_out.append)
+        by_size = sorted(((image.shape[1], image.shape[0]) for image in images), key=math.prod)
+        small = sum(min(size) < crop for size in by_size)
+        for reason in left_out:
+            notify(f"left out: {reason}")
+        if small:
+            notify(f"{small} of {len(images)} images of {option} are smaller than a crop of {crop} pixels: mirrored")
+        found.append(images)
+        sources.append(Source(option, folder, len(images), by_size[0], by_size[-1], small, tuple(left_out)))
+    return found[0], found[1] if len(found) > 1 else [], sources
+
+
 def _trainable(model: SRModel, reference: str) -> SRModel:
     if (model.in_channels, model.out_channels) != (3, 3):
         raise InputError(
@@ -339,31 +407,6 @@ def _trainable(model: SRModel, reference: str) -> SRModel:
     if not any(parameter.requires_grad for parameter in model.module.parameters()):
         raise InputError(f"{reference}: {model.architecture} has no parameters that can be trained")
     return model
-
-
-def _open_folder(folder: RunFolder, config: AdaptConfig, state: TrainState, *, resume: bool, overwrite: bool) -> None:
-    """Begin a new run folder, or put the state of its checkpoint into `state`."""
-    if resume:
-        if not folder.checkpoint.exists():
-            raise InputError(f"--resume: there is no checkpoint in {folder.path}", "Leave --resume out to start a run.")
-        before = AdaptConfig.model_validate(checkpoint_settings(folder.checkpoint)).model_dump(mode="json")
-        now = config.model_dump(mode="json")
-        changed = sorted(key for key in now if key not in _CHANGEABLE and now[key] != before[key])
-        if changed:
-            told = "; ".join(f"{key} was {before[key]}, is {now[key]}" for key in changed)
-            raise InputError(
-                f"--resume: the settings differ from those of {folder.path}: {told}", "Give them as they were."
-            )
-        load_checkpoint(folder.checkpoint, state)
-    elif folder.checkpoint.exists():
-        if not overwrite:
-            raise InputError(
-                f"{folder.path} holds a run already",
-                "Continue it with --resume, replace it with --overwrite, or choose another --name.",
-            )
-        shutil.rmtree(folder.path)
-    folder.previews.mkdir(parents=True, exist_ok=True)
-    write_text(folder.config, yaml.safe_dump({"adapt": config.model_dump(mode="json")}, sort_keys=False))
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from pdd_cli.device import available_memory, resident_memory
+from pdd_cli.device import available_memory, is_out_of_memory, resident_memory
 from pdd_cli.encoding import Layout, Sheet, from_float, to_float
 from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.images import MOST_PIXELS, Array, Picture
@@ -348,16 +348,6 @@ class Upscaling:
 def _rows_bytes(rows: int, width: int, scale: int) -> int:
     """Bytes of a row of tiles, `rows` LR pixels high: as it is blended, quantised and waits to be written."""
     return rows * scale * width * scale * 4 * (2 * 4 + 4 + 3)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the memory of the machine or of the device ran out."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("not enough memory", "out of memory", "can't allocate memory", "bad_alloc")
-    )
 
 
 def _collect(bands: Iterable[Array], layout: Layout) -> Array:
