@@ -152,6 +152,8 @@ def _table(found: _Findings) -> Table:
         if not found.settings.hr_dir:
             table.add_row("HR", "made of the real images")
         table.add_row("judged on", f"{len(run.judged_on)} real images, {len(run.domains.real)} are trained on")
+        if run.pairs is not None:
+            table.add_row("pairs", f"{run.pairs.found} with ground truth, {len(run.pairs.lr)} of them are scored")
         parameters = sum(parameter.numel() for parameter in run.base.module.parameters())
         base = (
             f"{found.settings.base}: {run.base.architecture} x{run.base.scale}, {parameters / 1e6:.1f} million weights"
@@ -169,7 +171,9 @@ def _table(found: _Findings) -> Table:
             f"{rehearsal.judgements} judgements of {rehearsal.seconds_per_judgement:.2g} s",
         )
         if rehearsal.memory:
-            table.add_row("memory", f"{_size(rehearsal.memory)} at the most")
+            table.add_row(
+                "memory", f"{_size(rehearsal.memory)} at the most, {_size(rehearsal.free_memory)} more are free"
+            )
         for event in rehearsal.events:
             table.add_row("trial steps", escape(event))
     elif run is None:
@@ -222,6 +226,7 @@ def _document(found: _Findings) -> dict[str, object]:
             {
                 "trained_on": len(run.domains.real),
                 "judged_on": len(run.judged_on),
+                "pairs": run.pairs.found if run.pairs else 0,
                 "architecture": run.base.architecture,
                 "scale": run.base.scale,
                 "features": run.features_name,

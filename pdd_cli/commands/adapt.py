@@ -42,6 +42,11 @@ def adapt(
     feature_weights: Annotated[Path | None, typer.Option(help="File with the weights of --features.")] = None,
     intra_weight: Annotated[float | None, typer.Option(help="Weight of the intra-model distance. [default: 1]")] = None,
     inter_weight: Annotated[float | None, typer.Option(help="Weight of the inter-model distance. [default: 1]")] = None,
+    val_lr: Annotated[
+        Path | None,
+        typer.Option(help="LR images whose HR is in --val-hr: true scores are shown, nothing is chosen by them."),
+    ] = None,
+    val_hr: Annotated[Path | None, typer.Option(help="Ground truth of --val-lr, paired by name.")] = None,
     export: Annotated[
         str | None,
         typer.Option(help="Write the result for other programs, too: pth (BasicSR's form), onnx.", metavar="pth,onnx"),
@@ -93,6 +98,8 @@ def adapt(
             "features.weights": feature_weights,
             "losses.intra": intra_weight,
             "losses.inter": inter_weight,
+            "val_lr": val_lr,
+            "val_hr": val_hr,
             "export": tuple(part.strip() for part in export.split(",") if part.strip()) if export else None,
             "device": device,
             "precision": precision,
@@ -147,7 +154,8 @@ def adapt(
             f"stopped after step {run.state.step} of {settings.steps}; the state is saved in {run.folder.checkpoint}",
             "Run the same command with --resume to go on.",
         )
-    verdict = run.conclude()
+    conclusion = run.conclude()
+    verdict = conclusion.verdict
     entry = run.register(store, verdict)
     console.say(f"done: previews in {run.folder.previews}, weights '{run_name}' in {entry.path}")
     for path in run.export():
@@ -159,6 +167,8 @@ def adapt(
     else:
         console.warn(f"verdict: reject. {verdict.reason}")
         console.say("Look at the previews before you use it. More images of one look, or --hr-dir, may help.")
+    if told := conclusion.truth_in_words():
+        console.say(told)
     console.result(
         {
             "name": run_name,
@@ -168,6 +178,7 @@ def adapt(
             "features": run.features_name,
             "losses": losses,
             "verdict": {"keep": verdict.keep, "reason": verdict.reason, "strength": verdict.strength},
+            "truth": conclusion.truth_document(),
             "card": entry.card.model_dump(),
         }
     )

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from pdd_cli.device import peak_memory
+from pdd_cli.device import available_memory, peak_memory
 from pdd_cli.distillation.run import PREVIEW_IMAGES, PREVIEW_SIZE, Run
 from pdd_cli.distillation.trainer import StepReport, train
-from pdd_cli.distillation.verdict import STRENGTHS, judge
+from pdd_cli.distillation.verdict import STRENGTHS
 from pdd_cli.errors import InputError, ResourceError
 from pdd_cli.weights.store import Store
 
@@ -32,6 +32,7 @@ class Rehearsal:
     seconds_per_step: float
     seconds_per_judgement: float
     memory: int  # the most bytes held: on the GPU, where the run uses one; 0: not known
+    free_memory: int  # beside those
     events: tuple[str, ...]  # what went wrong in the steps
 
     @property
@@ -52,7 +53,7 @@ def rehearse(run: Run) -> Rehearsal:
     """Judge the base and do a few whole steps. `run.state` isn't that of a run any more afterwards."""
     config, state = run.config, run.state
     started = time.perf_counter()
-    judge(run.base, run.judged_on, run.runtime)
+    run.judge(run.base)
     seconds_per_judgement = time.perf_counter() - started
     left = config.steps - state.step
     judgements = _judgements(run)
@@ -71,20 +72,25 @@ def rehearse(run: Run) -> Rehearsal:
         seconds_per_step=min((report.seconds for report in reports[1:] or reports), default=0.0),
         seconds_per_judgement=seconds_per_judgement,
         memory=peak_memory(run.runtime.device),
+        free_memory=available_memory(run.runtime.device),
         events=tuple(report.event for report in reports if report.event),
     )
 
 
 def check_places(run: Run, store: Store) -> list[Space]:
     """What the run would write, by folder. Raises InputError where it may not, ResourceError where it hasn't room."""
-    needed = {run.folder.path: _run_bytes(run), store.root: _bytes(run.base.module.state_dict().values())}
+    folder = run.folder.path
+    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # replaced or gone on with
+    needed = {
+        folder: max(0, _run_bytes(run) - present),
+        store.root: _bytes(run.base.module.state_dict().values()),
+    }
     spaces = []
-    for folder, size in needed.items():
-        place = _existing(folder)
+    for target, size in needed.items():
+        place = _existing(target)
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             raise InputError(f"can't write into {place}", "Choose a folder that you may write to.")
-        present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder == place else 0
-        spaces.append(Space(folder, max(0, size - present), shutil.disk_usage(place).free))
+        spaces.append(Space(target, size, shutil.disk_usage(place).free))
     disks: dict[int, list[Space]] = {}
     for space in spaces:
         disks.setdefault(_existing(space.folder).stat().st_dev, []).append(space)

@@ -6,19 +6,17 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
-from torch import Tensor
 
 from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import RGB, Domains, downscaled, hr_from_real, read_folder
@@ -26,7 +24,9 @@ from pdd_cli.data.degradations import Degradation
 from pdd_cli.device import Runtime
 from pdd_cli.distillation.checkpoint import TrainState, checkpoint_settings, load_checkpoint, save_checkpoint
 from pdd_cli.distillation.export import export_onnx, export_pth
+from pdd_cli.distillation.pictures import centre, to_rgb8, upscaled
 from pdd_cli.distillation.trainer import StepReport, new_state, train
+from pdd_cli.distillation.truth import Pairs, Truth, read_pairs
 from pdd_cli.distillation.verdict import STRENGTHS, Judgement, Verdict, decide, held_out, judge
 from pdd_cli.errors import InputError
 from pdd_cli.files import atomic_write, write_text
@@ -36,7 +36,10 @@ from pdd_cli.weights.states import read_state
 from pdd_cli.weights.store import Card, Entry, Store
 
 # What a resumed run may change: these don't alter what is learnt, or (steps) only how long.
-_CHANGEABLE = {"steps", "runs_dir", "checkpoint_every", "preview_every", "export", "device", "precision", "offline"}
+_CHANGEABLE = {
+    "steps", "runs_dir", "checkpoint_every", "preview_every", "export", "device", "precision", "offline",
+    "val_lr", "val_hr",
+}  # fmt: skip
 
 PREVIEW_IMAGES = 4
 PREVIEW_SIZE = 64  # LR pixels
@@ -102,6 +105,46 @@ class Source:
     left_out: tuple[str, ...]  # which, and why
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What was found of a model: without ground truth, which counts, and with it where there are pairs."""
+
+    judgement: Judgement
+    truth: Truth | None
+
+    def as_document(self) -> dict[str, Any]:
+        return asdict(self.judgement) | ({"truth": asdict(self.truth)} if self.truth else {})
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """The verdict, and what was found of the base and of the best weights by strength."""
+
+    verdict: Verdict
+    base: Judged
+    adapted: Mapping[float, Judged]
+
+    @property
+    def strength(self) -> float:
+        """The recommended strength; of rejected weights the full one."""
+        return self.verdict.strength or max(self.adapted)
+
+    def truth_document(self) -> dict[str, Any] | None:
+        """What the pairs say of that strength and of the base; None without pairs."""
+        ours, base = self.adapted[self.strength].truth, self.base.truth
+        return {"base": asdict(base), "adapted": asdict(ours)} if ours and base else None
+
+    def truth_in_words(self) -> str:
+        """The same for people; "" without pairs."""
+        ours, base = self.adapted[self.strength].truth, self.base.truth
+        if ours is None or base is None:
+            return ""
+        text = f"by the ground truth, at strength {self.strength:g}: {ours.told(base)}"
+        if (ours.psnr > base.psnr) == (ours.distance < base.distance) != self.verdict.keep:
+            text += ". That speaks against the verdict: trust the ground truth, if the pairs look as your images do"
+        return text
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """A run that is ready to train."""
@@ -118,6 +161,7 @@ class Run:
     features: FeatureNetwork
     domains: Domains
     judged_on: Sequence[RGB]  # real images: held out of training, or all where there are too few
+    pairs: Pairs | None  # with ground truth, for the reader
     state: TrainState
     runtime: Runtime
 
@@ -126,12 +170,11 @@ class Run:
         self._open_folder()
         _cut_log(self.folder.log, self.state.step)
         _cut_log(self.folder.judgements, self.state.step)
-        base = self._judge_base()
-        base_panels = [self._upscale(self.base, lr) for lr in self._preview_crops()]
+        base_panels = [self._picture(self.base, lr) for lr in self._preview_crops()]
         with self.folder.log.open("a", encoding="utf-8") as log:
             for report in train(
                 self.config, self.state, self.base, self.generalist, self.domains, self.features, self.runtime,
-                save=lambda: self._save(base),
+                save=self._save,
                 restore=lambda: load_checkpoint(self.folder.checkpoint, self.state),
                 preview=lambda: self._write_preview(base_panels),
                 should_stop=should_stop,
@@ -153,7 +196,7 @@ class Run:
         self.folder.previews.mkdir(parents=True, exist_ok=True)
         write_text(self.folder.config, yaml.safe_dump({"adapt": self._settings()}, sort_keys=False))
 
-    def _save(self, base: Judgement) -> None:
+    def _save(self) -> None:
         """A checkpoint; and its weights are judged, and kept if they are the best so far."""
         if self.state.step:
             candidates = {"specialist": self.state.specialist}
@@ -165,44 +208,52 @@ class Run:
             for which, module in candidates.items():
                 if (self.state.step, which) in known:
                     continue
-                found = judge(replace(self.base, module=module), self.judged_on, self.runtime)
-                score = found.score(base)
+                found = self.judge(replace(self.base, module=module))
+                score = found.judgement.score(self.base_judged.judgement)
                 if score > best or not self.folder.best.exists():
                     best = score
                     with atomic_write(self.folder.best) as temporary:
                         save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, temporary)
-                line = {"step": self.state.step, "which": which, "score": score, **asdict(found)}
+                line = {"step": self.state.step, "which": which, "score": score, **found.as_document()}
                 with self.folder.judgements.open("a", encoding="utf-8") as log:
                     log.write(json.dumps(line) + "\n")
         save_checkpoint(self.folder.checkpoint, self.state, self._settings())
 
-    def _judge_base(self) -> Judgement:
-        return judge(self.base, self.judged_on, self.runtime)
+    @cached_property
+    def base_judged(self) -> Judged:
+        """What is found of the base."""
+        return self.judge(self.base)
 
-    def conclude(self) -> Verdict:
+    def judge(self, model: SRModel) -> Judged:
+        """Look at what `model` makes of the held-out images, and of the pairs where there are any."""
+        truth = self.pairs.score(model, self.runtime) if self.pairs else None
+        return Judged(judge(model, self.judged_on, self.runtime), truth)
+
+    def conclude(self) -> Conclusion:
         """Judge the best weights at several strengths, and say whether they are better than the base."""
         base_state = {key: value.detach().cpu() for key, value in self.base.module.state_dict().items()}
         best = read_state(self.folder.best)
         trial = replace(self.base, module=copy.deepcopy(self.base.module))
-        judgements = {}
+        judged = {}
         for strength in STRENGTHS:
             trial.module.load_state_dict(interpolated(base_state, best, strength))
-            judgements[strength] = judge(trial, self.judged_on, self.runtime)
-        base = self._judge_base()
-        verdict = decide(judgements, base)
+            judged[strength] = self.judge(trial)
+        base = self.base_judged
+        verdict = decide({strength: found.judgement for strength, found in judged.items()}, base.judgement)
         document = {
             "keep": verdict.keep,
             "reason": verdict.reason,
             "strength": verdict.strength,
             "images": len(self.judged_on),
-            "base": asdict(base),
+            "pairs": self.pairs.found if self.pairs else 0,
+            "base": base.as_document(),
             "adapted": [
-                {"strength": strength, "score": found.score(base), **asdict(found)}
-                for strength, found in judgements.items()
+                {"strength": strength, "score": found.judgement.score(base.judgement), **found.as_document()}
+                for strength, found in judged.items()
             ],
         }
         write_text(self.folder.verdict, json.dumps(document, indent=2) + "\n")
-        return verdict
+        return Conclusion(verdict, base, judged)
 
     def register(self, store: Store, verdict: Verdict) -> Entry:
         """Put the best weights into the store under the run's name."""
@@ -251,27 +302,17 @@ class Run:
     def _settings(self) -> dict[str, Any]:
         return self.config.model_dump(mode="json")
 
-    def _preview_crops(self) -> list[Tensor]:
-        crops = []
-        for image in self.domains.real[:PREVIEW_IMAGES]:
-            y, x = (max(0, (side - PREVIEW_SIZE) // 2) for side in image.shape[:2])
-            crop = np.ascontiguousarray(image[y : y + PREVIEW_SIZE, x : x + PREVIEW_SIZE])
-            crops.append(torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 255)
-        return crops
+    def _preview_crops(self) -> list[RGB]:
+        return [centre(image, PREVIEW_SIZE) for image in self.domains.real[:PREVIEW_IMAGES]]
 
-    def _upscale(self, model: SRModel, lr: Tensor) -> RGB:
-        training = model.module.training
-        model.module.to(self.runtime.device).eval()
-        with torch.inference_mode(), self.runtime.autocast():
-            sr = model.upscale(lr.to(self.runtime.device, memory_format=torch.channels_last))
-        model.module.train(training)
-        return _to_rgb8(sr)
+    def _picture(self, model: SRModel, lr: RGB) -> RGB:
+        return to_rgb8(upscaled(model, lr, self.runtime))
 
     def _write_preview(self, base_panels: list[RGB]) -> None:
         adapted = replace(self.base, module=self.state.specialist)
         scale = self.base.scale
         rows = [
-            (_to_rgb8(F.interpolate(lr, scale_factor=scale, mode="nearest")), base, self._upscale(adapted, lr))
+            (lr.repeat(scale, 0).repeat(scale, 1), base, self._picture(adapted, lr))
             for lr, base in zip(self._preview_crops(), base_panels, strict=True)
         ]
         path = self.folder.previews / f"step_{self.state.step:06d}.png"
@@ -324,6 +365,10 @@ def prepare_run(
         config.crop_candidates,
     )
 
+    pairs = None
+    if config.val_lr is not None and config.val_hr is not None:
+        pairs = read_pairs(config.val_lr, config.val_hr, base.scale, features)
+
     state = new_state(config, base, generalist, domains, features, runtime)
     if resume:
         load_checkpoint(folder.checkpoint, state)
@@ -341,6 +386,7 @@ def prepare_run(
         features=features,
         domains=domains,
         judged_on=judged_on,
+        pairs=pairs,
         state=state,
         runtime=runtime,
     )
@@ -420,10 +466,6 @@ def _cut_log(path: Path, step: int) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-
-
-def _to_rgb8(image: Tensor) -> RGB:
-    return np.asarray((image[0].float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def _sheet(rows: Sequence[Sequence[RGB]], titles: tuple[str, ...]) -> Image.Image:
