@@ -155,6 +155,8 @@ class AdaptConfig(Settings):
     discriminator_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.003
     # The share of the real images that is kept from training, to judge the result on.
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    # The run ends when so many judgements (one each `checkpoint_every` steps) have brought nothing better.
+    early_stopping: Literal[False] | Annotated[int, Field(ge=1, strict=True)] = 20
     # Pairs of the same look, to show true scores beside the judgements; nothing is trained on or chosen by them.
     val_lr: Path | None = None
     val_hr: Path | None = None
@@ -385,9 +387,12 @@ def _check(model: type[T], values: Mapping[str, Any], origin: str, *, partial: b
         raise InputError("\n".join(where + _explain(problem, model) for problem in problems)) from error
 
 
+_ALTERNATIVES = ("ema", "static", "constrained-int", "literal['auto']", "literal[False]")  # of a union, no keys
+
+
 def _explain(problem: ErrorDetails, model: type[Settings]) -> str:
     """One problem in plain words: key, value, what is allowed."""
-    path = [str(part) for part in problem["loc"] if part not in ("ema", "static", "constrained-int", "literal['auto']")]
+    path = [str(part) for part in problem["loc"] if part not in _ALTERNATIVES]
     key = ".".join(path) or "settings"
     value = problem["input"]
     match problem["type"]:

@@ -149,10 +149,15 @@ def adapt(
                 if key in losses
             )
             progress.update(task, completed=report.step, note=shown)
-    if run.state.step < settings.steps:
+    if not run.finished:
         raise Interrupted(
             f"stopped after step {run.state.step} of {settings.steps}; the state is saved in {run.folder.checkpoint}",
             "Run the same command with --resume to go on.",
+        )
+    if run.state.step < settings.steps:
+        console.say(
+            f"stopped early after step {run.state.step} of {settings.steps}: the last {settings.early_stopping} "
+            "judgements brought nothing better (--resume --set early_stopping=off goes on)"
         )
     conclusion = run.conclude()
     verdict = conclusion.verdict

@@ -63,7 +63,7 @@ def rehearse(run: Run) -> Rehearsal:
     reports: list[StepReport] = []
     for report in train(
         config, state, run.base, run.generalist, run.domains, run.features, run.runtime,
-        save=_nothing, restore=_nothing, preview=_nothing, should_stop=lambda: len(reports) == _STEPS,
+        save=lambda judge: False, restore=_nothing, preview=_nothing, should_stop=lambda: len(reports) == _STEPS,
     ):  # fmt: skip
         reports.append(report)
     return Rehearsal(

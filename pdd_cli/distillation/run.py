@@ -27,7 +27,7 @@ from pdd_cli.distillation.export import export_onnx, export_pth
 from pdd_cli.distillation.pictures import centre, to_rgb8, upscaled
 from pdd_cli.distillation.trainer import StepReport, new_state, train
 from pdd_cli.distillation.truth import Pairs, Truth, read_pairs
-from pdd_cli.distillation.verdict import STRENGTHS, Judgement, Verdict, decide, held_out, judge
+from pdd_cli.distillation.verdict import STRENGTHS, Judgement, Verdict, decide, held_out, judge, stalled
 from pdd_cli.errors import InputError
 from pdd_cli.files import atomic_write, write_text
 from pdd_cli.models.features import FeatureNetwork, feature_network
@@ -38,7 +38,7 @@ from pdd_cli.weights.store import Card, Entry, Store
 # What a resumed run may change: these don't alter what is learnt, or (steps) only how long.
 _CHANGEABLE = {
     "steps", "runs_dir", "checkpoint_every", "preview_every", "export", "device", "precision", "offline",
-    "val_lr", "val_hr",
+    "val_lr", "val_hr", "early_stopping",
 }  # fmt: skip
 
 PREVIEW_IMAGES = 4
@@ -170,6 +170,8 @@ class Run:
         self._open_folder()
         _cut_log(self.folder.log, self.state.step)
         _cut_log(self.folder.judgements, self.state.step)
+        if self.finished:
+            return
         base_panels = [self._picture(self.base, lr) for lr in self._preview_crops()]
         with self.folder.log.open("a", encoding="utf-8") as log:
             for report in train(
@@ -196,18 +198,18 @@ class Run:
         self.folder.previews.mkdir(parents=True, exist_ok=True)
         write_text(self.folder.config, yaml.safe_dump({"adapt": self._settings()}, sort_keys=False))
 
-    def _save(self) -> None:
-        """A checkpoint; and its weights are judged, and kept if they are the best so far."""
-        if self.state.step:
+    def _save(self, judge: bool) -> bool:
+        """A checkpoint; with `judge` its weights are judged, and kept if they are the best so far.
+
+        An interruption doesn't judge: the run that goes on from there is to be the one that wasn't interrupted. Whether
+        the run has stalled is returned.
+        """
+        if judge:
             candidates = {"specialist": self.state.specialist}
             if self.config.generalist.mode == "ema":
                 candidates["ema"] = self.state.generalist
-            judged = _read_lines(self.folder.judgements)
-            known = {(line["step"], line["which"]) for line in judged}
-            best = max((line["score"] for line in judged), default=float("-inf"))
+            best = max((line["score"] for line in _read_lines(self.folder.judgements)), default=float("-inf"))
             for which, module in candidates.items():
-                if (self.state.step, which) in known:
-                    continue
                 found = self.judge(replace(self.base, module=module))
                 score = found.judgement.score(self.base_judged.judgement)
                 if score > best or not self.folder.best.exists():
@@ -218,6 +220,20 @@ class Run:
                 with self.folder.judgements.open("a", encoding="utf-8") as log:
                     log.write(json.dumps(line) + "\n")
         save_checkpoint(self.folder.checkpoint, self.state, self._settings())
+        return self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether so many judgements as the settings say have brought nothing better."""
+        scores: dict[int, float] = {}
+        for line in _read_lines(self.folder.judgements):
+            scores[line["step"]] = max(line["score"], scores.get(line["step"], line["score"]))
+        patience = self.config.early_stopping
+        return patience is not False and stalled(list(scores.values()), patience)
+
+    @property
+    def finished(self) -> bool:
+        return self.state.step >= self.config.steps or self.stopped_early
 
     @cached_property
     def base_judged(self) -> Judged:

@@ -90,15 +90,16 @@ def train(
     features: FeatureNetwork,
     runtime: Runtime,
     *,
-    save: Callable[[], None],
+    save: Callable[[bool], bool],
     restore: Callable[[], None],
     preview: Callable[[], None],
     should_stop: Callable[[], bool],
 ) -> Iterator[StepReport]:
     """Train `state` from the step that it is at to `config.steps`, yielding a report a step.
 
-    `save` is called before the first step, every `checkpoint_every` steps, at the end, and when `should_stop` says so
-    after a step, which ends the iteration early. `base` and `generalist` give their networks' scale and size needs.
+    `save(judge)` is called before the first step, every `checkpoint_every` steps and at the end (both with True), and
+    when `should_stop` says so after a step, which ends the iteration early; so does True from `save`. `base` and
+    `generalist` give their networks' scale and size needs.
 
     A step whose loss or gradient isn't finite is skipped. After several in a row, or when the supervised loss has
     risen far above its best, `restore` puts the last checkpoint back into `state`, and the rate is halved. Raises
@@ -110,7 +111,7 @@ def train(
     ema = config.generalist if config.generalist.mode == "ema" else None
 
     if state.step == 0:
-        save()
+        save(False)
     while state.step < config.steps:
         started = time.perf_counter()
         learning_rate = _set_learning_rates(config, state)
@@ -192,11 +193,11 @@ def train(
             continue
 
         # checkpoint, preview
-        stop = should_stop()
+        stop, last = should_stop(), state.step == config.steps
         due = state.step % config.checkpoint_every == 0 and healthy  # what a rollback returns to must be sound
-        if stop or due or state.step == config.steps:
-            save()
-        if state.step % config.preview_every == 0 or state.step == config.steps:
+        if stop or due or last:
+            stop = save(due or last) or stop
+        if state.step % config.preview_every == 0 or last:
             preview()
         if stop:
             return

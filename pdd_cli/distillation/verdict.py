@@ -90,6 +90,11 @@ def decide(judgements: Mapping[float, Judgement], base: Judgement) -> Verdict:
     return Verdict(True, f"better than the base on the held-out images: {_compared(sound[best], base)}", best)
 
 
+def stalled(scores: Sequence[float], patience: int) -> bool:
+    """Whether the last `patience` of the `scores` are all no better than one before them."""
+    return len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience])
+
+
 def _compared(found: Judgement, base: Judgement) -> str:
     return (
         f"faithfulness to the LR {found.consistency - base.consistency:+.2f} dB, "
