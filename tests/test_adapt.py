@@ -105,6 +105,7 @@ def test_ctrl_c_saves_and_resume_equals_an_undisturbed_run(ground, finished, tmp
     done = log.read_text().count("\n")
     assert 2 <= done < STEPS
     assert Store(tmp_path / "home" / "weights").get("realLR") is None
+    assert f"stopped after step {done} of {STEPS}" in (log.parent / "report.html").read_text()
 
     assert run(ground, tmp_path).returncode == 2  # the run is not begun anew by mistake
     resumed = run(ground, tmp_path, "--resume")

@@ -150,6 +150,7 @@ def adapt(
             )
             progress.update(task, completed=report.step, note=shown)
     if not run.finished:
+        run.write_report(None)
         raise Interrupted(
             f"stopped after step {run.state.step} of {settings.steps}; the state is saved in {run.folder.checkpoint}",
             "Run the same command with --resume to go on.",
@@ -162,7 +163,7 @@ def adapt(
     conclusion = run.conclude()
     verdict = conclusion.verdict
     entry = run.register(store, verdict)
-    console.say(f"done: previews in {run.folder.previews}, weights '{run_name}' in {entry.path}")
+    console.say(f"done: report in {run.write_report(conclusion)}, weights '{run_name}' in {entry.path}")
     for path in run.export():
         console.say(f"exported: {path}")
     if verdict.keep:
@@ -171,7 +172,7 @@ def adapt(
         console.say(f"next: pdd upscale IN OUT --weights {run_name}{strength}")
     else:
         console.warn(f"verdict: reject. {verdict.reason}")
-        console.say("Look at the previews before you use it. More images of one look, or --hr-dir, may help.")
+        console.say("Look at the report before you use it. More images of one look, or --hr-dir, may help.")
     if told := conclusion.truth_in_words():
         console.say(told)
     console.result(
@@ -179,6 +180,7 @@ def adapt(
             "name": run_name,
             "weights": entry.path,
             "run": run.folder.path,
+            "report": run.folder.report,
             "steps": run.state.step,
             "features": run.features_name,
             "losses": losses,

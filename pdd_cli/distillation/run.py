@@ -13,10 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
-from PIL import Image, ImageDraw
 from safetensors.torch import save_file
+from torch import Tensor
 
 from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import RGB, Domains, downscaled, hr_from_real, read_folder
@@ -24,12 +25,14 @@ from pdd_cli.data.degradations import Degradation
 from pdd_cli.device import Runtime
 from pdd_cli.distillation.checkpoint import TrainState, checkpoint_settings, load_checkpoint, save_checkpoint
 from pdd_cli.distillation.export import export_onnx, export_pth
-from pdd_cli.distillation.pictures import centre, to_rgb8, upscaled
+from pdd_cli.distillation.pictures import centre, sheet, to_rgb8, upscaled
+from pdd_cli.distillation.report import RunReport, Shot, as_page
 from pdd_cli.distillation.trainer import StepReport, new_state, train
 from pdd_cli.distillation.truth import Pairs, Truth, read_pairs
 from pdd_cli.distillation.verdict import STRENGTHS, Judgement, Verdict, decide, held_out, judge, stalled
 from pdd_cli.errors import InputError
 from pdd_cli.files import atomic_write, write_text
+from pdd_cli.iqa.html import window
 from pdd_cli.models.features import FeatureNetwork, feature_network
 from pdd_cli.models.loading import SRModel, interpolated, load_sr_model, state_sha256
 from pdd_cli.weights.states import read_state
@@ -43,6 +46,8 @@ _CHANGEABLE = {
 
 PREVIEW_IMAGES = 4
 PREVIEW_SIZE = 64  # LR pixels
+_REPORT_IMAGES = 6
+_REPORT_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,11 @@ class RunFolder:
     @property
     def verdict(self) -> Path:
         return self.path / "verdict.json"
+
+    @property
+    def report(self) -> Path:
+        """What there is to look at and to know of the run, as one page."""
+        return self.path / "report.html"
 
     @property
     def previews(self) -> Path:
@@ -247,8 +257,7 @@ class Run:
 
     def conclude(self) -> Conclusion:
         """Judge the best weights at several strengths, and say whether they are better than the base."""
-        base_state = {key: value.detach().cpu() for key, value in self.base.module.state_dict().items()}
-        best = read_state(self.folder.best)
+        base_state, best = self._base_state(), read_state(self.folder.best)
         trial = replace(self.base, module=copy.deepcopy(self.base.module))
         judged = {}
         for strength in STRENGTHS:
@@ -270,6 +279,53 @@ class Run:
         }
         write_text(self.folder.verdict, json.dumps(document, indent=2) + "\n")
         return Conclusion(verdict, base, judged)
+
+    def write_report(self, conclusion: Conclusion | None) -> Path:
+        """Write the page; without a conclusion one without verdict and pictures, which takes no time."""
+        verdict = json.loads(self.folder.verdict.read_text(encoding="utf-8")) if conclusion else None
+        page = as_page(
+            RunReport(
+                name=self.name,
+                steps=self.state.step,
+                most_steps=self.config.steps,
+                facts={
+                    "Base": f"{self.config.base} ({self.base.architecture} x{self.base.scale})",
+                    "Features": self.features_name,
+                    "Device": str(self.runtime),
+                    "Real images": f"{len(self.domains.real)} trained on, {len(self.judged_on)} judged on",
+                },
+                settings=self._settings(),
+                defaults={**AdaptConfig(real_dir=Path()).model_dump(mode="json"), "real_dir": None},
+                log=_read_lines(self.folder.log),
+                judgements=_read_lines(self.folder.judgements),
+                base=self.base_judged.as_document(),
+                verdict=verdict,
+                truth=conclusion.truth_in_words() if conclusion else "",
+                shots=self._shots(conclusion.strength) if conclusion else (),
+            )
+        )
+        write_text(self.folder.report, page)
+        return self.folder.report
+
+    def _shots(self, strength: float) -> list[Shot]:
+        """Pictures of held-out images, where they have most detail, and of pairs; the best weights at `strength`."""
+        adapted = replace(self.base, module=copy.deepcopy(self.base.module))
+        adapted.module.load_state_dict(interpolated(self._base_state(), read_state(self.folder.best), strength))
+        crops: list[tuple[str, str, RGB, RGB | None]] = []
+        for number, image in enumerate(self.judged_on[:_REPORT_IMAGES], 1):
+            x, y, width, height = window(image, side=_REPORT_SIZE)
+            crop = np.ascontiguousarray(image[y : y + height, x : x + width])
+            crops.append((f"image {number}", "held-out images", crop, None))
+        if self.pairs:
+            known = zip(self.pairs.names, self.pairs.lr, self.pairs.hr, strict=True)
+            crops += [(name, "with ground truth", lr, hr) for name, lr, hr in list(known)[:_REPORT_IMAGES]]
+        return [
+            Shot(name, group, lr, self._picture(self.base, lr), self._picture(adapted, lr), hr)
+            for name, group, lr, hr in crops
+        ]
+
+    def _base_state(self) -> dict[str, Tensor]:
+        return {key: value.detach().cpu() for key, value in self.base.module.state_dict().items()}
 
     def register(self, store: Store, verdict: Verdict) -> Entry:
         """Put the best weights into the store under the run's name."""
@@ -333,7 +389,7 @@ class Run:
         ]
         path = self.folder.previews / f"step_{self.state.step:06d}.png"
         with atomic_write(path) as temporary:
-            _sheet(rows, ("LR", "base", f"adapted, step {self.state.step}")).save(temporary, "PNG")
+            sheet(rows, ("LR", "base", f"adapted, step {self.state.step}")).save(temporary, "PNG")
 
 
 def prepare_run(
@@ -482,23 +538,3 @@ def _cut_log(path: Path, step: int) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-
-
-def _sheet(rows: Sequence[Sequence[RGB]], titles: tuple[str, ...]) -> Image.Image:
-    """Panels in rows below their titles."""
-    gap, top = 4, 16
-    width = max(sum(panel.shape[1] + gap for panel in row) for row in rows)
-    sheet = Image.new("RGB", (width, top + sum(row[0].shape[0] + gap for row in rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    x = 0
-    for title, panel in zip(titles, rows[0], strict=True):
-        draw.text((x + 2, 2), title, fill="black")
-        x += panel.shape[1] + gap
-    y = top
-    for row in rows:
-        x = 0
-        for panel in row:
-            sheet.paste(Image.fromarray(panel), (x, y))
-            x += panel.shape[1] + gap
-        y += row[0].shape[0] + gap
-    return sheet
