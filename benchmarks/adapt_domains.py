@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.feature_distance import LAYERS, unit_features
 from pdd_cli.config import AdaptConfig, resolve
 from pdd_cli.data.datasets import texture
 from pdd_cli.device import Runtime, choose_runtime
 from pdd_cli.distillation.run import Run, WeightFiles, prepare_run
 from pdd_cli.images import find_images, read_image
+from pdd_cli.iqa.feature_distance import feature_distance, unit_features
 from pdd_cli.iqa.pairing import pair
 from pdd_cli.models.features import FeatureNetwork, feature_network
 from pdd_cli.models.loading import SRModel, interpolated
@@ -159,9 +159,7 @@ def score(model: SRModel, pairs: Pairs, runtime: Runtime) -> dict[str, float]:
                 sr = model.upscale(lr.to(runtime.device)).float().cpu().clamp(0, 1)
             sr = torch.round(sr * 255) / 255
             outputs.append(sr)
-            ours = unit_features(pairs.network, sr)
-            by_layer = [(a - b).square().sum(1).mean() for a, b in zip(ours, known, strict=True)]
-            distances.append(float(sum(by_layer)) / len(LAYERS))
+            distances.append(feature_distance(unit_features(pairs.network, sr), known))
     errors = [float((a - b).square().mean()) for a, b in zip(outputs, pairs.hr, strict=True)]
     return {
         "psnr": float(np.mean([-10 * np.log10(error) for error in errors])),

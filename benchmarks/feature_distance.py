@@ -2,9 +2,7 @@
 
     python benchmarks/feature_distance.py WEIGHTS GT_DIR SR_DIR [SR_DIR …]
 
-WEIGHTS is a file of VGG-16's convolutions. The distance is that of Zhang et al. (LPIPS, 2018) without learnt weights:
-features of the last convolution of each of the five stages, scaled to unit length at each pixel over the channels, mean
-square difference summed over channels, averaged over pixels and stages.
+WEIGHTS is a file of VGG-16's convolutions. The distance is that of `pdd_cli/iqa/feature_distance.py`.
 """
 
 from __future__ import annotations
@@ -16,21 +14,15 @@ import torch
 from torch import Tensor
 
 from pdd_cli.images import find_images, read_image
+from pdd_cli.iqa.feature_distance import feature_distance, unit_features
 from pdd_cli.iqa.pairing import pair
-from pdd_cli.models.features import FeatureNetwork, feature_network
+from pdd_cli.models.features import feature_network
 from pdd_cli.weights.states import read_state
-
-LAYERS = ("conv1_2", "conv2_2", "conv3_3", "conv4_3", "conv5_3")
 
 
 def load(path: Path) -> Tensor:
     """(1, 3, H, W) in 0..1."""
     return torch.from_numpy(read_image(path).to_float()).permute(2, 0, 1).expand(3, -1, -1)[None]
-
-
-def unit_features(network: FeatureNetwork, image: Tensor) -> list[Tensor]:
-    features = network(image, LAYERS)
-    return [torch.nn.functional.normalize(torch.relu(features[layer]), dim=1, eps=1e-10) for layer in LAYERS]
 
 
 def main() -> None:
@@ -47,10 +39,8 @@ def main() -> None:
         with torch.inference_mode():
             for image, reference in pairs.items():
                 a, b = unit_features(network, load(image)), unit_features(network, load(reference))
-                distances.append(
-                    torch.stack([(x - y).square().sum(1).mean() for x, y in zip(a, b, strict=True)]).mean()
-                )
-        print(f"{folder}: {torch.stack(distances).mean():.4f} (mean of {len(distances)} images)")
+                distances.append(feature_distance(a, b))
+        print(f"{folder}: {sum(distances) / len(distances):.4f} (mean of {len(distances)} images)")
 
 
 if __name__ == "__main__":

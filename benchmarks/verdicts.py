@@ -63,7 +63,7 @@ def main() -> None:
             try:
                 for _ in run.train(lambda: False):
                     pass
-                verdict = run.conclude()
+                verdict = run.conclude().verdict
             except PddError as error:
                 rows.append({"run": name, "says": "stopped", "reason": error.message, "right": True})
             else:

@@ -157,6 +157,11 @@ class AdaptConfig(Settings):
     discriminator_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.003
     # The share of the real images that is kept from training, to judge the result on.
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    # The run ends when so many judgements (one each `checkpoint_every` steps) have brought nothing better.
+    early_stopping: Literal[False] | Annotated[int, Field(ge=1, strict=True)] = 20
+    # Pairs of the same look, to show true scores beside the judgements; nothing is trained on or chosen by them.
+    val_lr: Path | None = None
+    val_hr: Path | None = None
     # What to write for other programs, beside the store's entry.
     export: tuple[Literal["pth", "onnx"], ...] = ()
     checkpoint_every: PositiveInt = 50
@@ -164,6 +169,12 @@ class AdaptConfig(Settings):
     device: Device = "auto"
     precision: PrecisionChoice = "auto"
     offline: bool = False
+
+    @model_validator(mode="after")
+    def _pairs_have_both_sides(self) -> AdaptConfig:
+        if (self.val_lr is None) != (self.val_hr is None):
+            raise ValueError("--val-lr DIR and --val-hr DIR belong together")
+        return self
 
     @model_validator(mode="after")
     def _warmup_leaves_steps(self) -> AdaptConfig:

@@ -129,6 +129,27 @@ def resident_memory() -> int:
         return 0
 
 
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held so far: on the GPU, else in memory; 0 where the system doesn't tell."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(device))
+    if device.type == "mps":
+        return int(torch.mps.driver_allocated_memory())
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that the memory of the machine or of the device ran out."""
     if isinstance(error, MemoryError):

@@ -1,8 +1,20 @@
 """Fixtures that several test files share."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from pdd_cli.cli import app
+from pdd_cli.errors import PddError
+from pdd_cli.models.rrdbnet import RRDBNet
+from tests.test_models import efficientnet_state
 
 
 @pytest.fixture
@@ -11,3 +23,48 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "pdd-home"
     monkeypatch.setenv("PDD_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def ground(tmp_path_factory):
+    """A folder with a tiny base model, feature weights, and images that aren't flat."""
+    folder = tmp_path_factory.mktemp("ground")
+    torch.manual_seed(0)
+    network = RRDBNet(features=8, growth=32, blocks=1)
+    save_file(network.state_dict(), folder / "base.safetensors")
+    save_file(efficientnet_state()[1], folder / "features.safetensors")
+    rng = np.random.default_rng(0)
+    for name, count, size in (("realLR", 3, 40), ("hr", 2, 120)):
+        (folder / name).mkdir()
+        for number in range(count):
+            coarse = rng.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(folder / name / f"{number}.png")
+    return folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did: `err` ends with the error's message and hint."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def pdd(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """`pdd ARGUMENTS` in this process, in an empty folder, with an empty store."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: object) -> Outcome:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        error = result.exception
+        if isinstance(error, PddError):
+            return Outcome(error.exit_code, result.stdout, f"{result.stderr}\n{error.message}\n{error.hint}")
+        if error is not None and not isinstance(error, SystemExit):
+            raise error
+        return Outcome(result.exit_code, result.stdout, result.stderr)
+
+    return run

@@ -19,26 +19,8 @@ from spandrel import ModelLoader
 from pdd_cli.distillation.generalist import ema_update
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.weights.store import Store
-from tests.test_models import efficientnet_state
 
 STEPS = 12
-
-
-@pytest.fixture(scope="session")
-def ground(tmp_path_factory):
-    """A folder with a tiny base model, feature weights, and images that aren't flat."""
-    folder = tmp_path_factory.mktemp("ground")
-    torch.manual_seed(0)
-    network = RRDBNet(features=8, growth=32, blocks=1)
-    save_file(network.state_dict(), folder / "base.safetensors")
-    save_file(efficientnet_state()[1], folder / "features.safetensors")
-    rng = np.random.default_rng(0)
-    for name, count, size in (("realLR", 3, 40), ("hr", 2, 120)):
-        (folder / name).mkdir()
-        for number in range(count):
-            coarse = rng.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
-            Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(folder / name / f"{number}.png")
-    return folder
 
 
 def command(ground, *more, steps=STEPS):
@@ -123,6 +105,7 @@ def test_ctrl_c_saves_and_resume_equals_an_undisturbed_run(ground, finished, tmp
     done = log.read_text().count("\n")
     assert 2 <= done < STEPS
     assert Store(tmp_path / "home" / "weights").get("realLR") is None
+    assert f"stopped after step {done} of {STEPS}" in (log.parent / "report.html").read_text()
 
     assert run(ground, tmp_path).returncode == 2  # the run is not begun anew by mistake
     resumed = run(ground, tmp_path, "--resume")

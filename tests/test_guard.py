@@ -79,6 +79,8 @@ def test_a_step_whose_loss_is_not_finite_is_skipped(prepare: Callable[..., Run],
     assert finite(run)
     logged = [json.loads(line) for line in run.folder.log.read_text().splitlines()]
     assert "skipped" in logged[2]["event"]
+    page = run.write_report(None).read_text()
+    assert logged[2]["event"] in page
 
 
 def test_several_in_a_row_go_back_to_the_last_checkpoint_at_half_the_rate(prepare: Callable[..., Run]) -> None:

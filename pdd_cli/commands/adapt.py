@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from pdd_cli.console import Console
 from pdd_cli.distributed import World
-from pdd_cli.errors import DownloadError, InputError, Interrupted
-
-if TYPE_CHECKING:
-    from pdd_cli.config import AdaptConfig
-    from pdd_cli.distillation.run import WeightFiles
-    from pdd_cli.weights.store import Store
+from pdd_cli.errors import Interrupted
 
 
 def adapt(
@@ -50,6 +45,11 @@ def adapt(
     feature_weights: Annotated[Path | None, typer.Option(help="File with the weights of --features.")] = None,
     intra_weight: Annotated[float | None, typer.Option(help="Weight of the intra-model distance. [default: 1]")] = None,
     inter_weight: Annotated[float | None, typer.Option(help="Weight of the inter-model distance. [default: 1]")] = None,
+    val_lr: Annotated[
+        Path | None,
+        typer.Option(help="LR images whose HR is in --val-hr: true scores are shown, nothing is chosen by them."),
+    ] = None,
+    val_hr: Annotated[Path | None, typer.Option(help="Ground truth of --val-lr, paired by name.")] = None,
     export: Annotated[
         str | None,
         typer.Option(help="Write the result for other programs, too: pth (BasicSR's form), onnx.", metavar="pth,onnx"),
@@ -67,6 +67,9 @@ def adapt(
         Path | None, typer.Option(help="YAML file with an `adapt:` section. [default: ./pdd.yaml]")
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting: key.path=value; repeatable.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, estimate time, memory and disk; write nothing.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Adapt a model to your own real images, without ground truth (Pairwise Distance Distillation).
@@ -74,7 +77,10 @@ def adapt(
     Writes runs/NAME/ (settings, log, previews, checkpoint) and registers the weights NAME for `pdd upscale`.
     Ctrl-C saves a checkpoint; the same command with --resume goes on.
     """
+    from pdd_cli.commands._adapting import check_name, dry_adapt, weight_files
+    from pdd_cli.commands._fetching import fetch_progress
     from pdd_cli.config import AdaptConfig, resolve
+    from pdd_cli.weights.fetch import ensure
 
     console = Console(json=json)
     settings = resolve(
@@ -95,6 +101,8 @@ def adapt(
             "features.weights": feature_weights,
             "losses.intra": intra_weight,
             "losses.inter": inter_weight,
+            "val_lr": val_lr,
+            "val_hr": val_hr,
             "export": tuple(part.strip() for part in export.split(",") if part.strip()) if export else None,
             "device": device,
             "precision": precision,
@@ -105,22 +113,37 @@ def adapt(
     )
 
     from pdd_cli.device import choose_runtime
-    from pdd_cli.distillation.run import prepare_run
+    from pdd_cli.distillation.rehearsal import check_places
+    from pdd_cli.distillation.run import WeightFiles, prepare_run
     from pdd_cli.weights.store import Store
 
     store = Store.default()
     run_name = settings.name or settings.real_dir.resolve().name
+    if dry_run:
+        dry_adapt(settings, store, console, name=run_name, resume=resume, overwrite=overwrite)
+        return
     world = World.from_environment()
     world.share(settings.batch_size)
     runtime = choose_runtime(world.device(settings.device), settings.precision)
     world.join(runtime.device)
     if world.is_first:
-        _check_name(run_name, store, replace=resume or overwrite)
-    weights = world.first_on_machine(lambda: _weight_files(settings, store, console))
+        check_name(run_name, store, replace=resume or overwrite)
+
+    def find_weights() -> WeightFiles:
+        with fetch_progress(console) as on_event:
+            return weight_files(
+                settings,
+                lambda reference: ensure(reference, store=store, offline=settings.offline, on_event=on_event),
+                console.warn,
+            )
+
+    weights = world.first_on_machine(find_weights)
     run = prepare_run(
         settings, weights, runtime,
         name=run_name, resume=resume, overwrite=overwrite, notify=console.warn, world=world,
     )  # fmt: skip
+    if world.is_first:
+        check_places(run, store)
     console.say(
         f"adapting {settings.base} to {len(run.domains.real)} real images as '{run_name}': "
         f"{settings.steps - run.state.step} steps on {runtime}, features of {run.features_name}"
@@ -140,17 +163,26 @@ def adapt(
                 if key in losses
             )
             progress.update(task, completed=report.step, note=shown)
+    finished = world.any(run.finished)
     world.leave()
-    if run.state.step < settings.steps:
+    if not finished:
+        if world.is_first:
+            run.write_report(None)
         raise Interrupted(
             f"stopped after step {run.state.step} of {settings.steps}; the state is saved in {run.folder.checkpoint}",
             "Run the same command with --resume to go on.",
         )
     if not world.is_first:
         return
-    verdict = run.conclude()
+    if run.state.step < settings.steps:
+        console.say(
+            f"stopped early after step {run.state.step} of {settings.steps}: the last {settings.early_stopping} "
+            "judgements brought nothing better (--resume --set early_stopping=off goes on)"
+        )
+    conclusion = run.conclude()
+    verdict = conclusion.verdict
     entry = run.register(store, verdict)
-    console.say(f"done: previews in {run.folder.previews}, weights '{run_name}' in {entry.path}")
+    console.say(f"done: report in {run.write_report(conclusion)}, weights '{run_name}' in {entry.path}")
     for path in run.export():
         console.say(f"exported: {path}")
     if verdict.keep:
@@ -159,16 +191,20 @@ def adapt(
         console.say(f"next: pdd upscale IN OUT --weights {run_name}{strength}")
     else:
         console.warn(f"verdict: reject. {verdict.reason}")
-        console.say("Look at the previews before you use it. More images of one look, or --hr-dir, may help.")
+        console.say("Look at the report before you use it. More images of one look, or --hr-dir, may help.")
+    if told := conclusion.truth_in_words():
+        console.say(told)
     console.result(
         {
             "name": run_name,
             "weights": entry.path,
             "run": run.folder.path,
+            "report": run.folder.report,
             "steps": run.state.step,
             "features": run.features_name,
             "losses": losses,
             "verdict": {"keep": verdict.keep, "reason": verdict.reason, "strength": verdict.strength},
+            "truth": conclusion.truth_document(),
             "card": entry.card.model_dump(),
         }
     )
@@ -195,46 +231,3 @@ class _Interruption:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-
-
-def _check_name(name: str, store: Store, *, replace: bool) -> None:
-    """Refuse a name that would hide other weights."""
-    from pdd_cli.weights.catalog import CATALOG
-
-    store.path(name)
-    if any(entry.name == name for entry in CATALOG):
-        raise InputError(f"--name {name}: pdd fetches weights of that name", "Choose another --name.")
-    if not replace and store.get(name) is not None:
-        raise InputError(
-            f"weights '{name}' exist already in the store", "Choose another --name, or replace them with --overwrite."
-        )
-
-
-def _weight_files(settings: AdaptConfig, store: Store, console: Console) -> WeightFiles:
-    """The files of base, generalist and features, fetched where they aren't installed."""
-    from pdd_cli.commands._fetching import fetch_progress
-    from pdd_cli.distillation.run import WeightFiles
-    from pdd_cli.weights.fetch import ensure
-
-    with fetch_progress(console) as on_event:
-
-        def have(reference: str) -> Path:
-            return ensure(reference, store=store, offline=settings.offline, on_event=on_event)
-
-        base = have(settings.base)
-        generalist = have(settings.generalist.weights) if settings.generalist.mode == "static" else None
-        network, file = settings.features.network, settings.features.weights
-        if file is not None:
-            return WeightFiles(base, generalist, network, have(str(file)))
-        if network != "auto":
-            return WeightFiles(base, generalist, network, have(network))
-        for candidate in ("vgg19", "vgg16"):
-            try:
-                return WeightFiles(base, generalist, candidate, have(candidate))
-            except (DownloadError, InputError):
-                console.warn(f"{candidate} can't be had, trying the next feature network")
-        console.warn(
-            "neither VGG-19 nor VGG-16 can be had: distances are measured with efficientnet-lite0, which the method "
-            "was not made for; with VGG the result is better (pdd fetch-weights vgg19 --from FILE)"
-        )
-        return WeightFiles(base, generalist, "efficientnet-lite0", have("efficientnet-lite0"))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
-from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,24 +25,35 @@ from pdd_cli.data.degradations import Degradation
 from pdd_cli.device import Runtime
 from pdd_cli.distillation.checkpoint import TrainState, checkpoint_settings, load_checkpoint, save_checkpoint
 from pdd_cli.distillation.export import export_onnx, export_pth
+from pdd_cli.distillation.pictures import centre, sheet, to_rgb8, upscaled
+from pdd_cli.distillation.report import RunReport, Shot, as_page
 from pdd_cli.distillation.trainer import StepReport, new_state, train
-from pdd_cli.distillation.verdict import STRENGTHS, Judgement, Verdict, decide, held_out, judge
+from pdd_cli.distillation.truth import Pairs, Truth, read_pairs
+from pdd_cli.distillation.verdict import STRENGTHS, Judgement, Verdict, decide, held_out, judge, stalled
 from pdd_cli.distributed import ALONE, World
 from pdd_cli.errors import InputError
 from pdd_cli.files import atomic_write, write_text
+from pdd_cli.iqa.html import window
 from pdd_cli.models.features import FeatureNetwork, feature_network
 from pdd_cli.models.loading import SRModel, interpolated, load_sr_model, state_sha256
 from pdd_cli.weights.states import read_state
 from pdd_cli.weights.store import Card, Entry, Store
 
 # What a resumed run may change: these don't alter what is learnt, or (steps) only how long.
-_CHANGEABLE = {"steps", "runs_dir", "checkpoint_every", "preview_every", "export", "device", "precision", "offline"}
+_CHANGEABLE = {
+    "steps", "runs_dir", "checkpoint_every", "preview_every", "export", "device", "precision", "offline",
+    "val_lr", "val_hr", "early_stopping",
+}  # fmt: skip
 
 # What may differ between the machines of one run.
-_OF_A_MACHINE = {"real_dir", "hr_dir", "base", "name", "runs_dir", "features", "export", "device", "offline"}
+_OF_A_MACHINE = {
+    "real_dir", "hr_dir", "base", "name", "runs_dir", "features", "export", "device", "offline", "val_lr", "val_hr",
+}  # fmt: skip
 
-_PREVIEW_IMAGES = 4
-_PREVIEW_SIZE = 64  # LR pixels
+PREVIEW_IMAGES = 4
+PREVIEW_SIZE = 64  # LR pixels
+_REPORT_IMAGES = 6
+_REPORT_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,11 @@ class RunFolder:
         return self.path / "verdict.json"
 
     @property
+    def report(self) -> Path:
+        """What there is to look at and to know of the run, as one page."""
+        return self.path / "report.html"
+
+    @property
     def previews(self) -> Path:
         return self.path / "previews"
 
@@ -92,6 +108,59 @@ class WeightFiles:
     features: Path
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a folder of images gave. Sizes are width, height in pixels."""
+
+    option: str
+    folder: Path
+    used: int
+    smallest: tuple[int, int]
+    largest: tuple[int, int]
+    small: int  # how many are smaller than a crop
+    left_out: tuple[str, ...]  # which, and why
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What was found of a model: without ground truth, which counts, and with it where there are pairs."""
+
+    judgement: Judgement
+    truth: Truth | None
+
+    def as_document(self) -> dict[str, Any]:
+        return asdict(self.judgement) | ({"truth": asdict(self.truth)} if self.truth else {})
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """The verdict, and what was found of the base and of the best weights by strength."""
+
+    verdict: Verdict
+    base: Judged
+    adapted: Mapping[float, Judged]
+
+    @property
+    def strength(self) -> float:
+        """The recommended strength; of rejected weights the full one."""
+        return self.verdict.strength or max(self.adapted)
+
+    def truth_document(self) -> dict[str, Any] | None:
+        """What the pairs say of that strength and of the base; None without pairs."""
+        ours, base = self.adapted[self.strength].truth, self.base.truth
+        return {"base": asdict(base), "adapted": asdict(ours)} if ours and base else None
+
+    def truth_in_words(self) -> str:
+        """The same for people; "" without pairs."""
+        ours, base = self.adapted[self.strength].truth, self.base.truth
+        if ours is None or base is None:
+            return ""
+        text = f"by the ground truth, at strength {self.strength:g}: {ours.told(base)}"
+        if (ours.psnr > base.psnr) == (ours.distance < base.distance) != self.verdict.keep:
+            text += ". That speaks against the verdict: trust the ground truth, if the pairs look as your images do"
+        return text
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """A run that is ready to train."""
@@ -99,6 +168,8 @@ class Run:
     name: str
     config: AdaptConfig
     folder: RunFolder
+    resumed: bool
+    sources: Sequence[Source]
     base: SRModel
     generalist: SRModel
     base_sha256: str
@@ -106,6 +177,7 @@ class Run:
     features: FeatureNetwork
     domains: Domains
     judged_on: Sequence[RGB]  # real images: held out of training, or all where there are too few
+    pairs: Pairs | None  # with ground truth, for the reader
     state: TrainState
     runtime: Runtime
     world: World
@@ -113,14 +185,17 @@ class Run:
     def train(self, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
         """Train to the last step, or until `should_stop()`; writes log, checkpoints and previews on the way."""
         if not self.world.is_first:
-            yield from self._steps(lambda: None, lambda: None, should_stop)
+            if not self.world.any(False):
+                yield from self._steps(lambda judge: False, lambda: None, should_stop)
             return
+        self._open_folder()
         _cut_log(self.folder.log, self.state.step)
         _cut_log(self.folder.judgements, self.state.step)
-        base = self._judge_base()
-        base_panels = [self._upscale(self.base, lr) for lr in self._preview_crops()]
+        if self.world.any(self.finished):
+            return
+        base_panels = [self._picture(self.base, lr) for lr in self._preview_crops()]
         with self.folder.log.open("a", encoding="utf-8") as log:
-            for report in self._steps(lambda: self._save(base), lambda: self._write_preview(base_panels), should_stop):
+            for report in self._steps(self._save, lambda: self._write_preview(base_panels), should_stop):
                 line = {
                     "step": report.step,
                     **report.losses,
@@ -133,7 +208,7 @@ class Run:
                 yield report
 
     def _steps(
-        self, save: Callable[[], None], preview: Callable[[], None], should_stop: Callable[[], bool]
+        self, save: Callable[[bool], bool], preview: Callable[[], None], should_stop: Callable[[], bool]
     ) -> Iterator[StepReport]:
         return train(
             self.config, self.state, self.base, self.generalist, self.domains, self.features, self.runtime,
@@ -144,61 +219,130 @@ class Run:
             world=self.world,
         )  # fmt: skip
 
-    def _save(self, base: Judgement) -> None:
-        """A checkpoint; and its weights are judged, and kept if they are the best so far.
+    def _open_folder(self) -> None:
+        if self.folder.checkpoint.exists() and not self.resumed:
+            shutil.rmtree(self.folder.path)  # --overwrite: without it nobody gets here
+        self.folder.previews.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder.config, yaml.safe_dump({"adapt": self._settings()}, sort_keys=False))
 
-        Not judged where the run is stopped in between: an undisturbed run would not judge there, and torchrun gives it
-        but 30 s to end.
+    def _save(self, judge: bool) -> bool:
+        """A checkpoint; with `judge` its weights are judged, and kept if they are the best so far.
+
+        An interruption doesn't judge: the run that goes on from there is to be the one that wasn't interrupted, and
+        torchrun gives it but 30 s to end. Whether the run has stalled is returned.
         """
-        step = self.state.step
-        if step == self.config.steps or (step and step % self.config.checkpoint_every == 0):
+        if judge:
             candidates = {"specialist": self.state.specialist}
             if self.config.generalist.mode == "ema":
                 candidates["ema"] = self.state.generalist
-            judged = _read_lines(self.folder.judgements)
-            known = {(line["step"], line["which"]) for line in judged}
-            best = max((line["score"] for line in judged), default=float("-inf"))
+            best = max((line["score"] for line in _read_lines(self.folder.judgements)), default=float("-inf"))
             for which, module in candidates.items():
-                if (self.state.step, which) in known:
-                    continue
-                found = judge(replace(self.base, module=module), self.judged_on, self.runtime)
-                score = found.score(base)
+                found = self.judge(replace(self.base, module=module))
+                score = found.judgement.score(self.base_judged.judgement)
                 if score > best or not self.folder.best.exists():
                     best = score
                     with atomic_write(self.folder.best) as temporary:
                         save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, temporary)
-                line = {"step": self.state.step, "which": which, "score": score, **asdict(found)}
+                line = {"step": self.state.step, "which": which, "score": score, **found.as_document()}
                 with self.folder.judgements.open("a", encoding="utf-8") as log:
                     log.write(json.dumps(line) + "\n")
         save_checkpoint(self.folder.checkpoint, self.state, self._settings())
+        return self.stopped_early
 
-    def _judge_base(self) -> Judgement:
-        return judge(self.base, self.judged_on, self.runtime)
+    @property
+    def stopped_early(self) -> bool:
+        """Whether so many judgements as the settings say have brought nothing better."""
+        scores: dict[int, float] = {}
+        for line in _read_lines(self.folder.judgements):
+            scores[line["step"]] = max(line["score"], scores.get(line["step"], line["score"]))
+        patience = self.config.early_stopping
+        return patience is not False and stalled(list(scores.values()), patience)
 
-    def conclude(self) -> Verdict:
+    @property
+    def finished(self) -> bool:
+        return self.state.step >= self.config.steps or self.stopped_early
+
+    @cached_property
+    def base_judged(self) -> Judged:
+        """What is found of the base."""
+        return self.judge(self.base)
+
+    def judge(self, model: SRModel) -> Judged:
+        """Look at what `model` makes of the held-out images, and of the pairs where there are any."""
+        truth = self.pairs.score(model, self.runtime) if self.pairs else None
+        return Judged(judge(model, self.judged_on, self.runtime), truth)
+
+    def conclude(self) -> Conclusion:
         """Judge the best weights at several strengths, and say whether they are better than the base."""
-        base_state = {key: value.detach().cpu() for key, value in self.base.module.state_dict().items()}
-        best = read_state(self.folder.best)
+        base_state, best = self._base_state(), read_state(self.folder.best)
         trial = replace(self.base, module=copy.deepcopy(self.base.module))
-        judgements = {}
+        judged = {}
         for strength in STRENGTHS:
             trial.module.load_state_dict(interpolated(base_state, best, strength))
-            judgements[strength] = judge(trial, self.judged_on, self.runtime)
-        base = self._judge_base()
-        verdict = decide(judgements, base)
+            judged[strength] = self.judge(trial)
+        base = self.base_judged
+        verdict = decide({strength: found.judgement for strength, found in judged.items()}, base.judgement)
         document = {
             "keep": verdict.keep,
             "reason": verdict.reason,
             "strength": verdict.strength,
             "images": len(self.judged_on),
-            "base": asdict(base),
+            "pairs": self.pairs.found if self.pairs else 0,
+            "base": base.as_document(),
             "adapted": [
-                {"strength": strength, "score": found.score(base), **asdict(found)}
-                for strength, found in judgements.items()
+                {"strength": strength, "score": found.judgement.score(base.judgement), **found.as_document()}
+                for strength, found in judged.items()
             ],
         }
         write_text(self.folder.verdict, json.dumps(document, indent=2) + "\n")
-        return verdict
+        return Conclusion(verdict, base, judged)
+
+    def write_report(self, conclusion: Conclusion | None) -> Path:
+        """Write the page; without a conclusion one without verdict and pictures, which takes no time."""
+        verdict = json.loads(self.folder.verdict.read_text(encoding="utf-8")) if conclusion else None
+        page = as_page(
+            RunReport(
+                name=self.name,
+                steps=self.state.step,
+                most_steps=self.config.steps,
+                facts={
+                    "Base": f"{self.config.base} ({self.base.architecture} x{self.base.scale})",
+                    "Features": self.features_name,
+                    "Device": str(self.runtime),
+                    "Real images": f"{len(self.domains.real)} trained on, {len(self.judged_on)} judged on",
+                },
+                settings=self._settings(),
+                defaults={**AdaptConfig(real_dir=Path()).model_dump(mode="json"), "real_dir": None},
+                log=_read_lines(self.folder.log),
+                judgements=_read_lines(self.folder.judgements),
+                base=self.base_judged.as_document(),
+                verdict=verdict,
+                truth=conclusion.truth_in_words() if conclusion else "",
+                shots=self._shots(conclusion.strength) if conclusion else (),
+            )
+        )
+        write_text(self.folder.report, page)
+        return self.folder.report
+
+    def _shots(self, strength: float) -> list[Shot]:
+        """Pictures of held-out images, where they have most detail, and of pairs; the best weights at `strength`."""
+        adapted = replace(self.base, module=copy.deepcopy(self.base.module))
+        adapted.module.load_state_dict(interpolated(self._base_state(), read_state(self.folder.best), strength))
+        crops: list[tuple[str, str, RGB, RGB | None]] = []
+        for number, image in enumerate(self.judged_on[:_REPORT_IMAGES], 1):
+            x, y, width, height = window(image, side=_REPORT_SIZE)
+            crop = np.ascontiguousarray(image[y : y + height, x : x + width])
+            crops.append((f"image {number}", "held-out images", crop, None))
+        if self.pairs:
+            known = zip(self.pairs.names, self.pairs.lr, self.pairs.hr, strict=True)
+            crops += [(name, "with ground truth", lr, hr) for name, lr, hr in list(known)[:_REPORT_IMAGES]]
+        return [
+            Shot(name, group, lr, self._picture(self.base, lr), self._picture(adapted, lr), hr)
+            for name, group, lr, hr in crops
+        ]
+
+    def _base_state(self) -> dict[str, Tensor]:
+        return {key: value.detach().cpu() for key, value in self.base.module.state_dict().items()}
 
     def register(self, store: Store, verdict: Verdict) -> Entry:
         """Put the best weights into the store under the run's name."""
@@ -222,7 +366,7 @@ class Run:
                 "steps": self.state.step,
                 "features": self.features_name,
                 "real_images": len(self.domains.real),
-                "hr_images": len(self.domains.hr),
+                "hr_images": self.sources[-1].used if self.config.hr_dir else len(self.domains.real),
                 "hr_from": "hr_dir" if self.config.hr_dir else "the real images, downscaled",
                 "precision": self.runtime.precision,
                 "verdict": "keep" if verdict.keep else "reject",
@@ -247,32 +391,22 @@ class Run:
     def _settings(self) -> dict[str, Any]:
         return self.config.model_dump(mode="json")
 
-    def _preview_crops(self) -> list[Tensor]:
-        crops = []
-        for image in self.domains.real[:_PREVIEW_IMAGES]:
-            y, x = (max(0, (side - _PREVIEW_SIZE) // 2) for side in image.shape[:2])
-            crop = np.ascontiguousarray(image[y : y + _PREVIEW_SIZE, x : x + _PREVIEW_SIZE])
-            crops.append(torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 255)
-        return crops
+    def _preview_crops(self) -> list[RGB]:
+        return [centre(image, PREVIEW_SIZE) for image in self.domains.real[:PREVIEW_IMAGES]]
 
-    def _upscale(self, model: SRModel, lr: Tensor) -> RGB:
-        training = model.module.training
-        model.module.to(self.runtime.device).eval()
-        with torch.inference_mode(), self.runtime.autocast():
-            sr = model.upscale(lr.to(self.runtime.device, memory_format=torch.channels_last))
-        model.module.train(training)
-        return _to_rgb8(sr)
+    def _picture(self, model: SRModel, lr: RGB) -> RGB:
+        return to_rgb8(upscaled(model, lr, self.runtime))
 
     def _write_preview(self, base_panels: list[RGB]) -> None:
         adapted = replace(self.base, module=self.state.specialist)
         scale = self.base.scale
         rows = [
-            (_to_rgb8(F.interpolate(lr, scale_factor=scale, mode="nearest")), base, self._upscale(adapted, lr))
+            (lr.repeat(scale, 0).repeat(scale, 1), base, self._picture(adapted, lr))
             for lr, base in zip(self._preview_crops(), base_panels, strict=True)
         ]
         path = self.folder.previews / f"step_{self.state.step:06d}.png"
         with atomic_write(path) as temporary:
-            _sheet(rows, ("LR", "base", f"adapted, step {self.state.step}")).save(temporary, "PNG")
+            sheet(rows, ("LR", "base", f"adapted, step {self.state.step}")).save(temporary, "PNG")
 
 
 def prepare_run(
@@ -286,11 +420,13 @@ def prepare_run(
     notify: Callable[[str], None],
     world: World = ALONE,
 ) -> Run:
-    """Check and load all that a run needs. `notify` is told, in words, what the user should know.
+    """Check and load all that a run needs; nothing is written. `notify` is told, in words, what the user should know.
 
     Raises InputError for images, weights or a run folder that can't be used.
     """
     folder = RunFolder(config.runs_dir / name)
+    if world.is_first:
+        check_folder(folder, config, resume=resume, overwrite=overwrite)
     base = _trainable(load_sr_model(weights.base), config.base)
     generalist = base
     if weights.generalist is not None and config.generalist.mode == "static":
@@ -304,26 +440,15 @@ def prepare_run(
     features = feature_network(weights.feature_network, read_state(weights.features), origin=str(weights.features))
     features.to(runtime.device).to(memory_format=torch.channels_last)
 
-    def left_out(reason: str) -> None:
-        notify(f"left out: {reason}")
-
-    real = read_folder(config.real_dir, "--real-dir", left_out)
+    real, hr, sources = read_sources(config, base.scale, notify)
     kept_out = held_out(len(real), config.held_out)
     judged_on = [real[index] for index in kept_out] or real
     real = [image for index, image in enumerate(real) if index not in kept_out]
     hr_crop = config.crop * base.scale
-    if config.hr_dir is not None:
-        hr = read_folder(config.hr_dir, "--hr-dir", left_out)
-    else:
-        hr = hr_from_real(real, hr_crop)
-        notify(
-            "no --hr-dir given: the synthetic domain's HR is made from your own images by downscaling; "
-            "a folder of sharp photographs as --hr-dir gives better results"
-        )
     synthetic = config.synthetic
     domains = Domains(
         real,
-        downscaled(hr, synthetic.hr_scales, hr_crop),
+        downscaled(hr or hr_from_real(real, hr_crop), synthetic.hr_scales, hr_crop),
         config.crop,
         base.scale,
         Degradation(synthetic.filters, synthetic.blur, synthetic.noise, synthetic.jpeg, synthetic.second_order),
@@ -335,14 +460,20 @@ def prepare_run(
         facts = config.model_dump(mode="json", exclude=_OF_A_MACHINE)
         seen = {"images": domains.digest(), "feature weights": state_sha256(features.state_dict())}
         world.require_same({**facts, **seen, "precision": runtime.precision})
+    pairs = None
+    if world.is_first and config.val_lr is not None and config.val_hr is not None:
+        pairs = read_pairs(config.val_lr, config.val_hr, base.scale, features)
+
     state = new_state(config, base, generalist, domains, features, runtime)
-    if world.is_first:
-        _open_folder(folder, config, state, resume=resume, overwrite=overwrite)
+    if resume and world.is_first:
+        load_checkpoint(folder.checkpoint, state)
     base.module.to(runtime.device).to(memory_format=torch.channels_last)
     return Run(
         name=name,
         config=config,
         folder=folder,
+        resumed=resume,
+        sources=sources,
         base=base,
         generalist=generalist,
         base_sha256=state_sha256(base.module.state_dict()),
@@ -350,10 +481,63 @@ def prepare_run(
         features=features,
         domains=domains,
         judged_on=judged_on,
+        pairs=pairs,
         state=state,
         runtime=runtime,
         world=world,
     )
+
+
+def check_folder(folder: RunFolder, config: AdaptConfig, *, resume: bool, overwrite: bool) -> None:
+    """Raise InputError where the run can't begin in `folder`, or can't go on there."""
+    if not resume:
+        if folder.checkpoint.exists() and not overwrite:
+            raise InputError(
+                f"{folder.path} holds a run already",
+                "Continue it with --resume, replace it with --overwrite, or choose another --name.",
+            )
+        return
+    if not folder.checkpoint.exists():
+        raise InputError(f"--resume: there is no checkpoint in {folder.path}", "Leave --resume out to start a run.")
+    before = AdaptConfig.model_validate(checkpoint_settings(folder.checkpoint)).model_dump(mode="json")
+    now = config.model_dump(mode="json")
+    changed = sorted(key for key in now if key not in _CHANGEABLE and now[key] != before[key])
+    if changed:
+        told = "; ".join(f"{key} was {before[key]}, is {now[key]}" for key in changed)
+        raise InputError(
+            f"--resume: the settings differ from those of {folder.path}: {told}", "Give them as they were."
+        )
+
+
+def read_sources(
+    config: AdaptConfig, scale: int, notify: Callable[[str], None]
+) -> tuple[list[RGB], list[RGB], list[Source]]:
+    """The real images, the HR images (none where they are to be made of the real ones), and what there is to say.
+
+    Raises InputError for a folder without a readable image.
+    """
+    folders = [("--real-dir", config.real_dir, config.crop)]
+    if config.hr_dir is not None:
+        folders.append(("--hr-dir", config.hr_dir, config.crop * scale))
+    else:
+        notify(
+            "no --hr-dir given: the synthetic domain's HR is made from your own images by downscaling; "
+            "a folder of sharp photographs as --hr-dir gives better results"
+        )
+    found: list[list[RGB]] = []
+    sources = []
+    for option, folder, crop in folders:
+        left_out: list[str] = []
+        images = read_folder(folder, option, left_out.append)
+        by_size = sorted(((image.shape[1], image.shape[0]) for image in images), key=math.prod)
+        small = sum(min(size) < crop for size in by_size)
+        for reason in left_out:
+            notify(f"left out: {reason}")
+        if small:
+            notify(f"{small} of {len(images)} images of {option} are smaller than a crop of {crop} pixels: mirrored")
+        found.append(images)
+        sources.append(Source(option, folder, len(images), by_size[0], by_size[-1], small, tuple(left_out)))
+    return found[0], found[1] if len(found) > 1 else [], sources
 
 
 def _trainable(model: SRModel, reference: str) -> SRModel:
@@ -367,31 +551,6 @@ def _trainable(model: SRModel, reference: str) -> SRModel:
     return model
 
 
-def _open_folder(folder: RunFolder, config: AdaptConfig, state: TrainState, *, resume: bool, overwrite: bool) -> None:
-    """Begin a new run folder, or put the state of its checkpoint into `state`."""
-    if resume:
-        if not folder.checkpoint.exists():
-            raise InputError(f"--resume: there is no checkpoint in {folder.path}", "Leave --resume out to start a run.")
-        before = AdaptConfig.model_validate(checkpoint_settings(folder.checkpoint)).model_dump(mode="json")
-        now = config.model_dump(mode="json")
-        changed = sorted(key for key in now if key not in _CHANGEABLE and now[key] != before[key])
-        if changed:
-            told = "; ".join(f"{key} was {before[key]}, is {now[key]}" for key in changed)
-            raise InputError(
-                f"--resume: the settings differ from those of {folder.path}: {told}", "Give them as they were."
-            )
-        load_checkpoint(folder.checkpoint, state)
-    elif folder.checkpoint.exists():
-        if not overwrite:
-            raise InputError(
-                f"{folder.path} holds a run already",
-                "Continue it with --resume, replace it with --overwrite, or choose another --name.",
-            )
-        shutil.rmtree(folder.path)
-    folder.previews.mkdir(parents=True, exist_ok=True)
-    write_text(folder.config, yaml.safe_dump({"adapt": config.model_dump(mode="json")}, sort_keys=False))
-
-
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
@@ -403,27 +562,3 @@ def _cut_log(path: Path, step: int) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-
-
-def _to_rgb8(image: Tensor) -> RGB:
-    return np.asarray((image[0].float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
-def _sheet(rows: Sequence[Sequence[RGB]], titles: tuple[str, ...]) -> Image.Image:
-    """Panels in rows below their titles."""
-    gap, top = 4, 16
-    width = max(sum(panel.shape[1] + gap for panel in row) for row in rows)
-    sheet = Image.new("RGB", (width, top + sum(row[0].shape[0] + gap for row in rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    x = 0
-    for title, panel in zip(titles, rows[0], strict=True):
-        draw.text((x + 2, 2), title, fill="black")
-        x += panel.shape[1] + gap
-    y = top
-    for row in rows:
-        x = 0
-        for panel in row:
-            sheet.paste(Image.fromarray(panel), (x, y))
-            x += panel.shape[1] + gap
-        y += row[0].shape[0] + gap
-    return sheet

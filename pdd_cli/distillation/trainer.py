@@ -91,7 +91,7 @@ def train(
     features: FeatureNetwork,
     runtime: Runtime,
     *,
-    save: Callable[[], None],
+    save: Callable[[bool], bool],
     restore: Callable[[], None],
     preview: Callable[[], None],
     should_stop: Callable[[], bool],
@@ -99,8 +99,9 @@ def train(
 ) -> Iterator[StepReport]:
     """Train `state` from the step that it is at to `config.steps`, yielding a report a step.
 
-    `save` is called before the first step, every `checkpoint_every` steps, at the end, and when `should_stop` says so
-    after a step, which ends the iteration early. `base` and `generalist` give their networks' scale and size needs.
+    `save(judge)` is called before the first step, every `checkpoint_every` steps and at the end (both with True), and
+    when `should_stop` says so after a step, which ends the iteration early; so does True from `save`. `base` and
+    `generalist` give their networks' scale and size needs.
 
     A step whose loss or gradient isn't finite is skipped. After several in a row, or when the supervised loss has
     risen far above its best, `restore` puts the last checkpoint back into `state`, and the rate is halved. Raises
@@ -116,7 +117,7 @@ def train(
 
     n = world.share(config.batch_size)
     if state.step == 0:
-        save()
+        save(False)
     if world.size > 1:
         restore()  # all begin where the first does
     while state.step < config.steps:
@@ -200,11 +201,11 @@ def train(
             continue
 
         # checkpoint, preview
-        stop = world.any(should_stop())
+        stop, last = world.any(should_stop()), state.step == config.steps
         due = state.step % config.checkpoint_every == 0 and healthy  # what a rollback returns to must be sound
-        if stop or due or state.step == config.steps:
-            save()
-        if state.step % config.preview_every == 0 or state.step == config.steps:
+        if stop or due or last:
+            stop = world.any(save(due or last)) or stop
+        if state.step % config.preview_every == 0 or last:
             preview()
         if stop:
             return

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from pdd_cli.data.datasets import RGB, texture
 from pdd_cli.device import Runtime
+from pdd_cli.distillation.pictures import centre, to_rgb8, upscaled
 from pdd_cli.iqa.consistency import colour_drift, downscale_consistency
 from pdd_cli.models.loading import SRModel
 
@@ -65,27 +65,14 @@ def held_out(count: int, share: float) -> tuple[int, ...]:
 
 def judge(model: SRModel, images: Sequence[RGB], runtime: Runtime) -> Judgement:
     """Upscale the middle of each image with `model` and measure it. Raises ValueError for a model that gives NaN."""
-    training = model.module.training
-    model.module.to(runtime.device).eval()
     found = []
     for image in images[:_MOST_IMAGES]:
-        y, x = (max(0, (side - _CROP) // 2) for side in image.shape[:2])
-        lr = np.ascontiguousarray(image[y : y + _CROP, x : x + _CROP])
-        batch = (torch.from_numpy(lr).permute(2, 0, 1)[None].float() / 255).to(runtime.device)
-        with torch.inference_mode(), runtime.autocast():
-            output = model.upscale(batch.contiguous(memory_format=torch.channels_last)).float()
-        sr = output[0].clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+        lr = centre(image, _CROP)
+        sr = upscaled(model, lr, runtime)
         if not np.isfinite(sr).all():
             raise ValueError("the model gives values that are not finite")
         small = lr.astype(np.float32) / 255
-        found.append(
-            (
-                downscale_consistency(sr, small),
-                colour_drift(sr, small),
-                texture((sr * 255).round().astype(np.uint8)),
-            )
-        )
-    model.module.train(training)
+        found.append((downscale_consistency(sr, small), colour_drift(sr, small), texture(to_rgb8(sr))))
     return Judgement(*(float(value) for value in np.mean(found, axis=0)))
 
 
@@ -101,6 +88,11 @@ def decide(judgements: Mapping[float, Judgement], base: Judgement) -> Verdict:
         found = judgements[max(judgements)]
         return Verdict(False, f"the base is better on the held-out images: {_compared(found, base)}", 0.0)
     return Verdict(True, f"better than the base on the held-out images: {_compared(sound[best], base)}", best)
+
+
+def stalled(scores: Sequence[float], patience: int) -> bool:
+    """Whether the last `patience` of the `scores` are all no better than one before them."""
+    return len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience])
 
 
 def _compared(found: Judgement, base: Judgement) -> str:

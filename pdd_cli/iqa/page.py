@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from pdd_cli.errors import PddError
 from pdd_cli.images import Array, Picture, read_image
 from pdd_cli.iqa.compare import Comparison
+from pdd_cli.iqa.html import GALLERY, anchor, apart, card, figure, lr_views, number, page, scroll, short, view, window
 from pdd_cli.iqa.metrics import Item, MetricInfo
 
 if TYPE_CHECKING:
     from pdd_cli.iqa.report import Report
 
 _SHOWN = 6  # images of the best, and of the worst
-_WINDOW = 512  # pixels a side of an image that are put into the page
 _FIDELITY = ("psnr", "psnry", "ssim", "ssimc", "ms_ssim", "cw_ssim", "fsim", "vif", "vsi", "downscale_consistency")
 
 
@@ -33,27 +28,26 @@ def as_page(report: Report) -> str:
     groups = {"best": ranked[:_SHOWN], "worst": ranked[: -_SHOWN - 1 : -1]} if several else {"all": ranked}
     cards = []
     for group, names in groups.items():
-        cards += [card for name in names if (card := _card(report, name, group))]
-    judged = f"{metric.name}{', by difference' if report.baselines else ''}" if metric else ""
-    parts = {
-        "title": escape(f"{report.main.name}: scores of {len(report.main.images)} images"),
-        "summary": _summary(report),
-        "means": _means(report),
-        "plots": _plots(report),
-        "table": _table(report, {card["name"] for card in cards}),
-        "judged": escape(judged),
-        "problems": _problems(report),
-        "about": _about(report),
-        # Nothing in JSON can end the element that it stands in.
-        "cards": json.dumps(cards, ensure_ascii=False).replace("<", "\\u003c"),
-    }
-    page = files("pdd_cli.iqa").joinpath("report.html").read_text(encoding="utf-8")
-    pieces = page.split("{{")
-    filled = [pieces[0]]
-    for piece in pieces[1:]:
-        name, rest = piece.split("}}", 1)
-        filled += [parts[name], rest]
-    return "".join(filled)
+        cards += [made for name in names if (made := _card(report, name, group))]
+    by = f"<p>By {escape(metric.name)}{', by difference' if report.baselines else ''}.</p>" if metric else ""
+    return page(
+        f"{report.main.name}: scores of {len(report.main.images)} images",
+        "\n".join(
+            [
+                _summary(report),
+                scroll("Means", f'<table id="means">{_means(report)}</table>'),
+                _plots(report),
+                "<h2>Look at them</h2>",
+                by,
+                GALLERY,
+                "<h2>All images</h2>",
+                scroll("All images", f'<table id="all">{_table(report, {one["name"] for one in cards})}</table>'),
+                _problems(report),
+                f"<footer><p>{_about(report)}</p></footer>",
+            ]
+        ),
+        cards,
+    )
 
 
 # --- text and tables --------------------------------------------------------------------------------------------
@@ -63,7 +57,7 @@ def _summary(report: Report) -> str:
     if report.baselines:
         lines = [report.verdict(baseline) for baseline in report.baselines]
     else:
-        shown = (f"{metric.name} {_number(report.main.mean(metric))} {metric.arrow}" for metric in report.metrics)
+        shown = (f"{metric.name} {number(report.main.mean(metric))} {metric.arrow}" for metric in report.metrics)
         lines = [f"Means: {', '.join(shown)}"]
     return "".join(f'<p class="verdict">{escape(line)}</p>' for line in lines)
 
@@ -76,7 +70,7 @@ def _means(report: Report) -> str:
     known = {(one.metric, one.theirs): one for one in report.comparisons}
     rows = [
         f'<tr><th scope="row">{_title(metric)}</th>'
-        + "".join(f"<td>{_number(one.mean(metric))}</td>" for one in sets)
+        + "".join(f"<td>{number(one.mean(metric))}</td>" for one in sets)
         + "".join(_difference(known.get((metric, baseline.name))) for baseline in report.baselines)
         + "</tr>"
         for metric in report.metrics
@@ -89,8 +83,8 @@ def _difference(one: Comparison | None) -> str:
         return "<td>–</td>"
     kind = {"better": "better", "worse": "worse"}.get(one.verdict, "")
     return (
-        f'<td class="{kind}"><b>{_number(one.mean, signed=True)}</b> ({escape(one.change)})<br>'
-        f"<small>95 %: {_number(one.low, signed=True)} … {_number(one.high, signed=True)}<br>"
+        f'<td class="{kind}"><b>{number(one.mean, signed=True)}</b> ({escape(one.change)})<br>'
+        f"<small>95 %: {number(one.low, signed=True)} … {number(one.high, signed=True)}<br>"
         f"better on {one.wins}, worse on {one.losses} of {len(one.differences)}: {one.verdict}</small></td>"
     )
 
@@ -114,9 +108,9 @@ def _table(report: Report, shown: set[str]) -> str:
     )
     rows = []
     for name in report.main.images:
-        link = f'<a href="#{escape(_anchor(name))}">{escape(name)}</a>' if name in shown else escape(name)
+        link = f'<a href="#{escape(anchor(name))}">{escape(name)}</a>' if name in shown else escape(name)
         cells = "".join(
-            f'<td data-value="{values[name]!r}">{_number(values[name])}</td>' if name in values else "<td>–</td>"
+            f'<td data-value="{values[name]!r}">{number(values[name])}</td>' if name in values else "<td>–</td>"
             for _, values in columns
         )
         rows.append(f'<tr><th scope="row" data-value="{escape(name)}">{link}</th>{cells}</tr>')
@@ -138,16 +132,6 @@ def _about(report: Report) -> str:
 
 def _title(metric: MetricInfo) -> str:
     return f'<span title="{metric.better} is better">{escape(metric.name)} {metric.arrow}</span>'
-
-
-def _number(value: float | None, *, signed: bool = False) -> str:
-    if value is None:
-        return "–"
-    return (f"{value:+.4f}" if signed else f"{value:.4f}").replace("-", "−")
-
-
-def _anchor(name: str) -> str:
-    return "image-" + base64.urlsafe_b64encode(name.encode()).decode().rstrip("=")
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------
@@ -183,37 +167,28 @@ def _card(report: Report, name: str, group: str) -> dict[str, Any] | None:
     views = [(label, pixels) for label, pixels in [*views, (report.main.name, sr)] if pixels.shape[:2] == size]
     if hr is not None and hr.shape[:2] == size:
         views.append(("HR", hr))
-    x, y, width, height = _window(sr, next((pixels for _, pixels in views if pixels is not sr), None))
-    encoded = [
-        {"label": label, "src": _webp(Image.fromarray(pixels[y : y + height, x : x + width]))}
-        for label, pixels in views
-    ]
+    x, y, width, height = window(sr, next((pixels for _, pixels in views if pixels is not sr), None))
+    encoded = [view(label, np.ascontiguousarray(pixels[y : y + height, x : x + width])) for label, pixels in views]
     lr = _read(Item(item.lr)) if item.lr else None
     if lr is not None and lr.shape[0] < size[0]:
         across, down = lr.shape[1] / size[1], lr.shape[0] / size[0]
         box = (x * across, y * down, (x + width) * across, (y + height) * down)
-        ways = {"LR nearest": Image.Resampling.NEAREST, "LR bicubic": Image.Resampling.BICUBIC}
-        encoded = [
-            {"label": label, "src": _webp(Image.fromarray(lr).resize((width, height), way, box), lossless=i == 0)}
-            for i, (label, way) in enumerate(ways.items())
-        ] + encoded
+        encoded = lr_views(lr, (width, height), box) + encoded
     whole = (width, height) == (size[1], size[0])
-    return {
-        "id": _anchor(name),
-        "name": name,
-        "group": group,
-        "note": "" if whole else f"{width}x{height} of {size[1]}x{size[0]} pixels, from {x}, {y}",
-        "width": width,
-        "height": height,
-        "main": report.main.name,
-        "views": encoded,
-        "scores": [
+    return card(
+        name,
+        encoded,
+        (width, height),
+        main=report.main.name,
+        group=group,
+        note="" if whole else f"{width}x{height} of {size[1]}x{size[0]} pixels, from {x}, {y}",
+        scores=[
             {"set": one.name, "values": [one.images[name].values.get(metric.name) for metric in report.metrics]}
             for one in [*report.baselines, report.main]
             if name in one.images
         ],
-        "metrics": [f"{metric.name} {metric.arrow}" for metric in report.metrics],
-    }
+        metrics=[f"{metric.name} {metric.arrow}" for metric in report.metrics],
+    )
 
 
 def _read(item: Item) -> Array | None:
@@ -223,29 +198,6 @@ def _read(item: Item) -> Array | None:
         return None  # told among the problems already
     pixels = picture.pixels if picture.bits == 8 else Picture.from_float(picture.to_float()).pixels
     return np.ascontiguousarray(np.broadcast_to(pixels, (picture.height, picture.width, 3)))
-
-
-def _window(image: Array, other: Array | None) -> tuple[int, int, int, int]:
-    """(x, y, width, height) of the part of `image` that differs most from `other`, or has the most detail."""
-    height, width = image.shape[:2]
-    wide, high = min(width, _WINDOW), min(height, _WINDOW)
-    if (wide, high) == (width, height):
-        return 0, 0, width, height
-    gray = image.mean(axis=2, dtype=np.float32)
-    if other is None:
-        activity = np.abs(np.diff(gray, axis=0, append=gray[-1:])) + np.abs(np.diff(gray, axis=1, append=gray[:, -1:]))
-    else:
-        activity = np.abs(gray - other.mean(axis=2, dtype=np.float32))
-    sums = np.pad(activity.cumsum(0, dtype=np.float64).cumsum(1), ((1, 0), (1, 0)))
-    totals = sums[high:, wide:] - sums[:-high, wide:] - sums[high:, :-wide] + sums[:-high, :-wide]
-    y, x = np.unravel_index(int(totals.argmax()), totals.shape)
-    return int(x), int(y), wide, high
-
-
-def _webp(image: Image.Image, *, lossless: bool = False) -> str:
-    data = io.BytesIO()
-    image.save(data, "WEBP", quality=90, method=4, lossless=lossless)
-    return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
 
 
 # --- plots ------------------------------------------------------------------------------------------------------
@@ -273,28 +225,24 @@ def _bars(one: Comparison) -> str:
         bars.append(
             f'<rect class="{kind}" x="{left + index * step:.2f}" y="{min(at(0), at(value)):.2f}" '
             f'width="{max(step * 0.85, 0.3):.2f}" height="{max(abs(at(value) - at(0)), 0.5):.2f}">'
-            f"<title>{escape(name)}: {_number(value, signed=True)}</title></rect>"
+            f"<title>{escape(name)}: {number(value, signed=True)}</title></rect>"
         )
     marks = "".join(
-        f'<text x="{left - 6}" y="{at(value) + 4:.1f}" text-anchor="end">{_short(value)}</text>'
-        for value in _apart([0.0, low, high], span * 0.12)
+        f'<text x="{left - 6}" y="{at(value) + 4:.1f}" text-anchor="end">{short(value)}</text>'
+        for value in apart([0.0, low, high], span * 0.12)
     )
     interval = (
         f'<rect class="interval" x="{left}" y="{at(one.high):.2f}" width="{width - left - 8}" '
         f'height="{max(at(one.low) - at(one.high), 1):.2f}"><title>95 % interval of the mean: '
-        f"{_number(one.low, signed=True)} … {_number(one.high, signed=True)}</title></rect>"
+        f"{number(one.low, signed=True)} … {number(one.high, signed=True)}</title></rect>"
         f'<line class="mean" x1="{left}" x2="{width - 8}" y1="{at(one.mean):.2f}" y2="{at(one.mean):.2f}"/>'
     )
     label = (
         f"{one.metric.name} {one.metric.arrow}: {one.ours} − {one.theirs}, "
         f"better on {one.wins} of {len(one.differences)}"
     )
-    return (
-        f"<figure><figcaption>{escape(label)}</figcaption>"
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{"".join(bars)}'
-        f'<line class="axis" x1="{left}" x2="{width - 8}" y1="{at(0):.2f}" y2="{at(0):.2f}"/>'
-        f"{interval}{marks}</svg></figure>"
-    )
+    axis = f'<line class="axis" x1="{left}" x2="{width - 8}" y1="{at(0):.2f}" y2="{at(0):.2f}"/>'
+    return figure(label, (width, height), f"{''.join(bars)}{axis}{interval}{marks}")
 
 
 def _scatter(report: Report) -> str:
@@ -325,7 +273,7 @@ def _scatter(report: Report) -> str:
         cx, cy = at(x, y)
         drawn.append(
             f'<circle class="dot set{index % 4}" cx="{cx:.1f}" cy="{cy:.1f}" r="3"><title>{escape(of)}, {escape(name)}:'
-            f" {across.name} {_number(x)}, {up.name} {_number(y)}</title></circle>"
+            f" {across.name} {number(x)}, {up.name} {number(y)}</title></circle>"
         )
     for index, one in enumerate(report.sets):
         mine = [(x, y) for i, _, _, x, y in points if i == index]
@@ -344,26 +292,9 @@ def _scatter(report: Report) -> str:
     axes = (
         f'<path class="axis" fill="none" d="M{left - 6} {top - 6}V{height - bottom + 6}H{width - 6}"/>'
         f'<text x="{width - 8}" y="{height - 8}" text-anchor="end">{escape(across.name)} {across.arrow}: '
-        f"{_short(min(xs))} to {_short(max(xs))}</text>"
+        f"{short(min(xs))} to {short(max(xs))}</text>"
         f'<text x="12" y="{height - bottom}" transform="rotate(-90 12 {height - bottom})">{escape(up.name)} '
-        f"{up.arrow}: {_short(min(ys))} to {_short(max(ys))}</text>"
+        f"{up.arrow}: {short(min(ys))} to {short(max(ys))}</text>"
     )
     label = f"perception ({up.name}) against fidelity ({across.name}); rings are means"
-    return (
-        f"<figure><figcaption>{escape(label)}</figcaption>"
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
-        f"{axes}{''.join(drawn)}{legend}</svg></figure>"
-    )
-
-
-def _apart(values: Iterable[float], least: float) -> Sequence[float]:
-    """The values, without those that come closer than `least` to one before."""
-    kept: list[float] = []
-    for value in values:
-        if all(abs(value - other) >= least for other in kept):
-            kept.append(value)
-    return kept
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}".replace("-", "−")
+    return figure(label, (width, height), f"{axes}{''.join(drawn)}{legend}")

@@ -1,0 +1,256 @@
+"""What `pdd adapt` settles before a run: the name, the weights; and its dry run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pdd_cli.console import Console
+from pdd_cli.errors import DownloadError, InputError, PddError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pdd_cli.config import AdaptConfig
+    from pdd_cli.distillation.rehearsal import Rehearsal, Space
+    from pdd_cli.distillation.run import Run, Source, WeightFiles
+    from pdd_cli.weights.store import Store
+
+
+def check_name(name: str, store: Store, *, replace: bool) -> None:
+    """Refuse a name that would hide other weights."""
+    from pdd_cli.weights.catalog import CATALOG
+
+    store.path(name)
+    if any(entry.name == name for entry in CATALOG):
+        raise InputError(f"--name {name}: pdd fetches weights of that name", "Choose another --name.")
+    if not replace and store.get(name) is not None:
+        raise InputError(
+            f"weights '{name}' exist already in the store", "Choose another --name, or replace them with --overwrite."
+        )
+
+
+def weight_files(settings: AdaptConfig, have: Callable[[str], Path], warn: Callable[[str], None]) -> WeightFiles:
+    """The files of base, generalist and features; `have` gives the file of a name or path, or raises DownloadError."""
+    from pdd_cli.distillation.run import WeightFiles
+
+    base = have(settings.base)
+    generalist = have(settings.generalist.weights) if settings.generalist.mode == "static" else None
+    network, file = settings.features.network, settings.features.weights
+    if file is not None:
+        return WeightFiles(base, generalist, network, have(str(file)))
+    if network != "auto":
+        return WeightFiles(base, generalist, network, have(network))
+    for candidate in ("vgg19", "vgg16"):
+        try:
+            return WeightFiles(base, generalist, candidate, have(candidate))
+        except (DownloadError, InputError):
+            warn(f"{candidate} can't be had, trying the next feature network")
+    warn(
+        "neither VGG-19 nor VGG-16 can be had: distances are measured with efficientnet-lite0, which the method "
+        "was not made for; with VGG the result is better (pdd fetch-weights vgg19 --from FILE)"
+    )
+    return WeightFiles(base, generalist, "efficientnet-lite0", have("efficientnet-lite0"))
+
+
+def dry_adapt(
+    settings: AdaptConfig, store: Store, console: Console, *, name: str, resume: bool, overwrite: bool
+) -> None:
+    """Say what the run would do and take. Raises what the run would fail of; of several failures the first."""
+    from pdd_cli.device import choose_runtime
+    from pdd_cli.distillation.rehearsal import check_places, rehearse
+    from pdd_cli.distillation.run import RunFolder, check_folder, prepare_run, read_sources
+    from pdd_cli.weights.fetch import ensure
+
+    problems: list[PddError] = []
+    missing: list[str] = []
+
+    @contextlib.contextmanager
+    def collected() -> Iterator[None]:
+        try:
+            yield
+        except PddError as error:
+            problems.append(error)
+
+    def installed(reference: str) -> Path:
+        try:
+            return ensure(reference, store=store, offline=True, on_event=lambda event: None)
+        except DownloadError:
+            if not settings.offline:
+                missing.append(reference)
+            raise
+
+    folder = RunFolder(settings.runs_dir / name)
+    found = _Findings(name, folder.path, settings)
+    with collected():
+        check_name(name, store, replace=resume or overwrite)
+    with collected():
+        check_folder(folder, settings, resume=resume, overwrite=overwrite)
+    goes_on = resume and not problems
+    with collected():
+        runtime = choose_runtime(settings.device, settings.precision)
+        weights = None
+        try:
+            weights = weight_files(settings, installed, console.warn if settings.offline else lambda text: None)
+        except DownloadError:
+            if not missing:
+                raise
+        if weights is None:
+            found.sources = read_sources(settings, _scale_of(settings.base), console.warn)[2]
+        else:
+            run = prepare_run(
+                settings, weights, runtime, name=name, resume=goes_on, overwrite=True, notify=console.warn
+            )
+            found.run, found.sources = run, run.sources
+            with collected():
+                found.spaces = check_places(run, store)
+            found.rehearsal = rehearse(run)
+    found.to_fetch = missing
+    found.problems = problems
+    console.table(_table(found))
+    console.result(_document(found))
+    for error in problems[1:]:
+        console.fail(error)
+    if problems:
+        raise problems[0]
+
+
+@dataclass
+class _Findings:
+    """What a dry run finds out, as far as it gets."""
+
+    name: str
+    folder: Path
+    settings: AdaptConfig
+    run: Run | None = None
+    sources: Sequence[Source] = ()
+    spaces: Sequence[Space] = ()
+    rehearsal: Rehearsal | None = None
+    to_fetch: Sequence[str] = ()
+    problems: Sequence[PddError] = ()
+
+
+def _scale_of(base: str) -> int:
+    """The scale of a catalogued base that isn't installed."""
+    from pdd_cli.weights.catalog import find
+
+    return find(base).scale or 4
+
+
+def _table(found: _Findings) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("what", "found", title="dry run: nothing is written", title_justify="left")
+    run, rehearsal = found.run, found.rehearsal
+    for source in found.sources:
+        table.add_row(source.option, escape(_told(source)))
+    if run is not None:
+        if not found.settings.hr_dir:
+            table.add_row("HR", "made of the real images")
+        table.add_row("judged on", f"{len(run.judged_on)} real images, {len(run.domains.real)} are trained on")
+        if run.pairs is not None:
+            table.add_row("pairs", f"{run.pairs.found} with ground truth, {len(run.pairs.lr)} of them are scored")
+        parameters = sum(parameter.numel() for parameter in run.base.module.parameters())
+        base = (
+            f"{found.settings.base}: {run.base.architecture} x{run.base.scale}, {parameters / 1e6:.1f} million weights"
+        )
+        table.add_row("base", escape(base))
+        table.add_row("features", run.features_name)
+        table.add_row("device", str(run.runtime))
+    if found.to_fetch:
+        table.add_row("to be fetched", ", ".join(found.to_fetch))
+    if rehearsal is not None:
+        table.add_row(
+            "time",
+            f"{_duration(rehearsal.seconds)} at the most: "
+            f"{rehearsal.steps} steps of {rehearsal.seconds_per_step:.2g} s, "
+            f"{rehearsal.judgements} judgements of {rehearsal.seconds_per_judgement:.2g} s",
+        )
+        if rehearsal.memory:
+            table.add_row(
+                "memory", f"{_size(rehearsal.memory)} at the most, {_size(rehearsal.free_memory)} more are free"
+            )
+        for event in rehearsal.events:
+            table.add_row("trial steps", escape(event))
+    elif run is None:
+        table.add_row("time, memory", "not known before all weights are installed")
+    for space in found.spaces:
+        table.add_row("disk", escape(f"{_size(space.needed)} into {space.folder} ({_size(space.free)} free)"))
+    for error in found.problems:
+        table.add_row("would fail", escape(error.message))
+    return table
+
+
+def _told(source: Source) -> str:
+    smallest, largest = ("x".join(map(str, size)) for size in (source.smallest, source.largest))
+    sizes = f"{smallest} pixels" if smallest == largest else f"{smallest} to {largest} pixels"
+    small = f", {source.small} of them smaller than a crop" if source.small else ""
+    left_out = f"; {len(source.left_out)} left out" if source.left_out else ""
+    return f"{source.folder}: {source.used} images, {sizes}{small}{left_out}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _document(found: _Findings) -> dict[str, object]:
+    run, rehearsal = found.run, found.rehearsal
+    return {
+        "dry_run": True,
+        "name": found.name,
+        "run": found.folder,
+        "images": [
+            {
+                "option": source.option,
+                "folder": source.folder,
+                "used": source.used,
+                "smallest": source.smallest,
+                "largest": source.largest,
+                "smaller_than_a_crop": source.small,
+                "left_out": source.left_out,
+            }
+            for source in found.sources
+        ],
+        **(
+            {
+                "trained_on": len(run.domains.real),
+                "judged_on": len(run.judged_on),
+                "pairs": run.pairs.found if run.pairs else 0,
+                "architecture": run.base.architecture,
+                "scale": run.base.scale,
+                "features": run.features_name,
+                "device": str(run.runtime.device),
+                "precision": run.runtime.precision,
+            }
+            if run
+            else {}
+        ),
+        "to_fetch": found.to_fetch,
+        **(
+            {
+                "steps": rehearsal.steps,
+                "judgements": rehearsal.judgements,
+                "seconds_per_step": rehearsal.seconds_per_step,
+                "seconds_per_judgement": rehearsal.seconds_per_judgement,
+                "seconds": rehearsal.seconds,
+                "memory": rehearsal.memory,
+            }
+            if rehearsal
+            else {}
+        ),
+        "disk": [{"folder": space.folder, "needed": space.needed, "free": space.free} for space in found.spaces],
+        "problems": [
+            {"message": error.message, "hint": error.hint, "exit_code": error.exit_code} for error in found.problems
+        ],
+    }
