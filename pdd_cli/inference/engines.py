@@ -88,7 +88,7 @@ class TorchEngine:
 
         runtime = Runtime(self.runtime.place, "fp32") if exact else self.runtime
         model = self.model if exact else self._fast
-        batch = torch.from_numpy(lr).to(runtime.device, memory_format=torch.channels_last)
+        batch = torch.from_numpy(lr).to(runtime.device, memory_format=torch.channels_last, copy=True)
         with torch.inference_mode(), runtime.autocast():
             # Brought to fp32 on this side of the bus.
             return np.asarray(model.upscale(batch).cpu().float().numpy())
