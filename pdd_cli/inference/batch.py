@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
+from pdd_cli.device import usable_cpus
 from pdd_cli.distributed import World
 from pdd_cli.encoding import (
     FORMATS,
@@ -44,6 +45,8 @@ _VIDEO_FORMATS = ("mp4", "mov", "mkv", "webm")
 # Bands of rows that wait to be written, and images whose writing isn't waited for.
 _WAITING_BANDS = 2
 _WAITING_IMAGES = 2
+# A GPU makes images faster than one core compresses them.
+_GPU_ENCODERS = 4
 # What is larger, in bytes of pixels, is not decoded ahead.
 _MOST_AHEAD = 100 << 20
 _LONGEST_NAME = 255
@@ -339,7 +342,8 @@ def run_jobs(
     stop them all.
     """
     waiting: deque[Callable[[], Result]] = deque()
-    with ThreadPoolExecutor(1, "decode") as decoder, ThreadPoolExecutor(1, "encode") as encoder:
+    encoders = 1 if upscaler.engine.runtime.kind == "cpu" else min(_GPU_ENCODERS, usable_cpus())
+    with ThreadPoolExecutor(1, "decode") as decoder, ThreadPoolExecutor(encoders, "encode") as encoder:
         try:
             ahead: deque[Future[_Loaded]] = deque()
             upcoming = iter(jobs)
@@ -354,7 +358,7 @@ def run_jobs(
                 else:
                     on_start(loaded.job)
                     waiting.append(_compute(loaded, upscaler, output, manifest, encoder, on_tile))
-                while len(waiting) > (_WAITING_IMAGES if ahead else 0):
+                while len(waiting) > (max(_WAITING_IMAGES, encoders) if ahead else 0):
                     yield waiting.popleft()()
         finally:
             decoder.shutdown(wait=False, cancel_futures=True)

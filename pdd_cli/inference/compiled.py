@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def find(weights: str, precision: Precision) -> Converted | None:
     try:
         with path.open("rb") as file:
             values, program = json.loads(file.readline()), file.read()
-        if hashlib.sha256(program).hexdigest() != values.pop("program_sha256"):
+        if zlib.crc32(program) != values.pop("program_crc32"):
             return None
         os.utime(path)
         return Converted(Traits(**values.pop("traits")), program=program or None, **values)
@@ -118,7 +119,7 @@ def keep(weights: str, precision: Precision, converted: Converted, exported: byt
         "weights_sha256": converted.weights_sha256,
         "bytes_per_pixel": converted.bytes_per_pixel,
         "agrees": converted.agrees,
-        "program_sha256": hashlib.sha256(exported).hexdigest(),
+        "program_crc32": zlib.crc32(exported),
     }
     path = _path(weights, precision)
     with contextlib.suppress(PddError, OSError):
