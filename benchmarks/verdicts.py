@@ -36,8 +36,8 @@ RUNS = ("sound", "sound, seed 1", "rate x30", "another domain", "tinted HR", "bl
 class TintedHR(Domains):
     """The HR has other colours than the LR that it is paired with, as after a careless white balance."""
 
-    def batch(self, step: int, size: int) -> Batch:
-        batch = super().batch(step, size)
+    def batch(self, step: int, size: int, first: int = 0) -> Batch:
+        batch = super().batch(step, size, first)
         return replace(batch, hr_s=(batch.hr_s * torch.tensor([1.2, 1.0, 0.8]).view(1, 3, 1, 1)).clamp(0, 1))
 
 

@@ -142,7 +142,7 @@ class OpenVINOEngine:
 def choose_engine(model: SRModel, runtime: Runtime, choice: EngineChoice) -> Engine:
     """The engine for `--engine`: auto is OpenVINO on a CPU where it is installed and agrees with PyTorch, else PyTorch.
 
-    OpenVINO is the faster of the two on the CPUs measured (docs/benchmarks.md); whether it computes the same is checked
+    OpenVINO is the faster of the two on the CPUs measured (docs/upscale.md); whether it computes the same is checked
     here for the very model, on noise.
     """
     if choice == "openvino":
