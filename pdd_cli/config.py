@@ -166,6 +166,7 @@ class AdaptConfig(Settings):
     export: tuple[Literal["pth", "onnx"], ...] = ()
     checkpoint_every: PositiveInt = 50
     preview_every: PositiveInt = 50
+    tensorboard: bool = False  # log for TensorBoard, too
     device: Device = "auto"
     precision: PrecisionChoice = "auto"
     offline: bool = False

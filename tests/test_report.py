@@ -33,6 +33,7 @@ def picture(source: str) -> np.ndarray:
 def test_the_page_tells_the_run(pdd: Callable[..., Outcome], ground: Path, home: Path) -> None:
     done = pdd(*command(ground)[3:], "--name", "realLR", "--json")
     assert done.code == 0, done.err
+    assert not (RUN / "tensorboard").exists()  # unasked
     text = (RUN / "report.html").read_text()
     assert not re.search(r"""(?:https?:)?//[a-z]|url\(""", re.sub(r'"data:[^"]*"', "", text))
     page = Page(text)

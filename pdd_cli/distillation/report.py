@@ -15,6 +15,7 @@ from pdd_cli.iqa.html import GALLERY, apart, card, figure, lr_views, number, pag
 
 _LOSSES = ("pixel", "perceptual", "adversarial", "inter", "intra", "consistency")
 _POINTS = 150  # of a curve
+_MARKED = 60  # points of a curve that are also dots, which tell their value
 _TRUTH = {"psnr": "PSNR (dB), higher is better", "ssim": "SSIM, higher is better",
           "distance": "feature distance, lower is better"}  # fmt: skip
 
@@ -130,8 +131,8 @@ def _strengths(report: RunReport) -> str:
     head = "".join(f'<th scope="col">{title}</th>' for title in columns.values())
     table = f'<table id="means"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
     note = (
-        '<p class="note">Means over the held-out images: agreement with the LR (dB), colour drift (ΔE), fine detail '
-        "(8-bit levels); their sum is the score, in dB over the base.</p>"
+        '<p class="note">Means over the held-out images: faithfulness to the LR (dB), colour drift (ΔE), fine detail '
+        "(8-bit levels); together they make the score, in dB over the base.</p>"
     )
     return scroll("By strength", table) + note
 
@@ -155,7 +156,7 @@ def _judgements(lines: Sequence[Line]) -> str:
 
 def _columns(lines: Iterable[Line]) -> dict[str, str]:
     """Key → title of what the lines tell."""
-    columns = {"score": "score", "consistency": "agreement with the LR", "drift": "colour drift", "texture": "detail"}
+    columns = {"score": "score", "consistency": "faithfulness", "drift": "colour drift", "texture": "fine detail"}
     if any("truth" in line for line in lines):
         columns |= {"psnr": "PSNR", "ssim": "SSIM", "distance": "feature distance"}
     return columns
@@ -262,8 +263,8 @@ def _of_log(log: Sequence[Line], key: str) -> Series:
 
 
 def _smoothed(values: Series) -> Series:
-    """The mean over the last twentieth of the run."""
-    span = max(1, len(values) // 20)
+    """The mean over the last steps, a tenth of them all."""
+    span = max(4, len(values) // 10)
     sums = np.concatenate([[0.0], np.cumsum([value for _, value in values])])
     smoothed = []
     for index, (step, _) in enumerate(values, 1):
@@ -281,7 +282,7 @@ def _binned(values: Series) -> Series:
 
 
 def _plot(label: str, series: Mapping[str, Series], *, level: float | None = None) -> str:
-    """Lines over the steps; `level` is drawn dashed, and always in sight. A series "each step" is drawn faintly."""
+    """Lines over the steps; `level`, what they are compared with, is dashed; a series "each step" is drawn faintly."""
     width, height, left, right, top, bottom = 340, 190, 52, 8, 24, 24
     points = [point for line in series.values() for point in line]
     if not points:
@@ -302,7 +303,7 @@ def _plot(label: str, series: Mapping[str, Series], *, level: float | None = Non
         kind = "set3 faint" if name == "each step" else f"set{index % 4}"
         path = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in line)
         drawn.append(f'<polyline class="line {kind}" points="{path}"/>')
-        if len(line) <= 2 * _POINTS // 5:
+        if level is not None and len(line) <= _MARKED:
             drawn += [
                 f'<circle class="dot {kind}" cx="{at(*point)[0]:.1f}" cy="{at(*point)[1]:.1f}" r="3">'
                 f"<title>{escape(name)} step {point[0]:g}: {number(point[1])}</title></circle>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -23,6 +24,7 @@ from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import RGB, Domains, downscaled, hr_from_real, read_folder
 from pdd_cli.data.degradations import Degradation
 from pdd_cli.device import Runtime
+from pdd_cli.distillation.board import Board, check_board
 from pdd_cli.distillation.checkpoint import TrainState, checkpoint_settings, load_checkpoint, save_checkpoint
 from pdd_cli.distillation.export import export_onnx, export_pth
 from pdd_cli.distillation.pictures import centre, sheet, to_rgb8, upscaled
@@ -42,7 +44,7 @@ from pdd_cli.weights.store import Card, Entry, Store
 # What a resumed run may change: these don't alter what is learnt, or (steps) only how long.
 _CHANGEABLE = {
     "steps", "runs_dir", "checkpoint_every", "preview_every", "export", "device", "precision", "offline",
-    "val_lr", "val_hr", "early_stopping",
+    "val_lr", "val_hr", "early_stopping", "tensorboard",
 }  # fmt: skip
 
 # What may differ between the machines of one run.
@@ -92,6 +94,11 @@ class RunFolder:
     def report(self) -> Path:
         """What there is to look at and to know of the run, as one page."""
         return self.path / "report.html"
+
+    @property
+    def board(self) -> Path:
+        """Events for TensorBoard, where they are asked for."""
+        return self.path / "tensorboard"
 
     @property
     def previews(self) -> Path:
@@ -194,8 +201,12 @@ class Run:
         if self.world.any(self.finished):
             return
         base_panels = [self._picture(self.base, lr) for lr in self._preview_crops()]
-        with self.folder.log.open("a", encoding="utf-8") as log:
-            for report in self._steps(self._save, lambda: self._write_preview(base_panels), should_stop):
+        board = Board(self.folder.board if self.config.tensorboard else None)
+        board.begin(self.state.step)
+        with contextlib.closing(board), self.folder.log.open("a", encoding="utf-8") as log:
+            for report in self._steps(
+                lambda judge: self._save(judge, board), lambda: self._write_preview(base_panels, board), should_stop
+            ):
                 line = {
                     "step": report.step,
                     **report.losses,
@@ -205,6 +216,10 @@ class Run:
                 }
                 log.write(json.dumps(line) + "\n")
                 log.flush()
+                losses = {f"loss/{name}": value for name, value in report.losses.items()}
+                board.scalars({**losses, "learning_rate": report.learning_rate}, report.step)
+                if self.state.step < report.step:  # rolled back
+                    board.begin(self.state.step)
                 yield report
 
     def _steps(
@@ -225,7 +240,7 @@ class Run:
         self.folder.previews.mkdir(parents=True, exist_ok=True)
         write_text(self.folder.config, yaml.safe_dump({"adapt": self._settings()}, sort_keys=False))
 
-    def _save(self, judge: bool) -> bool:
+    def _save(self, judge: bool, board: Board) -> bool:
         """A checkpoint; with `judge` its weights are judged, and kept if they are the best so far.
 
         An interruption doesn't judge: the run that goes on from there is to be the one that wasn't interrupted, and
@@ -246,6 +261,7 @@ class Run:
                 line = {"step": self.state.step, "which": which, "score": score, **found.as_document()}
                 with self.folder.judgements.open("a", encoding="utf-8") as log:
                     log.write(json.dumps(line) + "\n")
+                board.scalars(_tags(line), self.state.step)
         save_checkpoint(self.folder.checkpoint, self.state, self._settings())
         return self.stopped_early
 
@@ -397,7 +413,7 @@ class Run:
     def _picture(self, model: SRModel, lr: RGB) -> RGB:
         return to_rgb8(upscaled(model, lr, self.runtime))
 
-    def _write_preview(self, base_panels: list[RGB]) -> None:
+    def _write_preview(self, base_panels: list[RGB], board: Board) -> None:
         adapted = replace(self.base, module=self.state.specialist)
         scale = self.base.scale
         rows = [
@@ -405,8 +421,10 @@ class Run:
             for lr, base in zip(self._preview_crops(), base_panels, strict=True)
         ]
         path = self.folder.previews / f"step_{self.state.step:06d}.png"
+        picture = sheet(rows, ("LR", "base", f"adapted, step {self.state.step}"))
         with atomic_write(path) as temporary:
-            sheet(rows, ("LR", "base", f"adapted, step {self.state.step}")).save(temporary, "PNG")
+            picture.save(temporary, "PNG")
+        board.picture("preview", picture, self.state.step)
 
 
 def prepare_run(
@@ -427,6 +445,8 @@ def prepare_run(
     folder = RunFolder(config.runs_dir / name)
     if world.is_first:
         check_folder(folder, config, resume=resume, overwrite=overwrite)
+        if config.tensorboard:
+            check_board()
     base = _trainable(load_sr_model(weights.base), config.base)
     generalist = base
     if weights.generalist is not None and config.generalist.mode == "static":
@@ -549,6 +569,13 @@ def _trainable(model: SRModel, reference: str) -> SRModel:
     if not any(parameter.requires_grad for parameter in model.module.parameters()):
         raise InputError(f"{reference}: {model.architecture} has no parameters that can be trained")
     return model
+
+
+def _tags(judged: Mapping[str, Any]) -> dict[str, float]:
+    """A line of judgements.jsonl as TensorBoard's tags, those of one measure below each other."""
+    values = {f"judgement/{key}": judged[key] for key in ("score", "consistency", "drift", "texture")}
+    values |= {f"truth/{key}": value for key, value in judged.get("truth", {}).items()}
+    return {f"{tag}/{judged['which']}": value for tag, value in values.items()}
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
