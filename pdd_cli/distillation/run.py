@@ -24,6 +24,7 @@ from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import RGB, Domains, downscaled, hr_from_real, read_folder
 from pdd_cli.data.degradations import Degradation
 from pdd_cli.device import Runtime
+from pdd_cli.distillation.bases import check_rgb, check_trainable
 from pdd_cli.distillation.board import Board, check_board
 from pdd_cli.distillation.checkpoint import TrainState, checkpoint_settings, load_checkpoint, save_checkpoint
 from pdd_cli.distillation.export import export_onnx, export_pth
@@ -447,10 +448,12 @@ def prepare_run(
         check_folder(folder, config, resume=resume, overwrite=overwrite)
         if config.tensorboard:
             check_board()
-    base = _trainable(load_sr_model(weights.base), config.base)
+    base = load_sr_model(weights.base)
+    check_trainable(base, config.base)
     generalist = base
     if weights.generalist is not None and config.generalist.mode == "static":
-        generalist = _trainable(load_sr_model(weights.generalist), config.generalist.weights)
+        generalist = load_sr_model(weights.generalist)
+        check_rgb(generalist, config.generalist.weights)
         if generalist.scale != base.scale:
             raise InputError(
                 f"generalist.weights {config.generalist.weights} upscales x{generalist.scale}, "
@@ -558,17 +561,6 @@ def read_sources(
         found.append(images)
         sources.append(Source(option, folder, len(images), by_size[0], by_size[-1], small, tuple(left_out)))
     return found[0], found[1] if len(found) > 1 else [], sources
-
-
-def _trainable(model: SRModel, reference: str) -> SRModel:
-    if (model.in_channels, model.out_channels) != (3, 3):
-        raise InputError(
-            f"{reference}: takes {model.in_channels} and gives {model.out_channels} channels",
-            "adapt trains models from RGB to RGB.",
-        )
-    if not any(parameter.requires_grad for parameter in model.module.parameters()):
-        raise InputError(f"{reference}: {model.architecture} has no parameters that can be trained")
-    return model
 
 
 def _tags(judged: Mapping[str, Any]) -> dict[str, float]:

@@ -49,6 +49,12 @@ def load_sr_model(path: Path) -> SRModel:
 
 def model_from_state(state: Mapping[str, Tensor], *, origin: str, card: Card | None = None) -> SRModel:
     """The super-resolution model that the tensors `state` are for; `origin` names them in an error."""
+    for key, tensor in state.items():
+        if key.endswith((".weight", ".bias")) and not tensor.is_floating_point():
+            raise InputError(
+                f"{origin}: quantised weights ({key} is {str(tensor.dtype).removeprefix('torch.')})",
+                "pdd needs weights of floating point: take the file that this one was made from.",
+            )
     network = rrdbnet_from_state(state)
     if network is not None:
         return SRModel(

@@ -1,0 +1,151 @@
+"""Any base that can be trained is, and gives what spandrel computes of the result; what can't be is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from spandrel import ModelLoader
+from torch import Tensor, nn
+
+from pdd_cli.distillation.bases import check_trainable
+from pdd_cli.errors import InputError
+from pdd_cli.models.loading import SRModel
+from pdd_cli.models.rrdbnet import RRDBNet
+from tests.conftest import Outcome
+from tests.test_adapt import command
+from tests.test_models import bsrgan_layout, old_layout
+
+
+def rrdbnet(**more: int) -> Mapping[str, Tensor]:
+    return RRDBNet(**{"features": 8, "blocks": 1, **more}).state_dict()
+
+
+def compact() -> Mapping[str, Tensor]:
+    from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
+
+    return SRVGGNetCompact(num_feat=8, num_conv=2, upscale=4).state_dict()
+
+
+def span() -> Mapping[str, Tensor]:
+    from spandrel.architectures.SPAN.__arch.span import SPAN
+
+    return SPAN(num_in_ch=3, num_out_ch=3, feature_channels=8, upscale=2).state_dict()
+
+
+def swinir() -> Mapping[str, Tensor]:
+    from spandrel.architectures.SwinIR.__arch.SwinIR import SwinIR
+
+    return SwinIR(
+        img_size=16, window_size=8, embed_dim=12, depths=[2], num_heads=[2], mlp_ratio=2, upscale=2,
+        upsampler="pixelshuffledirect",
+    ).state_dict()  # fmt: skip
+
+
+BASES: dict[str, tuple[Callable[[], Mapping[str, Tensor]], str, int]] = {
+    "6 blocks": (lambda: rrdbnet(blocks=6), "RRDBNet", 4),
+    "x2": (lambda: rrdbnet(unshuffle=2), "RRDBNet", 2),
+    "ESRGAN's old keys": (lambda: old_layout(rrdbnet()), "RRDBNet", 4),
+    "BSRGAN's keys": (lambda: bsrgan_layout(rrdbnet()), "RRDBNet", 4),
+    "compact": (compact, "RealESRGAN Compact", 4),
+    "SPAN": (span, "SPAN", 2),
+    "SwinIR": (swinir, "SwinIR", 2),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_it_is_adapted_and_exported(pdd: Callable[..., Outcome], ground: Path, home: Path, name: str) -> None:
+    make, architecture, scale = BASES[name]
+    torch.manual_seed(0)
+    before = {key: value.clone().contiguous() for key, value in make().items()}
+    torch.save({"params_ema": before}, "base.pth")
+    done = pdd(*command(ground, "--base", "base.pth", "--export", "pth", steps=8)[3:], "--json")
+    assert done.code == 0, done.err
+    assert len([json.loads(line) for line in Path("runs/realLR/log.jsonl").read_text().splitlines()]) == 8
+    assert "skipped" not in done.err
+    card = json.loads(done.out)["card"]
+    assert (card["architecture"], card["scale"]) == (architecture, scale)
+
+    # spandrel, which knows nothing of pdd, loads the entry and the export; both are the same model, and not the base.
+    lr = torch.linspace(0, 1, 3 * 16 * 24).view(1, 3, 16, 24)
+    with torch.inference_mode():
+        stored = ModelLoader().load_from_state_dict(load_file(home / "weights" / "realLR.safetensors")).eval()(lr)
+        exported = ModelLoader().load_from_file("runs/realLR/realLR.pth").eval()(lr)
+        base = ModelLoader().load_from_state_dict(before).eval()(lr)
+    assert stored.shape == (1, 3, 16 * scale, 24 * scale)
+    assert torch.equal(stored, exported)
+    assert 1e-6 < float((stored - base).abs().max()) < 0.5
+
+
+class _Net(nn.Module):
+    def __init__(self, *, weights: bool = True) -> None:
+        super().__init__()
+        if weights:
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+class _Detached(_Net):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().forward(self.conv(x))
+
+
+class _Rounded(_Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((255 * self.conv(x)).round() / 255)
+
+
+class _Overwritten(_Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).exp()
+        return super().forward(y.mul_(2).exp() + y.zero_())
+
+
+class _Infinite(_Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((self.conv(x) * 0).sqrt())
+
+
+@pytest.mark.parametrize(
+    ("network", "channels", "words"),
+    [
+        (_Net(weights=False), 3, "has no parameters"),
+        (_Net(), 1, "takes 1 and gives 1 channels"),
+        (_Detached(), 3, "fails (element 0 of tensors does not require grad"),
+        (_Overwritten(), 3, "fails (one of the variables needed for gradient computation has been modified"),
+        (_Rounded(), 3, "no gradient reaches its weights"),
+        (_Infinite(), 3, "its gradient is not finite"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(network: nn.Module, channels: int, words: str) -> None:
+    model = SRModel(network, 2, channels, channels, "Odd")
+    with pytest.raises(InputError) as raised:
+        check_trainable(model, "odd.pth")
+    assert words in raised.value.message
+    assert raised.value.message.startswith("odd.pth")
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_run_names_weights_that_are_not_for_training(
+    pdd: Callable[..., Outcome], ground: Path, dry: tuple[str, ...]
+) -> None:
+    save_file({key: (value * 100).to(torch.int8) for key, value in rrdbnet().items()}, "small.safetensors")
+    done = pdd(*command(ground, "--base", "small.safetensors")[3:], *dry)
+    assert done.code == 2
+    assert "small.safetensors: quantised weights (body.0.rdb1.conv1.bias is int8)" in done.err
+    from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
+
+    gray = SRVGGNetCompact(num_in_ch=1, num_out_ch=1, num_feat=8, num_conv=2).state_dict()
+    save_file({key: value.contiguous() for key, value in gray.items()}, "gray.safetensors")
+    done = pdd(*command(ground, "--base", "gray.safetensors")[3:], *dry)
+    assert done.code == 2
+    assert "gray.safetensors: takes 1 and gives 1 channels" in done.err
+    assert not Path("runs").exists()
