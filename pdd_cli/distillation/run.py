@@ -446,8 +446,8 @@ def prepare_run(
     folder = RunFolder(config.runs_dir / name)
     if world.is_first:
         check_folder(folder, config, resume=resume, overwrite=overwrite)
-    if config.tensorboard:
-        check_board()
+        if config.tensorboard:
+            check_board()
     base = load_sr_model(weights.base)
     check_trainable(base, config.base)
     generalist = base
