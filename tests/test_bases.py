@@ -125,7 +125,7 @@ class _Infinite(_Net):
     ],
 )
 def test_what_cannot_be_trained_is_refused(network: nn.Module, channels: int, words: str) -> None:
-    model = SRModel(network, 2, channels, channels, "Odd")
+    model = SRModel(module=network, scale=2, in_channels=channels, out_channels=channels, architecture="Odd")
     with pytest.raises(InputError) as raised:
         check_trainable(model, "odd.pth")
     assert words in raised.value.message
