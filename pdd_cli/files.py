@@ -9,8 +9,9 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pdd_cli.errors import InputError, ResourceError
+from pdd_cli.errors import InputError, PddError, ResourceError
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TEMPORARY = ".pdd-tmp-"
 
 
@@ -23,24 +24,33 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Raises ResourceError when the disk is full, InputError when the folder can't be written.
     """
-    try:
+    with told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY, suffix=path.suffix)
-    except OSError as error:
-        raise _explain(error, path) from error
-    temporary = Path(name)
+        temporary = Path(name)
+        try:
+            _lock(descriptor)  # as long as it is being written
+            yield temporary
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        finally:
+            os.close(descriptor)
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Whatever keeps `path` from being written, as a ResourceError (a full disk) or InputError that names it."""
     try:
-        _lock(descriptor)  # as long as it is being written
-        yield temporary
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        yield
     except OSError as error:
         raise _explain(error, path) from error
-    finally:
-        os.close(descriptor)
-        temporary.unlink(missing_ok=True)
+    except Exception as error:
+        if isinstance(error, PddError) or not _is_of_full_disk(error):
+            raise
+        raise _explain(OSError(errno.ENOSPC, ""), path) from error
 
 
 def remove_leftovers(folders: Iterable[Path]) -> None:
@@ -70,13 +80,30 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to the text file `path`. What a full disk cuts short has no line end."""
+    with told(path), path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
+def _is_of_full_disk(error: BaseException | None) -> bool:
+    """Whether a library's error is of one: safetensors quotes the system's, torch fails while it handles it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            return True
+        if any(f"(os error {code})" in str(error) for code in FULL_DISK):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _explain(error: OSError, path: Path) -> InputError | ResourceError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL_DISK:
         return ResourceError(f"no space left on the disk while writing {path}", "Free some space and run it again.")
     return InputError(f"can't write {path}: {error.strerror or error}", "Choose a folder that you may write to.")

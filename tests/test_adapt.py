@@ -115,6 +115,22 @@ def test_ctrl_c_saves_and_resume_equals_an_undisturbed_run(ground, finished, tmp
     assert steps == list(range(1, STEPS + 1))
 
 
+def test_sigterm_saves_too(ground, tmp_path):
+    process = subprocess.Popen(
+        command(ground, steps=1000), cwd=tmp_path, env={**os.environ, "PDD_HOME": str(tmp_path / "home")},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log = tmp_path / "runs" / "realLR" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "--resume" in errors
+    assert torch.load(log.parent / "checkpoint.pt", weights_only=True)["step"] == log.read_text().count("\n")
+
+
 def test_resume_after_a_kill_loses_only_what_came_after_the_checkpoint(ground, finished, tmp_path):
     undisturbed, _ = finished
     process = subprocess.Popen(
@@ -126,6 +142,8 @@ def test_resume_after_a_kill_loses_only_what_came_after_the_checkpoint(ground, f
         time.sleep(0.01)
     process.kill()
     process.wait(timeout=60)
+    saved = torch.load(log.parent / "checkpoint.pt", weights_only=True)["step"]
+    assert saved >= log.read_text().count("\n") - 4  # at most one interval is lost
     resumed = run(ground, tmp_path, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert_equal_weights(undisturbed, tmp_path)

@@ -78,6 +78,15 @@ def test_weights_that_are_not_installed_are_not_fetched(pdd: Callable[..., Outco
     assert not home.exists()
 
 
+def test_too_little_memory_fails_as_in_the_run(pdd: Callable[..., Outcome], ground: Path) -> None:
+    for dry in ("--dry-run", "--json"):
+        done = adapt(pdd, ground, "--set", "crop=1000000", dry)  # 3 TB a crop
+        assert done.code == 5, done.err
+        assert "out of memory with batch_size 1 and crops of 1000000 LR pixels" in done.err
+        assert "--batch-size" in done.err
+    assert not Path("runs").exists()
+
+
 def test_a_disk_without_room_fails_before_the_run(pdd: Callable[..., Outcome], ground: Path) -> None:
     # A billion previews fit on no disk.
     more = ("--steps", str(10**9), "--set", "preview_every=1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import Batch, Domains
 from pdd_cli.device import Runtime
 from pdd_cli.distillation.run import Run, WeightFiles, prepare_run
-from pdd_cli.errors import PddError
+from pdd_cli.errors import PddError, ResourceError
+from pdd_cli.files import append_line, atomic_write
 from pdd_cli.models.rrdbnet import RRDBNet
 from tests.test_models import efficientnet_state
 
@@ -126,3 +128,55 @@ def test_what_never_becomes_finite_ends_with_the_remedy(prepare: Callable[..., R
     saved = torch.load(run.folder.checkpoint, weights_only=True)
     assert saved["step"] == 4
     assert all(torch.isfinite(value).all() for value in saved["specialist"].values())
+
+
+def test_out_of_memory_ends_with_the_remedy_and_a_whole_checkpoint(prepare: Callable[..., Run]) -> None:
+    def disturb(step: int, batch: Batch) -> Batch:
+        return dataclasses.replace(batch, lr_s=torch.empty(1 << 60)) if step == 6 else batch
+
+    run = prepare(disturb, steps=12, checkpoint_every=4)
+    with pytest.raises(ResourceError, match="out of memory with batch_size 1") as raised:
+        list(run.train(lambda: False))
+    assert raised.value.exit_code == 5
+    for word in ("--batch-size", "--resume"):
+        assert word in raised.value.hint
+    assert torch.load(run.folder.checkpoint, weights_only=True)["step"] == 4
+
+
+def test_a_full_disk_ends_with_the_remedy_and_a_whole_checkpoint(prepare: Callable[..., Run]) -> None:
+    # The real thing needs a disk of its own; a limit on the size of files makes writes fail in the same way.
+    run = prepare(lambda step, batch: batch, steps=12, checkpoint_every=4)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    saved = []
+
+    def fill() -> bool:
+        if run.state.step == 5:
+            saved.append(run.folder.checkpoint.read_bytes())
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 21, limits[1]))
+        return False
+
+    try:
+        with pytest.raises(ResourceError, match=r"no space left on the disk while writing .*checkpoint\.pt") as raised:
+            list(run.train(fill))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.exit_code == 5
+    assert "--resume" in raised.value.hint
+    assert [run.folder.checkpoint.read_bytes()] == saved
+    assert not list(run.folder.path.glob(".*"))
+    assert torch.load(run.folder.checkpoint, weights_only=True)["step"] == 4
+
+
+def test_a_full_disk_is_told_of_the_files_of_libraries(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tensors = {"a": torch.zeros(1 << 20)}
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+        with pytest.raises(ResourceError, match="no space left"), atomic_write(tmp_path / "a.safetensors") as path:
+            save_file(tensors, path)
+        with pytest.raises(ResourceError, match="no space left"), atomic_write(tmp_path / "a.png") as path:
+            Image.fromarray(np.random.default_rng(0).integers(0, 256, (999, 999, 3), np.uint8)).save(path)
+        with pytest.raises(ResourceError, match="no space left"):
+            append_line(tmp_path / "log", "x" * (2 << 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

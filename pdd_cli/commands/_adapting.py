@@ -62,7 +62,7 @@ def dry_adapt(
     """Say what the run would do and take. Raises what the run would fail of; of several failures the first."""
     from pdd_cli.device import choose_runtime
     from pdd_cli.distillation.rehearsal import check_places, rehearse
-    from pdd_cli.distillation.run import RunFolder, check_folder, prepare_run, read_sources
+    from pdd_cli.distillation.run import RunFolder, check_folder, memory_told, prepare_run, read_sources
     from pdd_cli.weights.fetch import ensure
 
     problems: list[PddError] = []
@@ -101,13 +101,15 @@ def dry_adapt(
         if weights is None:
             found.sources = read_sources(settings, _scale_of(settings.base), console.warn)[2]
         else:
-            run = prepare_run(
-                settings, weights, runtime, name=name, resume=goes_on, overwrite=True, notify=console.warn
-            )
+            with memory_told(settings):
+                run = prepare_run(
+                    settings, weights, runtime, name=name, resume=goes_on, overwrite=True, notify=console.warn
+                )
             found.run, found.sources = run, run.sources
             with collected():
                 found.spaces = check_places(run, store)
-            found.rehearsal = rehearse(run)
+            with memory_told(settings):
+                found.rehearsal = rehearse(run)
     found.to_fetch = missing
     found.problems = problems
     console.table(_table(found))

@@ -114,7 +114,7 @@ def adapt(
 
     from pdd_cli.device import choose_runtime
     from pdd_cli.distillation.rehearsal import check_places
-    from pdd_cli.distillation.run import WeightFiles, prepare_run
+    from pdd_cli.distillation.run import WeightFiles, memory_told, prepare_run
     from pdd_cli.weights.store import Store
 
     store = Store.default()
@@ -138,10 +138,11 @@ def adapt(
             )
 
     weights = world.first_on_machine(find_weights)
-    run = prepare_run(
-        settings, weights, runtime,
-        name=run_name, resume=resume, overwrite=overwrite, notify=console.warn, world=world,
-    )  # fmt: skip
+    with memory_told(settings):
+        run = prepare_run(
+            settings, weights, runtime,
+            name=run_name, resume=resume, overwrite=overwrite, notify=console.warn, world=world,
+        )  # fmt: skip
     if world.is_first:
         check_places(run, store)
     console.say(
@@ -179,11 +180,14 @@ def adapt(
             f"stopped early after step {run.state.step} of {settings.steps}: the last {settings.early_stopping} "
             "judgements brought nothing better (--resume --set early_stopping=off goes on)"
         )
-    conclusion = run.conclude()
-    verdict = conclusion.verdict
-    entry = run.register(store, verdict)
-    console.say(f"done: report in {run.write_report(conclusion)}, weights '{run_name}' in {entry.path}")
-    for path in run.export():
+    with memory_told(settings):
+        conclusion = run.conclude()
+        verdict = conclusion.verdict
+        entry = run.register(store, verdict)
+        report_file = run.write_report(conclusion)
+        exported = run.export()
+    console.say(f"done: report in {report_file}, weights '{run_name}' in {entry.path}")
+    for path in exported:
         console.say(f"exported: {path}")
     if verdict.keep:
         console.say(f"verdict: keep. {verdict.reason}")
@@ -199,7 +203,7 @@ def adapt(
             "name": run_name,
             "weights": entry.path,
             "run": run.folder.path,
-            "report": run.folder.report,
+            "report": report_file,
             "steps": run.state.step,
             "features": run.features_name,
             "losses": losses,

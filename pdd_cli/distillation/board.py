@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pdd_cli.errors import InputError
+from pdd_cli.files import told
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -28,23 +29,27 @@ class Board:
         if self._folder is not None:
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._folder), purge_step=step + 1, flush_secs=10)
+            with told(self._folder):
+                self._writer = SummaryWriter(str(self._folder), purge_step=step + 1, flush_secs=10)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Numbers by tag."""
-        if self._writer is not None:
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
+        if self._folder is not None and self._writer is not None:
+            with told(self._folder):
+                for tag, value in values.items():
+                    self._writer.add_scalar(tag, value, step)
 
     def picture(self, tag: str, picture: Image.Image, step: int) -> None:
         """One image."""
-        if self._writer is not None:
-            self._writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
+        if self._folder is not None and self._writer is not None:
+            with told(self._folder):
+                self._writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
         """Write what is left."""
-        if self._writer is not None:
-            self._writer.close()
+        if self._folder is not None and self._writer is not None:
+            with told(self._folder):
+                self._writer.close()
             self._writer = None
 
 

@@ -59,8 +59,8 @@ def save_checkpoint(path: Path, state: TrainState, settings: dict[str, Any]) -> 
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         },
     }
-    with atomic_write(path) as temporary:
-        torch.save(content, temporary)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:  # torch tells a file's errors, not a path's
+        torch.save(content, file)
 
 
 def load_checkpoint(path: Path, state: TrainState, world: World = ALONE) -> None:

@@ -19,8 +19,8 @@ def export_pth(path: Path, model: SRModel) -> None:
     Both are the chosen weights: programs take either the one or the other.
     """
     state = {key: value.detach().cpu().clone() for key, value in model.module.state_dict().items()}
-    with atomic_write(path) as temporary:
-        torch.save({"params": state, "params_ema": state}, temporary)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:  # torch tells a file's errors, not a path's
+        torch.save({"params": state, "params_ema": state}, file)
 
 
 def export_onnx(path: Path, model: SRModel) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import RGB, Domains, downscaled, hr_from_real, read_folder
 from pdd_cli.data.degradations import Degradation
-from pdd_cli.device import Runtime
+from pdd_cli.device import Runtime, is_out_of_memory
 from pdd_cli.distillation.bases import check_rgb, check_trainable
 from pdd_cli.distillation.board import Board, check_board
 from pdd_cli.distillation.checkpoint import TrainState, checkpoint_settings, load_checkpoint, save_checkpoint
@@ -34,8 +34,8 @@ from pdd_cli.distillation.trainer import StepReport, new_state, train
 from pdd_cli.distillation.truth import Pairs, Truth, read_pairs
 from pdd_cli.distillation.verdict import STRENGTHS, Judgement, Verdict, decide, held_out, judge, stalled
 from pdd_cli.distributed import ALONE, World
-from pdd_cli.errors import InputError
-from pdd_cli.files import atomic_write, write_text
+from pdd_cli.errors import InputError, ResourceError
+from pdd_cli.files import append_line, atomic_write, remove_leftovers, told, write_text
 from pdd_cli.iqa.html import window
 from pdd_cli.models.features import FeatureNetwork, feature_network
 from pdd_cli.models.loading import SRModel, interpolated, load_sr_model, state_sha256
@@ -191,7 +191,19 @@ class Run:
     world: World
 
     def train(self, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
-        """Train to the last step, or until `should_stop()`; writes log, checkpoints and previews on the way."""
+        """Train to the last step, or until `should_stop()`; writes log, checkpoints and previews on the way.
+
+        Raises ResourceError where memory or disk runs out; the last checkpoint is whole then.
+        """
+        try:
+            with memory_told(self.config):
+                yield from self._train(should_stop)
+        except ResourceError as error:
+            if self.folder.checkpoint.exists():
+                error.hint += " The last checkpoint is whole: with the same settings, --resume goes on from it."
+            raise
+
+    def _train(self, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
         if not self.world.is_first:
             if not self.world.any(False):
                 yield from self._steps(lambda judge: False, lambda: None, should_stop)
@@ -204,7 +216,7 @@ class Run:
         base_panels = [self._picture(self.base, lr) for lr in self._preview_crops()]
         board = Board(self.folder.board if self.config.tensorboard else None)
         board.begin(self.state.step)
-        with contextlib.closing(board), self.folder.log.open("a", encoding="utf-8") as log:
+        with contextlib.closing(board):
             for report in self._steps(
                 lambda judge: self._save(judge, board), lambda: self._write_preview(base_panels, board), should_stop
             ):
@@ -215,8 +227,7 @@ class Run:
                     "seconds": report.seconds,
                     **({"event": report.event} if report.event else {}),
                 }
-                log.write(json.dumps(line) + "\n")
-                log.flush()
+                append_line(self.folder.log, json.dumps(line))
                 losses = {f"loss/{name}": value for name, value in report.losses.items()}
                 board.scalars({**losses, "learning_rate": report.learning_rate}, report.step)
                 if self.state.step < report.step:  # rolled back
@@ -238,7 +249,9 @@ class Run:
     def _open_folder(self) -> None:
         if self.folder.checkpoint.exists() and not self.resumed:
             shutil.rmtree(self.folder.path)  # --overwrite: without it nobody gets here
-        self.folder.previews.mkdir(parents=True, exist_ok=True)
+        with told(self.folder.path):
+            self.folder.previews.mkdir(parents=True, exist_ok=True)
+        remove_leftovers([self.folder.path, self.folder.previews])
         write_text(self.folder.config, yaml.safe_dump({"adapt": self._settings()}, sort_keys=False))
 
     def _save(self, judge: bool, board: Board) -> bool:
@@ -260,8 +273,7 @@ class Run:
                     with atomic_write(self.folder.best) as temporary:
                         save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, temporary)
                 line = {"step": self.state.step, "which": which, "score": score, **found.as_document()}
-                with self.folder.judgements.open("a", encoding="utf-8") as log:
-                    log.write(json.dumps(line) + "\n")
+                append_line(self.folder.judgements, json.dumps(line))
                 board.scalars(_tags(line), self.state.step)
         save_checkpoint(self.folder.checkpoint, self.state, self._settings())
         return self.stopped_early
@@ -426,6 +438,20 @@ class Run:
         with atomic_write(path) as temporary:
             picture.save(temporary, "PNG")
         board.picture("preview", picture, self.state.step)
+
+
+@contextlib.contextmanager
+def memory_told(config: AdaptConfig) -> Iterator[None]:
+    """Out of memory, of the machine or of the GPU, as a ResourceError with what would help."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(
+            f"out of memory with batch_size {config.batch_size} and crops of {config.crop} LR pixels",
+            "Close other programs, or start anew with a smaller --batch-size, --set crop=32, or a smaller --base.",
+        ) from error
 
 
 def prepare_run(

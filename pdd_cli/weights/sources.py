@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from pdd_cli.errors import DownloadError
+from pdd_cli.files import FULL_DISK
 from pdd_cli.weights.catalog import GoogleDrive, HuggingFace, Package
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def huggingface(source: HuggingFace, *, sha256: str | None, on_bytes: OnBytes) -
             )
         )
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL_DISK:
             raise NoSpaceError("no space left on the disk for the Hub's cache") from error
         raise DownloadError(_one_line(error) if reachable else "its host isn't found (no network?)") from error
     except Exception as error:  # the Hub's own, and its HTTP client's, which is another in each release
@@ -163,7 +163,7 @@ def google_drive(source: GoogleDrive, target: Path, *, on_bytes: OnBytes) -> Pat
     except DownloadError:
         raise
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL_DISK:
             raise NoSpaceError("no space left on the disk") from error
         raise DownloadError(_one_line(error)) from error
     except Exception as error:
@@ -199,16 +199,13 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 @contextlib.contextmanager
 def _disk_errors(path: Path) -> Any:
     """Tells what the disk refuses as a DownloadError."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL_DISK:
             raise NoSpaceError(f"no space left on the disk in {path.parent}", "Free some and run it again.") from error
         raise DownloadError(f"can't write {path}: {error.strerror or error}") from error
 
