@@ -38,18 +38,20 @@ def plain(module: nn.Module, device: torch.device, dtype: torch.dtype, layout: t
 
     def forward(lr: Tensor) -> Tensor:
         with torch.inference_mode():
-            return module(lr.to(device, dtype).contiguous(memory_format=layout)).float().cpu()
+            sr: Tensor = module(lr.to(device, dtype).contiguous(memory_format=layout)).float().cpu()
+            return sr
 
     return forward
 
 
 def inductor(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Forward:
     """torch.compile with its defaults."""
-    module = torch.compile(module.to(device, dtype).to(memory_format=torch.channels_last))
+    compiled = torch.compile(module.to(device, dtype).to(memory_format=torch.channels_last))
 
     def forward(lr: Tensor) -> Tensor:
         with torch.no_grad():
-            return module(lr.to(device, dtype).contiguous(memory_format=torch.channels_last)).float().cpu()
+            sr: Tensor = compiled(lr.to(device, dtype).contiguous(memory_format=torch.channels_last)).float().cpu()
+            return sr
 
     return forward
 

@@ -15,7 +15,7 @@ import argparse
 import copy
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,9 @@ class PaperStyle:
         self.optimizer_S.zero_grad()
         S_s = self.S(batch.lr_s)
         features_S_s, features_hr = self.vgg(S_s), self.vgg(batch.hr_s)
-        losses = {
+        losses: dict[str, Tensor] = {
             "pixel": haar_l1(S_s, batch.hr_s),
-            "perceptual": sum(w * F.l1_loss(features_S_s[k], features_hr[k]) for k, w in PERCEPTUAL.items()),
+            "perceptual": total(w * F.l1_loss(features_S_s[k], features_hr[k]) for k, w in PERCEPTUAL.items()),
             "adversarial": bce(self.D(S_s), 1),
         }
         if distilling:
@@ -117,19 +117,19 @@ class PaperStyle:
                 features_G_s, features_G_t = self.vgg(G_s), self.vgg(G_t)
             features_S_t = self.vgg(S_t)
             losses["adversarial"] = losses["adversarial"] + bce(self.D(S_t), 1)
-            losses["inter"] = sum(
+            losses["inter"] = total(
                 w
                 * torch.sqrt(
                     (gram(features_S_t[k] - features_G_t[k]) - gram(features_S_s[k] - features_G_s[k])).square().sum()
                 )
                 for k, w in INTER.items()
             )
-            losses["intra"] = sum(
+            losses["intra"] = total(
                 w * cross_entropy(features_S_t[k] - features_S_s[k], features_G_t[k] - features_G_s[k])
                 for k, w in INTRA.items()
             )
         weights = {"pixel": PIXEL_WEIGHT, "adversarial": ADVERSARIAL_WEIGHT}
-        sum(weights.get(name, 1) * loss for name, loss in losses.items()).backward()
+        torch.stack([weights.get(name, 1) * loss for name, loss in losses.items()]).sum().backward()
         self.optimizer_S.step()
 
         self.D.requires_grad_(True)
@@ -145,6 +145,10 @@ class PaperStyle:
                 mine.mul_(DECAY).add_(theirs, alpha=1 - DECAY)
         self.steps += 1
         return {name: float(loss.detach()) for name, loss in losses.items()}
+
+
+def total(terms: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).sum()
 
 
 def haar_l1(sr: Tensor, hr: Tensor) -> Tensor:
@@ -238,12 +242,9 @@ def main() -> None:
 def _our_steps(run: Run) -> Iterator[dict[str, float]]:
     """pdd's own loop, without what it does besides training: judging, checkpoints, previews."""
 
-    def nothing() -> None:
-        pass
-
     for report in train(
         run.config, run.state, run.base, run.generalist, run.domains, run.features, run.runtime,
-        save=nothing, restore=nothing, preview=nothing, should_stop=lambda: False,
+        save=lambda judge: False, restore=lambda: None, preview=lambda: None, should_stop=lambda: False,
     ):  # fmt: skip
         yield report.losses
 

@@ -78,7 +78,7 @@ def main() -> None:
     runtime = choose_runtime(arguments.device)
     features = arguments.data / "features" / "vgg16_features_fp16.safetensors"
     pairs = load_pairs(arguments.data / arguments.domain, features)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for seed in arguments.seeds:
         for variant in arguments.variants:
             with tempfile.TemporaryDirectory() as folder:

@@ -68,7 +68,9 @@ def pdd(items: list[Item], names: list[str]) -> list[dict[str, float]]:
     return scores
 
 
-def measured(way: Callable[[list[Item], list[str]], list[dict[str, float]]], items: list[Item], names: list[str]):
+def measured(
+    way: Callable[[list[Item], list[str]], list[dict[str, float]]], items: list[Item], names: list[str]
+) -> tuple[list[dict[str, float]], float]:
     started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     found = way(items, names)
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)

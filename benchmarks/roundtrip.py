@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -46,7 +47,7 @@ KEPT_TAGS = ("Make", "Artist", "DateTimeOriginal", "ISO", "GPSLatitude", "Rating
 def pixels(*shape: int, dtype: type = np.uint8) -> np.ndarray:
     y, x = np.mgrid[0 : 1 : shape[0] * 1j, 0 : 1 : shape[1] * 1j]
     planes = np.stack([x, y, 1 - x * y, 0.2 + 0.8 * x][: shape[2] if len(shape) > 2 else 1], axis=-1)
-    values = (planes * np.iinfo(dtype).max).astype(dtype)
+    values: np.ndarray = (planes * np.iinfo(dtype).max).astype(dtype)
     return values if len(shape) > 2 else values[..., 0]
 
 
@@ -99,7 +100,7 @@ def generate(folder: Path) -> None:
     for orientation in (1, 3, 6, 8):
         for suffix in ("jpg", "png", "webp", "tif", "avif", "heic", "jxl"):
             xmp = XMP.replace(b'Orientation="6"', b'Orientation="%d"' % orientation)
-            options = {**everything, "exif": exif(orientation), "xmp": xmp}
+            options: dict[str, Any] = {**everything, "exif": exif(orientation), "xmp": xmp}
             name = folder / f"metadata-{orientation}.{suffix}"
             if suffix == "png":
                 del options["xmp"]
@@ -112,7 +113,7 @@ def generate(folder: Path) -> None:
             rgba.convert("RGB").save(name, **options)
     rgba.convert("RGB").save(folder / "xmp.png")
     (folder / "m.xmp").write_bytes(XMP)
-    command = ["exiftool", "-q", "-overwrite_original", "-tagsfromfile", folder / "m.xmp", "-xmp:all"]
+    command: list[str | Path] = ["exiftool", "-q", "-overwrite_original", "-tagsfromfile", folder / "m.xmp", "-xmp:all"]
     subprocess.run([*command, folder / "xmp.png"], check=True)
     (folder / "m.xmp").unlink()
     pages = [Image.fromarray(pixels(h + 2 * n, w, 3)) for n in range(3)]
@@ -179,7 +180,7 @@ def differences(before: Path, after: Path) -> list[str]:
     if same_kind and resolution and abs(float(tags_b.get("XResolution", 0)) - float(resolution)) > 1:
         problems.append(f"resolution {resolution} became {tags_b.get('XResolution')}")
     if a["pages"] and b["pages"]:
-        width, height = a["size"]  # type: ignore[misc]
+        width, height = cast(tuple[int, int], a["size"])
         if turned and before.suffix not in (".avif", ".heic"):
             width, height = height, width
         if b["size"] != (width * SCALE, height * SCALE):

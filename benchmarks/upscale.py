@@ -336,7 +336,7 @@ def _flops_per_pixel(weights: Path) -> float:
     module, _ = _controls.network(weights)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         module(torch.zeros(1, 3, 16, 16))
-    return counter.get_total_flops() / 16**2
+    return float(counter.get_total_flops()) / 16**2
 
 
 def _times(timing: Timing, reference: Timing | None, flops: float, device: torch.device) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import json
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -54,7 +55,7 @@ def main() -> None:
     arguments = parser.parse_args()
     runtime = choose_runtime(arguments.device)
     pairs = load_pairs(arguments.data / arguments.domain, _features(arguments))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in arguments.runs:
         with tempfile.TemporaryDirectory() as folder:
             run = _prepare(arguments, name, Path(folder), runtime)

@@ -80,7 +80,8 @@ def inter_gradients(world: World) -> dict[str, torch.Tensor]:
         {layer: torch.randn(4, 6, 5, 5, generator=generator)[mine].requires_grad_() for layer in INTER_LAYERS}
         for _ in range(4)
     ]
-    loss = inter_loss(*four, world)
+    S_s, S_t, G_s, G_t = four
+    loss = inter_loss(S_s, S_t, G_s, G_t, world)
     loss.backward()
     gradients = {f"{number} {layer}": phi.grad for number, of in enumerate(four) for layer, phi in of.items()}
     return {"loss": loss.detach(), **{key: value / world.size for key, value in gradients.items() if value is not None}}
