@@ -41,8 +41,8 @@ PERCEPTUAL = {"conv1_2": 0.1, "conv2_2": 0.1, "conv3_3": 1.0, "conv4_3": 1.0, "c
 PIXEL_WEIGHT, ADVERSARIAL_WEIGHT, DECAY, RATE = 0.5, 0.01, 0.999, 1e-4
 SETTINGS = [
     "discriminator=unet", "discriminator_warmup=0", "crop_candidates=1", "held_out=0", "synthetic.hr_scales=[1]",
-    "losses.pixel=0.5", "losses.adversarial=0.01", "losses.consistency=0", "optimizer.halve_at=[]",
-    "optimizer.discriminator_learning_rate=0.0001",
+    "losses.pixel=0.5", "losses.adversarial=0.01", "losses.consistency=0", "losses.feature_distance=0",
+    "optimizer.halve_at=[]", "optimizer.discriminator_learning_rate=0.0001",
 ]  # fmt: skip
 
 

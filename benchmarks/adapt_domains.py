@@ -41,6 +41,7 @@ PAPER = [
     "discriminator=unet", "crop_candidates=1", "synthetic.hr_scales=[1]", "optimizer.halve_at=[0.25]",
     "optimizer.discriminator_learning_rate=0.0001",
     "losses.pixel=0.5", "losses.adversarial=0.01", "losses.consistency=0",
+    "losses.feature_distance=0",
 ]  # fmt: skip
 VARIANTS: dict[str, list[str]] = {
     "ema": [],
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--base", type=Path, required=True, help="weights file")
     parser.add_argument("--domain", default="camera_b")
+    parser.add_argument("--hr-dir", type=Path, help="sharp photographs (default: DATA/hr_photos)")
     parser.add_argument("--variants", nargs="+", default=["ema", "supervised", "static", "own-hr"], choices=VARIANTS)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -109,7 +111,7 @@ def _prepare(
         "adapt",
         options={
             "real_dir": arguments.data / arguments.domain / "train_lr",
-            "hr_dir": None if variant == "own-hr" else arguments.data / "hr_photos",
+            "hr_dir": None if variant == "own-hr" else arguments.hr_dir or arguments.data / "hr_photos",
             "features.network": "vgg16",
             "features.weights": features,
             "steps": arguments.steps,
@@ -128,7 +130,7 @@ def _candidates(run: Run) -> Iterator[tuple[str, SRModel]]:
     base = {key: value.detach().cpu() for key, value in run.base.module.state_dict().items()}
     last = {key: value.detach().cpu() for key, value in run.state.specialist.state_dict().items()}
     model = replace(run.base, module=copy.deepcopy(run.base.module))
-    for strength in (0.5, 1.0):
+    for strength in (0.5, 0.75, 1.0):
         model.module.load_state_dict(interpolated(base, last, strength))
         yield f"strength {strength:g}", model
     if run.config.generalist.mode == "ema":
@@ -159,7 +161,7 @@ def score(model: SRModel, pairs: Pairs, runtime: Runtime) -> dict[str, float]:
                 sr = model.upscale(lr.to(runtime.device)).float().cpu().clamp(0, 1)
             sr = torch.round(sr * 255) / 255
             outputs.append(sr)
-            distances.append(feature_distance(unit_features(pairs.network, sr), known))
+            distances.append(float(feature_distance(unit_features(pairs.network, sr), known)))
     errors = [float((a - b).square().mean()) for a, b in zip(outputs, pairs.hr, strict=True)]
     return {
         "psnr": float(np.mean([-10 * np.log10(error) for error in errors])),

@@ -39,7 +39,7 @@ def main() -> None:
         with torch.inference_mode():
             for image, reference in pairs.items():
                 a, b = unit_features(network, load(image)), unit_features(network, load(reference))
-                distances.append(feature_distance(a, b))
+                distances.append(float(feature_distance(a, b)))
         print(f"{folder}: {sum(distances) / len(distances):.4f} (mean of {len(distances)} images)")
 
 

@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="weights file")
     parser.add_argument("--other", type=Path, required=True, help="a folder of LR images of another domain")
     parser.add_argument("--domain", default="camera_b")
+    parser.add_argument("--hr-dir", type=Path, help="sharp photographs (default: DATA/hr_photos)")
     parser.add_argument("--runs", nargs="+", default=RUNS, choices=RUNS)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--set", nargs="*", default=[], help="settings for every run")
@@ -92,7 +93,7 @@ def _prepare(arguments: argparse.Namespace, name: str, folder: Path, runtime: Ru
         "adapt",
         options={
             "real_dir": arguments.data / arguments.domain / "train_lr",
-            "hr_dir": arguments.data / "hr_photos",
+            "hr_dir": arguments.hr_dir or arguments.data / "hr_photos",
             "features.network": "vgg16",
             "features.weights": _features(arguments),
             "steps": arguments.steps,

@@ -116,6 +116,7 @@ class LossWeights(Settings):
     intra: NonNegative = 1.0
     pixel: NonNegative = 0.2
     perceptual: NonNegative = 1.0
+    feature_distance: NonNegative = 8.0  # not in the paper: features compared at unit length
     adversarial: NonNegative = 0.8  # with discriminator unet, which is another scale: the paper's 0.01
     # Not in the paper: S_t, brought back to LR size, must have the LR's colours and coarse shading.
     consistency: NonNegative = 2.0
@@ -145,7 +146,7 @@ class AdaptConfig(Settings):
     batch_size: PositiveInt = 2
     crop: Annotated[int, Field(ge=16, multiple_of=4)] = 48
     # Of so many random crops the one with the most texture is taken: flat ones teach nothing.
-    crop_candidates: PositiveInt = 4
+    crop_candidates: PositiveInt = 8
     seed: Annotated[int, Field(ge=0)] = 0
     features: FeatureSettings = FeatureSettings()
     synthetic: SyntheticSettings = SyntheticSettings()

@@ -136,7 +136,7 @@ def test_the_papers_runs_are_its_settings(path):
         1,
         0.01,
     )
-    assert (weights.consistency, weights.adversarial_on_target) == (0, True)
+    assert (weights.consistency, weights.feature_distance, weights.adversarial_on_target) == (0, 0, True)
     assert (config.steps, config.batch_size, config.crop, config.discriminator) == (100_000, 16, 48, "unet")
     assert config.discriminator_warmup_steps == 300
     assert config.generalist.warmup_steps == 5

@@ -12,6 +12,7 @@ from pdd_cli.distillation.losses import (
     PERCEPTUAL_LAYERS,
     adversarial_loss,
     consistency_loss,
+    feature_distance_loss,
     haar,
     inter_loss,
     intra_loss,
@@ -92,6 +93,20 @@ def test_perceptual_loss(four):
     expected = sum(weight * np.abs(a[layer] - b[layer]).mean() for layer, weight in weights.items())
     assert float(perceptual_loss(tensors(a), tensors(b))) == pytest.approx(expected, rel=1e-4)
     assert weights == PERCEPTUAL_LAYERS
+
+
+def test_feature_distance_loss(four):
+    a, b = four[0], four[1]
+    expected = 0.0
+    for layer in ("conv1_2", "conv2_2", "conv3_4", "conv4_4", "conv5_4"):
+        x, y = (np.maximum(features[layer], 0).astype(np.float64) for features in (a, b))
+        x, y = (features / np.maximum(np.sqrt((features**2).sum(1, keepdims=True)), 1e-6) for features in (x, y))
+        expected += ((x - y) ** 2).sum(1).mean() / 5
+    assert float(feature_distance_loss(tensors(a), tensors(b))) == pytest.approx(expected, rel=1e-4)
+    # Where nothing is left after the ReLU there is no direction, and no gradient.
+    dark = {layer: torch.full_like(value, -1.0).requires_grad_() for layer, value in tensors(a).items()}
+    feature_distance_loss(dark, tensors(b)).backward()
+    assert all(value.grad is None or torch.isfinite(value.grad).all() for value in dark.values())
 
 
 def test_pixel_loss_is_the_weighted_haar_l1():

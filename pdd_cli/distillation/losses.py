@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pdd_cli.distillation.distances import inter_model_distance, intra_model_distance
 from pdd_cli.distributed import ALONE, World
+from pdd_cli.iqa.feature_distance import at_unit_length, feature_distance
 
 Features = Mapping[str, Tensor]  # layer -> (N, C, H, W), before the ReLU
 
@@ -70,6 +71,11 @@ def perceptual_loss(S_s: Features, hr_s: Features) -> Tensor:
     for layer, weight in PERCEPTUAL_LAYERS.items():
         total = total + weight * F.l1_loss(S_s[layer].float(), hr_s[layer].float())
     return total
+
+
+def feature_distance_loss(S_s: Features, hr_s: Features) -> Tensor:
+    """The distance of `iqa.feature_distance` (LPIPS without learnt weights): the features' direction, not length."""
+    return feature_distance(at_unit_length(S_s, 1e-6), at_unit_length(hr_s, 1e-6))
 
 
 def consistency_loss(S_t: Tensor, lr_t: Tensor, scale: int) -> Tensor:

@@ -13,7 +13,7 @@ from pdd_cli import __version__
 from pdd_cli.data.datasets import RGB
 from pdd_cli.iqa.html import GALLERY, apart, card, figure, lr_views, number, page, scroll, short, view
 
-_LOSSES = ("pixel", "perceptual", "adversarial", "inter", "intra", "consistency")
+_LOSSES = ("pixel", "perceptual", "adversarial", "inter", "intra", "consistency", "feature_distance")
 _POINTS = 150  # of a curve
 _MARKED = 60  # points of a curve that are also dots, which tell their value
 _TRUTH = {"psnr": "PSNR (dB), higher is better", "ssim": "SSIM, higher is better",

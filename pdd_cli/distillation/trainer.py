@@ -21,6 +21,7 @@ from pdd_cli.distillation.losses import (
     Features,
     adversarial_loss,
     consistency_loss,
+    feature_distance_loss,
     inter_loss,
     intra_loss,
     perceptual_loss,
@@ -151,6 +152,8 @@ def train(
             phi_S_s, phi_hr = _part(phi, 0, n), _part(phi_constant, 0, n)
             losses["pixel"] = pixel_loss(S_s, batch.hr_s)
             losses["perceptual"] = perceptual_loss(phi_S_s, phi_hr)
+            if weights.feature_distance:
+                losses["feature_distance"] = feature_distance_loss(phi_S_s, phi_hr)
             # S_s and, once it is on, S_t must each look real: the two means add up.
             losses["adversarial"] = adversarial_loss(logits, real=True) * (judged / n)
             if distilling:

@@ -61,7 +61,7 @@ class Pairs:
             sr, original = _tensor(to_rgb8(upscaled(model, lr, runtime))), _tensor(hr)
             with torch.inference_mode(), runtime.autocast():
                 ours, theirs = (unit_features(self.features, one.to(runtime.device)) for one in (sr, original))
-            scores.append((_psnr(sr, original), float(self.ssim(sr, original)), feature_distance(ours, theirs)))
+            scores.append((_psnr(sr, original), float(self.ssim(sr, original)), float(feature_distance(ours, theirs))))
         return Truth(*(float(mean) for mean in np.mean(scores, axis=0)))
 
 

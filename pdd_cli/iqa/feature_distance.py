@@ -7,7 +7,10 @@ channels, averaged over pixels and stages.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pdd_cli.models.features import FeatureNetwork
@@ -17,10 +20,17 @@ LAYERS = ("conv1_2", "conv2_2", "conv3_4", "conv4_4", "conv5_4")  # VGG-16: its 
 
 def unit_features(network: FeatureNetwork, image: Tensor) -> list[Tensor]:
     """Features of `image` (N, 3, H, W) in 0..1, each (N, C, h, w) of unit length over C."""
-    features = network(image, LAYERS)
-    return [torch.nn.functional.normalize(torch.relu(features[layer].float()), dim=1, eps=1e-10) for layer in LAYERS]
+    return at_unit_length(network(image, LAYERS))
 
 
-def feature_distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """The distance of two images by their `unit_features`."""
-    return float(torch.stack([(a - b).square().sum(1).mean() for a, b in zip(ours, theirs, strict=True)]).mean())
+def at_unit_length(features: Mapping[str, Tensor], shortest: float = 1e-10) -> list[Tensor]:
+    """Those of `LAYERS`, from before to after the ReLU, of unit length over the channels.
+
+    What is below `shortest` stays shorter than that, and its gradient bounded.
+    """
+    return [F.normalize(torch.relu(features[layer].float()), dim=1, eps=shortest) for layer in LAYERS]
+
+
+def feature_distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
+    """The distance of two images by their features at unit length."""
+    return torch.stack([(a - b).square().sum(1).mean() for a, b in zip(ours, theirs, strict=True)]).mean()
