@@ -21,8 +21,8 @@ from pdd_cli.models.loading import SRModel
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
-_CROP = 96  # LR pixels
 _MOST_IMAGES = 8
+_PIXELS = 96**2 * _MOST_IMAGES  # LR pixels that are judged on, in all
 _DECIBELS_PER_HALVING = 6.0  # of faithfulness that half of the texture is worth
 _DECIBELS_PER_DELTA_E = 0.5  # … and a unit of colour drift
 _WORST_TEXTURE = 0.6  # of the base's, below which the result is a blur whatever else it gained
@@ -64,10 +64,15 @@ def held_out(count: int, share: float) -> tuple[int, ...]:
 
 
 def judge(model: SRModel, images: Sequence[RGB], runtime: Runtime) -> Judgement:
-    """Upscale the middle of each image with `model` and measure it. Raises ValueError for a model that gives NaN."""
+    """Upscale the middle of each image with `model` and measure it; the fewer images, the more of each.
+
+    Raises ValueError for a model that gives NaN.
+    """
+    images = images[:_MOST_IMAGES]
+    side = math.isqrt(_PIXELS // len(images))
     found = []
-    for image in images[:_MOST_IMAGES]:
-        lr = centre(image, _CROP)
+    for image in images:
+        lr = centre(image, side)
         sr = upscaled(model, lr, runtime)
         if not np.isfinite(sr).all():
             raise ValueError("the model gives values that are not finite")
