@@ -38,10 +38,9 @@ from pdd_cli.weights.states import read_state
 # Settings that make each variant; all others are the defaults.
 SUPERVISED = ["losses.inter=0", "losses.intra=0", "losses.consistency=0", "losses.adversarial_on_target=false"]
 PAPER = [
-    "discriminator=unet", "crop_candidates=1", "synthetic.hr_scales=[1]", "optimizer.halve_at=[0.25]",
-    "optimizer.discriminator_learning_rate=0.0001",
-    "losses.pixel=0.5", "losses.adversarial=0.01", "losses.consistency=0",
-    "losses.feature_distance=0",
+    "discriminator=unet", "discriminator_warmup=0.003", "crop_candidates=1", "synthetic.hr_scales=[1]",
+    "optimizer.halve_at=[0.25]", "optimizer.discriminator_learning_rate=0.0001",
+    "losses.pixel=0.5", "losses.adversarial=0.01", "losses.consistency=0", "losses.feature_distance=0",
 ]  # fmt: skip
 VARIANTS: dict[str, list[str]] = {
     "ema": [],

@@ -119,7 +119,7 @@ class LossWeights(Settings):
     feature_distance: NonNegative = 8.0  # not in the paper: features compared at unit length
     adversarial: NonNegative = 0.8  # with discriminator unet, which is another scale: the paper's 0.01
     # Not in the paper: S_t, brought back to LR size, must have the LR's colours and coarse shading.
-    consistency: NonNegative = 2.0
+    consistency: NonNegative = 5.0
     adversarial_on_target: bool = True
 
 
@@ -142,8 +142,8 @@ class AdaptConfig(Settings):
     generalist: Generalist = EmaGeneralist()
     name: str | None = None
     runs_dir: Path = Path("runs")
-    steps: PositiveInt = 200
-    batch_size: PositiveInt = 2
+    steps: PositiveInt = 100
+    batch_size: PositiveInt = 4
     crop: Annotated[int, Field(ge=16, multiple_of=4)] = 48
     # Of so many random crops the one with the most texture is taken: flat ones teach nothing.
     crop_candidates: PositiveInt = 8
@@ -155,7 +155,7 @@ class AdaptConfig(Settings):
     # unet: the paper's; features: heads on the feature network, which learn within hundreds of steps.
     discriminator: Literal["unet", "features"] = "features"
     # Steps of the run in which the discriminator alone learns: the paper's 300 of 100k.
-    discriminator_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.003
+    discriminator_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.06
     # The share of the real images that is kept from training, to judge the result on.
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
     # The run ends when so many judgements (one each `checkpoint_every` steps) have brought nothing better.

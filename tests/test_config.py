@@ -24,7 +24,7 @@ def test_precedence():
     assert (config.steps, config.seed, config.batch_size) == (10, 2, 5)
     assert adapt().steps == 99
     Path("pdd.yaml").unlink()
-    assert adapt().steps == 200
+    assert adapt().steps == 100
 
 
 def test_nested_keys_and_yaml_values():
