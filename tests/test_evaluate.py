@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import pty
+import re
+import signal
+import subprocess
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -396,3 +402,33 @@ def test_a_wrong_file_is_not_left_in_place(hub: Path, tmp_path: Path) -> None:
     assert not hub.exists() or not list(hub.iterdir())
     with pytest.raises(InputError, match=r"did you mean .*niqe"):
         raise run("fetch-weights", "--metrics", "nique")[3] or AssertionError
+
+
+def test_ctrl_c_keeps_what_is_scored(tmp_path: Path) -> None:
+    sr, hr = tmp_path / "sr", tmp_path / "hr"
+    Image.fromarray(photo(500, 500)).save(tmp_path / "one.png")
+    for folder in (sr, hr):
+        folder.mkdir()
+        for number in range(400):
+            (folder / f"{number}.png").hardlink_to(tmp_path / "one.png")
+    command = ["evaluate", sr, "--gt-dir", hr, "--metrics", "ssim", "--output", tmp_path / "report.json", "--json"]
+    terminal, its_end = pty.openpty()  # on which the progress is shown
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pdd_cli", *map(str, command)], stdout=subprocess.PIPE, stderr=its_end, text=True
+    )
+    os.close(its_end)
+    shown = b""
+    while not re.search(rb"[1-9]\d*/400", shown):
+        shown += os.read(terminal, 1024)
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(OSError):  # a terminal whose other end is closed
+        while os.read(terminal, 1024):
+            pass
+    os.close(terminal)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    document = json.loads(out)
+    assert 1 <= len(document["images"]) < 400
+    assert all(set(image["scores"]) == {"ssim"} for image in document["images"])
+    assert any(f"{len(document['images'])} of 400 images of sr are scored" in one for one in document["problems"])
+    assert json.loads((tmp_path / "report.json").read_text()) == document

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -143,13 +144,15 @@ def evaluate(
         raise _summed(lacking)
     lost = {info.name: "lacks its weights" for info in wanted if info not in loaded}
     failures = list(inputs.problems)
-    main, *baselines = (_score(one, loaded, settings, console, failures) for one in inputs.sets)
+    (main, *baselines), interrupted = _score_all(inputs.sets, loaded, settings, console, failures)
     report = Report(list(loaded), main, baselines, settings.crop_border, {**skipped, **lost}, failures)
     _show(report, console)
     if settings.output is not None:
         write_report(settings.output, report)
         console.say(f"report written to {settings.output}")
     console.result(report.as_document())
+    if interrupted:
+        raise KeyboardInterrupt
     _conclude(report, settings, console, lacking)
 
 
@@ -258,6 +261,27 @@ def _computable(infos: Sequence[MetricInfo], inputs: Inputs) -> tuple[list[Metri
 # --- scoring and telling ----------------------------------------------------------------------------------------
 
 
+def _score_all(
+    sets: Sequence[ImageSet],
+    loaded: dict[MetricInfo, object],
+    settings: EvaluateConfig,
+    console: Console,
+    failures: list[str],
+) -> tuple[list[ScoredSet], bool]:
+    """The scores of each set, and whether Ctrl-C ended it before the last; then what is scored by then is kept."""
+    scored: list[ScoredSet] = []
+    for one in sets:
+        found = _score(one, loaded, settings, console, failures)
+        if found.images:
+            scored.append(found)
+        if len(found.images) < len(one.items):
+            failures.append(f"interrupted: {len(found.images)} of {len(one.items)} images of {one.name} are scored")
+            if not scored:
+                raise KeyboardInterrupt
+            return scored, True
+    return scored, False
+
+
 def _score(
     images: ImageSet,
     loaded: dict[MetricInfo, object],
@@ -265,30 +289,32 @@ def _score(
     console: Console,
     failures: list[str],
 ) -> ScoredSet:
-    """The scores of one set; `failures` gets what could not be computed of it as a whole."""
+    """The scores of one set, of fewer images after Ctrl-C; `failures` gets what can't be computed of it as a whole."""
     from pdd_cli.iqa.metrics import score, score_set
     from pdd_cli.iqa.report import ScoredSet
 
     items = list(images.items.values())
     scored: list[ImageScores] = []
-    with console.progress(transient=True) as progress:
+    with console.progress(transient=True) as progress, contextlib.suppress(KeyboardInterrupt):
         task = progress.add_task(f"score {images.name}", total=len(items), note="")
-        for scores in score(
+        scoring = score(
             items,
             loaded,
             crop_border=settings.crop_border,
             on_start=lambda item: progress.update(task, note=item.image.name),
-        ):
-            scored.append(scores)
-            progress.update(task, advance=1)
+        )
+        with contextlib.closing(scoring):
+            for scores in scoring:
+                scored.append(scores)
+                progress.update(task, advance=1)
     together = {}
     for info, metric in loaded.items():
-        if info.of_sets:
+        if info.of_sets and len(scored) == len(items):
             try:
                 together[info.name] = score_set(items, info, metric)
             except PddError as error:
                 failures.append(f"{images.name}: {error.message}")
-    return ScoredSet(images.name, dict(zip(images.items, scored, strict=True)), together)
+    return ScoredSet(images.name, dict(zip(images.items, scored, strict=False)), together)
 
 
 def _show(report: Report, console: Console) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -127,7 +127,7 @@ def score(
     *,
     crop_border: int = 0,
     on_start: Callable[[Item], None] = lambda item: None,
-) -> Iterator[ImageScores]:
+) -> Generator[ImageScores, None, None]:
     """Score the items in turn. What can't be read, compared or computed is told in that image's `problems`.
 
     Images are compared as RGB in 0..1 (gray as three equal channels, alpha left out), without `crop_border` pixels at
