@@ -413,9 +413,8 @@ def test_ctrl_c_keeps_what_is_scored(tmp_path: Path) -> None:
             (folder / f"{number}.png").hardlink_to(tmp_path / "one.png")
     command = ["evaluate", sr, "--gt-dir", hr, "--metrics", "ssim", "--output", tmp_path / "report.json", "--json"]
     terminal, its_end = pty.openpty()  # on which the progress is shown
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pdd_cli", *map(str, command)], stdout=subprocess.PIPE, stderr=its_end, text=True
-    )
+    with (tmp_path / "out.json").open("w") as out:
+        process = subprocess.Popen([sys.executable, "-m", "pdd_cli", *map(str, command)], stdout=out, stderr=its_end)
     os.close(its_end)
     shown = b""
     while not re.search(rb"[1-9]\d*/400", shown):
@@ -425,9 +424,8 @@ def test_ctrl_c_keeps_what_is_scored(tmp_path: Path) -> None:
         while os.read(terminal, 1024):
             pass
     os.close(terminal)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 130
-    document = json.loads(out)
+    assert process.wait(timeout=120) == 130
+    document = json.loads((tmp_path / "out.json").read_text())
     assert 1 <= len(document["images"]) < 400
     assert all(set(image["scores"]) == {"ssim"} for image in document["images"])
     assert any(f"{len(document['images'])} of 400 images of sr are scored" in one for one in document["problems"])
