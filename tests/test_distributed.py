@@ -86,7 +86,7 @@ def in_this_process(ground: Path, folder: Path, *, resume: bool = False, until: 
     """What `adapt` does in one process, up to the end of training or step `until`."""
     run = distributed_worker.prepare(
         ground, folder / "runs", "realLR", ALONE, resume=resume, base=str(ground / "base.safetensors"), steps=STEPS,
-        crop=16, checkpoint_every=4, device="cpu", precision="fp32",
+        batch_size=2, crop=16, checkpoint_every=4, device="cpu", precision="fp32",
         features={"network": "efficientnet-lite0", "weights": str(ground / "features.safetensors")},
     )  # fmt: skip
     for _ in run.train(lambda: run.state.step == until):

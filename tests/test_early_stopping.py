@@ -66,6 +66,7 @@ def test_an_interrupted_run_ends_at_the_same_step(tmp_path: Path, ground: Path) 
         config = AdaptConfig(
             real_dir=ground / "realLR", hr_dir=ground / "hr", runs_dir=tmp_path / folder, crop=16, batch_size=1,
             steps=40, checkpoint_every=2, preview_every=100, early_stopping=2, optimizer={"learning_rate": 3e-3},
+            losses={"consistency": 0},
         )  # type: ignore[arg-type]  # fmt: skip
         files = WeightFiles(ground / "base.safetensors", None, "efficientnet-lite0", ground / "features.safetensors")
         runtime = Runtime(torch.device("cpu"), "fp32")
