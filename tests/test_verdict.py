@@ -83,6 +83,10 @@ def test_the_best_strength_is_recommended() -> None:
         expected = found.consistency - 30 + 6 * math.log2(found.texture / 10)
         assert found.score(base) == pytest.approx(expected)
     assert decide(judgements, base).strength == 0.5
+    # Less than half a decibel is no gain that a few images could tell.
+    assert not decide({1.0: Judgement(30.4, 1.0, 10.0)}, base).keep
+    assert "no clear gain" in decide({1.0: Judgement(30.4, 1.0, 10.0)}, base).reason
+    assert decide({1.0: Judgement(30.6, 1.0, 10.0)}, base).keep
     # Below 0.6 of the base's texture no gain counts.
     assert not decide({1.0: Judgement(45.0, 1.0, 5.9)}, base).keep
 

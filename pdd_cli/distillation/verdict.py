@@ -27,6 +27,7 @@ _DECIBELS_PER_HALVING = 6.0  # of faithfulness that half of the texture is worth
 _DECIBELS_PER_DELTA_E = 0.5  # … and a unit of colour drift
 _WORST_TEXTURE = 0.6  # of the base's, below which the result is a blur whatever else it gained
 _WORST_DRIFT = 1.0  # more than the base's, CIELAB ΔE
+_LEAST_GAIN = 0.5  # dB of the score, below which a few images can't tell it from none
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def decide(judgements: Mapping[float, Judgement], base: Judgement) -> Verdict:
     if best is None or sound[best].score(base) <= 0:
         found = judgements[max(judgements)]
         return Verdict(False, f"the base is better on the held-out images: {_compared(found, base)}", 0.0)
+    if sound[best].score(base) < _LEAST_GAIN:
+        return Verdict(False, f"no clear gain on the held-out images: {_compared(sound[best], base)}", 0.0)
     return Verdict(True, f"better than the base on the held-out images: {_compared(sound[best], base)}", best)
 
 
