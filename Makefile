@@ -29,7 +29,7 @@ demo: $(STAMP)  ## from nothing to an adapted model, an upscaled folder and its 
 	$(PDD) evaluate $(DEMO)/upscaled --metrics niqe --output $(DEMO)/scores.csv
 	@echo
 	@echo "Look at:"
-	@ls $(DEMO)/runs/demo/previews/step_000020.png $(DEMO)/upscaled/*.jpg $(DEMO)/scores.csv $(DEMO)/home/weights/demo.safetensors
+	@ls $(DEMO)/runs/demo/report.html $(DEMO)/upscaled/*.jpg $(DEMO)/scores.csv $(DEMO)/home/weights/demo.safetensors
 
 test: $(STAMP_TEST)  ## the whole suite
 	$(BIN)/python -m pytest

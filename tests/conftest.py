@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def ground(tmp_path_factory):
-    """A folder with a tiny base model, feature weights, and images that aren't flat."""
+    """A folder with a tiny base model and another one, feature weights, and images that aren't flat."""
     folder = tmp_path_factory.mktemp("ground")
-    torch.manual_seed(0)
-    network = RRDBNet(features=8, growth=32, blocks=1)
-    save_file(network.state_dict(), folder / "base.safetensors")
+    for seed, name in enumerate(("base", "other")):
+        torch.manual_seed(seed)
+        save_file(RRDBNet(features=8, growth=32, blocks=1).state_dict(), folder / f"{name}.safetensors")
     save_file(efficientnet_state()[1], folder / "features.safetensors")
     rng = np.random.default_rng(0)
     for name, count, size in (("realLR", 3, 40), ("hr", 2, 120)):
@@ -40,6 +41,13 @@ def ground(tmp_path_factory):
             coarse = rng.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
             Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(folder / name / f"{number}.png")
     return folder
+
+
+def wait_for_lines(file: Path, count: int) -> None:
+    """Until another process has written so many lines; two minutes at the most."""
+    deadline = time.monotonic() + 120
+    while not (file.exists() and file.read_text().count("\n") >= count) and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import onnxruntime
@@ -19,6 +18,7 @@ from spandrel import ModelLoader
 from pdd_cli.distillation.generalist import ema_update
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.weights.store import Store
+from tests.conftest import wait_for_lines
 
 STEPS = 12
 
@@ -34,11 +34,24 @@ def command(ground, *more, steps=STEPS):
     ]  # fmt: skip
 
 
+def environment(folder):
+    return {**os.environ, "PDD_HOME": str(folder / "home")}
+
+
+def finish(arguments, folder):
+    return subprocess.run(arguments, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=300)
+
+
 def run(ground, folder, *more, steps=STEPS):
-    return subprocess.run(
-        command(ground, *more, steps=steps), cwd=folder, env={**os.environ, "PDD_HOME": str(folder / "home")},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    return finish(command(ground, *more, steps=steps), folder)
+
+
+def start(ground, folder, *, steps=STEPS):
+    """A run in the background, and its log."""
+    process = subprocess.Popen(
+        command(ground, steps=steps), cwd=folder, env=environment(folder), stderr=subprocess.PIPE, text=True
+    )
+    return process, folder / "runs" / "realLR" / "log.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -79,25 +92,16 @@ def test_the_weights_are_registered_with_their_provenance(ground, finished):
 
 def test_the_resolved_config_repeats_the_run(ground, finished, tmp_path):
     folder, _ = finished
-    again = subprocess.run(
-        [sys.executable, "-m", "pdd_cli", "adapt", "--config", str(folder / "runs" / "realLR" / "config.yaml")],
-        cwd=tmp_path, env={**os.environ, "PDD_HOME": str(tmp_path / "home")},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    config = str(folder / "runs" / "realLR" / "config.yaml")
+    again = finish([sys.executable, "-m", "pdd_cli", "adapt", "--config", config], tmp_path)
     assert again.returncode == 0, again.stderr
     assert_equal_weights(folder, tmp_path)
 
 
 def test_ctrl_c_saves_and_resume_equals_an_undisturbed_run(ground, finished, tmp_path):
     undisturbed, _ = finished
-    process = subprocess.Popen(
-        command(ground), cwd=tmp_path, env={**os.environ, "PDD_HOME": str(tmp_path / "home")},
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    log = tmp_path / "runs" / "realLR" / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") >= 2) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process, log = start(ground, tmp_path)
+    wait_for_lines(log, 2)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
@@ -116,14 +120,8 @@ def test_ctrl_c_saves_and_resume_equals_an_undisturbed_run(ground, finished, tmp
 
 
 def test_sigterm_saves_too(ground, tmp_path):
-    process = subprocess.Popen(
-        command(ground, steps=1000), cwd=tmp_path, env={**os.environ, "PDD_HOME": str(tmp_path / "home")},
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    log = tmp_path / "runs" / "realLR" / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") >= 2) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process, log = start(ground, tmp_path, steps=1000)
+    wait_for_lines(log, 2)
     process.terminate()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
@@ -133,15 +131,10 @@ def test_sigterm_saves_too(ground, tmp_path):
 
 def test_resume_after_a_kill_loses_only_what_came_after_the_checkpoint(ground, finished, tmp_path):
     undisturbed, _ = finished
-    process = subprocess.Popen(
-        command(ground), cwd=tmp_path, env={**os.environ, "PDD_HOME": str(tmp_path / "home")}, stderr=subprocess.DEVNULL
-    )
-    log = tmp_path / "runs" / "realLR" / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") >= 6) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process, log = start(ground, tmp_path)
+    wait_for_lines(log, 6)
     process.kill()
-    process.wait(timeout=60)
+    process.communicate(timeout=60)
     saved = torch.load(log.parent / "checkpoint.pt", weights_only=True)["step"]
     assert saved >= log.read_text().count("\n") - 4  # at most one interval is lost
     resumed = run(ground, tmp_path, "--resume")
@@ -170,10 +163,7 @@ def test_an_earlier_run_or_entry_is_not_overwritten_by_mistake(ground, finished,
 def test_hr_comes_from_the_real_images_where_none_is_given(ground, tmp_path):
     arguments = command(ground, "--steps", "8")
     at = arguments.index("--hr-dir")
-    result = subprocess.run(
-        arguments[:at] + arguments[at + 2 :], cwd=tmp_path, env={**os.environ, "PDD_HOME": str(tmp_path / "home")},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    result = finish(arguments[:at] + arguments[at + 2 :], tmp_path)
     assert result.returncode == 0, result.stderr
     assert "your own images" in result.stderr
     assert "downscaled" in Store(tmp_path / "home" / "weights").get("realLR").card.adapted["hr_from"]
@@ -202,7 +192,8 @@ def test_a_diverging_run_stops_and_registers_nothing(ground, tmp_path):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--real-dir", "nowhere"], ["--real-dir nowhere"]),
+        # Before any weights are asked for.
+        (["--real-dir", "nowhere", "--base", "realesrgan", "--offline"], ["--real-dir nowhere"]),
         (["--base", "realesrgn", "--offline"], ["realesrgn", "realesrgan"]),
         (["--base", "nowhere.pth"], ["nowhere.pth"]),
         (["--set", "generalist.warmup_steps=0"], ["generalist.warmup_steps", "0"]),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pdd_cli.device import Runtime
 from pdd_cli.images import Picture, read_image, write_image
 from pdd_cli.inference import compiled
-from pdd_cli.inference.engines import TorchEngine, open_engine
+from pdd_cli.inference.engines import TorchEngine, choose_engine, open_engine
 from pdd_cli.models.loading import SRModel, load_sr_model, state_sha256
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.models.traits import Traits
@@ -109,6 +109,11 @@ class Unknown(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x) + torch.linalg.eigvalsh(x @ x.mT).sum()
+
+
+def test_auto_takes_torch_where_openvino_disagrees() -> None:
+    model = SRModel(module=Branching().eval(), scale=1, in_channels=3, out_channels=3, architecture="test")
+    assert choose_engine(model, CPU, "auto").name == "torch"
 
 
 @pytest.mark.parametrize("module", [Branching(), Unknown()])

@@ -77,6 +77,9 @@ def test_unreadable_images_are_told_and_left_out(tmp_path):
 
 
 def test_a_folder_without_images_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"--hr-dir .*no images"):
+        read_folder(tmp_path, "--hr-dir", lambda _: None)
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 not an image")
     with pytest.raises(InputError, match=r"--hr-dir .*no readable image"):
         read_folder(tmp_path, "--hr-dir", lambda _: None)
     with pytest.raises(InputError, match="no such folder"):

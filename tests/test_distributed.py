@@ -7,23 +7,20 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from pdd_cli.data.datasets import Domains
 from pdd_cli.data.degradations import Degradation
 from pdd_cli.distributed import ALONE, World
 from pdd_cli.errors import InputError
-from pdd_cli.models.rrdbnet import RRDBNet
 from tests import distributed_worker
-from tests.test_models import efficientnet_state
+from tests.conftest import wait_for_lines
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12
@@ -36,23 +33,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tiny models, feature weights, and images that aren't flat."""
-    folder = tmp_path_factory.mktemp("ground")
-    for seed, name in enumerate(("base", "other")):
-        torch.manual_seed(seed)
-        save_file(RRDBNet(features=8, growth=8, blocks=1).state_dict(), folder / f"{name}.safetensors")
-    save_file(efficientnet_state()[1], folder / "features.safetensors")
-    rng = np.random.default_rng(0)
-    for name, count, size in (("realLR", 3, 40), ("hr", 2, 120)):
-        (folder / name).mkdir()
-        for number in range(count):
-            coarse = rng.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
-            Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(folder / name / f"{number}.png")
-    return folder
 
 
 def torchrun(*command: str | Path, folder: Path) -> subprocess.Popen[str]:
@@ -152,9 +132,7 @@ def test_one_interrupted_process_stops_all_after_one_step_and_one_process_goes_o
 ) -> None:
     process = torchrun(*adapt(ground), folder=tmp_path)
     log = tmp_path / "runs" / "realLR" / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") >= 2) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for_lines(log, 2)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGINT)
     _, errors = finish(process)

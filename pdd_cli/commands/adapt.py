@@ -114,7 +114,7 @@ def adapt(
 
     from pdd_cli.device import choose_runtime
     from pdd_cli.distillation.rehearsal import check_places
-    from pdd_cli.distillation.run import WeightFiles, memory_told, prepare_run
+    from pdd_cli.distillation.run import RunFolder, WeightFiles, check_inputs, memory_told, prepare_run
     from pdd_cli.weights.store import Store
 
     store = Store.default()
@@ -128,6 +128,7 @@ def adapt(
     world.join(runtime.device)
     if world.is_first:
         check_name(run_name, store, replace=resume or overwrite)
+        check_inputs(settings, RunFolder(settings.runs_dir / run_name), resume=resume, overwrite=overwrite)
 
     def find_weights() -> WeightFiles:
         with fetch_progress(console) as on_event:

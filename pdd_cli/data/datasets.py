@@ -72,15 +72,23 @@ class Domains:
         return max(crops, key=texture) if self.candidates > 1 else crops[0]
 
 
+def images_below(folder: Path, option: str) -> list[Path]:
+    """The image files below `folder`. Raises InputError, naming `option`, where there is no folder or no image."""
+    if not folder.is_dir():
+        raise InputError(f"{option} {folder}: no such folder", "Give a folder of images; it is searched recursively.")
+    found = find_images(folder)
+    if not found:
+        raise InputError(f"{option} {folder}: no images in it", "Give a folder of PNG, JPEG, WebP, TIFF or BMP.")
+    return found
+
+
 def read_folder(folder: Path, option: str, on_unreadable: Callable[[str], None]) -> list[RGB]:
     """All images below `folder` as 8-bit RGB. Unreadable ones are reported through `on_unreadable` and left out.
 
     Raises InputError, naming `option`, where the folder doesn't exist or no image in it can be read.
     """
-    if not folder.is_dir():
-        raise InputError(f"{option} {folder}: no such folder", "Give a folder of images; it is searched recursively.")
     found: list[RGB] = []
-    for path in find_images(folder):
+    for path in images_below(folder, option):
         try:
             found.append(_as_rgb8(read_image(path).to_float()))
         except InputError as error:

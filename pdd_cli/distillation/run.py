@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pdd_cli.config import AdaptConfig
-from pdd_cli.data.datasets import RGB, Domains, downscaled, hr_from_real, read_folder
+from pdd_cli.data.datasets import RGB, Domains, downscaled, hr_from_real, images_below, read_folder
 from pdd_cli.data.degradations import Degradation
 from pdd_cli.device import Runtime, is_out_of_memory
 from pdd_cli.distillation.bases import check_rgb, check_trainable
@@ -471,9 +471,7 @@ def prepare_run(
     """
     folder = RunFolder(config.runs_dir / name)
     if world.is_first:
-        check_folder(folder, config, resume=resume, overwrite=overwrite)
-        if config.tensorboard:
-            check_board()
+        check_inputs(config, folder, resume=resume, overwrite=overwrite)
     base = load_sr_model(weights.base)
     check_trainable(base, config.base)
     generalist = base
@@ -535,6 +533,21 @@ def prepare_run(
         runtime=runtime,
         world=world,
     )
+
+
+def check_inputs(config: AdaptConfig, folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
+    """Raise InputError for what can be told to fail before weights are downloaded and images read."""
+    check_folder(folder, config, resume=resume, overwrite=overwrite)
+    for option, images in (
+        ("--real-dir", config.real_dir),
+        ("--hr-dir", config.hr_dir),
+        ("--val-lr", config.val_lr),
+        ("--val-hr", config.val_hr),
+    ):
+        if images is not None:
+            images_below(images, option)
+    if config.tensorboard:
+        check_board()
 
 
 def check_folder(folder: RunFolder, config: AdaptConfig, *, resume: bool, overwrite: bool) -> None:

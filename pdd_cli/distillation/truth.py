@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pdd_cli.data.datasets import RGB
+from pdd_cli.data.datasets import RGB, images_below
 from pdd_cli.device import Runtime
 from pdd_cli.distillation.pictures import centre, to_rgb8, upscaled
 from pdd_cli.errors import InputError
-from pdd_cli.images import find_images, image_size, read_image
+from pdd_cli.images import image_size, read_image
 from pdd_cli.iqa.feature_distance import feature_distance, unit_features
 from pdd_cli.iqa.pairing import pair
 from pdd_cli.models.features import FeatureNetwork
@@ -67,7 +67,7 @@ class Pairs:
 
 def read_pairs(lr_folder: Path, hr_folder: Path, scale: int, features: FeatureNetwork) -> Pairs:
     """The pairs of two folders, by name. Raises InputError where an LR image has no HR of `scale` times its size."""
-    lr, hr = _images(lr_folder, "--val-lr"), _images(hr_folder, "--val-hr")
+    lr, hr = images_below(lr_folder, "--val-lr"), images_below(hr_folder, "--val-hr")
     pairing = pair(lr, lr_folder, hr, hr_folder)
     if pairing.unmatched:
         alone = pairing.unmatched[0]
@@ -98,15 +98,6 @@ def read_pairs(lr_folder: Path, hr_folder: Path, scale: int, features: FeatureNe
         features=features,
         ssim=load_metric("ssim", device="cpu"),
     )
-
-
-def _images(folder: Path, option: str) -> list[Path]:
-    if not folder.is_dir():
-        raise InputError(f"{option} {folder}: no such folder")
-    images = find_images(folder)
-    if not images:
-        raise InputError(f"{option} {folder}: no images in it")
-    return images
 
 
 def _read(path: Path) -> RGB:
