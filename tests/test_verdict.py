@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,18 +78,52 @@ def test_sabotaged_models_are_rejected_and_better_ones_kept() -> None:
 
 
 def test_the_best_strength_is_recommended() -> None:
-    base = Judgement(30.0, 1.0, 10.0)
-    judgements = {0.5: Judgement(32.0, 1.0, 9.0), 1.0: Judgement(32.5, 1.0, 6.5)}
+    base = Judgement(30.0, 1.0, 10.0, 4.0)
+    judgements = {0.5: Judgement(32.0, 1.0, 9.0, 3.6), 1.0: Judgement(32.5, 1.0, 6.5, 2.6)}
     for found in judgements.values():
         expected = found.consistency - 30 + 6 * math.log2(found.texture / 10)
         assert found.score(base) == pytest.approx(expected)
     assert decide(judgements, base).strength == 0.5
     # Less than half a decibel is no gain that a few images could tell.
-    assert not decide({1.0: Judgement(30.4, 1.0, 10.0)}, base).keep
-    assert "no clear gain" in decide({1.0: Judgement(30.4, 1.0, 10.0)}, base).reason
-    assert decide({1.0: Judgement(30.6, 1.0, 10.0)}, base).keep
+    assert not decide({1.0: Judgement(30.4, 1.0, 10.0, 4.0)}, base).keep
+    assert "no clear gain" in decide({1.0: Judgement(30.4, 1.0, 10.0, 4.0)}, base).reason
+    assert decide({1.0: Judgement(30.6, 1.0, 10.0, 4.0)}, base).keep
     # Below 0.6 of the base's texture no gain counts.
-    assert not decide({1.0: Judgement(45.0, 1.0, 5.9)}, base).keep
+    assert not decide({1.0: Judgement(45.0, 1.0, 5.9, 4.0)}, base).keep
+
+
+class Sharpener(nn.Module):
+    """Bicubic x4, then its contrast with its surroundings raised where there is some, or grain everywhere."""
+
+    def __init__(self, sharpen: float = 0.0, grain: float = 0.0) -> None:
+        super().__init__()
+        self.sharpen, self.grain = sharpen, grain
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.interpolate(x, scale_factor=4, mode="bicubic")
+        noise = torch.randn((1, 1, *y.shape[2:]), generator=torch.Generator().manual_seed(0))
+        return y + self.sharpen * (y - F.avg_pool2d(y, 5, 1, padding=2, count_include_pad=False)) + self.grain * noise
+
+
+def test_detail_is_told_from_grain() -> None:
+    columns, rows = np.meshgrid(np.arange(96), np.arange(96))
+    stripes = np.where((columns < 48) & (rows % 6 < 3), 200, 60) + columns // 8  # textured, and nearly flat
+    lr = np.repeat(stripes[..., None], 3, axis=2).astype(np.uint8)
+    base, sharp, grainy = (
+        judge(replace(model(), module=Sharpener(*faults)), [lr], CPU) for faults in ((0, 0.003), (1, 0.003), (0, 0.04))
+    )
+    assert sharp.texture > 1.3 * base.texture
+    assert grainy.texture > 1.3 * base.texture
+    assert sharp.grain < 1.1 * base.grain
+    # In flat places there is nothing but the noise: of deviation 0.04, through the Laplacian's weights 1, 1, 1, 1, -4.
+    assert grainy.grain == pytest.approx(0.04 * 255 * 20**0.5, rel=0.1)
+    gained = grainy.consistency - base.consistency - 0.5 * (grainy.drift - base.drift)
+    detail, grain = (math.log2(a / b) for a, b in ((grainy.texture, base.texture), (grainy.grain, base.grain)))
+    assert grainy.score(base) == pytest.approx(gained + 6 * (min(detail, 0.5) - (grain - detail)))
+    assert not decide({1.0: grainy}, base).keep
+    # Grain that can't be seen isn't held against a model.
+    assert Judgement(32.0, 1.0, 10.0, 1.9).score(Judgement(32.0, 1.0, 10.0, 0.1)) == 0
 
 
 def test_interpolation_is_linear() -> None:

@@ -102,8 +102,13 @@ def read_folder(folder: Path, option: str, on_unreadable: Callable[[str], None])
 
 def texture(crop: RGB) -> float:
     """How much fine detail a crop has: the standard deviation of its Laplacian, in 8-bit levels."""
-    gray = cv2.cvtColor(np.ascontiguousarray(crop), cv2.COLOR_RGB2GRAY).astype(np.float32)
-    return float(cv2.Laplacian(gray, cv2.CV_32F).std())
+    return float(laplacian(crop).std())
+
+
+def laplacian(image: RGB) -> NDArray[np.float32]:
+    """(H, W, 3) to (H, W): of the luminance, in 8-bit levels."""
+    gray = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY).astype(np.float32)
+    return np.asarray(cv2.Laplacian(gray, cv2.CV_32F))
 
 
 def downscaled(images: Sequence[RGB], scales: Sequence[float], least: int) -> list[RGB]:

@@ -604,7 +604,7 @@ def read_sources(
 
 def _tags(judged: Mapping[str, Any]) -> dict[str, float]:
     """A line of judgements.jsonl as TensorBoard's tags, those of one measure below each other."""
-    values = {f"judgement/{key}": judged[key] for key in ("score", "consistency", "drift", "texture")}
+    values = {f"judgement/{key}": judged[key] for key in ("score", "consistency", "drift", "texture", "grain")}
     values |= {f"truth/{key}": value for key, value in judged.get("truth", {}).items()}
     return {f"{tag}/{judged['which']}": value for tag, value in values.items()}
 

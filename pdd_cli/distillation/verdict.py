@@ -1,8 +1,9 @@
 """Is the adapted model better? Judged without ground truth, on real images that were held out of training.
 
-Three things can be measured with the LR images alone: whether the SR, brought back to LR size, is the LR (faithful),
-whether it has its colours, and how much fine detail it has. A model that gains faithfulness by going soft, or detail by
-inventing, pays for it in the other. Whether that sum agrees with the truth is measured in docs/results.md.
+Four things can be measured with the LR images alone: whether the SR, brought back to LR size, is the LR (faithful),
+whether it has its colours, how much fine detail it has, and how much of that where the LR is flat: detail gathers at
+edges and textures, grain doesn't. A model that gains faithfulness by going soft, or detail by inventing, pays for it in
+the other. Whether that sum agrees with the truth is measured in docs/results.md.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
+from numpy.typing import NDArray
 
-from pdd_cli.data.datasets import RGB, texture
+from pdd_cli.data.datasets import RGB, laplacian
 from pdd_cli.device import Runtime
 from pdd_cli.distillation.pictures import centre, to_rgb8, upscaled
 from pdd_cli.iqa.consistency import colour_drift, downscale_consistency
@@ -23,28 +26,36 @@ STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
 _MOST_IMAGES = 8
 _PIXELS = 96**2 * _MOST_IMAGES  # LR pixels that are judged on, in all
-_DECIBELS_PER_HALVING = 6.0  # of faithfulness that half of the texture is worth
+_DECIBELS_PER_HALVING = 6.0  # of faithfulness that half of the texture, or twice the grain, is worth
 _DECIBELS_PER_DELTA_E = 0.5  # … and a unit of colour drift
 _WORST_TEXTURE = 0.6  # of the base's, below which the result is a blur whatever else it gained
 _WORST_DRIFT = 1.0  # more than the base's, CIELAB ΔE
+_FLAT = 0.1  # the share of an LR image that counts as flat
+_UNSEEN_GRAIN = 2.0  # 8-bit levels of the Laplacian, below which noise isn't seen
 _LEAST_GAIN = 0.5  # dB of the score, below which a few images can't tell it from none
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Means over the held-out images. `consistency` in dB, `drift` in CIELAB ΔE, `texture` in 8-bit levels."""
+    """Means over the held-out images. `consistency` in dB, `drift` in CIELAB ΔE, `texture` and `grain` in 8-bit levels.
+
+    `grain` is the texture of the flattest parts.
+    """
 
     consistency: float
     drift: float
     texture: float
+    grain: float
 
     def score(self, base: Judgement) -> float:
         """How much better than the base, in dB of consistency; 0 is the base itself."""
-        detail = math.log2(max(self.texture, 1e-6) / max(base.texture, 1e-6))
+        detail = _octaves(self.texture, base.texture, least=1e-6)
+        grain = _octaves(self.grain, base.grain, least=_UNSEEN_GRAIN)
+        gained = min(detail, 0.5) - max(0, grain - max(0, detail))  # as far as it grows alike everywhere, it is detail
         return (
             self.consistency
             - base.consistency
-            + _DECIBELS_PER_HALVING * min(detail, 0.5)  # detail without end is noise
+            + _DECIBELS_PER_HALVING * gained
             - _DECIBELS_PER_DELTA_E * (self.drift - base.drift)
         )
 
@@ -78,7 +89,9 @@ def judge(model: SRModel, images: Sequence[RGB], runtime: Runtime) -> Judgement:
         if not np.isfinite(sr).all():
             raise ValueError("the model gives values that are not finite")
         small = lr.astype(np.float32) / 255
-        found.append((downscale_consistency(sr, small), colour_drift(sr, small), texture(to_rgb8(sr))))
+        detail = laplacian(to_rgb8(sr))
+        grain = detail[_flattest(lr, model.scale)]
+        found.append((downscale_consistency(sr, small), colour_drift(sr, small), detail.std(), grain.std()))
     return Judgement(*(float(value) for value in np.mean(found, axis=0)))
 
 
@@ -103,9 +116,27 @@ def stalled(scores: Sequence[float], patience: int) -> bool:
     return len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience])
 
 
+def _flattest(lr: RGB, scale: int) -> NDArray[np.bool_]:
+    """(h*scale, w*scale): where the LR image, its noise smoothed away, has the least contrast around a pixel."""
+    gray = cv2.GaussianBlur(cv2.cvtColor(lr, cv2.COLOR_RGB2GRAY).astype(np.float32), (0, 0), 1)
+    slopes = [cv2.Sobel(gray, cv2.CV_32F, *axis) for axis in ((1, 0), (0, 1))]
+    contrast = cv2.blur(sum(slope * slope for slope in slopes), (5, 5))
+    flat = contrast <= np.quantile(contrast, _FLAT)
+    return np.asarray(flat.repeat(scale, axis=0).repeat(scale, axis=1))
+
+
+def _octaves(value: float, base: float, least: float) -> float:
+    """How often `value` is twice `base`, both taken as `least` where they are less."""
+    return math.log2(max(value, least) / max(base, least))
+
+
 def _compared(found: Judgement, base: Judgement) -> str:
     return (
         f"faithfulness to the LR {found.consistency - base.consistency:+.2f} dB, "
         f"colour drift {found.drift:.2f} (base {base.drift:.2f}) ΔE, "
-        f"fine detail {100 * (found.texture / max(base.texture, 1e-6) - 1):+.0f} %"
+        f"fine detail {_change(found.texture, base.texture)} (in flat places {_change(found.grain, base.grain)})"
     )
+
+
+def _change(value: float, base: float) -> str:
+    return f"{100 * (value / max(base, 1e-6) - 1):+.0f} %"
