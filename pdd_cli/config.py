@@ -145,8 +145,10 @@ class AdaptConfig(Settings):
     steps: PositiveInt = 100
     batch_size: PositiveInt = 4
     crop: Annotated[int, Field(ge=16, multiple_of=4)] = 48
-    # Of so many random crops the one with the most texture is taken: flat ones teach nothing.
+    # Flat crops teach nothing: so many random ones are tried, until one has this much texture (deviation of the
+    # Laplacian in 8-bit levels); where none has, the one with the most is taken.
     crop_candidates: PositiveInt = 8
+    crop_texture: NonNegative = 30.0
     seed: Annotated[int, Field(ge=0)] = 0
     features: FeatureSettings = FeatureSettings()
     synthetic: SyntheticSettings = SyntheticSettings()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,8 @@ class Domains:
     scale: int
     degradation: Degradation
     seed: int
-    candidates: int = 1  # of so many random crops the one with the most texture is taken
+    candidates: int = 1  # random crops that are tried …
+    least_texture: float = math.inf  # … until one has so much texture; where none has, the one with the most is taken
 
     def batch(self, step: int, size: int, first: int = 0) -> Batch:
         """The `size` + `size` crops of `step` from element `first` on.
@@ -67,9 +69,16 @@ class Domains:
         return digest.hexdigest()
 
     def _crop(self, images: Sequence[RGB], size: int, rng: np.random.Generator) -> RGB:
-        """Most of a photograph is sky, wall and blur, from which nothing is learnt."""
-        crops = [_random_crop(images, size, rng) for _ in range(self.candidates)]
-        return max(crops, key=texture) if self.candidates > 1 else crops[0]
+        """Most of a photograph is sky, wall and blur, from which nothing is learnt.
+
+        The most textured of all would always be of the same few images.
+        """
+        best = _random_crop(images, size, rng)
+        for _ in range(self.candidates - 1):
+            if texture(best) >= self.least_texture:
+                break
+            best = max(best, _random_crop(images, size, rng), key=texture)
+        return best
 
 
 def images_below(folder: Path, option: str) -> list[Path]:

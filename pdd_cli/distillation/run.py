@@ -501,6 +501,7 @@ def prepare_run(
         Degradation(synthetic.filters, synthetic.blur, synthetic.noise, synthetic.jpeg, synthetic.second_order),
         config.seed,
         config.crop_candidates,
+        config.crop_texture,
     )
 
     if world.size > 1:
