@@ -117,7 +117,7 @@ class LossWeights(Settings):
     pixel: NonNegative = 0.2
     perceptual: NonNegative = 1.0
     feature_distance: NonNegative = 8.0  # not in the paper: features compared at unit length
-    adversarial: NonNegative = 0.8  # with discriminator unet, which is another scale: the paper's 0.01
+    adversarial: NonNegative = 0.45  # with discriminator unet, which is another scale: the paper's 0.01
     # Not in the paper: S_t, brought back to LR size, must have the LR's colours and coarse shading.
     consistency: NonNegative = 5.0
     adversarial_on_target: bool = True
@@ -130,7 +130,7 @@ class OptimizerSettings(Settings):
     discriminator_learning_rate: Positive = 1e-3
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
     # Fractions of the run at which the rate halves. The paper's long run: 25k of 100k.
-    halve_at: tuple[Fraction, ...] = (0.4, 0.7)
+    halve_at: tuple[Fraction, ...] = (0.35, 0.55, 0.75, 0.9)
 
 
 class AdaptConfig(Settings):
