@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pdd_cli.data.datasets import Domains
 from pdd_cli.data.degradations import Degradation
 from pdd_cli.distributed import ALONE, World
 from pdd_cli.errors import InputError
+from pdd_cli.models.rrdbnet import RRDBNet
 from tests import distributed_worker
 from tests.conftest import wait_for_lines
 
@@ -33,6 +35,17 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def ground(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images and feature weights of `ground` with two models that are tinier still."""
+    folder = tmp_path_factory.mktemp("tiny")
+    shutil.copytree(ground, folder, dirs_exist_ok=True)
+    for seed, name in enumerate(("base", "other")):
+        torch.manual_seed(seed)
+        save_file(RRDBNet(features=8, growth=8, blocks=1).state_dict(), folder / f"{name}.safetensors")
+    return folder
 
 
 def torchrun(*command: str | Path, folder: Path) -> subprocess.Popen[str]:
