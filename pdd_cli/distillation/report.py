@@ -156,9 +156,8 @@ def _judgements(lines: Sequence[Line]) -> str:
 
 def _columns(lines: Iterable[Line]) -> dict[str, str]:
     """Key → title of what the lines tell."""
-    columns = {"score": "score", "consistency": "faithfulness", "drift": "colour drift", "texture": "fine detail"}
-    if any("grain" in line for line in lines):
-        columns["grain"] = "grain"
+    columns = {"score": "score", "consistency": "faithfulness", "drift": "colour drift"}
+    columns |= {"texture": "fine detail", "grain": "grain"}
     if any("truth" in line for line in lines):
         columns |= {"psnr": "PSNR", "ssim": "SSIM", "distance": "feature distance"}
     return columns
