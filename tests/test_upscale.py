@@ -241,6 +241,57 @@ def test_out_of_memory_makes_smaller_tiles_and_is_told_once() -> None:
         upscaler(nothing).upscale(lr)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("name", ["unshuffle-x2", "compact-x4"])
+@pytest.mark.parametrize("kind", [TorchEngine, OpenVINOEngine])
+def test_values_are_rounded_where_they_are_computed(
+    tmp_path: Path, name: str, kind: type[TorchEngine] | type[OpenVINOEngine], bits: int
+) -> None:
+    if kind is OpenVINOEngine:
+        pytest.importorskip("openvino")
+    engine = kind(load_sr_model(saved(tmp_path, STATES[name])), CPU)
+    top = 2**bits - 1
+    lr = RNG.integers(0, top + 1, (2, 9, 140, 3), np.uint8 if bits == 8 else np.uint16)
+    found = engine.run_rounded(lr)
+    assert found is not None
+    assert found.dtype == lr.dtype
+    sr = engine.run(np.ascontiguousarray(lr.transpose(0, 3, 1, 2)).astype(np.float32) / top).transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(found, np.rint(sr.astype(np.float64 if bits == 16 else np.float32).clip(0, 1) * top))
+
+
+def test_pictures_of_one_size_together_are_as_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_sr_model(saved(tmp_path, new_esrgan()))
+    engine = TorchEngine(model, CPU)
+    assert upscaler(model).batch(20, 12) == 1  # a CPU has nothing of it
+    engine.batch_pixels = 1000
+    worker = Upscaler(engine, tile="auto", overlap=8, notify=print)
+    assert worker.batch(20, 12) == 4
+    assert worker.batch(200, 120) == 1
+    calls: list[int] = []
+    run_rounded = engine.run_rounded
+    monkeypatch.setattr(engine, "run_rounded", lambda lr: calls.append(len(lr)) or run_rounded(lr))
+    pictures = [picture(12, 20) for _ in range(3)]
+    together = worker.upscale_all(pictures)
+    assert calls == [3]
+    alone = [upscaler(model).upscale(one) for one in pictures]
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.picture.pixels.shape == (48, 80, 3)
+        assert np.abs(ours.picture.pixels.astype(int) - theirs.picture.pixels).max() <= 1  # sums in another order
+    # What isn't the network's alone is done one by one.
+    gray = Picture(RNG.integers(0, 256, (12, 20, 1), np.uint8).repeat(3, axis=2))
+    mixed = worker.upscale_all([pictures[0], gray])
+    assert (mixed[1].picture.pixels == mixed[1].picture.pixels[..., :1]).all()
+
+    def hungry(lr: np.ndarray) -> np.ndarray | None:
+        if len(lr) > 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return run_rounded(lr)
+
+    monkeypatch.setattr(engine, "run_rounded", hungry)
+    assert len(worker.upscale_all(pictures)) == 3
+    assert worker.batch(20, 12) == 1
+
+
 def test_automatic_tile_follows_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_sr_model(saved(tmp_path, new_esrgan()))
     # 8 features at 4x: 8 * 16 floats in and out of the last convolutions, twice.

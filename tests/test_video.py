@@ -24,13 +24,18 @@ from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 from typer.testing import CliRunner
 
 from pdd_cli.cli import app
+from pdd_cli.device import Runtime
 from pdd_cli.distributed import World
+from pdd_cli.encoding import Encoding
 from pdd_cli.errors import InputError, PartialFailure, PddError
-from pdd_cli.inference.batch import plan_jobs, share_of
+from pdd_cli.inference.batch import Job, Output, plan_jobs, share_of
+from pdd_cli.inference.engines import TorchEngine
 from pdd_cli.inference.manifest import NAME as MANIFEST
-from pdd_cli.inference.video import PART_FRAMES
+from pdd_cli.inference.upscaler import Upscaler
+from pdd_cli.inference.video import PART_FRAMES, run_videos
 from pdd_cli.inference.yuv import Coding, from_rgb, to_rgb
 from pdd_cli.latest import latest_upscale
+from pdd_cli.models.loading import load_sr_model
 
 WIDTH, HEIGHT = 32, 24
 MATRICES = {1: (0.2126, 0.0722), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}  # BT.709, 601, 2020, by H.273's numbers
@@ -509,6 +514,36 @@ def test_a_killed_run_goes_on_and_gives_the_same(tmp_path: Path, weights: Path) 
     assert times_of(out) == times_of(source)
     assert packets_of(out, "audio") == packets_of(source, "audio")
     assert not list(tmp_path.glob(".pdd-*"))
+
+
+def test_frames_that_are_computed_together_are_the_same(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The last few don't fill a batch, and a part ends within one.
+    rgb = rgb_frames(PART_FRAMES + 10)
+    packed = [av.VideoFrame.from_ndarray(frame).reformat(format="bgr0") for frame in rgb]
+    source = write_video(tmp_path / "in.mkv", packed, codec="ffv1", pix_fmt="bgr0")
+    engine = TorchEngine(load_sr_model(weights), Runtime("cpu", "fp32"))
+    engine.batch_pixels = 7 * WIDTH * HEIGHT
+    upscaler = Upscaler(engine, tile="auto", overlap=8, notify=print)
+    calls: list[int] = []
+    run_rounded = engine.run_rounded
+    monkeypatch.setattr(engine, "run_rounded", lambda lr: calls.append(len(lr)) or run_rounded(lr))
+    job = Job(source, tmp_path / "out.mkv")
+    counted: list[int] = []
+    (result,) = run_videos(
+        [job],
+        upscaler,
+        recipe={},
+        output=Output(Encoding(lossless=True)),
+        on_tile=lambda done, total: counted.append(done),
+    )
+    assert result.status == "done", result.problem
+    assert calls == [7] * 15 + [1]
+    assert counted[-1] == result.frames == result.tiles == len(rgb)
+    for frame, expected in zip(frames_of(job.target), rgb, strict=True):
+        np.testing.assert_array_equal(frame.to_ndarray(format="rgb24"), twice(expected))
+    assert times_of(job.target) == times_of(source)
 
 
 def test_parts_are_joined_with_the_times_of_the_input(tmp_path: Path, weights: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import cached_property
@@ -13,22 +15,33 @@ import numpy as np
 import numpy.typing as npt
 
 from pdd_cli.device import Runtime, usable_cpus
+from pdd_cli.encoding import from_float, to_float
 from pdd_cli.errors import InputError
+from pdd_cli.images import Array
 from pdd_cli.inference import compiled
 from pdd_cli.models.traits import Traits
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from pdd_cli.models.loading import SRModel
 
 FloatArray = npt.NDArray[np.float32]
 EngineChoice = Literal["auto", "torch", "openvino"]
+Fuse = Callable[["SRModel", "torch.dtype"], "SRModel | None"]
+"""What gives a model with another form of its network, computed in this precision; None where there is none."""
 
 # The mean square error against PyTorch's fp32, as a share of the output's variance, that counts as rounding in fp32 …
 _ROUNDING = 1e-6
 # … and how many times PyTorch's own error in a lower precision another engine's may be in the same one.
 _ALLOWED = 2.0
+# What keeps a GPU busy, in LR pixels: smaller frames are computed several at a time.
+_GPU_PIXELS = 1 << 18
+# The side of the noise that two forms of a network are timed on, and how often.
+_TIMED_SIDE, _TIMED_RUNS = 256, 3
+# Rows that are rounded at once, which needs twice or four times their memory.
+_ROWS = 256
 
 
 class Engine(Protocol):
@@ -50,6 +63,11 @@ class Engine(Protocol):
         """Bytes of fp32 activations that a forward pass holds at once, per LR pixel: an estimate."""
         ...
 
+    @property
+    def batch_pixels(self) -> int:
+        """LR pixels up to which several small images at once are faster than one after the other."""
+        ...
+
     def run(self, lr: FloatArray, *, exact: bool = False) -> FloatArray:
         """(N, in_channels, h, w) in 0..1 to (N, out_channels, h*scale, w*scale); `exact` computes in fp32.
 
@@ -57,13 +75,23 @@ class Engine(Protocol):
         """
         ...
 
+    def run_rounded(self, lr: Array) -> Array | None:
+        """(N, h, w, in_channels) of 8 or 16 bits to (N, h*scale, w*scale, out_channels) of the same, clipped.
+
+        None where a value isn't finite. Rounded on the device, which saves memory, time and most of the way back.
+        """
+        ...
+
 
 class TorchEngine:
-    """PyTorch in the runtime's precision, channels last."""
+    """PyTorch in the runtime's precision, channels last.
+
+    With `fuse` in the form that it gives where that computes the same in less time.
+    """
 
     name = "torch"
 
-    def __init__(self, model: SRModel, runtime: Runtime) -> None:
+    def __init__(self, model: SRModel, runtime: Runtime, *, fuse: Fuse | None = None) -> None:
         import torch
 
         if runtime.kind == "cpu":
@@ -72,6 +100,8 @@ class TorchEngine:
         self.runtime = runtime
         model.module.to(runtime.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._fast = model if runtime.precision == "fp32" else _lowered(model, runtime)
+        self.batch_pixels = _GPU_PIXELS if runtime.kind == "cuda" else 0
+        self.fused = fuse is not None and runtime.precision != "fp32" and self._fuse(fuse)
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -93,6 +123,50 @@ class TorchEngine:
             # Brought to fp32 on this side of the bus.
             return np.asarray(model.upscale(batch).cpu().float().numpy())
 
+    def run_rounded(self, lr: Array) -> Array | None:
+        import torch
+
+        batch = torch.from_numpy(to_float(lr)).to(self.runtime.device).permute(0, 3, 1, 2)
+        with torch.inference_mode(), self.runtime.autocast():
+            sr = self._fast.upscale(batch)
+            if not torch.stack(sr.aminmax()).isfinite().all():
+                return None
+            # As `from_float` does it; 16 bits as signed ones, which every device has.
+            top, zero = (255, 0) if lr.dtype == np.uint8 else (65535, 32768)
+            exact = torch.float32 if top == 255 or self.runtime.kind == "mps" else torch.float64
+            sr = sr.permute(0, 2, 3, 1)
+            found = torch.empty(sr.shape, dtype=torch.int16 if zero else torch.uint8, device=sr.device)
+            for part, values in zip(found.split(_ROWS, dim=1), sr.split(_ROWS, dim=1), strict=True):
+                part.copy_(values.to(exact).mul(top).round_().clamp_(0, top).sub_(zero))
+            rounded = found.cpu().numpy()
+        return np.asarray(rounded.view(np.uint16) ^ np.uint16(zero) if zero else rounded)
+
+    def _fuse(self, fuse: Fuse) -> bool:
+        """Take another form of the network, and tell whether it was taken."""
+        import torch
+
+        plain = self._fast
+        try:
+            candidate = fuse(self.model, torch.bfloat16 if self.runtime.precision == "bf16" else torch.float16)
+            if candidate is not None:
+                before = self._seconds()
+                self._fast = candidate
+                # Timed first: kernels are tuned on what they see first, which should be of a common size.
+                if self._seconds() < before and _agrees(self, self.model):
+                    return True
+        except Exception:  # whatever a compiler of kernels raises; there is another form
+            pass
+        self._fast = plain
+        return False
+
+    def _seconds(self) -> float:
+        lr = np.zeros((1, _TIMED_SIDE, _TIMED_SIDE, self.model.in_channels), np.uint8)
+        self.run_rounded(lr)
+        started = time.perf_counter()
+        for _ in range(_TIMED_RUNS):
+            self.run_rounded(lr)
+        return time.perf_counter() - started
+
 
 class OpenVINOEngine:
     """OpenVINO on the CPU in the runtime's precision, for any size of image.
@@ -113,14 +187,27 @@ class OpenVINOEngine:
         self.runtime = runtime
         self.weights_sha256 = self.converted.weights_sha256
         self.bytes_per_pixel = self.converted.bytes_per_pixel
+        self.batch_pixels = 0
         self.compiled = self.converted.compile(runtime.precision)
         self._fast = self.compiled.create_infer_request()
         self._exact = self._fast if runtime.precision == "fp32" else None
 
     def run(self, lr: FloatArray, *, exact: bool = False) -> FloatArray:
-        request: Any = self._fast
-        if exact:
-            request = self._exact = self._exact or self.converted.compile("fp32").create_infer_request()
+        if exact and self._exact is None:
+            self._exact = self.converted.compile("fp32").create_infer_request()
+        sr = self._infer(self._exact if exact else self._fast, lr)
+        # A copy, for the next call writes there.
+        return np.array(sr.transpose(0, 2, 3, 1), np.float32, order="C").transpose(0, 3, 1, 2)
+
+    def run_rounded(self, lr: Array) -> Array | None:
+        sr = self._infer(self._fast, to_float(lr.transpose(0, 3, 1, 2)))
+        try:
+            return np.stack([from_float(one, 8 * lr.itemsize) for one in sr.transpose(0, 2, 3, 1)])
+        except ValueError:
+            return None
+
+    def _infer(self, request: Any, lr: FloatArray) -> FloatArray:
+        """(N, C, h, w) to the network's own output, until the next call."""
         height, width = lr.shape[-2:]
         bottom, right = self.model.lacking(height), self.model.lacking(width)
         if bottom or right:
@@ -134,9 +221,7 @@ class OpenVINOEngine:
             request.cancel()
             raise
         sr: FloatArray = request.get_output_tensor(0).data
-        sr = sr[..., : height * self.model.scale, : width * self.model.scale]
-        # A copy, for the next call writes there.
-        return np.array(sr.transpose(0, 2, 3, 1), np.float32, order="C").transpose(0, 3, 1, 2)
+        return sr[..., : height * self.model.scale, : width * self.model.scale]
 
 
 def choose_engine(model: SRModel, runtime: Runtime, choice: EngineChoice) -> Engine:
@@ -151,10 +236,10 @@ def choose_engine(model: SRModel, runtime: Runtime, choice: EngineChoice) -> Eng
         try:
             engine = OpenVINOEngine(model, runtime)
         except InputError:
-            return TorchEngine(model, runtime)
+            return _pytorch(model, runtime)
         if _agrees(engine, model):
             return engine
-    return TorchEngine(model, runtime)
+    return _pytorch(model, runtime)
 
 
 def open_engine(load: Callable[[], SRModel], weights: str, runtime: Runtime, choice: EngineChoice) -> Engine:
@@ -166,7 +251,7 @@ def open_engine(load: Callable[[], SRModel], weights: str, runtime: Runtime, cho
         return choose_engine(load(), runtime, choice)
     known = compiled.find(weights, runtime.precision)
     if known is not None and choice == "auto" and not known.agrees:
-        return TorchEngine(load(), runtime)
+        return _pytorch(load(), runtime)
     if known is not None and known.program is not None:
         try:
             return OpenVINOEngine(known, runtime)
@@ -179,10 +264,19 @@ def open_engine(load: Callable[[], SRModel], weights: str, runtime: Runtime, cho
         if choice == "openvino":
             raise
         compiled.keep(weights, runtime.precision, _describe(model, None), b"")
-        return TorchEngine(model, runtime)
+        return _pytorch(model, runtime)
     found = replace(engine.converted, agrees=_agrees(engine, model))
     compiled.keep(weights, runtime.precision, found, engine.compiled.export_model().getvalue())
-    return engine if found.agrees or choice == "openvino" else TorchEngine(model, runtime)
+    return engine if found.agrees or choice == "openvino" else _pytorch(model, runtime)
+
+
+def _pytorch(model: SRModel, runtime: Runtime) -> TorchEngine:
+    """PyTorch, on a GPU with kernels of our own where Triton is there."""
+    fuse: Fuse | None = None
+    if runtime.kind == "cuda":
+        with contextlib.suppress(Exception):  # no Triton, or one that is too old
+            from pdd_cli.inference.fused import fused as fuse
+    return TorchEngine(model, runtime, fuse=fuse)
 
 
 def bytes_per_pixel(model: SRModel) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -93,9 +93,10 @@ class Upscaler:
         self._side = tile + 2 * overlap if isinstance(tile, int) and tile > 0 else None
         self._pixels: float = math.inf
         self._bytes_per_pixel = engine.bytes_per_pixel
+        fitting = available_memory(engine.runtime.place) * _MEMORY_SHARE // self._bytes_per_pixel
         if tile == "auto":
-            memory = available_memory(engine.runtime.place) * _MEMORY_SHARE
-            self._pixels = max(_SMALLEST_SIDE**2, min(_MOST_PIXELS, memory // self._bytes_per_pixel))
+            self._pixels = max(_SMALLEST_SIDE**2, min(_MOST_PIXELS, fitting))
+        self._batch_pixels = min(engine.batch_pixels, fitting)
         self.reserved = 0  # bytes that something else will take while a picture is upscaled: an encoder of video
         self._max_memory = max_memory
         self._base_memory = resident_memory() + _OVERHEAD
@@ -200,6 +201,41 @@ class Upscaler:
             except (MemoryError, RuntimeError) as error:
                 self.shrink_after(error, picture)
 
+    def batch(self, width: int, height: int) -> int:
+        """How many images of this size are upscaled fastest together, by `upscale_all`."""
+        return max(1, int(self._batch_pixels // (width * height)))
+
+    def upscale_all(self, pictures: Sequence[Picture]) -> list[Upscaled]:
+        """What `upscale` gives for each of some pictures of one size, in one pass of the model where that can be."""
+        if len(pictures) > 1 and all(one.alpha is None and self.is_direct(one) for one in pictures):
+            started = time.perf_counter()
+            try:
+                sr = self.engine.run_rounded(np.stack([picture.pixels for picture in pictures]))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                sr = None
+                self._batch_pixels = 0
+            if sr is not None:
+                seconds = (time.perf_counter() - started) / len(pictures)
+                return [
+                    Upscaled(replace(picture, pixels=pixels), 1, seconds)
+                    for picture, pixels in zip(pictures, sr, strict=True)
+                ]
+        return [self.upscale(picture) for picture in pictures]
+
+    def is_direct(self, picture: Picture) -> bool:
+        """Whether the output is just what the model makes of all of `picture` at once."""
+        width, height = picture.width, picture.height
+        return (
+            picture.channels == self.engine.model.in_channels == 3
+            and self.correction == "none"
+            and self.output_size(width, height) == (width * self.scale, height * self.scale)
+            and len(self.plan(height, width)) == 1
+            and (picture.alpha is None or _is_opaque(picture.alpha))
+            and not _is_gray(picture.pixels)
+        )
+
     def start(self, picture: Picture, on_tile: OnTile = lambda done, total: None) -> Upscaling:
         """`picture` as a sheet whose rows are computed as they are taken: what `upscale` gives, but never held whole.
 
@@ -251,8 +287,13 @@ class Upscaling:
 
     def _bands(self, picture: Picture, layout: Layout) -> Iterator[Array]:
         """The rows of the output, in the picture's depth, colours first, alpha last."""
-        opaque = picture.alpha is None or bool((picture.alpha == np.iinfo(picture.alpha.dtype).max).all())
-        gray = picture.channels == 1 or bool((picture.pixels == picture.pixels[:, :, :1]).all())
+        if self._upscaler.is_direct(picture):
+            pixels = self._direct(picture)
+            if pixels is not None:
+                yield pixels
+                return
+        opaque = picture.alpha is None or _is_opaque(picture.alpha)
+        gray = picture.channels == 1 or _is_gray(picture.pixels)
         colours = picture.pixels[:, :, :1] if gray else picture.pixels
         source = colours
         if not opaque and picture.alpha is not None:
@@ -275,6 +316,19 @@ class Upscaling:
             if opaque and picture.alpha is not None:
                 values = np.dstack([values, np.full(values.shape[:2], np.iinfo(values.dtype).max, values.dtype)])
             yield values
+
+    def _direct(self, picture: Picture) -> Array | None:
+        """All rows of the output; None where the model gives values that aren't finite."""
+        started = time.perf_counter()
+        sr = self._upscaler.engine.run_rounded(np.ascontiguousarray(picture.pixels)[None])
+        self.model_seconds += time.perf_counter() - started
+        if sr is None:
+            return None
+        self._on_tile(1, self.tiles)
+        pixels: Array = sr[0]
+        if picture.alpha is None:
+            return pixels
+        return np.dstack([pixels, np.full(sr.shape[1:3], np.iinfo(sr.dtype).max, sr.dtype)])
 
     def _corrected(self, sr: FloatArray, picture: Picture, colours: Array, opaque: bool) -> FloatArray:
         count = colours.shape[2]
@@ -350,6 +404,15 @@ class Upscaling:
             if not np.isfinite(sr).all():
                 raise PddError("the model gives values that are not finite, even in fp32: its weights are damaged")
         return sr
+
+
+def _is_opaque(alpha: Array) -> bool:
+    return bool((alpha == np.iinfo(alpha.dtype).max).all())
+
+
+def _is_gray(pixels: Array) -> bool:
+    """Whether (h, w, C) has the same values in all channels."""
+    return bool((pixels == pixels[:, :, :1]).all())
 
 
 def _rows_bytes(rows: int, width: int, scale: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.files import write_text
 from pdd_cli.images import Array, Picture
 from pdd_cli.inference.batch import Job, Output, Result, check_name, failed, skipped
-from pdd_cli.inference.clips import Clip, FrameReader, check_video_name, library_versions, read_clip
+from pdd_cli.inference.clips import Clip, Frame, FrameReader, check_video_name, library_versions, read_clip
 from pdd_cli.inference.manifest import Manifest, key_of
 from pdd_cli.inference.muxing import Codec, PartWriter, assemble, check_streams, choose_codec
 from pdd_cli.inference.upscaler import OnTile, Upscaled, Upscaler
@@ -234,19 +235,27 @@ def _upscale(
     try:
         with ThreadPoolExecutor(1, "decode") as decoder, ThreadPoolExecutor(1, "encode") as encoder:
             frames = iter(reader)
-            ahead = deque(decoder.submit(next, frames, None) for _ in range(_AHEAD))
+            together = upscaler.batch(*clip.upright)
+            ahead = deque(decoder.submit(next, frames, None) for _ in range(_AHEAD + together - 1))
             waiting: deque[Future[None]] = deque()
-            while (frame := ahead.popleft().result()) is not None:
-                ahead.append(decoder.submit(next, frames, None))
-                done += 1
-                if frame.pixels is not None:
-                    upscaled = _upscale_frame(frame.pixels, clip, upscaler)
+
+            def upcoming() -> Iterator[Frame]:
+                while (frame := ahead.popleft().result()) is not None:
+                    ahead.append(decoder.submit(next, frames, None))
+                    yield frame
+
+            decoded = upcoming()
+            while some := list(itertools.islice(decoded, together)):
+                shown = [(frame.time, frame.pixels) for frame in some if frame.pixels is not None]
+                found = _upscale_frames([pixels for _, pixels in shown], clip, upscaler)
+                for (time_shown, _), upscaled in zip(shown, found, strict=True):
                     tiles += upscaled.tiles
                     model_seconds += upscaled.model_seconds
                     pixels = _turned_back(upscaled.picture.pixels, plan)
-                    waiting.append(encoder.submit(parts.add, frame.time, pixels))
-                    while len(waiting) > _BEHIND:
+                    waiting.append(encoder.submit(parts.add, time_shown, pixels))
+                    while len(waiting) > _BEHIND + together - 1:
                         waiting.popleft().result()
+                done += len(some)
                 on_tile(done, max(clip.frames, done))
             for future in waiting:
                 future.result()
@@ -280,10 +289,10 @@ def _upscale(
     )
 
 
-def _upscale_frame(pixels: Array, clip: Clip, upscaler: Upscaler) -> Upscaled:
-    """The frame as it is seen, upscaled. Raises PddError where it can't be."""
+def _upscale_frames(frames: Sequence[Array], clip: Clip, upscaler: Upscaler) -> list[Upscaled]:
+    """The frames as they are seen, upscaled. Raises PddError where it can't be."""
     try:
-        return upscaler.upscale(Picture(np.ascontiguousarray(np.rot90(pixels, clip.quarters))))
+        return upscaler.upscale_all([Picture(np.ascontiguousarray(np.rot90(one, clip.quarters))) for one in frames])
     except ResourceError as error:  # of this video alone
         raise PddError(f"{clip.path}: {error.message}", error.hint) from error
 

@@ -1,0 +1,36 @@
+"""Runs the fused networks in Triton's interpreter, which has to be chosen before Triton is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def main(folder: Path) -> None:
+    """Each network of `folder`/*.pt on `folder`/lr.npz's images, in turn: *.npz."""
+    from pdd_cli.inference.fused import fused
+    from pdd_cli.models.loading import model_from_state
+
+    images = np.load(folder / "lr.npz")
+    for path in sorted(folder.glob("*.pt")):
+        model = model_from_state(torch.load(path, weights_only=True), origin=path.name)
+        found = {}
+        for name, dtype in DTYPES.items():
+            other = fused(model, dtype)
+            if other is not None:
+                with torch.inference_mode():
+                    for size, lr in list(images.items())[: 1 if name == "fp16" else None]:
+                        found[f"{name} {size}"] = other.upscale(torch.from_numpy(lr)).float().numpy()
+        np.savez(path.with_suffix(".npz"), **found)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,139 @@
+"""The GPU's kernels without a GPU: computed by Triton's interpreter, and compiled for the cards that there are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from spandrel import ModelLoader
+from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
+from torch import Tensor, nn
+
+from pdd_cli.device import Runtime
+from pdd_cli.inference.engines import TorchEngine
+from pdd_cli.models.loading import SRModel
+from pdd_cli.models.rrdbnet import RRDBNet
+from tests.test_upscale import psnr
+
+pytest.importorskip("triton")
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "rrdbnet": lambda: RRDBNet(blocks=2, features=32, growth=32),
+    "rrdbnet-x2": lambda: RRDBNet(blocks=1, features=32, growth=32, unshuffle=2),
+    "compact": lambda: SRVGGNetCompact(num_feat=64, num_conv=3),
+    "compact-x2": lambda: SRVGGNetCompact(num_feat=24, num_conv=2, upscale=2),
+    # Nothing for tensor cores.
+    "narrow": lambda: RRDBNet(blocks=1, features=8, growth=8),
+}
+# The second has two images, the third is the first again: maps are kept from call to call.
+IMAGES = {"9x14": (1, 3, 9, 14), "6x4": (2, 3, 6, 4), "again": (1, 3, 9, 14)}
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fused")
+    generator = np.random.default_rng(0)
+    np.savez(folder / "lr.npz", **{name: generator.random(shape, np.float32) for name, shape in IMAGES.items()})
+    torch.manual_seed(0)
+    for name, make in NETWORKS.items():
+        state = make().state_dict()
+        for key, value in state.items():
+            if key.endswith("bias"):  # which begin as nearly nothing
+                value.normal_(0, 0.1)
+            elif value.ndim == 1:  # of PReLU: each channel another slope
+                value.uniform_(0, 0.5)
+        torch.save(state, folder / f"{name}.pt")
+    subprocess.run([sys.executable, "-m", "tests.fused_worker", str(folder)], check=True, timeout=300)
+    return folder
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_kernels_compute_what_spandrels_network_does(computed: Path, name: str) -> None:
+    found = np.load(computed / f"{name}.npz")
+    if name == "narrow":
+        assert not found.files
+        return
+    model = ModelLoader().load_from_state_dict(torch.load(computed / f"{name}.pt", weights_only=True))
+    for size, lr in np.load(computed / "lr.npz").items():
+        height, width = lr.shape[2:]
+        padded = F.pad(torch.from_numpy(lr), (0, width % 2, 0, height % 2), mode="replicate")
+        with torch.inference_mode():
+            expected = model.model.eval()(padded if name == "rrdbnet-x2" else torch.from_numpy(lr)).numpy()
+        expected = expected[..., : height * model.scale, : width * model.scale]
+        np.testing.assert_allclose(found[f"fp32 {size}"], expected, atol=1e-5 * np.abs(expected).max())
+    assert psnr(found["fp16 9x14"], found["fp32 9x14"], float(found["fp32 9x14"].std())) > 50
+
+
+@pytest.mark.parametrize("architecture", [80, 86, 90, 100, 120])
+def test_the_kernel_compiles_for_cards_that_are_not_here(architecture: int) -> None:
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pdd_cli.inference import fused
+
+    tensors = dict.fromkeys(("x", "weight", "near", "far", "out"), "*bf16") | dict.fromkeys(("bias", "slope"), "*fp32")
+    numbers = dict.fromkeys(("count", "height", "width", "x_stride", "near_stride", "far_stride", "out_stride"), "i32")
+    names = fused.convolve.arg_names
+    # 16 bytes at a time, as all that is given to it lies in memory.
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in [*tensors, "x_stride", "out_stride"]}
+    for inputs, outputs in ((16, 64), (96, 32), (192, 64)):
+        for config in fused._fitting(fused._CONFIGS, {}, INPUTS=inputs):
+            constants = {"INPUTS": inputs, "OUTPUTS": outputs, "STORED": outputs, "GROWN": 0, "BORDER": 1}
+            constants |= {"ACTIVATE": True, "RESIDUALS": 2} | config.kwargs
+            signature = tensors | numbers | {"share": "fp32"} | dict.fromkeys(constants, "constexpr")
+            source = ASTSource(
+                fused.convolve,
+                {name: signature[name] for name in names},
+                {(names.index(name),): value for name, value in constants.items()},
+                aligned,
+            )
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+            assert any(sign in kernel.asm["ptx"] for sign in ("mma.sync", "wgmma.mma_async", "tcgen05.mma"))
+            assert "cp.async" in kernel.asm["ptx"]
+            assert kernel.metadata.shared <= 99 << 10, "more shared memory than a block gets on small cards"
+
+
+class Mean(nn.Module):
+    """The mean over three pixels each way: in one layer, or in `parts` that take as many times as long."""
+
+    def __init__(self, parts: int = 1, shift: float = 0) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 3, padding=1)
+        self.parts, self.shift = parts, shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.layer(x) for _ in range(self.parts)]).mean(0) + self.shift
+
+
+@pytest.mark.parametrize("other", ["faster", "slower", "wrong", "raising", "none"])
+def test_another_form_is_taken_where_it_is_right_and_faster(other: str) -> None:
+    def model(module: nn.Module) -> SRModel:
+        return SRModel(module=module.eval(), scale=1, in_channels=3, out_channels=3, architecture="test")
+
+    torch.manual_seed(0)
+    own = Mean(parts=1 if other == "slower" else 40)
+
+    def fuse(given: SRModel, dtype: torch.dtype) -> SRModel | None:
+        assert dtype == torch.bfloat16
+        if other == "raising":
+            raise RuntimeError("no C compiler")
+        if other == "none":
+            return None
+        made = Mean(parts=40 if other == "slower" else 1, shift=0.3 if other == "wrong" else 0)
+        made.load_state_dict(own.state_dict())
+        return model(made)
+
+    engine = TorchEngine(model(own), Runtime("cpu", "bf16"), fuse=fuse)
+    assert engine.fused == (other == "faster")
+    lr = np.random.default_rng(0).random((1, 3, 16, 16), np.float32)
+    with torch.inference_mode():
+        assert psnr(engine.run(lr), own(torch.from_numpy(lr)).numpy(), 1) > 40
+    assert not TorchEngine(model(own), Runtime("cpu", "fp32"), fuse=fuse).fused
