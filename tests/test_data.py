@@ -1,6 +1,8 @@
 """Crops and the synthetic degradation."""
 
 import io
+import threading
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ import scipy.ndimage
 import torch
 from PIL import Image
 
-from pdd_cli.data.datasets import Domains, downscaled, hr_from_real, read_folder, texture
+from pdd_cli.data.datasets import Batch, Domains, downscaled, hr_from_real, read_folder, texture
 from pdd_cli.data.degradations import Degradation, downsample, gaussian_blur, jpeg
+from pdd_cli.distillation.trainer import Ahead
 from pdd_cli.errors import InputError
 
 
@@ -178,3 +181,24 @@ def test_texture_is_the_deviation_of_the_laplacian():
 def test_hr_at_several_sizes_never_falls_below_a_crop():
     made = downscaled([noise(100, 200), noise(50, 60)], (1, 0.5), 48)
     assert [image.shape[:2] for image in made] == [(100, 200), (50, 100), (50, 60)]
+
+
+def test_batches_made_ahead_are_those_of_their_steps() -> None:
+    domain = domains([noise(40, 50)], [noise(90, 100)])
+    begun: list[int] = []
+    third = threading.Event()
+
+    def make(step: int) -> Batch:
+        begun.append(step)
+        if step == 2:
+            third.set()
+        return domain.batch(step, 2)
+
+    ahead = Ahead(make)
+    found = {step: ahead(step) for step in (0, 1)}
+    assert third.wait(10), "nothing is made before it is asked for"
+    again = ahead(1)  # after a rollback
+    for step, batch in [*found.items(), (1, again)]:
+        for ours, expected in zip(astuple(batch), astuple(domain.batch(step, 2)), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    assert begun[:3] == [0, 1, 2]
