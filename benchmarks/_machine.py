@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +29,10 @@ class Timing:
     least: float
     most: float
     cpu: float
+
+    def of_each(self, count: int) -> Timing:
+        """Of one of `count` things that were done at once."""
+        return Timing(*(value / count for value in astuple(self)))
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """How fast `pdd upscale` is, beside what people would otherwise use, on this machine.
 
-    python -m benchmarks.upscale model WEIGHTS --images DIR [--side 128] [--rounds 5]
+    python -m benchmarks.upscale model WEIGHTS --images DIR [--side 128 | --size 320x180] [--rounds 5]
+    python -m benchmarks.upscale profile WEIGHTS --images DIR [--size 320x180]
     python -m benchmarks.upscale command WEIGHTS --images DIR [--count 10] [--side 192] [--rounds 3]
     python -m benchmarks.upscale start WEIGHTS --images DIR [--rounds 5]
 
-`model`: one forward pass of a tile, every variant in turn. `command`: whole commands on a folder of images (crops of
-`--side`, or `--size WxH` by mirroring), from the start of the process to its end, with the peak of its memory. `start`:
-`pdd upscale` of one 128 x 128 image, and how much of it isn't the model's.
+`model`: one forward pass of a tile, every variant in turn; frames/s count LR frames of 320 x 180, whatever the size;
+"together" are `--together` frames at once, by default as many as keep the device busy. `profile`: what the time of such
+a pass goes into, in PyTorch. `command`: whole commands on a folder of images (crops of `--side`, or `--size WxH` by
+mirroring), from the start of the process to its end, with the peak of its memory. `start`: `pdd upscale` of one
+128 x 128 image, and how much of it isn't the model's.
 
 PSNR is that to spandrel's network in fp32: of the float output in `model`, of the 8-bit files in `command`. TFLOP/s
 count the multiplications and additions that the network's convolutions ask for, whatever was really done.
@@ -28,9 +31,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -38,11 +42,12 @@ from torch import Tensor
 from benchmarks import _controls
 from benchmarks._machine import Timing, describe, in_turn, show, summary
 from pdd_cli.device import choose_runtime
-from pdd_cli.inference.engines import Engine, OpenVINOEngine, TorchEngine
+from pdd_cli.inference.engines import Engine, OpenVINOEngine, TorchEngine, choose_engine
 from pdd_cli.models.loading import load_sr_model
 
 REFERENCE = "PyTorch fp32 NCHW"
 _SCRIPT = Path(__file__).with_name("_openvino_script.py")
+_FRAME = 320 * 180  # LR pixels
 _ROWS = 512  # of an image that are compared at once
 
 Image.MAX_IMAGE_PIXELS = None  # outputs of our own may be larger than what Pillow takes for an attack
@@ -62,7 +67,7 @@ class Session:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("model", "command", "start"))
+    parser.add_argument("what", choices=("model", "profile", "command", "start"))
     parser.add_argument("weights", type=Path)
     parser.add_argument("--images", type=Path, required=True, help="folder of real images")
     parser.add_argument("--count", type=int, default=10, help="of images")
@@ -72,13 +77,14 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=0, help="of the controls' loops")
     parser.add_argument("--skip", nargs="*", default=[], help="variants whose name contains one of these")
     parser.add_argument("--only", nargs="*", default=[""], help="variants whose name contains one of these")
+    parser.add_argument("--together", type=int, help="frames at once")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     device = choose_runtime(arguments.device).device
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "in"
         session = Session(arguments, Path(folder), inputs, _make_inputs(arguments, inputs), device, describe(device))
-        {"model": _model, "command": _command, "start": _start}[arguments.what](session)
+        {"model": _model, "profile": _profile, "command": _command, "start": _start}[arguments.what](session)
 
 
 # --- one forward pass -----------------------------------------------------------------------------------------------
@@ -92,8 +98,9 @@ def _model(session: Session) -> None:
         _controls.network(arguments.weights)[0], torch.device("cpu"), torch.float32, torch.contiguous_format
     )(lr)
     ready: dict[str, Callable[[], Tensor]] = {}
+    frames: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
-    for name, make in _model_variants(arguments.weights, lr, device):
+    for name, make in _model_variants(arguments, lr, device):
         if not _wanted(name, arguments):
             continue
         started = time.perf_counter()
@@ -103,20 +110,24 @@ def _model(session: Session) -> None:
         except Exception as error:  # what isn't installed, or doesn't run here, is part of the result
             rows.append({"variant": name, "seconds": "not runnable", "note": _reason(error)})
             continue
-        ready[name] = call
+        ready[name], frames[name] = call, len(result)
         rows.append({"variant": name, "first": time.perf_counter() - started, "psnr": _psnr(result, expected, 1.0)})
     timings = in_turn(ready, device, rounds=arguments.rounds)
     for row in rows:
-        if row["variant"] in timings:
-            row |= _times(timings[row["variant"]], timings.get(REFERENCE), flops, device)
+        name = row["variant"]
+        if name in timings:
+            timing = timings[name].of_each(frames[name])
+            row |= _times(timing, timings.get(REFERENCE), flops, device)
+            row |= {"frames/s": lr.shape[-1] * lr.shape[-2] / _FRAME / timing.median, "together": frames[name]}
     title = f"one forward pass, {lr.shape[-1]}x{lr.shape[-2]}, {arguments.weights.stem}, {arguments.rounds} rounds"
     show(title, session.machine, _ordered(rows), tflop=flops / 1e12)
 
 
 def _model_variants(
-    weights: Path, lr: Tensor, device: torch.device
+    arguments: argparse.Namespace, lr: Tensor, device: torch.device
 ) -> Iterator[tuple[str, Callable[[], Callable[[], Tensor]]]]:
-    """Name, and what prepares the variant and gives its forward pass: fp32 on the CPU to fp32 on the CPU."""
+    """Name, and what prepares the variant and gives its forward pass: from and to fp32 or 8 bits on the CPU."""
+    weights = arguments.weights
 
     def control(make: Callable[..., _controls.Forward], *options: Any) -> Callable[[], Tensor]:
         return partial(make(_controls.network(weights)[0], *options), lr)
@@ -125,6 +136,11 @@ def _model_variants(
         runtime = choose_runtime(str(device), precision)
         engine: Engine = kind(load_sr_model(weights), runtime)
         return lambda: torch.from_numpy(engine.run(lr.numpy()))
+
+    def frames(precision: str) -> Callable[[], Tensor]:
+        engine = _engine(arguments, device, precision, "auto")
+        pixels = _frames(arguments, engine, lr)
+        return lambda: torch.from_numpy(engine.run_rounded(pixels)).permute(0, 3, 1, 2) / 255  # type: ignore[arg-type]
 
     nchw, nhwc = torch.contiguous_format, torch.channels_last
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -147,6 +163,39 @@ def _model_variants(
     if device.type == "cpu":
         for name in dtypes:
             yield f"pdd openvino {name}", partial(ours, OpenVINOEngine, name)
+    for name in dtypes:
+        yield f"pdd {name}, frames together, 8 bits", partial(frames, name)
+
+
+def _engine(
+    arguments: argparse.Namespace, device: torch.device, precision: str, choice: Literal["auto", "torch"]
+) -> Engine:
+    """What `pdd upscale` takes: on a GPU PyTorch with its kernels, where they pay."""
+    return choose_engine(load_sr_model(arguments.weights), choose_runtime(str(device), precision), choice)
+
+
+def _frames(arguments: argparse.Namespace, engine: Engine, lr: Tensor) -> npt.NDArray[np.uint8]:
+    """(N, h, w, 3): `lr` as often as `--together` says, or as the engine wants."""
+    count = arguments.together or max(1, engine.batch_pixels // (lr.shape[-1] * lr.shape[-2]))
+    pixels = (lr[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    return np.repeat(pixels[None], count, axis=0)
+
+
+def _profile(session: Session) -> None:
+    """What the device, or the CPU, was busy with in a few passes."""
+    arguments, device = session.arguments, session.device
+    engine = _engine(arguments, device, "auto", "torch")
+    pixels = _frames(arguments, engine, _controls.load(min(session.inputs.iterdir())))
+    engine.run_rounded(pixels)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(arguments.rounds):
+            engine.run_rounded(pixels)
+    sort = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(f"{engine.name} on {engine.runtime}, {arguments.rounds} passes of {pixels.shape}")
+    print(profile.key_averages().table(sort_by=sort, row_limit=15, max_name_column_width=60))
 
 
 def _ncnn(lr: Tensor) -> Callable[[], Tensor]:
@@ -362,7 +411,7 @@ def _wanted(name: str, arguments: argparse.Namespace) -> bool:
 
 
 def _psnr(result: Tensor, expected: Tensor, top: float) -> float:
-    error = float((result.double() - expected.double()).square().mean())
+    error = float((result[:1].double() - expected.double()).square().mean())
     return float("inf") if error == 0 else float(10 * np.log10(top**2 / error))
 
 

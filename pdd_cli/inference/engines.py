@@ -201,10 +201,14 @@ class OpenVINOEngine:
 
     def run_rounded(self, lr: Array) -> Array | None:
         sr = self._infer(self._fast, to_float(lr.transpose(0, 3, 1, 2)))
+        found = np.empty((len(sr), *sr.shape[2:], sr.shape[1]), lr.dtype)
         try:
-            return np.stack([from_float(one, 8 * lr.itemsize) for one in sr.transpose(0, 2, 3, 1)])
+            for image, planes in zip(found, sr, strict=True):
+                for channel, plane in enumerate(planes):
+                    image[..., channel] = from_float(plane, 8 * lr.itemsize)
         except ValueError:
             return None
+        return found
 
     def _infer(self, request: Any, lr: FloatArray) -> FloatArray:
         """(N, C, h, w) to the network's own output, until the next call."""
