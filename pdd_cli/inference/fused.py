@@ -7,6 +7,7 @@ enlargement by nearest neighbours is done in reading.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +30,7 @@ _CONFIGS = [
 ]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["count", "height", "width"])  # type: ignore[untyped-decorator]
 def convolve(  # type: ignore[no-untyped-def]  # annotations would be Triton's
     x,
     weight,
@@ -115,6 +116,7 @@ _tuned = triton.autotune(
     restore_value=["out"],
     cache_results=True,
 )(convolve)
+_starting = threading.Lock()
 
 
 class _Convolution:
@@ -147,31 +149,33 @@ class _Convolution:
         images, height, width = x.shape[0], (x.shape[1] - 2) << grown, (x.shape[2] - 2) << grown
         count = images * height * width
         near, far = (*residuals, out, out)[:2]
-        _tuned[lambda config: (triton.cdiv(count, config["PIXELS"]),)](
-            x,
-            self.weight,
-            self.bias,
-            self.bias if self.slope is None else self.slope,
-            near,
-            far,
-            out,
-            count,
-            height,
-            width,
-            x.stride(2),
-            near.stride(2),
-            far.stride(2),
-            out.stride(2),
-            share,
-            INPUTS=self.inputs,
-            OUTPUTS=self.weight.shape[2],
-            STORED=self.outputs,
-            GROWN=int(grown),
-            BORDER=int(border),
-            ACTIVATE=self.slope is not None,
-            RESIDUALS=len(residuals),
-            enable_fp_fusion=True,
-        )
+        # The tuner isn't made for several threads, and what it starts runs on the current device.
+        with _starting, torch.cuda.device_of(x):
+            _tuned[lambda config: (triton.cdiv(count, config["PIXELS"]),)](
+                x,
+                self.weight,
+                self.bias,
+                self.bias if self.slope is None else self.slope,
+                near,
+                far,
+                out,
+                count,
+                height,
+                width,
+                x.stride(2),
+                near.stride(2),
+                far.stride(2),
+                out.stride(2),
+                share,
+                INPUTS=self.inputs,
+                OUTPUTS=self.weight.shape[2],
+                STORED=self.outputs,
+                GROWN=int(grown),
+                BORDER=int(border),
+                ACTIVATE=self.slope is not None,
+                RESIDUALS=len(residuals),
+                enable_fp_fusion=True,
+            )
 
 
 class _Maps:
