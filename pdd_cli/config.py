@@ -224,7 +224,7 @@ class UpscaleConfig(Settings):
     suffix: str = ""
     recursive: bool = True
     overwrite: bool = False
-    engine: Literal["auto", "torch", "openvino"] = "auto"
+    engine: Literal["auto", "torch", "openvino", "winograd"] = "auto"
     device: Device = "auto"
     precision: PrecisionChoice = "auto"
     max_memory: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[MG]$")] | None = None

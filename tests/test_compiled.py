@@ -1,4 +1,4 @@
-"""What OpenVINO has converted is kept: equal results, no conversion and no PyTorch the second time."""
+"""What engines have converted is kept: equal results, no conversion and no PyTorch the second time."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from pdd_cli.models.traits import Traits
 pytest.importorskip("openvino")
 
 CPU = Runtime("cpu", "fp32")
+both = pytest.mark.parametrize("engine", ["openvino", "winograd"])
 LR = np.random.default_rng(0).random((1, 3, 9, 14), np.float32)
 
 
@@ -33,7 +34,7 @@ def weights(tmp_path: Path) -> Path:
     """A file of a network that needs even sizes."""
     torch.manual_seed(0)
     path = tmp_path / "model.safetensors"
-    save_file(RRDBNet(features=8, growth=8, blocks=1, unshuffle=2).state_dict(), path)
+    save_file(RRDBNet(features=16, growth=16, blocks=1, unshuffle=2).state_dict(), path)
     return path
 
 
@@ -45,11 +46,12 @@ def never() -> SRModel:
     raise AssertionError("loaded, though the cache has it")
 
 
-def test_the_second_time_nothing_is_loaded_and_the_result_is_the_same(weights: Path, home: Path) -> None:
+@both
+def test_the_second_time_nothing_is_loaded_and_the_result_is_the_same(weights: Path, home: Path, engine: str) -> None:
     known = compiled.fingerprint([weights], 1.0)
-    first = open_engine(lambda: load_sr_model(weights), known, CPU, "auto")
-    second = open_engine(never, known, CPU, "auto")
-    assert (first.name, second.name, len(entries(home))) == ("openvino", "openvino", 1)
+    first = open_engine(lambda: load_sr_model(weights), known, CPU, engine)
+    second = open_engine(never, known, CPU, engine)
+    assert (first.name, second.name, len(entries(home))) == (engine, engine, 1)
     np.testing.assert_array_equal(second.run(LR), first.run(LR))
     model = load_sr_model(weights)
     plain = TorchEngine(model, CPU)
@@ -57,6 +59,9 @@ def test_the_second_time_nothing_is_loaded_and_the_result_is_the_same(weights: P
     assert second.model.scale == 2
     assert second.model.size_multiple == 2
     assert second.weights_sha256 == plain.weights_sha256 == state_sha256(model.module.state_dict())
+    assert second.bytes_per_pixel == first.bytes_per_pixel
+    if engine == "winograd":
+        return
     assert second.bytes_per_pixel == plain.bytes_per_pixel
     # Each precision is checked for itself.
     bf16 = open_engine(lambda: model, known, Runtime("cpu", "bf16"), "openvino")
@@ -71,22 +76,23 @@ def test_other_weights_or_strength_are_another_entry(weights: Path, tmp_path: Pa
     assert len({compiled.fingerprint(files, strength) for files, strength in names}) == len(names)
 
 
+@both
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "not exported"])
-def test_a_damaged_entry_is_made_again(weights: Path, home: Path, damage: str) -> None:
+def test_a_damaged_entry_is_made_again(weights: Path, home: Path, engine: str, damage: str) -> None:
     known = compiled.fingerprint([weights], 1.0)
-    expected = open_engine(lambda: load_sr_model(weights), known, CPU, "auto").run(LR)
+    expected = open_engine(lambda: load_sr_model(weights), known, CPU, engine).run(LR)
     (path,) = entries(home)
     whole = path.read_bytes()
-    if damage == "not exported":  # whole, but nothing that OpenVINO knows
-        found = compiled.find(known, "fp32")
+    if damage == "not exported":  # whole, but nothing that the engine knows
+        found = compiled.find(engine, known, "fp32")
         assert found is not None
-        compiled.keep(known, "fp32", found, b"something else")
+        compiled.keep(engine, known, "fp32", found, b"something else")
     else:
         path.write_bytes({"empty": b"", "cut": whole[:-9], "flipped": whole[:-9] + b"x" + whole[-8:]}[damage])
-    again = open_engine(lambda: load_sr_model(weights), known, CPU, "auto")
-    assert again.name == "openvino"
+    again = open_engine(lambda: load_sr_model(weights), known, CPU, engine)
+    assert again.name == engine
     np.testing.assert_array_equal(again.run(LR), expected)
-    open_engine(never, known, CPU, "auto")
+    open_engine(never, known, CPU, engine)
 
 
 class Branching(nn.Module):
@@ -121,35 +127,38 @@ def test_that_openvino_cannot_be_taken_is_kept_too(home: Path, module: nn.Module
     model = SRModel(module=module.eval(), scale=1, in_channels=3, out_channels=3, architecture="test")
     for _ in range(2):
         assert open_engine(lambda: model, "weights", CPU, "auto").name == "torch"
-    (path,) = entries(home)
-    os.utime(path, (0, 0))
-    found = compiled.find("weights", "fp32")
-    assert found is not None
-    assert not found.agrees
-    assert path.stat().st_mtime > 0  # used just now
+    assert len(entries(home)) == 2  # nor can Winograd's algorithm
+    for path in entries(home):
+        os.utime(path, (0, 0))
+    for engine in ("openvino", "winograd"):
+        found = compiled.find(engine, "weights", "fp32")
+        assert found is not None
+        assert not found.agrees
+    assert all(path.stat().st_mtime > 0 for path in entries(home))  # used just now
 
 
 def test_the_cache_is_bounded(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     described = compiled.Converted(Traits(scale=1, in_channels=3, out_channels=3, architecture="test"), "", 1, None)
     monkeypatch.setattr(compiled, "_MOST_BYTES", 5000)
     for number in range(6):
-        compiled.keep(str(number), "fp32", described, bytes(2000))
+        compiled.keep("openvino", str(number), "fp32", described, bytes(2000))
         time.sleep(0.02)  # as fine as file systems tell times
         if number:  # the first is used again and again
-            assert compiled.find("0", "fp32") is not None
+            assert compiled.find("openvino", "0", "fp32") is not None
         time.sleep(0.02)
-    kept = [number for number in range(6) if compiled.find(str(number), "fp32") is not None]
+    kept = [number for number in range(6) if compiled.find("openvino", str(number), "fp32") is not None]
     assert kept == [0, 5]
-    compiled.keep("large", "fp32", described, bytes(9000))
+    compiled.keep("openvino", "large", "fp32", described, bytes(9000))
     assert len(entries(home)) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(weights: Path, home: Path) -> None:
     home.write_text("not a folder")
-    assert open_engine(lambda: load_sr_model(weights), "weights", CPU, "auto").name == "openvino"
+    assert open_engine(lambda: load_sr_model(weights), "weights", CPU, "openvino").name == "openvino"
 
 
-def test_the_command_does_not_need_pytorch_the_second_time(weights: Path, tmp_path: Path, home: Path) -> None:
+@both
+def test_the_command_does_not_need_pytorch_the_second_time(weights: Path, tmp_path: Path, engine: str) -> None:
     write_image(tmp_path / "in/a.png", Picture(np.arange(300, dtype=np.uint16).astype(np.uint8).reshape(10, 10, 3)))
     script = (
         "import sys; from pdd_cli.cli import app\n"
@@ -158,8 +167,8 @@ def test_the_command_does_not_need_pytorch_the_second_time(weights: Path, tmp_pa
     )
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", script, "upscale", tmp_path / "in", *arguments, "--weights", weights]
-        result = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, check=False)
+        command = [sys.executable, "-c", script, "upscale", tmp_path / "in", "--weights", weights, "--engine", engine]
+        result = subprocess.run([*command, "--device", "cpu", *arguments], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         return result
 

@@ -211,7 +211,7 @@ def _upscaled(settings: EvaluateConfig, console: Console) -> Inputs:
     problems = list(dataset.problems)
     for weights, file in zip(settings.weights, files, strict=True):
         name = Path(weights).stem if Path(weights).suffix else weights
-        engine = open_engine(partial(load_sr_model, file), fingerprint([file], 1.0), runtime, "auto")
+        engine = open_engine(partial(load_sr_model, file), fingerprint([file], 1.0), runtime, "auto", free=True)
         upscaler = Upscaler(engine, tile="auto", overlap=64, notify=console.warn)
         folder = settings.upscaled_dir / name
         jobs = [Job(lr, folder / png) for lr, png in _png_names(dataset).items()]

@@ -72,8 +72,8 @@ def upscale(
         typer.Option("--overwrite/--skip-existing", help="Make outputs again that are there. [default: skip]"),
     ] = None,
     engine: Annotated[
-        Literal["auto", "torch", "openvino"] | None,
-        typer.Option(help="auto: OpenVINO on a CPU where it is installed, else PyTorch. [default: auto]"),
+        Literal["auto", "torch", "openvino", "winograd"] | None,
+        typer.Option(help="What computes; auto: the fastest that agrees with PyTorch. [default: auto]"),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps; several: cuda:0,cuda:1. [default: auto]")
@@ -229,7 +229,8 @@ def _load(settings: UpscaleConfig, world: World, meeting: Meeting, console: Cons
 
         return at_strength(load_sr_model(path), settings.strength, name=settings.weights, find=find)
 
-    engines = [open_engine(load, weights, runtime, settings.engine) for runtime in runtimes]
+    free = settings.precision == "auto"
+    engines = [open_engine(load, weights, runtime, settings.engine, free=free) for runtime in runtimes]
     places = "; ".join(f"{engine.runtime}, {engine.name}" for engine in engines)
     processes = f", {world.size} processes" if world.size > 1 else ""
     model = engines[0].model

@@ -1,7 +1,7 @@
-"""OpenVINO's form of a network, and the cache of what was converted once: converting takes seconds, loading tenths.
+"""Engines' forms of a network, and the cache of what was converted once: converting takes seconds, loading tenths.
 
-An entry of the cache is one file: a line of JSON, then the exported network. It is for one set of weights, version of
-OpenVINO, CPU and precision. One that can't be read counts as missing.
+An entry of the cache is one file: a line of JSON, then the exported network. It is for one engine, version of its
+library, set of weights, CPU and precision. One that can't be read counts as missing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from pdd_cli.weights.store import cache_home
 if TYPE_CHECKING:
     from pdd_cli.models.loading import SRModel
 
-_FORMAT = 1
+_FORMAT = 2
+_LIBRARIES = {"openvino": "openvino", "winograd": "llvmlite"}
 _SUFFIX = ".compiled"
 # Bytes of all entries together; those not used for longest go first.
 _MOST_BYTES = 1 << 30
@@ -36,7 +37,9 @@ _MOST_BYTES = 1 << 30
 
 @dataclass(frozen=True, eq=False)
 class Converted:
-    """A network as OpenVINO has it: `program` is its model, or one exported; None where it can't be converted.
+    """A network as an engine has it: `program` is that, or what was exported of it; None where it can't be converted.
+
+    OpenVINO has a model of its own, Winograd's algorithm the tensors by name.
 
     `agrees`: it was found to compute what PyTorch does.
     """
@@ -98,9 +101,28 @@ def fingerprint(files: Sequence[Path], strength: float) -> str:
     return digest.hexdigest()
 
 
-def find(weights: str, precision: Precision) -> Converted | None:
+def tensors(program: Any) -> dict[str, Any]:
+    """Tensors by name, of what `bytes_of` gave for them, or as they are. Raises RuntimeError for other bytes."""
+    if not isinstance(program, bytes):
+        return dict(program)
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        return dict(load(program))
+    except SafetensorError as error:
+        raise RuntimeError(str(error)) from error
+
+
+def bytes_of(program: Any) -> bytes:
+    from safetensors.numpy import save
+
+    return program if isinstance(program, bytes) else bytes(save(program))
+
+
+def find(engine: str, weights: str, precision: Precision) -> Converted | None:
     """The entry for the weights of this fingerprint; None where there is none that can be read."""
-    path = _path(weights, precision)
+    path = _path(engine, weights, precision)
     try:
         with path.open("rb") as file:
             values, program = json.loads(file.readline()), file.read()
@@ -112,7 +134,7 @@ def find(weights: str, precision: Precision) -> Converted | None:
         return None
 
 
-def keep(weights: str, precision: Precision, converted: Converted, exported: bytes) -> None:
+def keep(engine: str, weights: str, precision: Precision, converted: Converted, exported: bytes) -> None:
     """Put an entry into the cache; where that can't be written, nothing is kept."""
     head = {
         "traits": asdict(converted.traits),
@@ -121,7 +143,7 @@ def keep(weights: str, precision: Precision, converted: Converted, exported: byt
         "agrees": converted.agrees,
         "program_crc32": zlib.crc32(exported),
     }
-    path = _path(weights, precision)
+    path = _path(engine, weights, precision)
     with contextlib.suppress(PddError, OSError):
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             file.write(json.dumps(head).encode() + b"\n")
@@ -129,11 +151,11 @@ def keep(weights: str, precision: Precision, converted: Converted, exported: byt
         _trim(path)
 
 
-def _path(weights: str, precision: Precision) -> Path:
+def _path(engine: str, weights: str, precision: Precision) -> Path:
     from importlib.metadata import version
 
-    made_for = (_FORMAT, weights, precision, version("openvino"), _cpu())
-    return cache_home() / "openvino" / (hashlib.sha256(repr(made_for).encode()).hexdigest()[:32] + _SUFFIX)
+    made_for = (_FORMAT, engine, weights, precision, version(_LIBRARIES[engine]), _cpu())
+    return cache_home() / "compiled" / (hashlib.sha256(repr(made_for).encode()).hexdigest()[:32] + _SUFFIX)
 
 
 def _cpu() -> str:

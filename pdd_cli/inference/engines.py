@@ -1,9 +1,10 @@
-"""What computes a forward pass: PyTorch, or OpenVINO on a CPU."""
+"""What computes a forward pass: PyTorch, or on a CPU Winograd's algorithm or OpenVINO."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pdd_cli.device import Runtime, usable_cpus
+from pdd_cli.device import Runtime, cpu_has_amx, usable_cpus
 from pdd_cli.encoding import from_float, to_float
 from pdd_cli.errors import InputError
 from pdd_cli.images import Array
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from pdd_cli.models.loading import SRModel
 
 FloatArray = npt.NDArray[np.float32]
-EngineChoice = Literal["auto", "torch", "openvino"]
+EngineChoice = Literal["auto", "torch", "openvino", "winograd"]
 Fuse = Callable[["SRModel", "torch.dtype"], "SRModel | None"]
 """What gives a model with another form of its network, computed in this precision; None where there is none."""
 
@@ -168,6 +169,61 @@ class TorchEngine:
         return time.perf_counter() - started
 
 
+class WinogradEngine:
+    """Winograd's algorithm on the CPU, in fp32: for RRDBNet and SRVGGNetCompact.
+
+    Of a loaded model, or of one that was converted before. Raises InputError when the runtime isn't a CPU, there is no
+    kernel for this CPU, or the model is another.
+    """
+
+    name = "winograd"
+
+    def __init__(self, model: SRModel | compiled.Converted, runtime: Runtime) -> None:
+        if runtime.kind != "cpu" or runtime.precision != "fp32":
+            raise InputError(
+                f"--engine winograd computes in fp32 on a CPU, not on {runtime}", "Add --device cpu --precision fp32."
+            )
+        from pdd_cli.inference import winograd
+
+        kernel = winograd.kernel()
+        if kernel is None:
+            raise InputError("--engine winograd: this CPU has neither AVX2 nor NEON", "Use --engine auto.")
+        if isinstance(model, compiled.Converted):
+            self.converted = model
+        else:
+            self.converted = _describe(model, _winograd_state(model), 0)
+        self.model = self.converted.traits
+        try:
+            self._network = winograd.Network(compiled.tensors(self.converted.program), self.model.scale, kernel)
+        except (KeyError, ValueError) as error:
+            raise InputError("--engine winograd: layers that it doesn't know", "Use --engine auto.") from error
+        self.bytes_per_pixel = self._network.bytes_per_pixel
+        self.runtime = runtime
+        self.weights_sha256 = self.converted.weights_sha256
+        self.batch_pixels = 0
+
+    def exported(self) -> bytes:
+        return compiled.bytes_of(self.converted.program)
+
+    def run(self, lr: FloatArray, *, exact: bool = False) -> FloatArray:
+        found = [self._infer(image).copy() for image in lr.transpose(0, 2, 3, 1)]
+        return np.stack(found).transpose(0, 3, 1, 2)
+
+    def run_rounded(self, lr: Array) -> Array | None:
+        try:
+            return np.stack([from_float(self._infer(to_float(image)), 8 * lr.itemsize) for image in lr])
+        except ValueError:
+            return None
+
+    def _infer(self, lr: FloatArray) -> FloatArray:
+        """(h, w, C) to (h*scale, w*scale, C), until the next call."""
+        height, width = lr.shape[:2]
+        bottom, right = self.model.lacking(height), self.model.lacking(width)
+        if bottom or right:
+            lr = np.pad(lr, ((0, bottom), (0, right), (0, 0)), mode="edge")
+        return self._network(lr)[: height * self.model.scale, : width * self.model.scale]
+
+
 class OpenVINOEngine:
     """OpenVINO on the CPU in the runtime's precision, for any size of image.
 
@@ -182,7 +238,10 @@ class OpenVINOEngine:
             raise InputError("--engine openvino: OpenVINO isn't installed", "Run: pip install 'pdd-cli[openvino]'")
         if runtime.kind != "cpu":
             raise InputError(f"--engine openvino runs on a CPU, not on {runtime.place}", "Add --device cpu.")
-        self.converted = model if isinstance(model, compiled.Converted) else _convert(model)
+        if isinstance(model, compiled.Converted):
+            self.converted = model
+        else:
+            self.converted = _describe(model, compiled.convert(model), bytes_per_pixel(model))
         self.model = self.converted.traits
         self.runtime = runtime
         self.weights_sha256 = self.converted.weights_sha256
@@ -191,6 +250,9 @@ class OpenVINOEngine:
         self.compiled = self.converted.compile(runtime.precision)
         self._fast = self.compiled.create_infer_request()
         self._exact = self._fast if runtime.precision == "fp32" else None
+
+    def exported(self) -> bytes:
+        return bytes(self.compiled.export_model().getvalue())
 
     def run(self, lr: FloatArray, *, exact: bool = False) -> FloatArray:
         if exact and self._exact is None:
@@ -228,50 +290,80 @@ class OpenVINOEngine:
         return sr[..., : height * self.model.scale, : width * self.model.scale]
 
 
-def choose_engine(model: SRModel, runtime: Runtime, choice: EngineChoice) -> Engine:
-    """The engine for `--engine`: auto is OpenVINO on a CPU where it is installed and agrees with PyTorch, else PyTorch.
+_Kind = type[WinogradEngine] | type[OpenVINOEngine]
 
-    OpenVINO is the faster of the two on the CPUs measured (docs/upscale.md); whether it computes the same is checked
-    here for the very model, on noise.
+
+def choose_engine(model: SRModel, runtime: Runtime, choice: EngineChoice, *, free: bool = False) -> Engine:
+    """The engine for `--engine`, by `open_engine`, of a loaded model; nothing is kept."""
+    return open_engine(lambda: model, None, runtime, choice, free=free)
+
+
+def open_engine(
+    load: Callable[[], SRModel], weights: str | None, runtime: Runtime, choice: EngineChoice, *, free: bool = False
+) -> Engine:
+    """The engine for `--engine`, of the model that `load` loads, which isn't loaded where what it needs is cached.
+
+    auto is on a CPU the first of those in `_candidates` that has a form of this model and agrees with PyTorch, else
+    PyTorch. Whether it computes the same is checked here for the very model, on noise. `weights`: their fingerprint
+    (`compiled.fingerprint`), under which what is found out of a model is kept. `free`: the precision may be another
+    than the runtime's.
     """
-    if choice == "openvino":
-        return OpenVINOEngine(model, runtime)
-    if choice == "auto" and _could_be_openvino(runtime):
+    loaded = functools.cache(load)
+    for kind, place in _candidates(runtime, choice, free=free):
         try:
-            engine = OpenVINOEngine(model, runtime)
+            engine, agrees = _open(kind, loaded, weights, place, insist=choice == kind.name)
         except InputError:
-            return _pytorch(model, runtime)
-        if _agrees(engine, model):
+            if choice == kind.name:
+                raise
+            continue
+        if agrees or choice == kind.name:
             return engine
-    return _pytorch(model, runtime)
+    return _pytorch(loaded(), runtime)
 
 
-def open_engine(load: Callable[[], SRModel], weights: str, runtime: Runtime, choice: EngineChoice) -> Engine:
-    """What `choose_engine` gives for the model that `load` loads, which isn't loaded where OpenVINO's form is cached.
+def _candidates(runtime: Runtime, choice: EngineChoice, *, free: bool) -> list[tuple[_Kind, Runtime]]:
+    """The engines besides PyTorch that may be taken, the fastest first (docs/benchmarks.md), and each one's runtime."""
+    exact = Runtime(runtime.place, "fp32") if free else runtime
+    if choice == "winograd":
+        return [(WinogradEngine, exact)]
+    if choice == "openvino":
+        return [(OpenVINOEngine, runtime)]
+    found: list[tuple[_Kind, Runtime]] = []
+    if choice == "auto" and runtime.kind == "cpu":
+        # Only AMX multiplies in bf16 faster than Winograd saves multiplications.
+        if exact.precision == "fp32" and (runtime.precision == "fp32" or not cpu_has_amx()):
+            found.append((WinogradEngine, exact))
+        if find_spec("openvino") is not None:
+            found.append((OpenVINOEngine, runtime))
+    return found
 
-    `weights`: its fingerprint (`compiled.fingerprint`). What is found out of a model, it is found out once.
+
+def _open(
+    kind: _Kind, load: Callable[[], SRModel], weights: str | None, runtime: Runtime, *, insist: bool
+) -> tuple[Engine, bool]:
+    """An engine, and whether it agrees with PyTorch; from the cache where it can be.
+
+    Raises InputError where it has no form of the model, or was found to disagree; if we `insist`, not for the latter.
     """
-    if choice == "torch" or not _could_be_openvino(runtime):
-        return choose_engine(load(), runtime, choice)
-    known = compiled.find(weights, runtime.precision)
-    if known is not None and choice == "auto" and not known.agrees:
-        return _pytorch(load(), runtime)
-    if known is not None and known.program is not None:
-        try:
-            return OpenVINOEngine(known, runtime)
-        except RuntimeError:  # not what this OpenVINO exported
-            pass
+    if weights is not None:
+        known = compiled.find(kind.name, weights, runtime.precision)
+        if known is not None and not known.agrees and not insist:
+            raise InputError(f"--engine {kind.name} was found unfit for this model", "Use --engine auto.")
+        if known is not None and known.program is not None:
+            with contextlib.suppress(RuntimeError):  # not what this library exported
+                return kind(known, runtime), known.agrees
     model = load()
     try:
-        engine = OpenVINOEngine(model, runtime)
+        engine = kind(model, runtime)
     except InputError:
-        if choice == "openvino":
-            raise
-        compiled.keep(weights, runtime.precision, _describe(model, None), b"")
-        return _pytorch(model, runtime)
-    found = replace(engine.converted, agrees=_agrees(engine, model))
-    compiled.keep(weights, runtime.precision, found, engine.compiled.export_model().getvalue())
-    return engine if found.agrees or choice == "openvino" else _pytorch(model, runtime)
+        if weights is not None and not insist:
+            compiled.keep(kind.name, weights, runtime.precision, _describe(model, None, 0), b"")
+        raise
+    agrees = _agrees(engine, model)
+    if weights is not None:
+        converted = replace(engine.converted, agrees=agrees)
+        compiled.keep(kind.name, weights, runtime.precision, converted, engine.exported())
+    return engine, agrees
 
 
 def _pytorch(model: SRModel, runtime: Runtime) -> TorchEngine:
@@ -335,19 +427,18 @@ def _lowered(model: SRModel, runtime: Runtime) -> SRModel:
     return lowered
 
 
-def _could_be_openvino(runtime: Runtime) -> bool:
-    return runtime.kind == "cpu" and find_spec("openvino") is not None
+def _winograd_state(model: SRModel) -> dict[str, FloatArray]:
+    """The tensors of a network that Winograd's algorithm has a form of. Raises InputError for another."""
+    if model.architecture not in ("RRDBNet", "RealESRGAN Compact"):
+        raise InputError(f"--engine winograd: it has no form of this {model.architecture} model", "Use --engine auto.")
+    return {key: value.detach().float().cpu().numpy() for key, value in model.module.state_dict().items()}
 
 
-def _convert(model: SRModel) -> compiled.Converted:
-    return _describe(model, compiled.convert(model))
-
-
-def _describe(model: SRModel, program: Any) -> compiled.Converted:
+def _describe(model: SRModel, program: Any, bytes_per_pixel: int) -> compiled.Converted:
     from pdd_cli.models.loading import state_sha256
 
     traits = Traits(**{field.name: getattr(model, field.name) for field in fields(Traits)})
-    return compiled.Converted(traits, state_sha256(model.module.state_dict()), bytes_per_pixel(model), program)
+    return compiled.Converted(traits, state_sha256(model.module.state_dict()), bytes_per_pixel, program)
 
 
 def _agrees(engine: Engine, model: SRModel) -> bool:

@@ -1,0 +1,232 @@
+"""Winograd's algorithm against spandrel's forward pass, and when it is taken."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from spandrel import ModelLoader
+from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
+from torch import nn
+
+from pdd_cli.device import Runtime
+from pdd_cli.errors import InputError
+from pdd_cli.inference import winograd
+from pdd_cli.inference.engines import TorchEngine, WinogradEngine, choose_engine
+from pdd_cli.models.loading import SRModel, model_from_state
+from pdd_cli.models.rrdbnet import RRDBNet
+
+CPU, BF16 = Runtime("cpu", "fp32"), Runtime("cpu", "bf16")
+NETWORKS = {
+    "rrdbnet": lambda: RRDBNet(blocks=2),
+    "rrdbnet-x2": lambda: RRDBNet(blocks=1, unshuffle=2),
+    "rrdbnet-x1, narrow": lambda: RRDBNet(features=32, blocks=1, unshuffle=4),
+    "rrdbnet, gray": lambda: RRDBNet(blocks=1, in_channels=1, out_channels=1),
+    "compact": lambda: SRVGGNetCompact(num_conv=3),
+    "compact-x2": lambda: SRVGGNetCompact(num_feat=24, num_conv=2, upscale=2),
+    "compact-x1": lambda: SRVGGNetCompact(num_feat=48, num_conv=4, upscale=1),
+}
+# What x86 CPUs have; each runs where its instructions are.
+CPUS = {"skylake-avx512": (winograd.AVX512, "avx512f"), "haswell": (winograd.AVX2, "avx2")}
+
+pytestmark = pytest.mark.skipif(winograd.kernel() is None, reason="there is no kernel for this CPU")
+
+
+def state_of(name: str) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    network = NETWORKS[name]()
+    with torch.no_grad():
+        for layer in network.modules():
+            if isinstance(layer, nn.Conv2d):  # as strong as in trained networks; ESRGAN's own beginning is weak
+                nn.init.kaiming_normal_(layer.weight, 0.2)
+                layer.bias.uniform_(-0.1, 0.1)
+            if isinstance(layer, nn.PReLU):
+                layer.weight.uniform_(-0.5, 1.5)
+    return dict(network.state_dict())
+
+
+def spandrels(state: dict[str, torch.Tensor], lr: np.ndarray) -> np.ndarray:
+    """(h, w, C) to (h*scale, w*scale, C) by spandrel's network in fp64, by which fp32's own rounding is seen."""
+    model = ModelLoader().load_from_state_dict(dict(state))
+    with torch.inference_mode():
+        batch = torch.from_numpy(lr).permute(2, 0, 1)[None].double()
+        return model.model.double().eval()(batch)[0].permute(1, 2, 0).numpy()
+
+
+def arrays(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {key: value.numpy() for key, value in state.items()}
+
+
+def scale_of(state: dict[str, torch.Tensor]) -> int:
+    return ModelLoader().load_from_state_dict(dict(state)).scale
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_it_computes_what_spandrels_network_does(name: str, cpu: str) -> None:
+    shape, needed = CPUS[cpu]
+    if not llvm.get_host_cpu_features().get(needed):
+        pytest.skip(f"this CPU has no {needed}")
+    state = state_of(name)
+    kernel = winograd.Kernel(shape, cpu=cpu, features="", triple=llvm.get_process_triple())
+    network = winograd.Network(arrays(state), scale_of(state), kernel, threads=3)
+    channels = 1 if "gray" in name else 3
+    generator = np.random.default_rng(0)
+    # One size after another in the same memory: larger, smaller, partial tiles, fewer pixels than a tile.
+    for height, width in ((16, 24), (44, 52), (12, 20), (36, 4), (4, 4), (8, 76)):
+        lr = generator.random((height, width, channels), np.float32)
+        expected = spandrels(state, lr)
+        error = np.abs(network(lr) - expected).max()
+        assert error < 2e-5 * np.abs(expected).max(), (height, width)
+        assert np.isfinite(expected).all()
+        assert expected.std() > 0.05
+
+
+def test_any_size_and_several_images(tmp_path: Path) -> None:
+    """Sizes that aren't whole tiles, or what an unshuffling network needs: padded as PyTorch's engine pads them."""
+    for name in ("rrdbnet", "rrdbnet-x2", "compact"):
+        model = model_from_state(state_of(name), origin=name)
+        engine, plain = WinogradEngine(model, CPU), TorchEngine(model, CPU)
+        assert engine.weights_sha256 == plain.weights_sha256
+        for size in ((1, 1), (17, 23), (5, 130)):
+            lr = np.random.default_rng(1).random((2, 3, *size), np.float32)
+            found, expected = engine.run(lr), plain.run(lr)
+            assert found.shape == expected.shape
+            np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_kernel_for_arm_is_compiled() -> None:
+    """Its instructions multiply and add vectors; it can't be run here."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    triple = "aarch64-unknown-linux-gnu"
+    try:
+        target = llvm.Target.from_triple(triple)
+    except RuntimeError:
+        pytest.skip("this LLVM compiles for x86 only")
+    assert winograd.shape_of({}, triple) == winograd.NEON
+    machine = target.create_target_machine(cpu="cortex-a76", opt=3)
+    module = llvm.parse_assembly(str(winograd._Emitter(winograd.NEON, triple).emit()))
+    assert machine.emit_assembly(module).count("fmla") >= winograd.NEON.tiles * winograd.NEON.vectors
+
+
+def test_which_cpus_have_a_kernel() -> None:
+    x86 = "x86_64-unknown-linux-gnu"
+    assert winograd.shape_of({"avx512f": True, "avx2": True, "fma": True}, x86) == winograd.AVX512
+    assert winograd.shape_of({"avx2": True, "fma": True}, x86) == winograd.AVX2
+    assert winograd.shape_of({"avx2": True, "fma": False}, x86) is None
+    assert winograd.shape_of({"neon": True}, "arm64-apple-darwin25") == winograd.NEON
+
+
+def test_values_that_are_not_finite_do_not_stay() -> None:
+    model = model_from_state(state_of("compact"), origin="compact")
+    engine = WinogradEngine(model, CPU)
+    lr = np.random.default_rng(0).random((1, 3, 12, 20), np.float32)
+    expected = engine.run(lr)
+    broken = lr.copy()
+    broken[..., 3, 5] = np.nan
+    assert np.isnan(engine.run(broken)).any()
+    np.testing.assert_array_equal(engine.run(lr), expected)
+
+
+# --- when it is taken -----------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_it_for_fp32_and_where_bf16_is_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_from_state(state_of("compact"), origin="compact")
+    assert choose_engine(model, CPU, "auto").name == "winograd"
+    assert choose_engine(model, BF16, "auto").name != "winograd"  # asked for
+    for amx in (True, False):
+        monkeypatch.setattr("pdd_cli.inference.engines.cpu_has_amx", lambda amx=amx: amx)
+        engine = choose_engine(model, BF16, "auto", free=True)
+        assert (engine.name == "winograd") == (not amx)
+        assert engine.runtime.precision == ("bf16" if amx else "fp32")
+    assert choose_engine(model, BF16, "winograd", free=True).runtime.precision == "fp32"
+    assert choose_engine(model, CPU, "torch").name == "torch"
+
+
+@pytest.mark.parametrize("other", ["another network", "wide", "relu", "features", "bf16", "cuda", "old CPU"])
+def test_what_it_cannot_do_is_told(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, runtime = state_of("compact"), CPU
+    if other == "wide":
+        state = dict(SRVGGNetCompact(num_feat=80, num_conv=1).state_dict())
+    elif other == "features":
+        state = dict(RRDBNet(features=24, growth=8, blocks=1).state_dict())
+    elif other in ("bf16", "cuda"):
+        runtime = BF16 if other == "bf16" else Runtime("cuda", "fp32")
+    elif other == "old CPU":
+        monkeypatch.setattr(winograd, "kernel", lambda: None)
+    model = model_from_state(state, origin=other)
+    if other == "another network":
+        model = SRModel(module=nn.Conv2d(3, 3, 3).eval(), scale=1, in_channels=3, out_channels=3, architecture="test")
+    elif other == "relu":  # as BasicSR's has it with another act_type
+        network = SRVGGNetCompact(num_conv=2, act_type="relu").eval()
+        model = SRModel(module=network, scale=4, in_channels=3, out_channels=3, architecture="RealESRGAN Compact")
+    with pytest.raises(InputError, match="--engine winograd"):
+        choose_engine(model, runtime, "winograd")
+    if other not in ("bf16", "cuda"):
+        assert choose_engine(model, runtime, "auto").name in ("openvino", "torch")
+
+
+def test_auto_takes_another_where_it_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_from_state(state_of("compact"), origin="compact")
+    call = winograd.Network.__call__
+    monkeypatch.setattr(winograd.Network, "__call__", lambda network, lr: call(network, lr) + 0.01)
+    assert choose_engine(model, CPU, "auto").name != "winograd"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send")
+def test_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
+    """In the middle of an image that takes half a minute: told within moments, with nothing half-written."""
+    from PIL import Image
+
+    weights = tmp_path / "model.safetensors"
+    save_file(RRDBNet(blocks=23).state_dict(), weights)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 900, 3), np.uint8)).save(tmp_path / "large.png")
+    command = [sys.executable, "-m", "pdd_cli", "upscale", tmp_path / "large.png", tmp_path / "out.png"]
+    options = ["--weights", weights, "--engine", "winograd", "--tile", "0", "--device", "cpu"]
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert "winograd" in line
+        time.sleep(3)  # the whole image takes half a minute and more
+        os.kill(process.pid, signal.SIGINT)
+        _, told = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 130, told
+    assert "interrupted" in told
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_threads_of_several_pictures_at_once_do_not_meet() -> None:
+    """Two engines compute beside each other, as for two devices or while a picture is checked."""
+    model = model_from_state(state_of("rrdbnet"), origin="rrdbnet")
+    lr = np.random.default_rng(0).random((1, 3, 24, 36), np.float32)
+    engines = [WinogradEngine(model, CPU) for _ in range(3)]
+    expected = engines[0].run(lr)
+    found: dict[int, np.ndarray] = {}
+    workers = [
+        threading.Thread(target=lambda number=number: found.update({number: engines[number].run(lr)}))
+        for number in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for result in found.values():
+        np.testing.assert_array_equal(result, expected)
+    assert len(found) == 3
+    assert F.mse_loss(torch.from_numpy(expected), torch.from_numpy(TorchEngine(model, CPU).run(lr))) < 1e-8
