@@ -280,6 +280,7 @@ def _command_variants(session: Session) -> Iterator[tuple[str, list[str]]]:
     pdd += ["--device", str(device)]
     yield "pdd --engine torch", [*pdd, "--engine", "torch", str(inputs)]
     if device.type == "cpu":
+        yield "pdd --engine openvino", [*pdd, "--engine", "openvino", str(inputs)]
         yield "pdd", [*pdd, str(inputs)]
         yield "pdd --precision fp32", [*pdd, "--precision", "fp32", str(inputs)]
 
@@ -337,6 +338,7 @@ def _start(session: Session) -> None:
     upscale = [*pdd, "upscale", image, str(folder / "one.png"), "--weights", str(arguments.weights), "--overwrite"]
     variants = {
         "pdd upscale": [*upscale, "--json"],
+        "pdd upscale --engine openvino": [*upscale, "--json", "--engine", "openvino"],
         "pdd upscale --engine torch": [*upscale, "--json", "--engine", "torch"],
         "pdd --help": [*pdd, "--help"],
         "python -c 'import torch'": [sys.executable, "-c", "import torch"],

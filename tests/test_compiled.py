@@ -158,7 +158,9 @@ def test_a_cache_that_cannot_be_written_is_done_without(weights: Path, home: Pat
 
 
 @both
-def test_the_command_does_not_need_pytorch_the_second_time(weights: Path, tmp_path: Path, engine: str) -> None:
+def test_the_command_does_not_need_pytorch_the_second_time(
+    weights: Path, tmp_path: Path, home: Path, engine: str
+) -> None:
     write_image(tmp_path / "in/a.png", Picture(np.arange(300, dtype=np.uint16).astype(np.uint8).reshape(10, 10, 3)))
     script = (
         "import sys; from pdd_cli.cli import app\n"

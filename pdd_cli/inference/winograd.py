@@ -16,10 +16,11 @@ import functools
 import math
 import mmap
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -36,6 +37,7 @@ _TILE, _PIECE = 4, 6  # sides of what comes out of a tile and of what goes into 
 _PLACES = _PIECE**2
 _SCRATCH = 1 << 19  # bytes that the transformed tiles of a thread may take: they should stay in its cache
 _TOGETHER = 28  # tiles that a thread transforms at once at most: all have their share of small images, too
+_STRIP = 1 << 26  # bytes of a layer at full size that is computed in strips
 _GAP = 48  # floats between places, which would share the cache's sets else
 _OUTPUTS = 64  # channels that the widest of layers has at most
 
@@ -371,24 +373,36 @@ def _integer(value: int) -> Any:
 
 
 class Kernel:
-    """The kernel, compiled; `run` is called by each thread, with its own scratch."""
+    """The kernel for a CPU, compiled when it is first needed, which takes a fifth of a second."""
 
     def __init__(self, shape: Shape, *, cpu: str, features: str, triple: str) -> None:
         self.shape = shape
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        target = llvm.Target.from_triple(triple)
-        machine = target.create_target_machine(cpu=cpu, features=features, opt=3)
-        module = llvm.parse_assembly(str(_Emitter(shape, triple).emit()))
-        options = llvm.create_pipeline_tuning_options(speed_level=2)
-        options.loop_vectorization = options.slp_vectorization = False  # it is vectors already
-        passes = llvm.create_pass_builder(machine, options)
-        passes.getModulePassManager().run(module, passes)
-        self._engine = llvm.create_mcjit_compiler(module, machine)
-        self._engine.finalize_object()
+        self._cpu, self._features, self._triple = cpu, features, triple
+        self._engine: Any = None  # holds the machine code
+        self._compiling = threading.Lock()
+
+    def __call__(self, *arguments: int) -> None:
+        """One thread's part of a program, by what `_Emitter` names: addresses and numbers."""
+        self.compile()(*arguments)
+
+    def compile(self) -> Callable[..., None]:
+        with self._compiling:
+            if self._engine is None:
+                llvm.initialize_native_target()
+                llvm.initialize_native_asmprinter()
+                target = llvm.Target.from_triple(self._triple)
+                machine = target.create_target_machine(cpu=self._cpu, features=self._features, opt=3)
+                module = llvm.parse_assembly(str(_Emitter(self.shape, self._triple).emit()))
+                options = llvm.create_pipeline_tuning_options(speed_level=2)
+                options.loop_vectorization = options.slp_vectorization = False  # it is vectors already
+                passes = llvm.create_pass_builder(machine, options)
+                passes.getModulePassManager().run(module, passes)
+                engine = llvm.create_mcjit_compiler(module, machine)
+                engine.finalize_object()
+                self._engine = engine
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         prototype = ctypes.CFUNCTYPE(None, pointer, integer, pointer, pointer, integer, pointer)
-        self.run = prototype(self._engine.get_function_address("run"))
+        return prototype(self._engine.get_function_address("run"))
 
 
 @functools.lru_cache(maxsize=1)
@@ -416,29 +430,40 @@ def _yield() -> int:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A convolution with transformed weights, and where it reads and writes: maps by name, `at` in blocks."""
+    """A convolution by its name, and where it reads and writes: maps by name, `at` in blocks."""
 
-    weight: FloatArray  # (36, outputs / group, inputs, group)
-    bias: FloatArray
-    slope: FloatArray
-    stored: int  # channels
+    name: str
+    outputs: int
+    deep: int  # inputs and outputs as computed: whole blocks, whole products
+    wide: int
+    slope: Any  # of each output where it is negative
     x: str
     out: str
     at: int = 0
     residuals: tuple[str, ...] = ()
     share: float = 1.0
     grown: bool = False
+    addresses: dict[str, int] = field(default_factory=dict)  # of weight (36, wide / group, deep, group), bias, slope
 
     @property
-    def channels(self) -> int:
-        """Read and computed."""
-        return int(self.weight.shape[2]) + len(self.bias)
+    def size(self) -> int:
+        """Floats of weight, bias and slope."""
+        return (_PLACES * self.deep + 2) * self.wide
 
 
 @dataclass(frozen=True)
 class _Map:
     times: int  # as high and wide as the input
     channels: int
+    whole: bool = True  # or some rows of it at a time
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """Layers one after the other, as the kernel reads them; of the maps that aren't `whole` the rows in `spans`."""
+
+    program: npt.NDArray[np.int64]
+    spans: Mapping[str, tuple[int, int]]
 
 
 class Network:
@@ -458,14 +483,18 @@ class Network:
             self._read_rrdbnet(state)
         else:
             self._read_compact(state)
+        compiled = self._pool.submit(kernel.compile)
+        self._transform_weights(state)
+        compiled.result()
         self._scratch = [_memory(self._most_scratch()) for _ in range(self._threads)]
         self._arena = np.empty(0, np.float32)
         self._size = (0, 0)
 
     @property
     def bytes_per_pixel(self) -> int:
-        """Bytes of the feature maps, per LR pixel."""
-        return sum(4 * a_map.times**2 * _blocks(a_map.channels) * _BLOCK for a_map in self._maps.values())
+        """Bytes of the whole feature maps, per LR pixel."""
+        whole = [a_map for a_map in self._maps.values() if a_map.whole]
+        return sum(4 * a_map.times**2 * _blocks(a_map.channels) * _BLOCK for a_map in whole)
 
     def __call__(self, lr: FloatArray) -> FloatArray:
         """(h, w, C) in 0..1, h and w multiples of what the network needs, to (h*scale, w*scale, C), not clamped.
@@ -478,37 +507,46 @@ class Network:
             self._lay_out(height, width)
         for block, channels in zip(_inside(self._found["head"], height, width), _parts(lr), strict=True):
             block[..., : channels.shape[2]] = channels
-        self._compute()
+        for one in self._passes:
+            for name, (first, end) in one.spans.items():
+                if end == height * self._maps[name].times:  # below the last row are others, of the pass before
+                    self._found[name][:, end - first + 1 :] = 0
+            self._compute(one)
         return self._finish(lr, self._found["out"])
 
     # What there is to compute.
 
-    def _add(
-        self, state: Mapping[str, FloatArray], name: str, x: str, out: str, slope: Any = None, **more: Any
-    ) -> None:
-        weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
-        outputs, inputs = weight.shape[:2]
-        if weight.shape[2:] != (3, 3) or outputs > _OUTPUTS:
+    def _add(self, state: Mapping[str, FloatArray], name: str, x: str, out: str, slope: Any = 1.0, **more: Any) -> None:
+        outputs, inputs, *sides = state[f"{name}.weight"].shape
+        if sides != [3, 3] or outputs > _OUTPUTS:
             raise ValueError(name)
         group = self._kernel.shape.group
-        wide, deep = -(-outputs // group) * group, _blocks(inputs) * _BLOCK
-        # (outputs / group, inputs, group) for each of the nine taps, which one product turns into the 36 places.
-        taps = np.zeros((9, wide // group, deep, group), np.float32)
-        padded = np.zeros((9, deep, wide), np.float32)
-        padded[:, :inputs, :outputs] = weight.reshape(outputs, inputs, 9).transpose(2, 1, 0)
-        taps[:] = padded.reshape(9, deep, wide // group, group).transpose(0, 2, 1, 3)
-        transformed = _memory(4 * _PLACES * wide * deep).reshape(_PLACES, -1)
-        np.matmul(np.kron(_G, _G).astype(np.float32), taps.reshape(9, -1), out=transformed)
+        deep, wide = _blocks(inputs) * _BLOCK, -(-outputs // group) * group
+        self._layers.append(_Layer(name, outputs, deep, wide, slope, x, out, **more))
 
-        def of_each(values: Any, fill: float) -> FloatArray:
-            found = _memory(4 * wide)
-            found[:] = fill
-            found[:outputs] = values
-            return found
+    def _transform_weights(self, state: Mapping[str, FloatArray]) -> None:
+        """Put the weights, transformed, and biases and slopes of all layers into one piece of memory."""
+        ends = np.cumsum([layer.size for layer in self._layers])
+        whole = _memory(4 * int(ends[-1]))
+        group = self._kernel.shape.group
+        transform = np.kron(_G, _G).astype(np.float32)
 
-        slopes = of_each(1 if slope is None else slope, 1)
-        layer = _Layer(transformed.reshape(_PLACES, -1, deep, group), of_each(bias, 0), slopes, outputs, x, out, **more)
-        self._layers.append(layer)
+        def fill(layer: _Layer, end: int) -> None:
+            weight, bias, slope = np.split(
+                whole[end - layer.size : end], [layer.size - 2 * layer.wide, layer.size - layer.wide]
+            )
+            bias[: layer.outputs] = state[f"{layer.name}.bias"]
+            slope[: layer.outputs] = layer.slope
+            given = state[f"{layer.name}.weight"]
+            taps = np.zeros((9, layer.deep, layer.wide), np.float32)
+            taps[:, : given.shape[1], : layer.outputs] = given.reshape(*given.shape[:2], 9).transpose(2, 1, 0)
+            # (outputs / group, inputs, group) for each of the nine taps, which one product turns into the 36 places.
+            grouped = taps.reshape(9, layer.deep, -1, group).transpose(0, 2, 1, 3).reshape(9, -1)
+            np.matmul(transform, grouped, out=weight.reshape(_PLACES, -1))
+            layer.addresses.update(weight=weight.ctypes.data, bias=bias.ctypes.data, slope=slope.ctypes.data)
+
+        list(self._pool.map(fill, self._layers, ends))
+        self._weights = whole
 
     def _read_rrdbnet(self, state: Mapping[str, FloatArray]) -> None:
         features, inputs = state["conv_first.weight"].shape[:2]
@@ -521,8 +559,10 @@ class Network:
         self._maps = {
             "head": _Map(1, inputs), "first": _Map(1, features),
             **dict.fromkeys(dense, _Map(1, features + 4 * growth)),
-            "half": _Map(2, features), "full": _Map(4, features), "hr": _Map(4, features), "out": _Map(4, outputs),
+            "half": _Map(2, features), "full": _Map(4, features, whole=False),
+            "hr": _Map(4, features, whole=False), "out": _Map(4, outputs),
         }  # fmt: skip
+        self._tail = 3
         add = functools.partial(self._add, state)
         add("conv_first", "head", "first")
         add("conv_first", "head", "dense0")
@@ -543,6 +583,7 @@ class Network:
 
     def _read_compact(self, state: Mapping[str, FloatArray]) -> None:
         self._unshuffle = 1
+        self._tail = 0
         count = 1 + max(int(key.split(".")[1]) for key in state)
         features, inputs = state["body.0.weight"].shape[:2]
         last = f"body.{count - 1}"
@@ -577,76 +618,97 @@ class Network:
     # Where it is computed.
 
     def _lay_out(self, height: int, width: int) -> None:
-        """The maps for this size, in one piece of memory that is kept, and the program that refers to them."""
-        shapes = {
-            name: (
-                _blocks(a_map.channels),
-                *(_tiles(side * a_map.times) * _TILE + 2 for side in (height, width)),
-                _BLOCK,
-            )
-            for name, a_map in self._maps.items()
-        }
+        """The maps for this size, in one piece of memory that is kept, and the passes that refer to them."""
+        strip = max(64, _STRIP // (4 * 4 * width * _OUTPUTS) // 2 * 2)
+        shapes = {}
+        for name, a_map in self._maps.items():
+            high, wide = height * a_map.times, width * a_map.times
+            high = high if a_map.whole else min(high, strip + 2 * self._tail)
+            shapes[name] = (_blocks(a_map.channels), _tiles(high) * _TILE + 2, _tiles(wide) * _TILE + 2, _BLOCK)
         sizes = [math.prod(shape) for shape in shapes.values()]
         if sum(sizes) > self._arena.size:
             self._found: dict[str, FloatArray] = {}
             self._arena = np.empty(0, np.float32)  # freed before the other is made
             self._arena = _memory(4 * sum(sizes))
-        ends = np.cumsum(sizes)
         self._found = {
             name: self._arena[end - size : end].reshape(shape)
-            for (name, shape), size, end in zip(shapes.items(), sizes, ends, strict=True)
+            for (name, shape), size, end in zip(shapes.items(), sizes, np.cumsum(sizes), strict=True)
         }
         for name, found in self._found.items():
-            high, wide = height * self._maps[name].times, width * self._maps[name].times
-            for border in (found[:, 0], found[:, high + 1 :], found[:, :, 0], found[:, :, wide + 1 :]):
+            a_map = self._maps[name]
+            below = height * a_map.times + 1 if a_map.whole else found.shape[1]
+            for border in (found[:, 0], found[:, below:], found[:, :, 0], found[:, :, width * a_map.times + 1 :]):
                 border[:] = 0
         self._found["head"][:] = 0  # its channels aren't all written
-        self._program = np.array([self._row(layer, height, width) for layer in self._layers], np.int64)
-        self._sync = np.zeros(1 + 2 * len(self._layers), np.int64)
+        self._passes = [self._pass(self._layers[: len(self._layers) - self._tail], height, width)]
+        last = height * self._maps["out"].times
+        for first in range(0, last if self._tail else 0, strip):
+            # Each layer has one more row above and below than what the next one reads it for.
+            low, high, spans = first, min(first + strip, last), {}
+            for layer in reversed(self._layers[-self._tail :]):
+                spans[layer.out] = low, high
+                low, high = max(low - 1, 0), min(high + 1, last)
+            self._passes.append(self._pass(self._layers[-self._tail :], height, width, spans))
         self._size = (height, width)
 
-    def _row(self, layer: _Layer, height: int, width: int) -> list[int]:
+    def _pass(
+        self, layers: Sequence[_Layer], height: int, width: int, spans: Mapping[str, tuple[int, int]] | None = None
+    ) -> _Pass:
+        """`layers` for an input of this size; in `spans`, by the map that they write, of some rows only."""
+        spans = spans or {}
+        rows = [self._row(layer, height, width, spans) for layer in layers]
+        return _Pass(
+            np.array(rows, np.int64), {name: span for name, span in spans.items() if not self._maps[name].whole}
+        )
+
+    def _row(self, layer: _Layer, height: int, width: int, spans: Mapping[str, tuple[int, int]]) -> list[int]:
         """`layer` as the kernel reads it."""
         times = self._maps[layer.out].times
-        height, width = height * times, width * times
+        width *= times
+        first, end = spans.get(layer.out, (0, height * times))
+
+        def origin(name: str) -> int:
+            """The image's row that is the first in a map."""
+            return 0 if self._maps[name].whole else spans[name][0]
+
         x, out = self._found[layer.x], self._found[layer.out]
         near, far = (*(self._found[name] for name in layer.residuals), out, out)[:2]
-        values: dict[str, int] = {
-            "height": height,
+        values = layer.addresses | {
+            "height": end - first,
             "width": width,
             "columns": _tiles(width),
-            "tiles": _tiles(height) * _tiles(width),
+            "tiles": _tiles(end - first) * _tiles(width),
             "together": self._together(layer),
-            "inputs": layer.weight.shape[2],
-            "outputs": len(layer.bias),
-            "stored": _blocks(layer.stored) * _BLOCK,
+            "inputs": layer.deep,
+            "outputs": layer.wide,
+            "stored": _blocks(layer.outputs) * _BLOCK,
             "grown": int(layer.grown),
             "residuals": len(layer.residuals),
             "share": int(np.float32(layer.share).view(np.uint32)),
         }
-        for name, array in (("weight", layer.weight), ("bias", layer.bias), ("slope", layer.slope)):
-            values[name] = array.ctypes.data
         for name, found in (("x", x), ("near", near), ("far", far), ("out", out)):
             values |= {name: found.ctypes.data, f"{name}_plane": found[0].size, f"{name}_row": found[0, 0].size}
-        values["out"] = out[layer.at :].ctypes.data
+        values["x"] = x[:, (first >> layer.grown) - origin(layer.x) :].ctypes.data
+        values["out"] = out[layer.at :, first - origin(layer.out) :].ctypes.data
         return [values[name] for name in _FIELDS]
 
     def _together(self, layer: _Layer) -> int:
         """How many tiles a thread transforms at once: whole products, and few enough for its cache."""
         tiles = self._kernel.shape.tiles
-        fitting = _SCRATCH // (4 * _PLACES * layer.channels)
+        fitting = _SCRATCH // (4 * _PLACES * (layer.deep + layer.wide))
         return max(1, min(fitting, _TOGETHER) // tiles) * tiles
 
     def _most_scratch(self) -> int:
         """Bytes."""
-        return max(4 * _PLACES * (2 * _GAP + self._together(layer) * layer.channels) for layer in self._layers)
+        return max(
+            4 * _PLACES * (2 * _GAP + self._together(layer) * (layer.deep + layer.wide)) for layer in self._layers
+        )
 
-    def _compute(self) -> None:
-        self._sync[:] = 0
-        arguments = (self._program.ctypes.data, len(self._program), self._sync.ctypes.data)
-        run: Callable[..., None] = self._kernel.run
+    def _compute(self, one: _Pass) -> None:
+        sync = np.zeros(1 + 2 * len(one.program), np.int64)
+        arguments = (one.program.ctypes.data, len(one.program), sync.ctypes.data)
         work = [
-            self._pool.submit(run, *arguments, scratch.ctypes.data, self._threads, _yield())
+            self._pool.submit(self._kernel, *arguments, scratch.ctypes.data, self._threads, _yield())
             for scratch in self._scratch
         ]
         try:
@@ -654,7 +716,7 @@ class Network:
             while wait(work, timeout=0.1).not_done:
                 pass
         except BaseException:
-            self._sync[0] = 1
+            sync[0] = 1
             wait(work)
             raise
 
@@ -686,8 +748,14 @@ def _unshuffled(lr: FloatArray, by: int) -> FloatArray:
 
 
 def _memory(size: int) -> FloatArray:
-    """Zeros, `size` bytes, from the start of a page; in large pages where the system has them."""
-    pages = mmap.mmap(-1, max(size, 1))
+    """Zeros, `size` bytes, from the start of a page; in large pages where the system has them.
+
+    Raises MemoryError.
+    """
+    try:
+        pages = mmap.mmap(-1, max(size, 1))
+    except OSError as error:
+        raise MemoryError(f"{size} bytes") from error
     if hasattr(mmap, "MADV_HUGEPAGE") and size > 1 << 21:
         pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, np.float32, size // 4)
