@@ -39,7 +39,6 @@ _SCRATCH = 1 << 19  # bytes that the transformed tiles of a thread may take: the
 _TOGETHER = 28  # tiles that a thread transforms at once at most: all have their share of small images, too
 _STRIP = 1 << 26  # bytes of a layer at full size that is computed in strips
 _GAP = 48  # floats between places, which would share the cache's sets else
-_OUTPUTS = 64  # channels that the widest of layers has at most
 
 # The transforms of weights (G) and, in `_to_tile` and `_from_tile`, of inputs (Bᵀ) and outputs (Aᵀ).
 _G = np.array(
@@ -518,7 +517,7 @@ class Network:
 
     def _add(self, state: Mapping[str, FloatArray], name: str, x: str, out: str, slope: Any = 1.0, **more: Any) -> None:
         outputs, inputs, *sides = state[f"{name}.weight"].shape
-        if sides != [3, 3] or outputs > _OUTPUTS:
+        if sides != [3, 3]:
             raise ValueError(name)
         group = self._kernel.shape.group
         deep, wide = _blocks(inputs) * _BLOCK, -(-outputs // group) * group
@@ -619,7 +618,10 @@ class Network:
 
     def _lay_out(self, height: int, width: int) -> None:
         """The maps for this size, in one piece of memory that is kept, and the passes that refer to them."""
-        strip = max(64, _STRIP // (4 * 4 * width * _OUTPUTS) // 2 * 2)
+        row = max(
+            (4 * width * a_map.times * a_map.channels for a_map in self._maps.values() if not a_map.whole), default=1
+        )
+        strip = max(64, _STRIP // row // 2 * 2)
         shapes = {}
         for name, a_map in self._maps.items():
             high, wide = height * a_map.times, width * a_map.times
