@@ -163,8 +163,23 @@ def _model_variants(
         for name in dtypes:
             yield f"pdd openvino {name}", partial(ours, "openvino", name)
         yield "pdd winograd fp32", partial(ours, "winograd", "fp32")
+        yield "pdd winograd fp32, AVX2 only", partial(_avx2, arguments, lr)
     for name in dtypes:
         yield f"pdd {name}, frames together, 8 bits", partial(frames, name)
+
+
+def _avx2(arguments: argparse.Namespace, lr: Tensor) -> Callable[[], Tensor]:
+    """Winograd's algorithm as a CPU without AVX-512 computes it, as most laptops' are."""
+    import llvmlite.binding as llvm
+
+    from pdd_cli.inference.winograd import Network
+    from pdd_cli.inference.winograd_kernel import AVX2, Kernel
+
+    model = load_sr_model(arguments.weights)
+    state = {key: value.detach().numpy() for key, value in model.module.state_dict().items()}
+    network = Network(state, model.scale, Kernel(AVX2, cpu="haswell", features="", triple=llvm.get_process_triple()))
+    pixels = lr[0].permute(1, 2, 0).numpy()
+    return lambda: torch.from_numpy(network(pixels).copy()).permute(2, 0, 1)[None]
 
 
 def _engine(arguments: argparse.Namespace, device: torch.device, precision: str, choice: EngineChoice) -> Engine:

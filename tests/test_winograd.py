@@ -22,7 +22,7 @@ from torch import nn
 
 from pdd_cli.device import Runtime
 from pdd_cli.errors import InputError
-from pdd_cli.inference import winograd
+from pdd_cli.inference import winograd, winograd_kernel
 from pdd_cli.inference.engines import TorchEngine, WinogradEngine, choose_engine
 from pdd_cli.models.loading import SRModel, model_from_state
 from pdd_cli.models.rrdbnet import RRDBNet
@@ -39,9 +39,9 @@ NETWORKS = {
     "compact-x1": lambda: SRVGGNetCompact(num_feat=48, num_conv=4, upscale=1),
 }
 # What x86 CPUs have; each runs where its instructions are.
-CPUS = {"skylake-avx512": (winograd.AVX512, "avx512f"), "haswell": (winograd.AVX2, "avx2")}
+CPUS = {"skylake-avx512": (winograd_kernel.AVX512, "avx512f"), "haswell": (winograd_kernel.AVX2, "avx2")}
 
-pytestmark = pytest.mark.skipif(winograd.kernel() is None, reason="there is no kernel for this CPU")
+pytestmark = pytest.mark.skipif(winograd_kernel.kernel() is None, reason="there is no kernel for this CPU")
 
 
 def state_of(name: str) -> dict[str, torch.Tensor]:
@@ -81,7 +81,7 @@ def test_it_computes_what_spandrels_network_does(name: str, cpu: str, monkeypatc
     if not llvm.get_host_cpu_features().get(needed):
         pytest.skip(f"this CPU has no {needed}")
     state = state_of(name)
-    kernel = winograd.Kernel(shape, cpu=cpu, features="", triple=llvm.get_process_triple())
+    kernel = winograd_kernel.Kernel(shape, cpu=cpu, features="", triple=llvm.get_process_triple())
     network = winograd.Network(arrays(state), scale_of(state), kernel, threads=3)
     channels = 1 if "gray" in name else 3
     generator = np.random.default_rng(0)
@@ -117,18 +117,18 @@ def test_a_kernel_for_arm_is_compiled() -> None:
         target = llvm.Target.from_triple(triple)
     except RuntimeError:
         pytest.skip("this LLVM compiles for x86 only")
-    assert winograd.shape_of({}, triple) == winograd.NEON
+    assert winograd_kernel.shape_of({}, triple) == winograd_kernel.NEON
     machine = target.create_target_machine(cpu="cortex-a76", opt=3)
-    module = llvm.parse_assembly(str(winograd._Emitter(winograd.NEON, triple).emit()))
-    assert machine.emit_assembly(module).count("fmla") >= winograd.NEON.tiles * winograd.NEON.vectors
+    module = llvm.parse_assembly(str(winograd_kernel.Emitter(winograd_kernel.NEON, triple).emit()))
+    assert machine.emit_assembly(module).count("fmla") >= winograd_kernel.NEON.tiles * winograd_kernel.NEON.vectors
 
 
 def test_which_cpus_have_a_kernel() -> None:
     x86 = "x86_64-unknown-linux-gnu"
-    assert winograd.shape_of({"avx512f": True, "avx2": True, "fma": True}, x86) == winograd.AVX512
-    assert winograd.shape_of({"avx2": True, "fma": True}, x86) == winograd.AVX2
-    assert winograd.shape_of({"avx2": True, "fma": False}, x86) is None
-    assert winograd.shape_of({"neon": True}, "arm64-apple-darwin25") == winograd.NEON
+    assert winograd_kernel.shape_of({"avx512f": True, "avx2": True, "fma": True}, x86) == winograd_kernel.AVX512
+    assert winograd_kernel.shape_of({"avx2": True, "fma": True}, x86) == winograd_kernel.AVX2
+    assert winograd_kernel.shape_of({"avx2": True, "fma": False}, x86) is None
+    assert winograd_kernel.shape_of({"neon": True}, "arm64-apple-darwin25") == winograd_kernel.NEON
 
 
 def test_values_that_are_not_finite_do_not_stay() -> None:
@@ -166,7 +166,7 @@ def test_what_it_cannot_do_is_told(other: str, monkeypatch: pytest.MonkeyPatch) 
     elif other in ("bf16", "cuda"):
         runtime = BF16 if other == "bf16" else Runtime("cuda", "fp32")
     elif other == "old CPU":
-        monkeypatch.setattr(winograd, "kernel", lambda: None)
+        monkeypatch.setattr(winograd_kernel, "kernel", lambda: None)
     model = model_from_state(state, origin=other)
     if other == "another network":
         model = SRModel(module=nn.Conv2d(3, 3, 3).eval(), scale=1, in_channels=3, out_channels=3, architecture="test")

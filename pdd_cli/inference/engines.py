@@ -183,9 +183,9 @@ class WinogradEngine:
             raise InputError(
                 f"--engine winograd computes in fp32 on a CPU, not on {runtime}", "Add --device cpu --precision fp32."
             )
-        from pdd_cli.inference import winograd
+        from pdd_cli.inference import winograd, winograd_kernel
 
-        kernel = winograd.kernel()
+        kernel = winograd_kernel.kernel()
         if kernel is None:
             raise InputError("--engine winograd: this CPU has neither AVX2 nor NEON", "Use --engine auto.")
         if isinstance(model, compiled.Converted):
@@ -206,8 +206,12 @@ class WinogradEngine:
         return compiled.bytes_of(self.converted.program)
 
     def run(self, lr: FloatArray, *, exact: bool = False) -> FloatArray:
-        found = [self._infer(image).copy() for image in lr.transpose(0, 2, 3, 1)]
-        return np.stack(found).transpose(0, 3, 1, 2)
+        images, _, height, width = lr.shape
+        scale = self.model.scale
+        found = np.empty((images, height * scale, width * scale, self.model.out_channels), np.float32)
+        for image, target in zip(lr.transpose(0, 2, 3, 1), found, strict=True):
+            target[:] = self._infer(image)
+        return found.transpose(0, 3, 1, 2)
 
     def run_rounded(self, lr: Array) -> Array | None:
         try:

@@ -1,430 +1,31 @@
-"""Networks of 3x3 convolutions on a CPU by Winograd's algorithm, in fp32: a quarter of the multiplications.
+"""Networks of 3x3 convolutions on a CPU by Winograd's algorithm, in fp32.
 
-F(4x4, 3x3) of Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2016): 4 x 4 outputs come from a
-6 x 6 piece of the input, which is transformed, multiplied with transformed weights at each of the 36 places (there a
-convolution is a product of matrices, over channels), and transformed back. LLVM compiles the one kernel for this very
-CPU when it is first needed.
-
-A feature map is (channels / 16, h + 2, w + 2, 16) with zeros around it, h and w rounded up to whole tiles. A dense
-block is one such map: its convolutions read the front of it and write behind that, so that nothing is concatenated.
+A network is a list of layers, each of which reads a feature map and writes another; `winograd_kernel.py` computes them
+one after the other. A dense block is one map: its convolutions read the front of it and write behind that, so that
+nothing is concatenated. The last layers, at full size, are computed in strips.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import mmap
-import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
 
 from pdd_cli.device import usable_cpus
+from pdd_cli.inference.winograd_kernel import BLOCK, FIELDS, GAP, PLACES, TILE, G, Kernel, yield_address
 
 FloatArray = npt.NDArray[np.float32]
 
-_BLOCK = 16  # channels that lie next to each other
-_TILE, _PIECE = 4, 6  # sides of what comes out of a tile and of what goes into it
-_PLACES = _PIECE**2
 _SCRATCH = 1 << 19  # bytes that the transformed tiles of a thread may take: they should stay in its cache
 _TOGETHER = 28  # tiles that a thread transforms at once at most: all have their share of small images, too
 _STRIP = 1 << 26  # bytes of a layer at full size that is computed in strips
-_GAP = 48  # floats between places, which would share the cache's sets else
-
-# The transforms of weights (G) and, in `_to_tile` and `_from_tile`, of inputs (Bᵀ) and outputs (Aᵀ).
-_G = np.array(
-    [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], np.float64
-) / 24  # fmt: skip
-
-_POINTERS = ("x", "weight", "bias", "slope", "near", "far", "out")
-_NUMBERS = (
-    "height", "width", "columns", "tiles", "together", "inputs", "outputs", "stored", "grown", "residuals", "share",
-    "x_plane", "x_row", "near_plane", "near_row", "far_plane", "far_row", "out_plane", "out_row",
-)  # fmt: skip
-_FIELDS = (*_POINTERS, *_NUMBERS)
-"""A layer as the kernel reads it, a 64-bit integer each: the addresses of its maps and weights; what it computes, in
-pixels; tiles in a row and in all, and how many are transformed together; channels read, computed, and blocks of them
-stored; whether x is enlarged twofold in reading; residuals and (the bits of) their share; floats to a map's next
-block of channels and next row."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How a CPU multiplies: `tiles` times `vectors` of `lanes` floats are summed in registers."""
-
-    lanes: int
-    vectors: int
-    tiles: int
-
-    @property
-    def group(self) -> int:
-        """Output channels of one product."""
-        return self.lanes * self.vectors
-
-
-AVX512, AVX2, NEON = Shape(16, 2, 14), Shape(8, 2, 6), Shape(4, 4, 6)
-
-
-def shape_of(features: Mapping[str, bool], triple: str) -> Shape | None:
-    """For a CPU with these features, by LLVM's names; None where it can't multiply and add in one instruction."""
-    if features.get("avx512f"):
-        return AVX512
-    if features.get("avx2") and features.get("fma"):
-        return AVX2
-    return NEON if triple.startswith(("aarch64", "arm64")) else None
-
-
-# --- the kernel ------------------------------------------------------------------------------------------------------
-
-_I64, _FLOAT, _VOID = ir.IntType(64), ir.FloatType(), ir.VoidType()
-
-
-class _Emitter:
-    """Writes the kernel, layer after layer: transforms, products, transforms back, a meeting of all threads."""
-
-    def __init__(self, shape: Shape, triple: str) -> None:
-        self.shape = shape
-        self.module = ir.Module("winograd")
-        self.module.triple = triple
-        integers = _I64.as_pointer()
-        # The program, its length, [stop, then for each layer tiles taken and threads done], scratch, threads, yield.
-        signature = ir.FunctionType(_VOID, [integers, _I64, integers, _FLOAT.as_pointer(), _I64, _I64])
-        self.function = ir.Function(self.module, signature, "run")
-        self.b = ir.IRBuilder(self.function.append_basic_block("entry"))
-        self.vector = ir.VectorType(_FLOAT, shape.lanes)
-        self.fma_ = ir.Function(
-            self.module, ir.FunctionType(self.vector, [self.vector] * 3), f"llvm.fma.v{shape.lanes}f32"
-        )
-
-    # Small words of the language.
-
-    def block(self, name: str) -> Any:
-        return self.function.append_basic_block(name)
-
-    @contextmanager
-    def loop(self, end: Any, step: int = 1) -> Iterator[Any]:
-        """From 0 to `end`."""
-        b, before = self.b, self.b.block
-        head, body, after = self.block("loop"), self.block("body"), self.block("after")
-        b.branch(head)
-        b.position_at_end(head)
-        index = b.phi(_I64)
-        index.add_incoming(_integer(0), before)
-        b.cbranch(b.icmp_signed("<", index, end), body, after)
-        b.position_at_end(body)
-        yield index
-        index.add_incoming(b.add(index, _integer(step)), b.block)
-        b.branch(head)
-        b.position_at_end(after)
-
-    def sum(self, *terms: Any) -> Any:
-        return functools.reduce(self.b.add, terms)
-
-    def times(self, a: Any, factor: int | Any) -> Any:
-        return self.b.mul(a, _integer(factor) if isinstance(factor, int) else factor)
-
-    def least(self, a: Any, c: Any) -> Any:
-        return self.b.select(self.b.icmp_signed("<", a, c), a, c)
-
-    def at(self, pointer: Any, *offsets: Any) -> Any:
-        return self.b.gep(pointer, [self.sum(*offsets)])
-
-    def load(self, pointer: Any) -> Any:
-        return self.b.load(self.b.bitcast(pointer, self.vector.as_pointer()), align=4 * self.shape.lanes)
-
-    def store(self, value: Any, pointer: Any) -> None:
-        self.b.store(value, self.b.bitcast(pointer, self.vector.as_pointer()), align=4 * self.shape.lanes)
-
-    def constant(self, value: float) -> Any:
-        return ir.Constant(self.vector, [float(value)] * self.shape.lanes)
-
-    def spread(self, scalar: Any) -> Any:
-        """A vector of equal values."""
-        nothing = ir.Constant(self.vector, ir.Undefined)
-        first = self.b.insert_element(nothing, scalar, ir.Constant(ir.IntType(32), 0))
-        mask = ir.Constant(ir.VectorType(ir.IntType(32), self.shape.lanes), [0] * self.shape.lanes)
-        return self.b.shuffle_vector(first, nothing, mask)
-
-    def fma(self, a: Any, factor: float | Any, c: Any) -> Any:
-        factor = self.constant(factor) if isinstance(factor, (int, float)) else factor
-        return self.b.call(self.fma_, [a, factor, c])
-
-    # The kernel.
-
-    def emit(self) -> ir.Module:
-        b = self.b
-        program, layers, sync, scratch, threads, pause = self.function.args
-        leave = self.block("leave")
-        with self.loop(layers) as number:
-            row = self.at(program, self.times(number, len(_FIELDS)))
-            layer = {name: b.load(self.at(row, _integer(place))) for place, name in enumerate(_FIELDS)}
-            for name in _POINTERS:
-                layer[name] = b.inttoptr(layer[name], _FLOAT.as_pointer())
-            taken = self.at(sync, self.times(number, 2), _integer(1))
-            self.layer(layer, scratch, taken)
-            self.meet(sync, self.at(taken, _integer(1)), threads, pause, leave)
-        b.branch(leave)
-        b.position_at_end(leave)
-        b.ret_void()
-        return self.module
-
-    def layer(self, layer: dict[str, Any], scratch: Any, taken: Any) -> None:
-        """Some tiles after others, as long as no thread has `taken` them all."""
-        b, together = self.b, layer["together"]
-        layer["x_place"] = self.sum(self.times(layer["inputs"], together), _integer(_GAP))
-        layer["y_place"] = self.sum(self.times(layer["outputs"], together), _integer(_GAP))
-        xs, ys = scratch, self.at(scratch, self.times(layer["x_place"], _PLACES))
-        again, some, done = self.block("again"), self.block("some"), self.block("done")
-        b.branch(again)
-        b.position_at_end(again)
-        first = self.times(b.atomic_rmw("add", taken, _integer(1), "monotonic"), together)
-        b.cbranch(b.icmp_signed("<", first, layer["tiles"]), some, done)
-        b.position_at_end(some)
-        self.transform_inputs(layer, first, xs)
-        self.multiply(layer, xs, ys)
-        self.transform_outputs(layer, first, ys)
-        b.branch(again)
-        b.position_at_end(done)
-
-    def corner(self, layer: dict[str, Any], tile: Any) -> tuple[Any, Any]:
-        """Row and column of a tile's first output."""
-        return tuple(self.times(divide(tile, layer["columns"]), _TILE) for divide in (self.b.udiv, self.b.urem))  # type: ignore[return-value]
-
-    def channels(self, first: Any, plane: Any) -> Any:
-        """Where the channels from `first` begin in a map."""
-        b = self.b
-        return self.sum(self.times(b.udiv(first, _integer(_BLOCK)), plane), b.urem(first, _integer(_BLOCK)))
-
-    def transform_inputs(self, layer: dict[str, Any], first: Any, xs: Any) -> None:
-        """To xs: (place, tiles / shape.tiles, channels / 16, shape.tiles, 16)."""
-        b, some = self.b, _integer(self.shape.tiles)
-        last = b.sub(layer["tiles"], _integer(1))
-        with self.loop(layer["inputs"], self.shape.lanes) as channel, self.loop(layer["together"]) as tile:
-            # Beyond the last tile it once more, for there is nothing there.
-            top, left = self.corner(layer, self.least(b.add(first, tile), last))
-
-            def along(start: Any, step: Any) -> list[Any]:
-                """Six pixels, from the one before `start`; half as far apart where x is enlarged."""
-                places = [b.ashr(b.add(start, _integer(i - 1)), layer["grown"]) for i in range(_PIECE)]
-                return [self.times(b.add(place, _integer(1)), step) for place in places]
-
-            x = self.at(layer["x"], self.channels(channel, layer["x_plane"]))
-            rows, columns = along(top, layer["x_row"]), along(left, _integer(_BLOCK))
-            halves = [self._to_tile([self.load(self.at(x, row, column)) for row in rows]) for column in columns]
-            lots = b.add(self.times(b.udiv(tile, some), b.udiv(layer["inputs"], _integer(_BLOCK))),
-                         b.udiv(channel, _integer(_BLOCK)))  # fmt: skip
-            place = self.sum(self.times(lots, self.shape.tiles), b.urem(tile, some))
-            target = self.at(xs, self.times(place, _BLOCK), b.urem(channel, _integer(_BLOCK)))
-            for i in range(_PIECE):
-                for j, value in enumerate(self._to_tile([half[i] for half in halves])):
-                    self.store(value, self.at(target, self.times(layer["x_place"], i * _PIECE + j)))
-
-    def multiply(self, layer: dict[str, Any], xs: Any, ys: Any) -> None:
-        """At each place (tiles, inputs) times (inputs, outputs), to ys: (place, tiles, outputs)."""
-        b, shape, group = self.b, self.shape, self.shape.group
-        panel = self.times(layer["inputs"], group)
-        groups = b.udiv(layer["outputs"], _integer(group))
-        with (
-            self.loop(_integer(_PLACES)) as place,
-            self.loop(groups) as number,
-            self.loop(layer["together"], shape.tiles) as tile,
-        ):
-            weight = self.at(layer["weight"], self.times(b.add(self.times(place, groups), number), panel))
-            x = self.at(xs, self.times(place, layer["x_place"]), self.times(tile, layer["inputs"]))
-            before, head, after = b.block, self.block("product"), self.block("summed")
-            b.branch(head)
-            b.position_at_end(head)
-            channel = b.phi(_I64)
-            channel.add_incoming(_integer(0), before)
-            sums = [b.phi(self.vector) for _ in range(shape.tiles * shape.vectors)]
-            factors = [
-                self.load(self.at(weight, self.times(channel, group), _integer(v * shape.lanes)))
-                for v in range(shape.vectors)
-            ]
-            lot = self.times(b.udiv(channel, _integer(_BLOCK)), shape.tiles * _BLOCK)
-            xs_here = self.at(x, lot, b.urem(channel, _integer(_BLOCK)))
-            found = []
-            for t in range(shape.tiles):
-                value = self.spread(b.load(self.at(xs_here, _integer(t * _BLOCK))))
-                for v, factor in enumerate(factors):
-                    found.append(self.fma(value, factor, sums[t * shape.vectors + v]))
-            following = b.add(channel, _integer(1))
-            channel.add_incoming(following, head)
-            for total, value in zip(sums, found, strict=True):
-                total.add_incoming(self.constant(0), before)
-                total.add_incoming(value, head)
-            b.cbranch(b.icmp_signed("<", following, layer["inputs"]), head, after)
-            b.position_at_end(after)
-            y = self.at(ys, self.times(place, layer["y_place"]), self.times(number, group))
-            for index, value in enumerate(found):
-                t, v = divmod(index, shape.vectors)
-                row = self.times(b.add(tile, _integer(t)), layer["outputs"])
-                self.store(value, self.at(y, row, _integer(v * shape.lanes)))
-
-    def transform_outputs(self, layer: dict[str, Any], first: Any, ys: Any) -> None:
-        """From ys to the map: bias, leaky ReLU with a slope for each channel, near + share * result, and so far."""
-        b, zero = self.b, self.constant(0)
-        share = self.spread(b.bitcast(b.trunc(layer["share"], ir.IntType(32)), _FLOAT))
-        one, two = (b.icmp_signed(">", layer["residuals"], _integer(count)) for count in (0, 1))
-        there = self.least(b.sub(layer["tiles"], first), layer["together"])
-        with self.loop(layer["stored"], self.shape.lanes) as channel, self.loop(there) as tile:
-            top, left = self.corner(layer, b.add(first, tile))
-            y = self.at(ys, self.times(tile, layer["outputs"]), channel)
-            halves = [
-                self._from_tile(
-                    [self.load(self.at(y, self.times(layer["y_place"], i * _PIECE + j))) for i in range(_PIECE)]
-                )
-                for j in range(_PIECE)
-            ]
-            bias, slope = (self.load(self.at(layer[name], channel)) for name in ("bias", "slope"))
-
-            def place(name: str, row: Any, column: Any, channel: Any = channel) -> Any:
-                pixel = self.sum(self.times(row, layer[f"{name}_row"]), self.times(column, _BLOCK))
-                return self.at(layer[name], self.channels(channel, layer[f"{name}_plane"]), pixel)
-
-            for i in range(_TILE):
-                row = b.add(top, _integer(i))
-                for j, value in enumerate(self._from_tile([half[i] for half in halves])):
-                    column = b.add(left, _integer(j))
-                    value = b.fadd(value, bias)
-                    value = b.select(b.fcmp_ordered("<", value, zero), b.fmul(value, slope), value)
-                    inside = b.and_(
-                        b.icmp_signed("<", row, layer["height"]), b.icmp_signed("<", column, layer["width"])
-                    )
-                    row_, column_ = b.add(row, _integer(1)), b.add(column, _integer(1))  # behind the border
-                    with b.if_then(inside):
-                        plain, store = b.block, self.block("store")
-                        near, far = self.block("near"), self.block("far")
-                        b.cbranch(one, near, store)
-                        b.position_at_end(near)
-                        nearer = self.fma(value, share, self.load(place("near", row_, column_)))
-                        b.cbranch(two, far, store)
-                        b.position_at_end(far)
-                        farther = self.fma(nearer, share, self.load(place("far", row_, column_)))
-                        b.branch(store)
-                        b.position_at_end(store)
-                        result = b.phi(self.vector)
-                        for found, origin in ((value, plain), (nearer, near), (farther, far)):
-                            result.add_incoming(found, origin)
-                        self.store(result, place("out", row_, column_))
-
-    def meet(self, stop: Any, done: Any, threads: Any, pause: Any, leave: Any) -> None:
-        """Wait until all threads are `done`; leave at once when told to stop."""
-        b = self.b
-        b.atomic_rmw("add", done, _integer(1), "acq_rel")
-        before, look, ask, rest, go_on = (self.block(name) for name in ("meet", "look", "ask", "rest", "go_on"))
-        b.branch(before)
-        b.position_at_end(before)
-        b.branch(look)
-        b.position_at_end(look)
-        looks = b.phi(_I64)
-        looks.add_incoming(_integer(0), before)
-        met = b.icmp_signed("==", b.load_atomic(done, "acquire", 8), threads)
-        b.cbranch(met, go_on, ask)
-        b.position_at_end(ask)
-        # At first only looked, which is fastest; then with the cores left to others, who may be those waited for.
-        looks.add_incoming(b.add(looks, _integer(1)), ask)
-        b.cbranch(b.icmp_signed("<", looks, _integer(200)), look, rest)
-        b.position_at_end(rest)
-        b.call(b.inttoptr(pause, ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
-        looks.add_incoming(looks, rest)
-        b.cbranch(b.icmp_signed("==", b.load_atomic(stop, "monotonic", 8), _integer(0)), look, leave)
-        b.position_at_end(go_on)
-
-    def _to_tile(self, d: Sequence[Any]) -> list[Any]:
-        """Bᵀ d."""
-        b, fma = self.b, self.fma
-        even, odd = fma(d[2], -4, d[4]), fma(d[1], -4, d[3])
-        difference, other = b.fsub(d[4], d[2]), b.fsub(d[3], d[1])
-        return [
-            fma(d[0], 4, fma(d[2], -5, d[4])),
-            b.fadd(even, odd),
-            b.fsub(even, odd),
-            fma(other, 2, difference),
-            fma(other, -2, difference),
-            fma(d[1], 4, fma(d[3], -5, d[5])),
-        ]
-
-    def _from_tile(self, m: Sequence[Any]) -> list[Any]:
-        """Aᵀ m."""
-        b, fma = self.b, self.fma
-        one, two = b.fadd(m[1], m[2]), b.fadd(m[3], m[4])
-        odd, other = b.fsub(m[1], m[2]), b.fsub(m[3], m[4])
-        return [
-            b.fadd(b.fadd(m[0], one), two),
-            fma(other, 2, odd),
-            fma(two, 4, one),
-            b.fadd(fma(other, 8, odd), m[5]),
-        ]
-
-
-def _integer(value: int) -> Any:
-    return ir.Constant(_I64, value)
-
-
-class Kernel:
-    """The kernel for a CPU, compiled when it is first needed, which takes a fifth of a second."""
-
-    def __init__(self, shape: Shape, *, cpu: str, features: str, triple: str) -> None:
-        self.shape = shape
-        self._cpu, self._features, self._triple = cpu, features, triple
-        self._engine: Any = None  # holds the machine code
-        self._compiling = threading.Lock()
-
-    def __call__(self, *arguments: int) -> None:
-        """One thread's part of a program, by what `_Emitter` names: addresses and numbers."""
-        self.compile()(*arguments)
-
-    def compile(self) -> Callable[..., None]:
-        with self._compiling:
-            if self._engine is None:
-                llvm.initialize_native_target()
-                llvm.initialize_native_asmprinter()
-                target = llvm.Target.from_triple(self._triple)
-                machine = target.create_target_machine(cpu=self._cpu, features=self._features, opt=3)
-                module = llvm.parse_assembly(str(_Emitter(self.shape, self._triple).emit()))
-                options = llvm.create_pipeline_tuning_options(speed_level=2)
-                options.loop_vectorization = options.slp_vectorization = False  # it is vectors already
-                passes = llvm.create_pass_builder(machine, options)
-                passes.getModulePassManager().run(module, passes)
-                engine = llvm.create_mcjit_compiler(module, machine)
-                engine.finalize_object()
-                self._engine = engine
-        pointer, integer = ctypes.c_void_p, ctypes.c_int64
-        prototype = ctypes.CFUNCTYPE(None, pointer, integer, pointer, pointer, integer, pointer)
-        return prototype(self._engine.get_function_address("run"))
-
-
-@functools.lru_cache(maxsize=1)
-def kernel() -> Kernel | None:
-    """For this CPU; None where there is none for it."""
-    triple, features = llvm.get_process_triple(), llvm.get_host_cpu_features()
-    shape = shape_of(features, triple)
-    if shape is None:
-        return None
-    return Kernel(shape, cpu=llvm.get_host_cpu_name(), features=features.flatten(), triple=triple)
-
-
-@functools.lru_cache(maxsize=1)
-def _yield() -> int:
-    """The address of what leaves this core to other threads."""
-    if sys.platform == "win32":
-        function = ctypes.windll.kernel32.SwitchToThread
-    else:
-        function = ctypes.CDLL(None).sched_yield
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
-
-
-# --- networks --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -447,7 +48,7 @@ class _Layer:
     @property
     def size(self) -> int:
         """Floats of weight, bias and slope."""
-        return (_PLACES * self.deep + 2) * self.wide
+        return (PLACES * self.deep + 2) * self.wide
 
 
 @dataclass(frozen=True)
@@ -493,7 +94,7 @@ class Network:
     def bytes_per_pixel(self) -> int:
         """Bytes of the whole feature maps, per LR pixel."""
         whole = [a_map for a_map in self._maps.values() if a_map.whole]
-        return sum(4 * a_map.times**2 * _blocks(a_map.channels) * _BLOCK for a_map in whole)
+        return sum(4 * a_map.times**2 * _blocks(a_map.channels) * BLOCK for a_map in whole)
 
     def __call__(self, lr: FloatArray) -> FloatArray:
         """(h, w, C) in 0..1, h and w multiples of what the network needs, to (h*scale, w*scale, C), not clamped.
@@ -520,7 +121,7 @@ class Network:
         if sides != [3, 3]:
             raise ValueError(name)
         group = self._kernel.shape.group
-        deep, wide = _blocks(inputs) * _BLOCK, -(-outputs // group) * group
+        deep, wide = _blocks(inputs) * BLOCK, -(-outputs // group) * group
         self._layers.append(_Layer(name, outputs, deep, wide, slope, x, out, **more))
 
     def _transform_weights(self, state: Mapping[str, FloatArray]) -> None:
@@ -528,7 +129,7 @@ class Network:
         ends = np.cumsum([layer.size for layer in self._layers])
         whole = _memory(4 * int(ends[-1]))
         group = self._kernel.shape.group
-        transform = np.kron(_G, _G).astype(np.float32)
+        transform = np.kron(G, G).astype(np.float32)
 
         def fill(layer: _Layer, end: int) -> None:
             weight, bias, slope = np.split(
@@ -541,7 +142,7 @@ class Network:
             taps[:, : given.shape[1], : layer.outputs] = given.reshape(*given.shape[:2], 9).transpose(2, 1, 0)
             # (outputs / group, inputs, group) for each of the nine taps, which one product turns into the 36 places.
             grouped = taps.reshape(9, layer.deep, -1, group).transpose(0, 2, 1, 3).reshape(9, -1)
-            np.matmul(transform, grouped, out=weight.reshape(_PLACES, -1))
+            np.matmul(transform, grouped, out=weight.reshape(PLACES, -1))
             layer.addresses.update(weight=weight.ctypes.data, bias=bias.ctypes.data, slope=slope.ctypes.data)
 
         list(self._pool.map(fill, self._layers, ends))
@@ -551,7 +152,7 @@ class Network:
         features, inputs = state["conv_first.weight"].shape[:2]
         growth, outputs = state["body.0.rdb1.conv1.weight"].shape[0], state["conv_last.weight"].shape[0]
         self._unshuffle = math.isqrt(inputs // outputs)
-        if features % _BLOCK or growth % _BLOCK:
+        if features % BLOCK or growth % BLOCK:
             raise ValueError("channels that don't fill a block")
         blocks = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("body."))
         dense = ("dense0", "dense1", "dense2")
@@ -570,7 +171,7 @@ class Network:
             name = f"body.{number // 3}.rdb{number % 3 + 1}"
             block, after = dense[number % 3], dense[(number + 1) % 3]
             for index in range(4):
-                at = (features + index * growth) // _BLOCK
+                at = (features + index * growth) // BLOCK
                 add(f"{name}.conv{index + 1}", block, block, 0.2, at=at)
             residuals = (block, after) if number % 3 == 2 else (block,)
             add(f"{name}.conv5", block, after, residuals=residuals, share=0.2)
@@ -608,10 +209,17 @@ class Network:
         # The compact network's end: pixels shuffled, and the input enlarged by nearest neighbours added.
         scale, colours = self._scale, channels // self._scale**2
         sr = np.empty((height, scale, width, scale, colours), np.float32)
-        for channel in range(channels):
-            colour, place = divmod(channel, scale**2)
-            values = found[channel // _BLOCK, ..., channel % _BLOCK]
-            np.add(values, lr[..., colour], out=sr[:, place // scale, :, place % scale, colour])
+
+        rows = max(1, _SCRATCH // (4 * channels * width))  # that stay in a thread's cache
+
+        def shuffle(first: int) -> None:
+            part = slice(first, first + rows)
+            for channel in range(channels):
+                colour, place = divmod(channel, scale**2)
+                values = found[channel // BLOCK, part, :, channel % BLOCK]
+                np.add(values, lr[part, :, colour], out=sr[part, place // scale, :, place % scale, colour])
+
+        list(self._pool.map(shuffle, range(0, height, rows)))
         return sr.reshape(height * scale, width * scale, colours)
 
     # Where it is computed.
@@ -626,7 +234,7 @@ class Network:
         for name, a_map in self._maps.items():
             high, wide = height * a_map.times, width * a_map.times
             high = high if a_map.whole else min(high, strip + 2 * self._tail)
-            shapes[name] = (_blocks(a_map.channels), _tiles(high) * _TILE + 2, _tiles(wide) * _TILE + 2, _BLOCK)
+            shapes[name] = (_blocks(a_map.channels), _tiles(high) * TILE + 2, _tiles(wide) * TILE + 2, BLOCK)
         sizes = [math.prod(shape) for shape in shapes.values()]
         if sum(sizes) > self._arena.size:
             self._found: dict[str, FloatArray] = {}
@@ -683,7 +291,7 @@ class Network:
             "together": self._together(layer),
             "inputs": layer.deep,
             "outputs": layer.wide,
-            "stored": _blocks(layer.outputs) * _BLOCK,
+            "stored": _blocks(layer.outputs) * BLOCK,
             "grown": int(layer.grown),
             "residuals": len(layer.residuals),
             "share": int(np.float32(layer.share).view(np.uint32)),
@@ -692,25 +300,23 @@ class Network:
             values |= {name: found.ctypes.data, f"{name}_plane": found[0].size, f"{name}_row": found[0, 0].size}
         values["x"] = x[:, (first >> layer.grown) - origin(layer.x) :].ctypes.data
         values["out"] = out[layer.at :, first - origin(layer.out) :].ctypes.data
-        return [values[name] for name in _FIELDS]
+        return [values[name] for name in FIELDS]
 
     def _together(self, layer: _Layer) -> int:
         """How many tiles a thread transforms at once: whole products, and few enough for its cache."""
         tiles = self._kernel.shape.tiles
-        fitting = _SCRATCH // (4 * _PLACES * (layer.deep + layer.wide))
+        fitting = _SCRATCH // (4 * PLACES * (layer.deep + layer.wide))
         return max(1, min(fitting, _TOGETHER) // tiles) * tiles
 
     def _most_scratch(self) -> int:
         """Bytes."""
-        return max(
-            4 * _PLACES * (2 * _GAP + self._together(layer) * (layer.deep + layer.wide)) for layer in self._layers
-        )
+        return max(4 * PLACES * (2 * GAP + self._together(layer) * (layer.deep + layer.wide)) for layer in self._layers)
 
     def _compute(self, one: _Pass) -> None:
         sync = np.zeros(1 + 2 * len(one.program), np.int64)
         arguments = (one.program.ctypes.data, len(one.program), sync.ctypes.data)
         work = [
-            self._pool.submit(self._kernel, *arguments, scratch.ctypes.data, self._threads, _yield())
+            self._pool.submit(self._kernel, *arguments, scratch.ctypes.data, self._threads, yield_address())
             for scratch in self._scratch
         ]
         try:
@@ -724,11 +330,11 @@ class Network:
 
 
 def _blocks(channels: int) -> int:
-    return int(-(-channels // _BLOCK))
+    return int(-(-channels // BLOCK))
 
 
 def _tiles(side: int) -> int:
-    return int(-(-side // _TILE))
+    return int(-(-side // TILE))
 
 
 def _inside(a_map: FloatArray, height: int, width: int) -> FloatArray:
@@ -737,7 +343,7 @@ def _inside(a_map: FloatArray, height: int, width: int) -> FloatArray:
 
 def _parts(pixels: FloatArray) -> list[FloatArray]:
     """(h, w, C) by blocks of channels."""
-    return np.split(pixels, range(_BLOCK, pixels.shape[2], _BLOCK), axis=2)
+    return np.split(pixels, range(BLOCK, pixels.shape[2], BLOCK), axis=2)
 
 
 def _unshuffled(lr: FloatArray, by: int) -> FloatArray:

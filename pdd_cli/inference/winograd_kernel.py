@@ -1,0 +1,409 @@
+"""The kernel of Winograd's algorithm: code that LLVM compiles for the CPU it runs on.
+
+F(4x4, 3x3) of Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2016): 4 x 4 outputs come from a
+6 x 6 piece of the input, which is transformed, multiplied with transformed weights at each of the 36 places (there a
+convolution is a product of matrices, over channels), and transformed back: a quarter of the multiplications.
+
+A feature map is (channels / 16, h + 2, w + 2, 16) with zeros around it, h and w rounded up to whole tiles.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+
+BLOCK = 16  # channels that lie next to each other
+TILE, _PIECE = 4, 6  # sides of what comes out of a tile and of what goes into it
+PLACES = _PIECE**2
+GAP = 48  # floats between places, which would share the cache's sets else
+
+# The transforms of weights (G) and, in `_to_tile` and `_from_tile`, of inputs (Bᵀ) and outputs (Aᵀ).
+G = np.array(
+    [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], np.float64
+) / 24  # fmt: skip
+
+_POINTERS = ("x", "weight", "bias", "slope", "near", "far", "out")
+_NUMBERS = (
+    "height", "width", "columns", "tiles", "together", "inputs", "outputs", "stored", "grown", "residuals", "share",
+    "x_plane", "x_row", "near_plane", "near_row", "far_plane", "far_row", "out_plane", "out_row",
+)  # fmt: skip
+FIELDS = (*_POINTERS, *_NUMBERS)
+"""A layer as the kernel reads it, a 64-bit integer each: the addresses of its maps and weights; what it computes, in
+pixels; tiles in a row and in all, and how many are transformed together; channels read, computed, and blocks of them
+stored; whether x is enlarged twofold in reading; residuals and (the bits of) their share; floats to a map's next
+block of channels and next row."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a CPU multiplies: `tiles` times `vectors` of `lanes` floats are summed in registers."""
+
+    lanes: int
+    vectors: int
+    tiles: int
+
+    @property
+    def group(self) -> int:
+        """Output channels of one product."""
+        return self.lanes * self.vectors
+
+
+AVX512, AVX2, NEON = Shape(16, 2, 14), Shape(8, 2, 6), Shape(4, 4, 6)
+
+
+def shape_of(features: Mapping[str, bool], triple: str) -> Shape | None:
+    """For a CPU with these features, by LLVM's names; None where it can't multiply and add in one instruction."""
+    if features.get("avx512f"):
+        return AVX512
+    if features.get("avx2") and features.get("fma"):
+        return AVX2
+    return NEON if triple.startswith(("aarch64", "arm64")) else None
+
+
+_I64, _FLOAT, _VOID = ir.IntType(64), ir.FloatType(), ir.VoidType()
+
+
+class Emitter:
+    """Writes the kernel, layer after layer: transforms, products, transforms back, a meeting of all threads."""
+
+    def __init__(self, shape: Shape, triple: str) -> None:
+        self.shape = shape
+        self.module = ir.Module("winograd")
+        self.module.triple = triple
+        integers = _I64.as_pointer()
+        # The program, its length, [stop, then for each layer tiles taken and threads done], scratch, threads, yield.
+        signature = ir.FunctionType(_VOID, [integers, _I64, integers, _FLOAT.as_pointer(), _I64, _I64])
+        self.function = ir.Function(self.module, signature, "run")
+        self.b = ir.IRBuilder(self.function.append_basic_block("entry"))
+        self.vector = ir.VectorType(_FLOAT, shape.lanes)
+        self.fma_ = ir.Function(
+            self.module, ir.FunctionType(self.vector, [self.vector] * 3), f"llvm.fma.v{shape.lanes}f32"
+        )
+
+    # Small words of the language.
+
+    def block(self, name: str) -> Any:
+        return self.function.append_basic_block(name)
+
+    @contextmanager
+    def loop(self, end: Any, step: int = 1) -> Iterator[Any]:
+        """From 0 to `end`."""
+        b, before = self.b, self.b.block
+        head, body, after = self.block("loop"), self.block("body"), self.block("after")
+        b.branch(head)
+        b.position_at_end(head)
+        index = b.phi(_I64)
+        index.add_incoming(_integer(0), before)
+        b.cbranch(b.icmp_signed("<", index, end), body, after)
+        b.position_at_end(body)
+        yield index
+        index.add_incoming(b.add(index, _integer(step)), b.block)
+        b.branch(head)
+        b.position_at_end(after)
+
+    def sum(self, *terms: Any) -> Any:
+        return functools.reduce(self.b.add, terms)
+
+    def times(self, a: Any, factor: int | Any) -> Any:
+        return self.b.mul(a, _integer(factor) if isinstance(factor, int) else factor)
+
+    def least(self, a: Any, c: Any) -> Any:
+        return self.b.select(self.b.icmp_signed("<", a, c), a, c)
+
+    def at(self, pointer: Any, *offsets: Any) -> Any:
+        return self.b.gep(pointer, [self.sum(*offsets)])
+
+    def load(self, pointer: Any) -> Any:
+        return self.b.load(self.b.bitcast(pointer, self.vector.as_pointer()), align=4 * self.shape.lanes)
+
+    def store(self, value: Any, pointer: Any) -> None:
+        self.b.store(value, self.b.bitcast(pointer, self.vector.as_pointer()), align=4 * self.shape.lanes)
+
+    def constant(self, value: float) -> Any:
+        return ir.Constant(self.vector, [float(value)] * self.shape.lanes)
+
+    def spread(self, scalar: Any) -> Any:
+        """A vector of equal values."""
+        nothing = ir.Constant(self.vector, ir.Undefined)
+        first = self.b.insert_element(nothing, scalar, ir.Constant(ir.IntType(32), 0))
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), self.shape.lanes), [0] * self.shape.lanes)
+        return self.b.shuffle_vector(first, nothing, mask)
+
+    def fma(self, a: Any, factor: float | Any, c: Any) -> Any:
+        factor = self.constant(factor) if isinstance(factor, (int, float)) else factor
+        return self.b.call(self.fma_, [a, factor, c])
+
+    # The kernel.
+
+    def emit(self) -> ir.Module:
+        b = self.b
+        program, layers, sync, scratch, threads, pause = self.function.args
+        leave = self.block("leave")
+        with self.loop(layers) as number:
+            row = self.at(program, self.times(number, len(FIELDS)))
+            layer = {name: b.load(self.at(row, _integer(place))) for place, name in enumerate(FIELDS)}
+            for name in _POINTERS:
+                layer[name] = b.inttoptr(layer[name], _FLOAT.as_pointer())
+            taken = self.at(sync, self.times(number, 2), _integer(1))
+            self.layer(layer, scratch, taken)
+            self.meet(sync, self.at(taken, _integer(1)), threads, pause, leave)
+        b.branch(leave)
+        b.position_at_end(leave)
+        b.ret_void()
+        return self.module
+
+    def layer(self, layer: dict[str, Any], scratch: Any, taken: Any) -> None:
+        """Some tiles after others, as long as no thread has `taken` them all."""
+        b, together = self.b, layer["together"]
+        layer["x_place"] = self.sum(self.times(layer["inputs"], together), _integer(GAP))
+        layer["y_place"] = self.sum(self.times(layer["outputs"], together), _integer(GAP))
+        xs, ys = scratch, self.at(scratch, self.times(layer["x_place"], PLACES))
+        again, some, done = self.block("again"), self.block("some"), self.block("done")
+        b.branch(again)
+        b.position_at_end(again)
+        first = self.times(b.atomic_rmw("add", taken, _integer(1), "monotonic"), together)
+        b.cbranch(b.icmp_signed("<", first, layer["tiles"]), some, done)
+        b.position_at_end(some)
+        self.transform_inputs(layer, first, xs)
+        self.multiply(layer, xs, ys)
+        self.transform_outputs(layer, first, ys)
+        b.branch(again)
+        b.position_at_end(done)
+
+    def corner(self, layer: dict[str, Any], tile: Any) -> tuple[Any, Any]:
+        """Row and column of a tile's first output."""
+        return tuple(self.times(divide(tile, layer["columns"]), TILE) for divide in (self.b.udiv, self.b.urem))  # type: ignore[return-value]
+
+    def channels(self, first: Any, plane: Any) -> Any:
+        """Where the channels from `first` begin in a map."""
+        b = self.b
+        return self.sum(self.times(b.udiv(first, _integer(BLOCK)), plane), b.urem(first, _integer(BLOCK)))
+
+    def transform_inputs(self, layer: dict[str, Any], first: Any, xs: Any) -> None:
+        """To xs: (place, tiles / shape.tiles, channels / 16, shape.tiles, 16)."""
+        b, some = self.b, _integer(self.shape.tiles)
+        last = b.sub(layer["tiles"], _integer(1))
+        with self.loop(layer["inputs"], self.shape.lanes) as channel, self.loop(layer["together"]) as tile:
+            # Beyond the last tile it once more, for there is nothing there.
+            top, left = self.corner(layer, self.least(b.add(first, tile), last))
+
+            def along(start: Any, step: Any) -> list[Any]:
+                """Six pixels, from the one before `start`; half as far apart where x is enlarged."""
+                places = [b.ashr(b.add(start, _integer(i - 1)), layer["grown"]) for i in range(_PIECE)]
+                return [self.times(b.add(place, _integer(1)), step) for place in places]
+
+            x = self.at(layer["x"], self.channels(channel, layer["x_plane"]))
+            rows, columns = along(top, layer["x_row"]), along(left, _integer(BLOCK))
+            halves = [self._to_tile([self.load(self.at(x, row, column)) for row in rows]) for column in columns]
+            lots = b.add(self.times(b.udiv(tile, some), b.udiv(layer["inputs"], _integer(BLOCK))),
+                         b.udiv(channel, _integer(BLOCK)))  # fmt: skip
+            place = self.sum(self.times(lots, self.shape.tiles), b.urem(tile, some))
+            target = self.at(xs, self.times(place, BLOCK), b.urem(channel, _integer(BLOCK)))
+            for i in range(_PIECE):
+                for j, value in enumerate(self._to_tile([half[i] for half in halves])):
+                    self.store(value, self.at(target, self.times(layer["x_place"], i * _PIECE + j)))
+
+    def multiply(self, layer: dict[str, Any], xs: Any, ys: Any) -> None:
+        """At each place (tiles, inputs) times (inputs, outputs), to ys: (place, tiles, outputs)."""
+        b, shape, group = self.b, self.shape, self.shape.group
+        panel = self.times(layer["inputs"], group)
+        groups = b.udiv(layer["outputs"], _integer(group))
+        with (
+            self.loop(_integer(PLACES)) as place,
+            self.loop(groups) as number,
+            self.loop(layer["together"], shape.tiles) as tile,
+        ):
+            weight = self.at(layer["weight"], self.times(b.add(self.times(place, groups), number), panel))
+            x = self.at(xs, self.times(place, layer["x_place"]), self.times(tile, layer["inputs"]))
+            before, head, after = b.block, self.block("product"), self.block("summed")
+            b.branch(head)
+            b.position_at_end(head)
+            channel = b.phi(_I64)
+            channel.add_incoming(_integer(0), before)
+            sums = [b.phi(self.vector) for _ in range(shape.tiles * shape.vectors)]
+            factors = [
+                self.load(self.at(weight, self.times(channel, group), _integer(v * shape.lanes)))
+                for v in range(shape.vectors)
+            ]
+            lot = self.times(b.udiv(channel, _integer(BLOCK)), shape.tiles * BLOCK)
+            xs_here = self.at(x, lot, b.urem(channel, _integer(BLOCK)))
+            found = []
+            for t in range(shape.tiles):
+                value = self.spread(b.load(self.at(xs_here, _integer(t * BLOCK))))
+                for v, factor in enumerate(factors):
+                    found.append(self.fma(value, factor, sums[t * shape.vectors + v]))
+            following = b.add(channel, _integer(1))
+            channel.add_incoming(following, head)
+            for total, value in zip(sums, found, strict=True):
+                total.add_incoming(self.constant(0), before)
+                total.add_incoming(value, head)
+            b.cbranch(b.icmp_signed("<", following, layer["inputs"]), head, after)
+            b.position_at_end(after)
+            y = self.at(ys, self.times(place, layer["y_place"]), self.times(number, group))
+            for index, value in enumerate(found):
+                t, v = divmod(index, shape.vectors)
+                row = self.times(b.add(tile, _integer(t)), layer["outputs"])
+                self.store(value, self.at(y, row, _integer(v * shape.lanes)))
+
+    def transform_outputs(self, layer: dict[str, Any], first: Any, ys: Any) -> None:
+        """From ys to the map: bias, leaky ReLU with a slope for each channel, near + share * result, and so far."""
+        b, zero = self.b, self.constant(0)
+        share = self.spread(b.bitcast(b.trunc(layer["share"], ir.IntType(32)), _FLOAT))
+        one, two = (b.icmp_signed(">", layer["residuals"], _integer(count)) for count in (0, 1))
+        there = self.least(b.sub(layer["tiles"], first), layer["together"])
+        with self.loop(layer["stored"], self.shape.lanes) as channel, self.loop(there) as tile:
+            top, left = self.corner(layer, b.add(first, tile))
+            y = self.at(ys, self.times(tile, layer["outputs"]), channel)
+            halves = [
+                self._from_tile(
+                    [self.load(self.at(y, self.times(layer["y_place"], i * _PIECE + j))) for i in range(_PIECE)]
+                )
+                for j in range(_PIECE)
+            ]
+            bias, slope = (self.load(self.at(layer[name], channel)) for name in ("bias", "slope"))
+
+            def place(name: str, row: Any, column: Any, channel: Any = channel) -> Any:
+                pixel = self.sum(self.times(row, layer[f"{name}_row"]), self.times(column, BLOCK))
+                return self.at(layer[name], self.channels(channel, layer[f"{name}_plane"]), pixel)
+
+            for i in range(TILE):
+                row = b.add(top, _integer(i))
+                for j, value in enumerate(self._from_tile([half[i] for half in halves])):
+                    column = b.add(left, _integer(j))
+                    value = b.fadd(value, bias)
+                    value = b.select(b.fcmp_ordered("<", value, zero), b.fmul(value, slope), value)
+                    inside = b.and_(
+                        b.icmp_signed("<", row, layer["height"]), b.icmp_signed("<", column, layer["width"])
+                    )
+                    row_, column_ = b.add(row, _integer(1)), b.add(column, _integer(1))  # behind the border
+                    with b.if_then(inside):
+                        plain, store = b.block, self.block("store")
+                        near, far = self.block("near"), self.block("far")
+                        b.cbranch(one, near, store)
+                        b.position_at_end(near)
+                        nearer = self.fma(value, share, self.load(place("near", row_, column_)))
+                        b.cbranch(two, far, store)
+                        b.position_at_end(far)
+                        farther = self.fma(nearer, share, self.load(place("far", row_, column_)))
+                        b.branch(store)
+                        b.position_at_end(store)
+                        result = b.phi(self.vector)
+                        for found, origin in ((value, plain), (nearer, near), (farther, far)):
+                            result.add_incoming(found, origin)
+                        self.store(result, place("out", row_, column_))
+
+    def meet(self, stop: Any, done: Any, threads: Any, pause: Any, leave: Any) -> None:
+        """Wait until all threads are `done`; leave at once when told to stop."""
+        b = self.b
+        b.atomic_rmw("add", done, _integer(1), "acq_rel")
+        before, look, ask, rest, go_on = (self.block(name) for name in ("meet", "look", "ask", "rest", "go_on"))
+        b.branch(before)
+        b.position_at_end(before)
+        b.branch(look)
+        b.position_at_end(look)
+        looks = b.phi(_I64)
+        looks.add_incoming(_integer(0), before)
+        met = b.icmp_signed("==", b.load_atomic(done, "acquire", 8), threads)
+        b.cbranch(met, go_on, ask)
+        b.position_at_end(ask)
+        # At first only looked, which is fastest; then with the cores left to others, who may be those waited for.
+        looks.add_incoming(b.add(looks, _integer(1)), ask)
+        b.cbranch(b.icmp_signed("<", looks, _integer(200)), look, rest)
+        b.position_at_end(rest)
+        b.call(b.inttoptr(pause, ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
+        looks.add_incoming(looks, rest)
+        b.cbranch(b.icmp_signed("==", b.load_atomic(stop, "monotonic", 8), _integer(0)), look, leave)
+        b.position_at_end(go_on)
+
+    def _to_tile(self, d: Sequence[Any]) -> list[Any]:
+        """Bᵀ d."""
+        b, fma = self.b, self.fma
+        even, odd = fma(d[2], -4, d[4]), fma(d[1], -4, d[3])
+        difference, other = b.fsub(d[4], d[2]), b.fsub(d[3], d[1])
+        return [
+            fma(d[0], 4, fma(d[2], -5, d[4])),
+            b.fadd(even, odd),
+            b.fsub(even, odd),
+            fma(other, 2, difference),
+            fma(other, -2, difference),
+            fma(d[1], 4, fma(d[3], -5, d[5])),
+        ]
+
+    def _from_tile(self, m: Sequence[Any]) -> list[Any]:
+        """Aᵀ m."""
+        b, fma = self.b, self.fma
+        one, two = b.fadd(m[1], m[2]), b.fadd(m[3], m[4])
+        odd, other = b.fsub(m[1], m[2]), b.fsub(m[3], m[4])
+        return [
+            b.fadd(b.fadd(m[0], one), two),
+            fma(other, 2, odd),
+            fma(two, 4, one),
+            b.fadd(fma(other, 8, odd), m[5]),
+        ]
+
+
+def _integer(value: int) -> Any:
+    return ir.Constant(_I64, value)
+
+
+class Kernel:
+    """The kernel for a CPU, compiled when it is first needed, which takes a fifth of a second."""
+
+    def __init__(self, shape: Shape, *, cpu: str, features: str, triple: str) -> None:
+        self.shape = shape
+        self._cpu, self._features, self._triple = cpu, features, triple
+        self._engine: Any = None  # holds the machine code
+        self._compiling = threading.Lock()
+
+    def __call__(self, *arguments: int) -> None:
+        """One thread's part of a program, by what `Emitter` names: addresses and numbers."""
+        self.compile()(*arguments)
+
+    def compile(self) -> Callable[..., None]:
+        with self._compiling:
+            if self._engine is None:
+                llvm.initialize_native_target()
+                llvm.initialize_native_asmprinter()
+                target = llvm.Target.from_triple(self._triple)
+                machine = target.create_target_machine(cpu=self._cpu, features=self._features, opt=3)
+                module = llvm.parse_assembly(str(Emitter(self.shape, self._triple).emit()))
+                options = llvm.create_pipeline_tuning_options(speed_level=2)
+                options.loop_vectorization = options.slp_vectorization = False  # it is vectors already
+                passes = llvm.create_pass_builder(machine, options)
+                passes.getModulePassManager().run(module, passes)
+                engine = llvm.create_mcjit_compiler(module, machine)
+                engine.finalize_object()
+                self._engine = engine
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        prototype = ctypes.CFUNCTYPE(None, pointer, integer, pointer, pointer, integer, pointer)
+        return prototype(self._engine.get_function_address("run"))
+
+
+@functools.lru_cache(maxsize=1)
+def kernel() -> Kernel | None:
+    """For this CPU; None where there is none for it."""
+    triple, features = llvm.get_process_triple(), llvm.get_host_cpu_features()
+    shape = shape_of(features, triple)
+    if shape is None:
+        return None
+    return Kernel(shape, cpu=llvm.get_host_cpu_name(), features=features.flatten(), triple=triple)
+
+
+@functools.lru_cache(maxsize=1)
+def yield_address() -> int:
+    """The address of what leaves this core to other threads."""
+    if sys.platform == "win32":
+        function = ctypes.windll.kernel32.SwitchToThread
+    else:
+        function = ctypes.CDLL(None).sched_yield
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
