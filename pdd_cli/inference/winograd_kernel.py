@@ -272,7 +272,7 @@ class Emitter:
             ]
             bias, slope = (self.load(self.at(layer[name], channel)) for name in ("bias", "slope"))
 
-            def place(name: str, row: Any, column: Any, channel: Any = channel) -> Any:
+            def place(name: str, row: Any, column: Any) -> Any:
                 pixel = self.sum(self.times(row, layer[f"{name}_row"]), self.times(column, BLOCK))
                 return self.at(layer[name], self.channels(channel, layer[f"{name}_plane"]), pixel)
 
