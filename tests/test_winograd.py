@@ -131,14 +131,19 @@ def test_which_cpus_have_a_kernel() -> None:
     assert winograd_kernel.shape_of({"neon": True}, "arm64-apple-darwin25") == winograd_kernel.NEON
 
 
-def test_values_that_are_not_finite_do_not_stay() -> None:
-    model = model_from_state(state_of("compact"), origin="compact")
-    engine = WinogradEngine(model, CPU)
-    lr = np.random.default_rng(0).random((1, 3, 12, 20), np.float32)
+@pytest.mark.parametrize("name", ["rrdbnet", "compact"])
+def test_what_was_computed_before_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit, whatever lies in the memory of the maps; values that aren't finite, too."""
+    monkeypatch.setattr(winograd, "_STRIP", 0)
+    engine = WinogradEngine(model_from_state(state_of(name), origin=name), CPU)
+    lr = np.random.default_rng(0).random((1, 3, 37, 22), np.float32)
     expected = engine.run(lr)
-    broken = lr.copy()
-    broken[..., 3, 5] = np.nan
-    assert np.isnan(engine.run(broken)).any()
+    other = np.full_like(lr, 100)
+    assert engine.run(other).max() > 10
+    np.testing.assert_array_equal(engine.run(lr), expected)
+    other[:] = np.nan
+    assert np.isnan(engine.run(other)).all()
+    assert engine.run_rounded(np.zeros((1, 37, 22, 3), np.uint8)) is not None
     np.testing.assert_array_equal(engine.run(lr), expected)
 
 
@@ -147,6 +152,7 @@ def test_values_that_are_not_finite_do_not_stay() -> None:
 
 def test_auto_takes_it_for_fp32_and_where_bf16_is_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_from_state(state_of("compact"), origin="compact")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert choose_engine(model, CPU, "auto").name == "winograd"
     assert choose_engine(model, BF16, "auto").name != "winograd"  # asked for
     for amx in (True, False):
@@ -156,6 +162,9 @@ def test_auto_takes_it_for_fp32_and_where_bf16_is_no_faster(monkeypatch: pytest.
         assert engine.runtime.precision == ("bf16" if amx else "fp32")
     assert choose_engine(model, BF16, "winograd", free=True).runtime.precision == "fp32"
     assert choose_engine(model, CPU, "torch").name == "torch"
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")  # where it was never run
+    assert choose_engine(model, CPU, "auto").name != "winograd"
+    assert choose_engine(model, CPU, "winograd").name == "winograd"
 
 
 @pytest.mark.parametrize("other", ["another network", "relu", "features", "bf16", "cuda", "old CPU"])

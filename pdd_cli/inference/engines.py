@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -172,8 +173,8 @@ class TorchEngine:
 class WinogradEngine:
     """Winograd's algorithm on the CPU, in fp32: for RRDBNet and SRVGGNetCompact.
 
-    Of a loaded model, or of one that was converted before. Raises InputError when the runtime isn't a CPU, there is no
-    kernel for this CPU, or the model is another.
+    Of a loaded model, or of one that was converted before. Raises InputError when the runtime isn't a CPU in fp32,
+    there is no kernel for this CPU, or the model is another.
     """
 
     name = "winograd"
@@ -214,10 +215,14 @@ class WinogradEngine:
         return found.transpose(0, 3, 1, 2)
 
     def run_rounded(self, lr: Array) -> Array | None:
-        try:
-            return np.stack([from_float(self._infer(to_float(image)), 8 * lr.itemsize) for image in lr])
-        except ValueError:
-            return None
+        found = []
+        for image in lr:
+            sr = self._infer(to_float(image))
+            try:
+                found.append(from_float(sr, 8 * lr.itemsize))
+            except ValueError:
+                return None
+        return np.stack(found)
 
     def _infer(self, lr: FloatArray) -> FloatArray:
         """(h, w, C) to (h*scale, w*scale, C), until the next call."""
@@ -334,8 +339,9 @@ def _candidates(runtime: Runtime, choice: EngineChoice, *, free: bool) -> list[t
         return [(OpenVINOEngine, runtime)]
     found: list[tuple[_Kind, Runtime]] = []
     if choice == "auto" and runtime.kind == "cpu":
-        # Only AMX multiplies in bf16 faster than Winograd saves multiplications.
-        if exact.precision == "fp32" and (runtime.precision == "fp32" or not cpu_has_amx()):
+        # Only AMX multiplies in bf16 faster than Winograd saves multiplications. ARM's kernel no ARM has run yet.
+        measured = platform.machine().lower() in ("x86_64", "amd64")
+        if measured and exact.precision == "fp32" and (runtime.precision == "fp32" or not cpu_has_amx()):
             found.append((WinogradEngine, exact))
         if find_spec("openvino") is not None:
             found.append((OpenVINOEngine, runtime))

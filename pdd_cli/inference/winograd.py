@@ -67,10 +67,10 @@ class _Pass:
 
 
 class Network:
-    """The forward pass of an RRDBNet or SRVGGNetCompact. Raises ValueError for the tensors of another network.
+    """The forward pass of an RRDBNet or SRVGGNetCompact.
 
     `state`: its tensors by the names of `models.rrdbnet` and of Real-ESRGAN's SRVGGNetCompact, fp32. `scale`: what it
-    enlarges by.
+    enlarges by. Raises KeyError or ValueError for the tensors of another network, MemoryError.
     """
 
     def __init__(self, state: Mapping[str, FloatArray], scale: int, kernel: Kernel, *, threads: int | None = None):
@@ -109,8 +109,7 @@ class Network:
             block[..., : channels.shape[2]] = channels
         for one in self._passes:
             for name, (first, end) in one.spans.items():
-                if end == height * self._maps[name].times:  # below the last row are others, of the pass before
-                    self._found[name][:, end - first + 1 :] = 0
+                self._found[name][:, end - first + 1 :] = 0  # there may be rows of the pass before
             self._compute(one)
         return self._finish(lr, self._found["out"])
 
