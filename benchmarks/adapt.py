@@ -28,7 +28,7 @@ from benchmarks._controls import network
 from benchmarks._machine import describe, show, summary, wait
 from pdd_cli.config import AdaptConfig, resolve
 from pdd_cli.data.datasets import Batch
-from pdd_cli.device import choose_runtime
+from pdd_cli.device import choose_runtime, keep_freed_memory
 from pdd_cli.distillation.checkpoint import TrainState
 from pdd_cli.distillation.run import Run, WeightFiles, prepare_run
 from pdd_cli.distillation.trainer import train
@@ -189,6 +189,7 @@ def main() -> None:
     arguments = parser.parse_args()
     runtime = choose_runtime(arguments.device, arguments.precision)
     machine = describe(runtime.device)
+    keep_freed_memory()
     features = arguments.data / "features" / "vgg16_features_fp16.safetensors"
     with tempfile.TemporaryDirectory() as folder:
         config = resolve(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
+import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +88,16 @@ def cpu_has_amx() -> bool:
     return "amx_bf16" in _cpu_flags()
 
 
+def winograd_pays(runtime: Runtime) -> bool:
+    """Whether Winograd's algorithm in fp32 is faster than convolutions in the runtime's precision.
+
+    Only AMX multiplies in bf16 faster than it saves multiplications. ARM's kernel no ARM has run yet.
+    """
+    if runtime.kind != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return runtime.precision == "fp32" or not cpu_has_amx()
+
+
 def _cpu_flags() -> str:
     try:
         return Path("/proc/cpuinfo").read_text()
@@ -127,6 +139,21 @@ def available_memory(device: torch.device | str) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (ValueError, OSError, AttributeError):
         return 4 << 30
+
+
+def keep_freed_memory() -> None:
+    """Let this process use freed memory again, instead of returning it to the system and asking for it anew.
+
+    With glibc, which otherwise does so for what is larger than some MiB: every step of training would begin with the
+    system zeroing hundreds of MiB.
+    """
+    try:
+        configure = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # another C library
+        return
+    trim_threshold, mmap_threshold = -1, -3  # by the numbers of malloc.h
+    configure(trim_threshold, 2**31 - 1)
+    configure(mmap_threshold, 2**30)
 
 
 def resident_memory() -> int:

@@ -156,7 +156,7 @@ def test_auto_takes_it_for_fp32_and_where_bf16_is_no_faster(monkeypatch: pytest.
     assert choose_engine(model, CPU, "auto").name == "winograd"
     assert choose_engine(model, BF16, "auto").name != "winograd"  # asked for
     for amx in (True, False):
-        monkeypatch.setattr("pdd_cli.inference.engines.cpu_has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr("pdd_cli.device.cpu_has_amx", lambda amx=amx: amx)
         engine = choose_engine(model, BF16, "auto", free=True)
         assert (engine.name == "winograd") == (not amx)
         assert engine.runtime.precision == ("bf16" if amx else "fp32")

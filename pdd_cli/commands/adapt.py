@@ -112,7 +112,7 @@ def adapt(
         file=config,
     )
 
-    from pdd_cli.device import choose_runtime
+    from pdd_cli.device import choose_runtime, keep_freed_memory
     from pdd_cli.distillation.rehearsal import check_places
     from pdd_cli.distillation.run import RunFolder, WeightFiles, check_inputs, memory_told, prepare_run
     from pdd_cli.weights.store import Store
@@ -126,6 +126,7 @@ def adapt(
     world.share(settings.batch_size)
     runtime = choose_runtime(world.device(settings.device), settings.precision)
     world.join(runtime.device)
+    keep_freed_memory()
     if world.is_first:
         check_name(run_name, store, replace=resume or overwrite)
         check_inputs(settings, RunFolder(settings.runs_dir / run_name), resume=resume, overwrite=overwrite)

@@ -30,7 +30,7 @@ from pdd_cli.distillation.checkpoint import TrainState, checkpoint_settings, loa
 from pdd_cli.distillation.export import export_onnx, export_pth
 from pdd_cli.distillation.pictures import centre, sheet, to_rgb8, upscaled
 from pdd_cli.distillation.report import RunReport, Shot, as_page
-from pdd_cli.distillation.trainer import StepReport, new_state, train
+from pdd_cli.distillation.trainer import StepReport, new_state, place, train
 from pdd_cli.distillation.truth import Pairs, Truth, read_pairs
 from pdd_cli.distillation.verdict import STRENGTHS, Judgement, Verdict, decide, held_out, judge, stalled
 from pdd_cli.distributed import ALONE, World
@@ -485,7 +485,7 @@ def prepare_run(
                 "Specialist and generalist must have one scale.",
             )
     features = feature_network(weights.feature_network, read_state(weights.features), origin=str(weights.features))
-    features.to(runtime.device).to(memory_format=torch.channels_last)
+    place(features, runtime)
 
     real, hr, sources = read_sources(config, base.scale, notify)
     kept_out = held_out(len(real), config.held_out)
@@ -515,7 +515,7 @@ def prepare_run(
     state = new_state(config, base, generalist, domains, features, runtime)
     if resume and world.is_first:
         load_checkpoint(folder.checkpoint, state)
-    base.module.to(runtime.device).to(memory_format=torch.channels_last)
+    place(base.module, runtime)
     return Run(
         name=name,
         config=config,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import Batch, Domains
-from pdd_cli.device import Runtime
+from pdd_cli.device import Runtime, winograd_pays
 from pdd_cli.distillation.checkpoint import TrainState
 from pdd_cli.distillation.generalist import ema_update
 from pdd_cli.distillation.losses import (
@@ -71,7 +71,7 @@ def new_state(
         rms = {layer: value.float().square().mean((0, 2, 3)).sqrt().clamp_min(1e-3) for layer, value in phi.items()}
         discriminator = FeatureDiscriminator(rms)
     for network in (specialist, frozen, discriminator):
-        network.to(runtime.device).to(memory_format=torch.channels_last)
+        place(network, runtime)
     betas, rates = config.optimizer.betas, config.optimizer
     return TrainState(
         specialist=specialist,
@@ -82,6 +82,15 @@ def new_state(
             discriminator.parameters(), rates.discriminator_learning_rate, betas, fused=True
         ),
     )
+
+
+def place(network: nn.Module, runtime: Runtime) -> None:
+    """Put a network where it is trained, and let it compute in the fastest way there."""
+    network.to(runtime.device).to(memory_format=torch.channels_last)
+    if winograd_pays(runtime):
+        from pdd_cli.distillation.winograd import accelerate
+
+        accelerate(network)
 
 
 def train(

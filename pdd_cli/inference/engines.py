@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pdd_cli.device import Runtime, cpu_has_amx, usable_cpus
+from pdd_cli.device import Runtime, usable_cpus, winograd_pays
 from pdd_cli.encoding import from_float, to_float
 from pdd_cli.errors import InputError
 from pdd_cli.images import Array
@@ -339,9 +338,7 @@ def _candidates(runtime: Runtime, choice: EngineChoice, *, free: bool) -> list[t
         return [(OpenVINOEngine, runtime)]
     found: list[tuple[_Kind, Runtime]] = []
     if choice == "auto" and runtime.kind == "cpu":
-        # Only AMX multiplies in bf16 faster than Winograd saves multiplications. ARM's kernel no ARM has run yet.
-        measured = platform.machine().lower() in ("x86_64", "amd64")
-        if measured and exact.precision == "fp32" and (runtime.precision == "fp32" or not cpu_has_amx()):
+        if exact.precision == "fp32" and winograd_pays(runtime):
             found.append((WinogradEngine, exact))
         if find_spec("openvino") is not None:
             found.append((OpenVINOEngine, runtime))
@@ -422,11 +419,15 @@ def _lowered(model: SRModel, runtime: Runtime) -> SRModel:
     import torch
     from torch import nn
 
-    layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
+    from pdd_cli.models.rrdbnet import ActivatedConv2d
+
+    layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, ActivatedConv2d)
     dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float16
     lowered = replace(model, module=copy.deepcopy(model.module))
     for layer in lowered.module.modules():
-        if type(layer) in layers and not layer._forward_pre_hooks:  # subclasses and hooks compute with their weights
+        if (
+            type(layer) in layers and not layer._forward_pre_hooks
+        ):  # other subclasses and hooks compute with their weights
             layer.to(dtype)
     side = model.size_minimum + model.lacking(model.size_minimum)
     try:

@@ -13,7 +13,7 @@ import ctypes
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +23,8 @@ import numpy as np
 from llvmlite import ir
 
 BLOCK = 16  # channels that lie next to each other
-TILE, _PIECE = 4, 6  # sides of what comes out of a tile and of what goes into it
-PLACES = _PIECE**2
+TILE, PIECE = 4, 6  # sides of what comes out of a tile and of what goes into it
+PLACES = PIECE**2
 GAP = 48  # floats between places, which would share the cache's sets else
 
 # The transforms of weights (G) and, in `_to_tile` and `_from_tile`, of inputs (Bᵀ) and outputs (Aᵀ).
@@ -51,6 +51,7 @@ class Shape:
     lanes: int
     vectors: int
     tiles: int
+    rows: int  # as `tiles`, where a loop is over tiles
 
     @property
     def group(self) -> int:
@@ -58,7 +59,7 @@ class Shape:
         return self.lanes * self.vectors
 
 
-AVX512, AVX2, NEON = Shape(16, 2, 14), Shape(8, 2, 6), Shape(4, 4, 6)
+AVX512, AVX2, NEON = Shape(16, 2, 14, 8), Shape(8, 2, 6, 4), Shape(4, 4, 6, 4)
 
 
 def shape_of(features: Mapping[str, bool], triple: str) -> Shape | None:
@@ -70,22 +71,25 @@ def shape_of(features: Mapping[str, bool], triple: str) -> Shape | None:
     return NEON if triple.startswith(("aarch64", "arm64")) else None
 
 
-_I64, _FLOAT, _VOID = ir.IntType(64), ir.FloatType(), ir.VoidType()
+I64, FLOAT, VOID = ir.IntType(64), ir.FloatType(), ir.VoidType()
 
 
 class Emitter:
     """Writes the kernel, layer after layer: transforms, products, transforms back, a meeting of all threads."""
 
+    fields: tuple[str, ...] = FIELDS
+    pointers: tuple[str, ...] = _POINTERS
+
     def __init__(self, shape: Shape, triple: str) -> None:
         self.shape = shape
         self.module = ir.Module("winograd")
         self.module.triple = triple
-        integers = _I64.as_pointer()
+        integers = I64.as_pointer()
         # The program, its length, [stop, then for each layer tiles taken and threads done], scratch, threads, yield.
-        signature = ir.FunctionType(_VOID, [integers, _I64, integers, _FLOAT.as_pointer(), _I64, _I64])
+        signature = ir.FunctionType(VOID, [integers, I64, integers, FLOAT.as_pointer(), I64, I64])
         self.function = ir.Function(self.module, signature, "run")
         self.b = ir.IRBuilder(self.function.append_basic_block("entry"))
-        self.vector = ir.VectorType(_FLOAT, shape.lanes)
+        self.vector = ir.VectorType(FLOAT, shape.lanes)
         self.fma_ = ir.Function(
             self.module, ir.FunctionType(self.vector, [self.vector] * 3), f"llvm.fma.v{shape.lanes}f32"
         )
@@ -96,26 +100,40 @@ class Emitter:
         return self.function.append_basic_block(name)
 
     @contextmanager
-    def loop(self, end: Any, step: int = 1) -> Iterator[Any]:
+    def loop(self, end: Any, step: int | Any = 1) -> Iterator[Any]:
         """From 0 to `end`."""
+        step = integer(step) if isinstance(step, int) else step
         b, before = self.b, self.b.block
         head, body, after = self.block("loop"), self.block("body"), self.block("after")
         b.branch(head)
         b.position_at_end(head)
-        index = b.phi(_I64)
-        index.add_incoming(_integer(0), before)
+        index = b.phi(I64)
+        index.add_incoming(integer(0), before)
         b.cbranch(b.icmp_signed("<", index, end), body, after)
         b.position_at_end(body)
         yield index
-        index.add_incoming(b.add(index, _integer(step)), b.block)
+        index.add_incoming(b.add(index, step), b.block)
         b.branch(head)
         b.position_at_end(after)
+
+    @contextmanager
+    def shares(self, taken: Any, end: Any, step: Any) -> Iterator[Any]:
+        """From 0 to `end`, but only what no other thread has `taken`."""
+        b, again, some, done = self.b, self.block("again"), self.block("some"), self.block("done")
+        b.branch(again)
+        b.position_at_end(again)
+        first = self.times(b.atomic_rmw("add", taken, integer(1), "monotonic"), step)
+        b.cbranch(b.icmp_signed("<", first, end), some, done)
+        b.position_at_end(some)
+        yield first
+        b.branch(again)
+        b.position_at_end(done)
 
     def sum(self, *terms: Any) -> Any:
         return functools.reduce(self.b.add, terms)
 
     def times(self, a: Any, factor: int | Any) -> Any:
-        return self.b.mul(a, _integer(factor) if isinstance(factor, int) else factor)
+        return self.b.mul(a, integer(factor) if isinstance(factor, int) else factor)
 
     def least(self, a: Any, c: Any) -> Any:
         return self.b.select(self.b.icmp_signed("<", a, c), a, c)
@@ -150,13 +168,13 @@ class Emitter:
         program, layers, sync, scratch, threads, pause = self.function.args
         leave = self.block("leave")
         with self.loop(layers) as number:
-            row = self.at(program, self.times(number, len(FIELDS)))
-            layer = {name: b.load(self.at(row, _integer(place))) for place, name in enumerate(FIELDS)}
-            for name in _POINTERS:
-                layer[name] = b.inttoptr(layer[name], _FLOAT.as_pointer())
-            taken = self.at(sync, self.times(number, 2), _integer(1))
+            row = self.at(program, self.times(number, len(self.fields)))
+            layer = {name: b.load(self.at(row, integer(place))) for place, name in enumerate(self.fields)}
+            for name in self.pointers:
+                layer[name] = b.inttoptr(layer[name], FLOAT.as_pointer())
+            taken = self.at(sync, self.times(number, 2), integer(1))
             self.layer(layer, scratch, taken)
-            self.meet(sync, self.at(taken, _integer(1)), threads, pause, leave)
+            self.meet(sync, self.at(taken, integer(1)), threads, pause, leave)
         b.branch(leave)
         b.position_at_end(leave)
         b.ret_void()
@@ -164,21 +182,20 @@ class Emitter:
 
     def layer(self, layer: dict[str, Any], scratch: Any, taken: Any) -> None:
         """Some tiles after others, as long as no thread has `taken` them all."""
-        b, together = self.b, layer["together"]
-        layer["x_place"] = self.sum(self.times(layer["inputs"], together), _integer(GAP))
-        layer["y_place"] = self.sum(self.times(layer["outputs"], together), _integer(GAP))
+        together = layer["together"]
+        layer["x_place"] = self.sum(self.times(layer["inputs"], together), integer(GAP))
+        layer["y_place"] = self.sum(self.times(layer["outputs"], together), integer(GAP))
         xs, ys = scratch, self.at(scratch, self.times(layer["x_place"], PLACES))
-        again, some, done = self.block("again"), self.block("some"), self.block("done")
-        b.branch(again)
-        b.position_at_end(again)
-        first = self.times(b.atomic_rmw("add", taken, _integer(1), "monotonic"), together)
-        b.cbranch(b.icmp_signed("<", first, layer["tiles"]), some, done)
-        b.position_at_end(some)
-        self.transform_inputs(layer, first, xs)
-        self.multiply(layer, xs, ys)
-        self.transform_outputs(layer, first, ys)
-        b.branch(again)
-        b.position_at_end(done)
+        with self.shares(taken, layer["tiles"], together) as first:
+            self.transform_inputs(layer, first, xs)
+            self.multiply(layer, xs, ys)
+            self.transform_outputs(layer, first, ys)
+
+    @contextmanager
+    def each(self, channels: Any, tiles: Any) -> Iterator[tuple[Any, Any]]:
+        """Each vector of channels of each tile, in the order in which they lie in memory."""
+        with self.loop(channels, self.shape.lanes) as channel, self.loop(tiles) as tile:
+            yield channel, tile
 
     def corner(self, layer: dict[str, Any], tile: Any) -> tuple[Any, Any]:
         """Row and column of a tile's first output."""
@@ -187,39 +204,53 @@ class Emitter:
     def channels(self, first: Any, plane: Any) -> Any:
         """Where the channels from `first` begin in a map."""
         b = self.b
-        return self.sum(self.times(b.udiv(first, _integer(BLOCK)), plane), b.urem(first, _integer(BLOCK)))
+        return self.sum(self.times(b.udiv(first, integer(BLOCK)), plane), b.urem(first, integer(BLOCK)))
 
     def transform_inputs(self, layer: dict[str, Any], first: Any, xs: Any) -> None:
         """To xs: (place, tiles / shape.tiles, channels / 16, shape.tiles, 16)."""
-        b, some = self.b, _integer(self.shape.tiles)
-        last = b.sub(layer["tiles"], _integer(1))
-        with self.loop(layer["inputs"], self.shape.lanes) as channel, self.loop(layer["together"]) as tile:
+        b, some = self.b, integer(self.shape.tiles)
+        last = b.sub(layer["tiles"], integer(1))
+        with self.each(layer["inputs"], layer["together"]) as (channel, tile):
             # Beyond the last tile it once more, for there is nothing there.
-            top, left = self.corner(layer, self.least(b.add(first, tile), last))
-
-            def along(start: Any, step: Any) -> list[Any]:
-                """Six pixels, from the one before `start`; half as far apart where x is enlarged."""
-                places = [b.ashr(b.add(start, _integer(i - 1)), layer["grown"]) for i in range(_PIECE)]
-                return [self.times(b.add(place, _integer(1)), step) for place in places]
-
-            x = self.at(layer["x"], self.channels(channel, layer["x_plane"]))
-            rows, columns = along(top, layer["x_row"]), along(left, _integer(BLOCK))
-            halves = [self._to_tile([self.load(self.at(x, row, column)) for row in rows]) for column in columns]
-            lots = b.add(self.times(b.udiv(tile, some), b.udiv(layer["inputs"], _integer(BLOCK))),
-                         b.udiv(channel, _integer(BLOCK)))  # fmt: skip
+            piece = self.piece(layer, channel, self.least(b.add(first, tile), last))
+            lots = b.add(self.times(b.udiv(tile, some), b.udiv(layer["inputs"], integer(BLOCK))),
+                         b.udiv(channel, integer(BLOCK)))  # fmt: skip
             place = self.sum(self.times(lots, self.shape.tiles), b.urem(tile, some))
-            target = self.at(xs, self.times(place, BLOCK), b.urem(channel, _integer(BLOCK)))
-            for i in range(_PIECE):
-                for j, value in enumerate(self._to_tile([half[i] for half in halves])):
-                    self.store(value, self.at(target, self.times(layer["x_place"], i * _PIECE + j)))
+            target = self.at(xs, self.times(place, BLOCK), b.urem(channel, integer(BLOCK)))
+            self.store_tile(self.both(self._to_tile, piece), target, layer["x_place"])
+
+    def piece(self, layer: dict[str, Any], channel: Any, tile: Any) -> list[list[Any]]:
+        """The columns of what goes into a tile, six vectors each."""
+        top, left = self.corner(layer, tile)
+
+        def along(start: Any, step: Any) -> list[Any]:
+            """Six pixels, from the one before `start`; half as far apart where x is enlarged."""
+            places = [self.b.ashr(self.b.add(start, integer(i - 1)), layer["grown"]) for i in range(PIECE)]
+            return [self.times(self.b.add(place, integer(1)), step) for place in places]
+
+        x = self.at(layer["x"], self.channels(channel, layer["x_plane"]))
+        rows, columns = along(top, layer["x_row"]), along(left, integer(BLOCK))
+        return [[self.load(self.at(x, row, column)) for row in rows] for column in columns]
+
+    def both(
+        self, transform: Callable[[Sequence[Any]], list[Any]], columns: Sequence[Sequence[Any]]
+    ) -> Iterator[list[Any]]:
+        """The columns transformed, then what comes out of them row by row."""
+        halves = [transform(column) for column in columns]
+        for values in zip(*halves, strict=True):
+            yield transform(values)
+
+    def store_tile(self, rows: Iterable[Sequence[Any]], target: Any, to_next: Any) -> None:
+        for index, value in enumerate(value for row in rows for value in row):
+            self.store(value, self.at(target, self.times(to_next, index)))
 
     def multiply(self, layer: dict[str, Any], xs: Any, ys: Any) -> None:
         """At each place (tiles, inputs) times (inputs, outputs), to ys: (place, tiles, outputs)."""
         b, shape, group = self.b, self.shape, self.shape.group
         panel = self.times(layer["inputs"], group)
-        groups = b.udiv(layer["outputs"], _integer(group))
+        groups = b.udiv(layer["outputs"], integer(group))
         with (
-            self.loop(_integer(PLACES)) as place,
+            self.loop(integer(PLACES)) as place,
             self.loop(groups) as number,
             self.loop(layer["together"], shape.tiles) as tile,
         ):
@@ -228,21 +259,21 @@ class Emitter:
             before, head, after = b.block, self.block("product"), self.block("summed")
             b.branch(head)
             b.position_at_end(head)
-            channel = b.phi(_I64)
-            channel.add_incoming(_integer(0), before)
+            channel = b.phi(I64)
+            channel.add_incoming(integer(0), before)
             sums = [b.phi(self.vector) for _ in range(shape.tiles * shape.vectors)]
             factors = [
-                self.load(self.at(weight, self.times(channel, group), _integer(v * shape.lanes)))
+                self.load(self.at(weight, self.times(channel, group), integer(v * shape.lanes)))
                 for v in range(shape.vectors)
             ]
-            lot = self.times(b.udiv(channel, _integer(BLOCK)), shape.tiles * BLOCK)
-            xs_here = self.at(x, lot, b.urem(channel, _integer(BLOCK)))
+            lot = self.times(b.udiv(channel, integer(BLOCK)), shape.tiles * BLOCK)
+            xs_here = self.at(x, lot, b.urem(channel, integer(BLOCK)))
             found = []
             for t in range(shape.tiles):
-                value = self.spread(b.load(self.at(xs_here, _integer(t * BLOCK))))
+                value = self.spread(b.load(self.at(xs_here, integer(t * BLOCK))))
                 for v, factor in enumerate(factors):
                     found.append(self.fma(value, factor, sums[t * shape.vectors + v]))
-            following = b.add(channel, _integer(1))
+            following = b.add(channel, integer(1))
             channel.add_incoming(following, head)
             for total, value in zip(sums, found, strict=True):
                 total.add_incoming(self.constant(0), before)
@@ -252,77 +283,82 @@ class Emitter:
             y = self.at(ys, self.times(place, layer["y_place"]), self.times(number, group))
             for index, value in enumerate(found):
                 t, v = divmod(index, shape.vectors)
-                row = self.times(b.add(tile, _integer(t)), layer["outputs"])
-                self.store(value, self.at(y, row, _integer(v * shape.lanes)))
+                row = self.times(b.add(tile, integer(t)), layer["outputs"])
+                self.store(value, self.at(y, row, integer(v * shape.lanes)))
 
     def transform_outputs(self, layer: dict[str, Any], first: Any, ys: Any) -> None:
         """From ys to the map: bias, leaky ReLU with a slope for each channel, near + share * result, and so far."""
         b, zero = self.b, self.constant(0)
-        share = self.spread(b.bitcast(b.trunc(layer["share"], ir.IntType(32)), _FLOAT))
-        one, two = (b.icmp_signed(">", layer["residuals"], _integer(count)) for count in (0, 1))
+        share = self.share(layer)
+        one, two = (b.icmp_signed(">", layer["residuals"], integer(count)) for count in (0, 1))
         there = self.least(b.sub(layer["tiles"], first), layer["together"])
-        with self.loop(layer["stored"], self.shape.lanes) as channel, self.loop(there) as tile:
-            top, left = self.corner(layer, b.add(first, tile))
+        with self.each(layer["stored"], there) as (channel, tile):
             y = self.at(ys, self.times(tile, layer["outputs"]), channel)
-            halves = [
-                self._from_tile(
-                    [self.load(self.at(y, self.times(layer["y_place"], i * _PIECE + j))) for i in range(_PIECE)]
-                )
-                for j in range(_PIECE)
+            columns = [
+                [self.load(self.at(y, self.times(layer["y_place"], i * PIECE + j))) for i in range(PIECE)]
+                for j in range(PIECE)
             ]
             bias, slope = (self.load(self.at(layer[name], channel)) for name in ("bias", "slope"))
+            top, left = self.corner(layer, b.add(first, tile))
+            for i, values in enumerate(self.both(self._from_tile, columns)):
+                row = b.add(top, integer(i))
+                for j, value in enumerate(values):
+                    column = b.add(left, integer(j))
 
-            def place(name: str, row: Any, column: Any) -> Any:
-                pixel = self.sum(self.times(row, layer[f"{name}_row"]), self.times(column, BLOCK))
-                return self.at(layer[name], self.channels(channel, layer[f"{name}_plane"]), pixel)
+                    def place(name: str, row: Any = row, column: Any = column) -> Any:
+                        return self.pixel(layer, name, channel, b.add(first, tile), row, column)
 
-            for i in range(TILE):
-                row = b.add(top, _integer(i))
-                for j, value in enumerate(self._from_tile([half[i] for half in halves])):
-                    column = b.add(left, _integer(j))
                     value = b.fadd(value, bias)
                     value = b.select(b.fcmp_ordered("<", value, zero), b.fmul(value, slope), value)
                     inside = b.and_(
                         b.icmp_signed("<", row, layer["height"]), b.icmp_signed("<", column, layer["width"])
                     )
-                    row_, column_ = b.add(row, _integer(1)), b.add(column, _integer(1))  # behind the border
                     with b.if_then(inside):
                         plain, store = b.block, self.block("store")
                         near, far = self.block("near"), self.block("far")
                         b.cbranch(one, near, store)
                         b.position_at_end(near)
-                        nearer = self.fma(value, share, self.load(place("near", row_, column_)))
+                        nearer = self.fma(value, share, self.load(place("near")))
                         b.cbranch(two, far, store)
                         b.position_at_end(far)
-                        farther = self.fma(nearer, share, self.load(place("far", row_, column_)))
+                        farther = self.fma(nearer, share, self.load(place("far")))
                         b.branch(store)
                         b.position_at_end(store)
                         result = b.phi(self.vector)
                         for found, origin in ((value, plain), (nearer, near), (farther, far)):
                             result.add_incoming(found, origin)
-                        self.store(result, place("out", row_, column_))
+                        self.store(result, place("out"))
+
+    def share(self, layer: dict[str, Any]) -> Any:
+        return self.spread(self.b.bitcast(self.b.trunc(layer["share"], ir.IntType(32)), FLOAT))
+
+    def pixel(self, layer: dict[str, Any], name: str, channel: Any, tile: Any, row: Any, column: Any) -> Any:
+        """Where channels of a map's pixel lie, behind the border."""
+        row, column = (self.b.add(value, integer(1)) for value in (row, column))
+        offset = self.sum(self.times(row, layer[f"{name}_row"]), self.times(column, BLOCK))
+        return self.at(layer[name], self.channels(channel, layer[f"{name}_plane"]), offset)
 
     def meet(self, stop: Any, done: Any, threads: Any, pause: Any, leave: Any) -> None:
         """Wait until all threads are `done`; leave at once when told to stop."""
         b = self.b
-        b.atomic_rmw("add", done, _integer(1), "acq_rel")
+        b.atomic_rmw("add", done, integer(1), "acq_rel")
         before, look, ask, rest, go_on = (self.block(name) for name in ("meet", "look", "ask", "rest", "go_on"))
         b.branch(before)
         b.position_at_end(before)
         b.branch(look)
         b.position_at_end(look)
-        looks = b.phi(_I64)
-        looks.add_incoming(_integer(0), before)
+        looks = b.phi(I64)
+        looks.add_incoming(integer(0), before)
         met = b.icmp_signed("==", b.load_atomic(done, "acquire", 8), threads)
         b.cbranch(met, go_on, ask)
         b.position_at_end(ask)
         # At first only looked, which is fastest; then with the cores left to others, who may be those waited for.
-        looks.add_incoming(b.add(looks, _integer(1)), ask)
-        b.cbranch(b.icmp_signed("<", looks, _integer(200)), look, rest)
+        looks.add_incoming(b.add(looks, integer(1)), ask)
+        b.cbranch(b.icmp_signed("<", looks, integer(200)), look, rest)
         b.position_at_end(rest)
         b.call(b.inttoptr(pause, ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
         looks.add_incoming(looks, rest)
-        b.cbranch(b.icmp_signed("==", b.load_atomic(stop, "monotonic", 8), _integer(0)), look, leave)
+        b.cbranch(b.icmp_signed("==", b.load_atomic(stop, "monotonic", 8), integer(0)), look, leave)
         b.position_at_end(go_on)
 
     def _to_tile(self, d: Sequence[Any]) -> list[Any]:
@@ -352,15 +388,16 @@ class Emitter:
         ]
 
 
-def _integer(value: int) -> Any:
-    return ir.Constant(_I64, value)
+def integer(value: int) -> Any:
+    return ir.Constant(I64, value)
 
 
 class Kernel:
     """The kernel for a CPU, compiled when it is first needed, which takes a fifth of a second."""
 
-    def __init__(self, shape: Shape, *, cpu: str, features: str, triple: str) -> None:
+    def __init__(self, shape: Shape, *, cpu: str, features: str, triple: str, emitter: type[Emitter] = Emitter) -> None:
         self.shape = shape
+        self._emitter = emitter
         self._cpu, self._features, self._triple = cpu, features, triple
         self._engine: Any = None  # holds the machine code
         self._compiling = threading.Lock()
@@ -370,13 +407,19 @@ class Kernel:
         self.compile()(*arguments)
 
     def compile(self) -> Callable[..., None]:
+        pointer, integer_ = ctypes.c_void_p, ctypes.c_int64
+        prototype = ctypes.CFUNCTYPE(None, pointer, integer_, pointer, pointer, integer_, pointer)
+        return prototype(self.address("run"))
+
+    def address(self, function: str) -> int:
+        """Of a compiled function."""
         with self._compiling:
             if self._engine is None:
                 llvm.initialize_native_target()
                 llvm.initialize_native_asmprinter()
                 target = llvm.Target.from_triple(self._triple)
                 machine = target.create_target_machine(cpu=self._cpu, features=self._features, opt=3)
-                module = llvm.parse_assembly(str(Emitter(self.shape, self._triple).emit()))
+                module = llvm.parse_assembly(str(self._emitter(self.shape, self._triple).emit()))
                 options = llvm.create_pipeline_tuning_options(speed_level=2)
                 options.loop_vectorization = options.slp_vectorization = False  # it is vectors already
                 passes = llvm.create_pass_builder(machine, options)
@@ -384,19 +427,17 @@ class Kernel:
                 engine = llvm.create_mcjit_compiler(module, machine)
                 engine.finalize_object()
                 self._engine = engine
-        pointer, integer = ctypes.c_void_p, ctypes.c_int64
-        prototype = ctypes.CFUNCTYPE(None, pointer, integer, pointer, pointer, integer, pointer)
-        return prototype(self._engine.get_function_address("run"))
+        return int(self._engine.get_function_address(function))
 
 
-@functools.lru_cache(maxsize=1)
-def kernel() -> Kernel | None:
+@functools.lru_cache
+def kernel(emitter: type[Emitter] = Emitter) -> Kernel | None:
     """For this CPU; None where there is none for it."""
     triple, features = llvm.get_process_triple(), llvm.get_host_cpu_features()
     shape = shape_of(features, triple)
     if shape is None:
         return None
-    return Kernel(shape, cpu=llvm.get_host_cpu_name(), features=features.flatten(), triple=triple)
+    return Kernel(shape, cpu=llvm.get_host_cpu_name(), features=features.flatten(), triple=triple, emitter=emitter)
 
 
 @functools.lru_cache(maxsize=1)

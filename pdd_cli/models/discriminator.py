@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
+from pdd_cli.models.rrdbnet import ActivatedConv2d
+
 
 class UNetDiscriminator(nn.Module):
     """Per-pixel realness: (N, 3, H, W) in 0..1, H and W multiples of 8, to logits (N, 1, H, W).
@@ -21,9 +23,9 @@ class UNetDiscriminator(nn.Module):
         f = features
 
         def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
-            return spectral_norm(nn.Conv2d(inputs, outputs, kernel, stride, padding=1, bias=False))
+            return spectral_norm(ActivatedConv2d(inputs, outputs, kernel, stride, padding=1, bias=False))
 
-        self.conv0 = nn.Conv2d(3, f, 3, padding=1)
+        self.conv0 = ActivatedConv2d(3, f, 3, padding=1)
         self.conv1 = conv(f, 2 * f, 4, 2)
         self.conv2 = conv(2 * f, 4 * f, 4, 2)
         self.conv3 = conv(4 * f, 8 * f, 4, 2)
@@ -35,15 +37,13 @@ class UNetDiscriminator(nn.Module):
         self.conv9 = nn.Conv2d(f, 1, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        x0 = _activate(self.conv0(image))
-        x1 = _activate(self.conv1(x0))
-        x2 = _activate(self.conv2(x1))
-        x3 = _activate(self.conv3(x2))
-        x = _activate(self.conv4(_double(x3))) + x2
-        x = _activate(self.conv5(_double(x))) + x1
-        x = _activate(self.conv6(_double(x))) + x0
-        x = _activate(self.conv8(_activate(self.conv7(x))))
-        return self.conv9(x)  # type: ignore[no-any-return]
+        x0 = self.conv0(image)
+        x1 = self.conv1(x0)
+        x2 = self.conv2(x1)
+        x = self.conv4(_double(self.conv3(x2))) + x2
+        x = self.conv5(_double(x)) + x1
+        x = self.conv6(_double(x)) + x0
+        return self.conv9(self.conv8(self.conv7(x)))  # type: ignore[no-any-return]
 
 
 class FeatureDiscriminator(nn.Module):
@@ -70,10 +70,6 @@ class FeatureDiscriminator(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor]) -> list[Tensor]:
         return [head(features[layer] / self.get_buffer(f"rms_{layer}")) for layer, head in self.heads.items()]
-
-
-def _activate(x: Tensor) -> Tensor:
-    return F.leaky_relu(x, 0.2)
 
 
 def _double(x: Tensor) -> Tensor:

@@ -10,21 +10,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class ActivatedConv2d(nn.Conv2d):
+    """A convolution and the LeakyReLU after it, with a slope of 0.2."""
+
+    SLOPE = 0.2
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In place: the convolution's backward doesn't need its own output, and LeakyReLU's only the result's sign.
+        return F.leaky_relu(super().forward(x), self.SLOPE, inplace=True)
+
+
 class ResidualDenseBlock(nn.Module):
     """Five densely connected 3x3 convolutions; (N, features, h, w) to the same shape."""
 
     def __init__(self, features: int, growth: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(features, growth, 3, padding=1)
-        self.conv2 = nn.Conv2d(features + growth, growth, 3, padding=1)
-        self.conv3 = nn.Conv2d(features + 2 * growth, growth, 3, padding=1)
-        self.conv4 = nn.Conv2d(features + 3 * growth, growth, 3, padding=1)
+        self.conv1 = ActivatedConv2d(features, growth, 3, padding=1)
+        self.conv2 = ActivatedConv2d(features + growth, growth, 3, padding=1)
+        self.conv3 = ActivatedConv2d(features + 2 * growth, growth, 3, padding=1)
+        self.conv4 = ActivatedConv2d(features + 3 * growth, growth, 3, padding=1)
         self.conv5 = nn.Conv2d(features + 4 * growth, features, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         parts = [x]
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
-            parts.append(_activate(conv(torch.cat(parts, 1))))
+            parts.append(conv(torch.cat(parts, 1)))
         return torch.add(x, self.conv5(torch.cat(parts, 1)), alpha=0.2)
 
 
@@ -64,9 +74,9 @@ class RRDBNet(nn.Module):
         self.conv_first = nn.Conv2d(in_channels * unshuffle**2, features, 3, padding=1)
         self.body = nn.Sequential(*(ResidualInResidualDenseBlock(features, growth) for _ in range(blocks)))
         self.conv_body = nn.Conv2d(features, features, 3, padding=1)
-        self.conv_up1 = nn.Conv2d(features, features, 3, padding=1)
-        self.conv_up2 = nn.Conv2d(features, features, 3, padding=1)
-        self.conv_hr = nn.Conv2d(features, features, 3, padding=1)
+        self.conv_up1 = ActivatedConv2d(features, features, 3, padding=1)
+        self.conv_up2 = ActivatedConv2d(features, features, 3, padding=1)
+        self.conv_hr = ActivatedConv2d(features, features, 3, padding=1)
         self.conv_last = nn.Conv2d(features, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,14 +84,9 @@ class RRDBNet(nn.Module):
             x = F.pixel_unshuffle(x, self.unshuffle)
         first = self.conv_first(x)
         x = first + self.conv_body(self.body(first))
-        x = _activate(self.conv_up1(F.interpolate(x, scale_factor=2, mode="nearest")))
-        x = _activate(self.conv_up2(F.interpolate(x, scale_factor=2, mode="nearest")))
-        return self.conv_last(_activate(self.conv_hr(x)))  # type: ignore[no-any-return]
-
-
-def _activate(x: Tensor) -> Tensor:
-    # In place: the convolution's backward doesn't need its own output, and LeakyReLU's needs only its result's sign.
-    return F.leaky_relu(x, 0.2, inplace=True)
+        x = self.conv_up1(F.interpolate(x, scale_factor=2, mode="nearest"))
+        x = self.conv_up2(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return self.conv_last(self.conv_hr(x))  # type: ignore[no-any-return]
 
 
 # The old layouts (ESRGAN's, and BSRGAN's) and what Real-ESRGAN, whose names this module has, calls the same.
