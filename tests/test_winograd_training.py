@@ -119,7 +119,11 @@ def test_a_convolution_and_its_gradients(
     assert steps.count(CORRELATE) == 1
 
 
-def test_spandrels_rrdbnet_and_its_gradients(cpu: str, steps: list[int]) -> None:
+@pytest.mark.parametrize("together", [1, 2])
+def test_spandrels_rrdbnet_and_its_gradients(
+    cpu: str, steps: list[int], together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(winograd, "_SHARED", together * 4 * 192 * 29 * 34)
     network = strong(RRDBNet(blocks=2)).to(memory_format=torch.channels_last)
     reference = SpandrelRRDBNet(num_blocks=2)
     for mine, theirs in zip(network.state_dict().values(), reference.state_dict().values(), strict=True):
@@ -127,7 +131,7 @@ def test_spandrels_rrdbnet_and_its_gradients(cpu: str, steps: list[int]) -> None
     keys = list(network.state_dict())
     check(network, torch.rand(2, 3, 29, 34), torch.randn(2, 3, 116, 136), 1e-2, reference)
     assert list(network.state_dict()) == keys
-    assert steps.count(CORRELATE) == 2 * 3 * 5 + 4
+    assert steps.count(CORRELATE) == 2 * 3 * 5 * (2 // together) + 4
 
 
 def test_the_discriminator_and_the_features(cpu: str, steps: list[int]) -> None:

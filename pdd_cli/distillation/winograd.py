@@ -10,7 +10,8 @@ import ctypes
 import functools
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from pdd_cli.inference.winograd_kernel import GAP, PLACES, TILE, Kernel, kernel,
 from pdd_cli.models.rrdbnet import ActivatedConv2d, ResidualDenseBlock
 
 _SCRATCH = 1 << 19  # bytes that the transformed tiles of a thread may take: they should stay in its cache
+_SHARED = 1 << 22  # bytes of a dense block's maps, of the images that go through it together
 _TOGETHER = 28  # tiles that a thread transforms at once at most
 _FEWEST_TILES = 64  # below, transforming the weights takes more time than is saved
 _MOST_CHANNELS = 512
@@ -78,7 +80,8 @@ class _Winograd(nn.Conv2d):
         with torch.autocast("cpu", enabled=False):
             if not self.is_wide:
                 return super().forward(x.float())
-            arguments = (_plain(x), _plain(self.weight), self.bias, self.slope)
+            bias = None if self.bias is None else _aligned(self.bias)
+            arguments = (_plain(x), _plain(self.weight), bias, self.slope)
             return _Convolution.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
 
     @property
@@ -109,8 +112,11 @@ class WinogradDenseBlock(ResidualDenseBlock):
         if not (_has_tiles(x) and all(isinstance(layer, _Winograd) and layer.is_wide for layer in layers)):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
-            weights = [part for layer in layers for part in (_plain(layer.weight), layer.bias)]
-            return _DenseBlock.apply(_plain(x), *weights)  # type: ignore[no-any-return,no-untyped-call]
+            parameters = []
+            for layer in layers:
+                assert layer.bias is not None
+                parameters += [_plain(layer.weight), _aligned(layer.bias)]
+            return _DenseBlock.apply(_plain(x), *parameters)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Convolution(torch.autograd.Function):
@@ -120,7 +126,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
         out = _like(x, weight.shape[0])
         program = _Program()
-        program.convolve(x, weight, bias, out, slope=slope)
+        program.convolve(x, program.transform(weight), out, bias=bias, slope=slope)
         program.run()
         ctx.slope = slope
         ctx.save_for_backward(x, weight, *([] if slope == 1 else [out]))
@@ -139,7 +145,7 @@ class _Convolution(torch.autograd.Function):
             program.gate(out, given, gradient, ctx.slope)
         if of_x:
             found[0] = of_input = _like(x, x.shape[1])
-            program.convolve_back(gradient, weight, of_input)
+            program.convolve(gradient, program.transform_back(weight), of_input)
         if of_weight:
             found[1] = of_taps = torch.empty_like(weight)
             program.correlate(x, gradient, of_taps)
@@ -150,20 +156,26 @@ class _Convolution(torch.autograd.Function):
 
 
 class _DenseBlock(torch.autograd.Function):
-    """x and five pairs of weight and bias to what ResidualDenseBlock gives; all fp32, channels last."""
+    """x and five pairs of weight and bias to what ResidualDenseBlock gives; all fp32, channels last.
+
+    Some images go through the whole block before the next ones: what they share is in the cache then.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        weights, biases = parameters[::2], parameters[1::2]
         features, growth = x.shape[1], weights[0].shape[0]
-        whole = _like(x, features + 4 * growth)
+        whole, out = _like(x, features + 4 * growth), _like(x, features)
         whole[:, :features] = x
-        out = _like(x, features)
         program = _Program()
-        for index, (weight, bias) in enumerate(_pairs(weights[:8])):
-            read = features + index * growth
-            grown = whole[:, read : read + growth]
-            program.convolve(whole[:, :read], weight, bias, grown, slope=ActivatedConv2d.SLOPE)
-        program.convolve(whole, weights[8], weights[9], out, near=x, share=0.2)
+        filters = [program.transform(weight) for weight in weights]
+        for images in _some_images(whole):
+            some = whole[images]
+            for index in range(4):
+                read = features + index * growth
+                grown = some[:, read : read + growth]
+                program.convolve(some[:, :read], filters[index], grown, bias=biases[index], slope=ActivatedConv2d.SLOPE)
+            program.convolve(some, filters[4], out[images], bias=biases[4], near=x[images], share=0.2)
         program.run()
         ctx.save_for_backward(whole, *weights)
         return out
@@ -174,28 +186,40 @@ class _DenseBlock(torch.autograd.Function):
         whole, *weights = ctx.saved_tensors
         growth = weights[0].shape[0]
         features = whole.shape[1] - 4 * growth
+        reads = [slice(features + index * growth) for index in range(5)]  # the channels that each convolution reads
+        grown = [slice(read.stop, read.stop + growth) for read in reads[:4]]  # … and that the first four write
         gradient = _plain(gradient)
         last = gradient * 0.2
         of_whole = torch.empty_like(whole)
+        of_weights = [torch.empty_like(weight) for weight in weights] if any(ctx.needs_input_grad[1:]) else []
         program = _Program()
-        program.convolve_back(last, weights[8], of_whole)
-        arrived = [last]  # the gradients by what the convolutions gave, from the last one's
-        for index in (3, 2, 1, 0):
-            read = features + index * growth
-            part = slice(read, read + growth)
-            program.gate(whole[:, part], of_whole[:, part], of_whole[:, part], ActivatedConv2d.SLOPE)
-            program.convolve_back(of_whole[:, part], weights[2 * index], of_whole[:, :read], add=True)
-            arrived.insert(0, of_whole[:, part])
-        found: list[Tensor | None] = [None] * len(weights)
-        if any(ctx.needs_input_grad[1:]):
-            found[::2] = [torch.empty_like(weight) for weight in weights[::2]]
-            for index, (one, of_weight) in enumerate(zip(arrived, found[::2], strict=True)):
-                assert of_weight is not None
-                program.correlate(whole[:, : features + index * growth], one, of_weight)
+        filters = [program.transform_back(weight) for weight in weights]
+        for images in _some_images(whole):
+            some, of_some = whole[images], of_whole[images]
+            program.convolve(last[images], filters[4], of_some)
+            for index in (3, 2, 1, 0):
+                arrived = of_some[:, grown[index]]
+                program.gate(some[:, grown[index]], arrived, arrived, ActivatedConv2d.SLOPE)
+                of_read = of_some[:, reads[index]]
+                program.convolve(arrived, filters[index], of_read, near=of_read)
+            for index, of_weight in enumerate(of_weights):
+                arrived = of_some[:, grown[index]] if index < 4 else last[images]
+                program.correlate(some[:, reads[index]], arrived, of_weight, add=images.start > 0)
         program.run()
-        if any(ctx.needs_input_grad[1:]):
-            found[1::2] = [one.sum((0, 2, 3)) for one in arrived]
+        found: list[Tensor | None] = [None] * 10
+        if of_weights:
+            found[::2] = of_weights
+            found[1::2] = [*(of_whole[:, channels].sum((0, 2, 3)) for channels in grown), last.sum((0, 2, 3))]
         return (of_whole[:, :features] + gradient, *found)
+
+
+@dataclass(frozen=True)
+class _Filter:
+    """Transformed weights, as the kernel multiplies with them."""
+
+    inputs: int
+    outputs: int
+    packed: Tensor
 
 
 class _Program:
@@ -206,39 +230,50 @@ class _Program:
         assert machine is not None
         self._machine = machine
         self._steps: list[list[int]] = []
-        self._held: list[Tensor | None] = []
+        self._held: list[Tensor] = []
+
+    def transform(self, weight: Tensor) -> _Filter:
+        """The filter of a convolution with weights (K, C, 3, 3)."""
+        taps = weight.permute(2, 3, 1, 0).contiguous()
+        row, column, channel, _ = taps.stride()
+        return self._transform(taps, row, column, channel, _Filter(weight.shape[1], weight.shape[0], _packed(weight)))
+
+    def transform_back(self, weight: Tensor) -> _Filter:
+        """The filter by which the gradient by its input is a convolution of that by its output."""
+        # The taps turned round, inputs and outputs exchanged.
+        channel, _, row, column = weight.stride()
+        last = weight[:, :, 2:, 2:]
+        return self._transform(last, -row, -column, channel, _Filter(weight.shape[0], weight.shape[1], _packed(weight)))
 
     def convolve(
         self,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        by: _Filter,
         out: Tensor,
         *,
+        bias: Tensor | None = None,
         slope: float = 1.0,
         near: Tensor | None = None,
         share: float = 1.0,
     ) -> None:
         """out = leaky ReLU(conv(x) + bias); with near it is near + share times that."""
-        taps = weight.permute(2, 3, 1, 0).contiguous()
-        self._transform(taps, taps.stride(0), taps.stride(1), taps.stride(2), weight.shape[1], weight.shape[0])
-        self._convolve(x, bias, out, slope, near, share)
-        self._held.append(taps)
+        machine = self._machine
+        bias = machine.constants(0.0) if bias is None else bias
+        slopes = machine.constants(slope)
+        self._step(
+            CONVOLVE, x=x, out=out, near=near, share=share, residuals=int(near is not None), inputs=by.inputs,
+            outputs=by.outputs, packed=by.packed.data_ptr(), bias=bias.data_ptr(), slope=slopes.data_ptr(),
+            together=machine.together(by.inputs, by.outputs),
+        )  # fmt: skip
+        self._held += [by.packed, bias, slopes]
 
-    def convolve_back(self, gradient: Tensor, weight: Tensor, out: Tensor, *, add: bool = False) -> None:
-        """out = the gradient by the input; with `add` it is added to out."""
-        # The taps turned round, inputs and outputs exchanged.
-        row, column = weight.stride()[2:]
-        self._transform(weight[:, :, 2:, 2:], -row, -column, weight.stride(0), weight.shape[0], weight.shape[1])
-        self._convolve(gradient, None, out, 1.0, out if add else None, 1.0)
-        self._held.append(weight)
-
-    def correlate(self, x: Tensor, gradient: Tensor, out: Tensor) -> None:
-        """out = the gradient by the weights."""
+    def correlate(self, x: Tensor, gradient: Tensor, out: Tensor, *, add: bool = False) -> None:
+        """out = the gradient by the weights; with `add` it is added to out."""
         together = min(_TOGETHER, _SCRATCH // (4 * PLACES * 2 * CHANNELS))
+        channel, _, row, column = out.stride()
         self._step(
             CORRELATE, x=x, near=gradient, inputs=x.shape[1], outputs=gradient.shape[1], together=together,
-            address=out.data_ptr(), tap_row=out.stride(2), tap_column=out.stride(3), tap_channel=out.stride(0),
+            residuals=int(add), address=out.data_ptr(), tap_row=row, tap_column=column, tap_channel=channel,
         )  # fmt: skip
         self._held.append(out)
 
@@ -250,27 +285,14 @@ class _Program:
         if self._steps:
             self._machine.run(np.array(self._steps, np.int64))
 
-    def _transform(self, taps: Tensor, row: int, column: int, channel: int, inputs: int, outputs: int) -> None:
+    def _transform(self, taps: Tensor, row: int, column: int, channel: int, to: _Filter) -> _Filter:
         values = {
             "kind": TRANSFORM, "weight": taps.data_ptr(), "tap_row": row, "tap_column": column, "tap_channel": channel,
-            "inputs": inputs, "outputs": outputs, "packed": self._machine.packed(PLACES * inputs * outputs),
+            "inputs": to.inputs, "outputs": to.outputs, "packed": to.packed.data_ptr(),
         }  # fmt: skip
         self._steps.append([values.get(name, 0) for name in FIELDS])
-
-    def _convolve(
-        self, x: Tensor, bias: Tensor | None, out: Tensor, slope: float, near: Tensor | None, share: float
-    ) -> None:
-        inputs, outputs = x.shape[1], out.shape[1]
-        machine = self._machine
-        if bias is not None and bias.data_ptr() % _ALIGNMENT:
-            bias = bias.clone()
-        self._step(
-            CONVOLVE, x=x, out=out, near=near, share=share, residuals=int(near is not None), inputs=inputs,
-            outputs=outputs, packed=machine.packed(PLACES * inputs * outputs), slope=machine.constants(slope),
-            bias=machine.constants(0.0) if bias is None else bias.data_ptr(),
-            together=machine.together(inputs, outputs),
-        )  # fmt: skip
-        self._held.append(bias)
+        self._held.append(taps)
+        return to
 
     def _step(
         self,
@@ -293,8 +315,8 @@ class _Program:
             if found is not None:
                 image, _, row, pixel = found.stride()
                 values |= {name: found.data_ptr(), f"{name}_image": image, f"{name}_row": row, f"{name}_pixel": pixel}
+                self._held.append(found)
         self._steps.append([values.get(name, 0) for name in FIELDS])
-        self._held += [x, near, out]
 
 
 class _Machine:
@@ -314,7 +336,6 @@ class _Machine:
         widest = 4 * PLACES * (2 * GAP + compute.shape.tiles * 2 * _MOST_CHANNELS)
         own = 4 * PLACES * (3 * GAP + CHANNELS * CHANNELS)
         self._scratch = torch.empty(usable_cpus(), (max(_SCRATCH, widest) + own) // 4 // CHANNELS * CHANNELS)
-        self._packed = torch.empty(0)
         self._constants: dict[float, Tensor] = {}
         self._busy = threading.Lock()
         self._given = {
@@ -325,17 +346,11 @@ class _Machine:
             "thread_count": ctypes.cast(library.omp_get_num_threads, pointer).value or 0,
         }
 
-    def packed(self, size: int) -> int:
-        """The address of room for so many floats of transformed weights: the same for all convolutions."""
-        if self._packed.numel() < size:
-            self._packed = torch.empty(PLACES * _MOST_CHANNELS**2)
-        return self._packed.data_ptr()
-
-    def constants(self, value: float) -> int:
-        """The address of equal values, one for each channel."""
+    def constants(self, value: float) -> Tensor:
+        """Equal values, one for each channel."""
         if value not in self._constants:
             self._constants[value] = torch.full((_MOST_CHANNELS,), value)
-        return self._constants[value].data_ptr()
+        return self._constants[value]
 
     def together(self, inputs: int, outputs: int) -> int:
         """How many tiles a thread transforms at once: whole products, and few enough for its cache."""
@@ -367,13 +382,24 @@ def _openmp() -> str:
     raise OSError("no OpenMP")
 
 
-def _pairs(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(weights[::2], weights[1::2], strict=True))
+def _some_images(whole: Tensor) -> Iterator[slice]:
+    """Parts of the batch that aren't too large for the cache that the cores share."""
+    count = max(1, _SHARED // (4 * whole[0].numel()))
+    for first in range(0, len(whole), count):
+        yield slice(first, first + count)
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """Room for transformed weights."""
+    return torch.empty(PLACES * weight.shape[0] * weight.shape[1])
 
 
 def _plain(x: Tensor) -> Tensor:
     """As the kernel reads it: in fp32, channels last, at an address of whole vectors."""
-    x = x.float().contiguous(memory_format=torch.channels_last)
+    return _aligned(x.float().contiguous(memory_format=torch.channels_last))
+
+
+def _aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % _ALIGNMENT else x
 
 

@@ -21,7 +21,7 @@ CHANNELS = 32  # inputs and outputs come in as many, or a multiple
 TRANSFORM, CONVOLVE, GATE, CORRELATE = range(4)
 """What a row of the program does: weights, transformed, to `packed`; x with these to out, with bias, leaky ReLU and,
 where there is near, near + share * that; near to out, times `share` where x is negative; the gradient by the weights,
-from x and near, to out."""
+from x and near, to out, or (`residuals`) added to it."""
 
 _POINTERS = ("x", "weight", "packed", "bias", "slope", "near", "out")
 _MAPS = ("x", "near", "out")
@@ -126,6 +126,7 @@ class TrainingEmitter(Emitter):
         sums = self.at(scratch, self.times(to_next, 2 * PLACES))
         to_next_sum = CHANNELS * CHANNELS + GAP
         blocks = b.udiv(layer["inputs"], integer(CHANNELS))
+        more = b.icmp_signed("!=", layer["residuals"], integer(0))
         with self.shares(taken, self.times(blocks, b.udiv(layer["outputs"], integer(CHANNELS))), integer(1)) as item:
             ins, outs = (self.times(divide(item, blocks), CHANNELS) for divide in (b.urem, b.udiv))
             with self.loop(integer(PLACES * to_next_sum), lanes) as index:
@@ -157,7 +158,8 @@ class TrainingEmitter(Emitter):
                 for i, values in enumerate(self.both(self._from_weight, columns)):
                     for j, value in enumerate(values):
                         tap = self.sum(place, self.times(layer["tap_row"], i), self.times(layer["tap_column"], j))
-                        self.store(value, self.at(layer["out"], tap))
+                        target = self.at(layer["out"], tap)
+                        self.store(b.select(more, b.fadd(value, self.load(target)), value), target)
 
     def add_products(self, x: Any, y: Any, tiles: Any, total: Any) -> None:
         """total[output, channel] += y[tile, output] * x[tile, channel], for some outputs and vectors of channels."""
