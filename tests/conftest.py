@@ -1,7 +1,7 @@
 """Fixtures that several test files share."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,14 @@ from pdd_cli.cli import app
 from pdd_cli.errors import PddError
 from pdd_cli.models.rrdbnet import RRDBNet
 from tests.test_models import efficientnet_state
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nobodys_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests without a PDD_HOME of their own share one: nothing is kept in the user's."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("PDD_HOME", str(tmp_path_factory.mktemp("pdd-home")))
+        yield
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from pdd_cli.inference import winograd, winograd_kernel
 from pdd_cli.inference.engines import TorchEngine, WinogradEngine, choose_engine
 from pdd_cli.models.loading import SRModel, model_from_state
 from pdd_cli.models.rrdbnet import RRDBNet
+from pdd_cli.weights.store import cache_home
 
 CPU, BF16 = Runtime("cpu", "fp32"), Runtime("cpu", "bf16")
 NETWORKS = {
@@ -239,3 +240,42 @@ def test_threads_of_several_pictures_at_once_do_not_meet() -> None:
         np.testing.assert_array_equal(result, expected)
     assert len(found) == 3
     assert F.mse_loss(torch.from_numpy(expected), torch.from_numpy(TorchEngine(model, CPU).run(lr))) < 1e-8
+
+
+def test_a_thread_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    state, kernel = state_of("compact"), winograd_kernel.kernel()
+    assert kernel is not None
+    network = winograd.Network(arrays(state), scale_of(state), kernel, threads=2)
+    compute, numbers = winograd_kernel.Kernel.__call__, iter(range(2))
+
+    def one_fails(self: winograd_kernel.Kernel, *arguments: int) -> None:
+        if next(numbers) == 1:
+            raise MemoryError("no thread")
+        compute(self, *arguments)
+
+    monkeypatch.setattr(winograd_kernel.Kernel, "__call__", one_fails)
+    with pytest.raises(MemoryError, match="no thread"):
+        network(np.zeros((16, 16, 3), np.float32))
+
+
+@pytest.mark.parametrize("content", [b"", b"broken", bytes(32) + b"not what the digest is of"], ids=len)
+def test_a_kept_kernel_that_is_broken_is_made_anew(content: bytes, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    triple, features = llvm.get_process_triple(), llvm.get_host_cpu_features()
+    shape = winograd_kernel.shape_of(features, triple)
+    assert shape is not None
+
+    def kernel() -> winograd_kernel.Kernel:
+        return winograd_kernel.Kernel(shape, cpu=llvm.get_host_cpu_name(), features=features.flatten(), triple=triple)
+
+    assert kernel().address("run")
+    (kept,) = (cache_home() / "compiled").glob("*.kernel")
+    whole = kept.read_bytes()
+    parsed: list[str] = []
+    parse = llvm.parse_assembly
+    monkeypatch.setattr(llvm, "parse_assembly", lambda text: [parsed.append(text), parse(text)][1])
+    assert kernel().address("run")
+    assert parsed == [""]  # it was read
+    kept.write_bytes(content)
+    assert kernel().address("run")
+    assert len(parsed) == 3
+    assert kept.read_bytes() == whole

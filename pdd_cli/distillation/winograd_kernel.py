@@ -65,7 +65,7 @@ class TrainingEmitter(Emitter):
         )
         scratch = b.add(values["scratch"], b.mul(thread, values["scratch_bytes"]))
         b.call(
-            self.function,
+            self.run,
             [
                 b.inttoptr(values["program"], I64.as_pointer()), values["steps"],
                 b.inttoptr(values["sync"], I64.as_pointer()), b.inttoptr(scratch, FLOAT.as_pointer()), threads,
@@ -95,18 +95,12 @@ class TrainingEmitter(Emitter):
         to_next = self.times(layer["inputs"], layer["outputs"])
         with self.shares(taken, self.times(groups, layer["inputs"]), integer(lanes)) as first:
             number, channel = b.udiv(first, layer["inputs"]), b.urem(first, layer["inputs"])
-            with self.loop(integer(lanes)) as more, self.loop(integer(group), lanes) as output:
-                source = self.sum(self.times(b.add(channel, more), layer["tap_channel"]), output)
-                weight = self.at(layer["weight"], source, self.times(number, group))
-                taps = [
-                    [
-                        self.load(self.at(weight, self.times(layer["tap_row"], i), self.times(layer["tap_column"], j)))
-                        for i in range(3)
-                    ]
-                    for j in range(3)
-                ]
-                place = self.sum(self.times(b.add(first, more), group), output)
-                self.store_tile(self.both(self._to_weight, taps), self.at(layer["packed"], place), to_next)
+            with self.loop(integer(lanes)) as more:
+                source = self.sum(self.times(b.add(channel, more), layer["tap_channel"]), self.times(number, group))
+                target = self.at(layer["packed"], self.times(b.add(first, more), group))
+                self.transform_taps(
+                    self.at(layer["weight"], source), layer["tap_row"], layer["tap_column"], target, to_next
+                )
 
     def gate(self, layer: dict[str, Any], scratch: Any, taken: Any) -> None:
         b, zero = self.b, self.constant(0)
@@ -234,20 +228,6 @@ class TrainingEmitter(Emitter):
         return self.at(layer[name], channel, *(self.times(index, layer[f"{name}_{step}"]) for index, step in steps))
 
     # What is done to them.
-
-    def _to_weight(self, g: Sequence[Any]) -> list[Any]:
-        """G g."""
-        b, fma = self.b, self.fma
-        middle, sixth = b.fmul(g[1], self.constant(1 / 12)), b.fmul(g[0], self.constant(1 / 24))
-        even, outer = b.fadd(g[0], g[2]), fma(g[2], 1 / 6, sixth)
-        return [
-            b.fmul(g[0], self.constant(1 / 4)),
-            b.fmul(b.fadd(even, g[1]), self.constant(-1 / 6)),
-            b.fmul(b.fsub(even, g[1]), self.constant(-1 / 6)),
-            b.fadd(outer, middle),
-            b.fsub(outer, middle),
-            g[2],
-        ]
 
     def _from_weight(self, m: Sequence[Any]) -> list[Any]:
         """Gᵀ m."""

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pdd_cli.device import usable_cpus
-from pdd_cli.inference.winograd_kernel import BLOCK, FIELDS, GAP, PLACES, TILE, G, Kernel, yield_address
+from pdd_cli.inference.winograd_kernel import BLOCK, FIELDS, GAP, PLACES, TILE, Kernel, yield_address
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -83,9 +83,7 @@ class Network:
             self._read_rrdbnet(state)
         else:
             self._read_compact(state)
-        compiled = self._pool.submit(kernel.compile)
         self._transform_weights(state)
-        compiled.result()
         self._scratch = [_memory(self._most_scratch()) for _ in range(self._threads)]
         self._arena = np.empty(0, np.float32)
         self._size = (0, 0)
@@ -127,8 +125,6 @@ class Network:
         """Put the weights, transformed, and biases and slopes of all layers into one piece of memory."""
         ends = np.cumsum([layer.size for layer in self._layers])
         whole = _memory(4 * int(ends[-1]))
-        group = self._kernel.shape.group
-        transform = np.kron(G, G).astype(np.float32)
 
         def fill(layer: _Layer, end: int) -> None:
             weight, bias, slope = np.split(
@@ -139,9 +135,7 @@ class Network:
             given = state[f"{layer.name}.weight"]
             taps = np.zeros((9, layer.deep, layer.wide), np.float32)
             taps[:, : given.shape[1], : layer.outputs] = given.reshape(*given.shape[:2], 9).transpose(2, 1, 0)
-            # (outputs / group, inputs, group) for each of the nine taps, which one product turns into the 36 places.
-            grouped = taps.reshape(9, layer.deep, -1, group).transpose(0, 2, 1, 3).reshape(9, -1)
-            np.matmul(transform, grouped, out=weight.reshape(PLACES, -1))
+            self._kernel.transform(taps.ctypes.data, layer.deep, layer.wide, weight.ctypes.data)
             layer.addresses.update(weight=weight.ctypes.data, bias=bias.ctypes.data, slope=slope.ctypes.data)
 
         list(self._pool.map(fill, self._layers, ends))
@@ -320,8 +314,11 @@ class Network:
         ]
         try:
             # In small waits, between which Python answers Ctrl-C.
-            while wait(work, timeout=0.1).not_done:
-                pass
+            waiting = set(work)
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.1)
+                for ended in done:
+                    ended.result()
         except BaseException:
             sync[0] = 1
             wait(work)

@@ -9,8 +9,10 @@ A feature map is (channels / 16, h + 2, w + 2, 16) with zeros around it, h and w
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import hashlib
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,18 +21,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import llvmlite.binding as llvm
-import numpy as np
 from llvmlite import ir
+
+from pdd_cli.errors import PddError
+from pdd_cli.files import atomic_write
+from pdd_cli.weights.store import cache_home
 
 BLOCK = 16  # channels that lie next to each other
 TILE, PIECE = 4, 6  # sides of what comes out of a tile and of what goes into it
 PLACES = PIECE**2
 GAP = 48  # floats between places, which would share the cache's sets else
-
-# The transforms of weights (G) and, in `_to_tile` and `_from_tile`, of inputs (Bᵀ) and outputs (Aᵀ).
-G = np.array(
-    [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], np.float64
-) / 24  # fmt: skip
+_DIGEST = hashlib.sha256().digest_size
 
 _POINTERS = ("x", "weight", "bias", "slope", "near", "far", "out")
 _NUMBERS = (
@@ -87,14 +88,18 @@ class Emitter:
         integers = I64.as_pointer()
         # The program, its length, [stop, then for each layer tiles taken and threads done], scratch, threads, yield.
         signature = ir.FunctionType(VOID, [integers, I64, integers, FLOAT.as_pointer(), I64, I64])
-        self.function = ir.Function(self.module, signature, "run")
-        self.b = ir.IRBuilder(self.function.append_basic_block("entry"))
+        self.run = ir.Function(self.module, signature, "run")
+        self.begin(self.run)
         self.vector = ir.VectorType(FLOAT, shape.lanes)
         self.fma_ = ir.Function(
             self.module, ir.FunctionType(self.vector, [self.vector] * 3), f"llvm.fma.v{shape.lanes}f32"
         )
 
     # Small words of the language.
+
+    def begin(self, function: ir.Function) -> None:
+        self.function = function
+        self.b = ir.IRBuilder(function.append_basic_block("entry"))
 
     def block(self, name: str) -> Any:
         return self.function.append_basic_block(name)
@@ -141,8 +146,9 @@ class Emitter:
     def at(self, pointer: Any, *offsets: Any) -> Any:
         return self.b.gep(pointer, [self.sum(*offsets)])
 
-    def load(self, pointer: Any) -> Any:
-        return self.b.load(self.b.bitcast(pointer, self.vector.as_pointer()), align=4 * self.shape.lanes)
+    def load(self, pointer: Any, align: int | None = None) -> Any:
+        """A vector, from an address of whole vectors if nothing else is said."""
+        return self.b.load(self.b.bitcast(pointer, self.vector.as_pointer()), align=align or 4 * self.shape.lanes)
 
     def store(self, value: Any, pointer: Any) -> None:
         self.b.store(value, self.b.bitcast(pointer, self.vector.as_pointer()), align=4 * self.shape.lanes)
@@ -178,7 +184,29 @@ class Emitter:
         b.branch(leave)
         b.position_at_end(leave)
         b.ret_void()
+        self.emit_transform()
         return self.module
+
+    def emit_transform(self) -> None:
+        """And `transform`, which turns weights (3, 3, inputs, outputs) into (36, outputs / group, inputs, group)."""
+        floats = FLOAT.as_pointer()
+        self.begin(ir.Function(self.module, ir.FunctionType(VOID, [floats, I64, I64, floats]), "transform"))
+        weight, inputs, outputs, packed = self.function.args
+        tap = self.times(inputs, outputs)
+        with self.loop(outputs, self.shape.group) as first, self.loop(inputs) as channel:
+            source = self.at(weight, self.times(channel, outputs), first)
+            target = self.at(packed, self.times(first, inputs), self.times(channel, self.shape.group))
+            self.transform_taps(source, self.times(tap, 3), tap, target, tap)
+        self.b.ret_void()
+
+    def transform_taps(self, source: Any, row: Any, column: Any, target: Any, to_next: Any) -> None:
+        """Those of one input, to one group of outputs; `row` and `column` lead to the taps below and to the right."""
+        with self.loop(integer(self.shape.group), self.shape.lanes) as output:
+            taps = [
+                [self.load(self.at(source, self.times(row, i), self.times(column, j), output), 4) for i in range(3)]
+                for j in range(3)
+            ]
+            self.store_tile(self.both(self._to_weight, taps), self.at(target, output), to_next)
 
     def layer(self, layer: dict[str, Any], scratch: Any, taken: Any) -> None:
         """Some tiles after others, as long as no thread has `taken` them all."""
@@ -361,6 +389,20 @@ class Emitter:
         b.cbranch(b.icmp_signed("==", b.load_atomic(stop, "monotonic", 8), integer(0)), look, leave)
         b.position_at_end(go_on)
 
+    def _to_weight(self, g: Sequence[Any]) -> list[Any]:
+        """G g."""
+        b, fma = self.b, self.fma
+        middle, sixth = b.fmul(g[1], self.constant(1 / 12)), b.fmul(g[0], self.constant(1 / 24))
+        even, outer = b.fadd(g[0], g[2]), fma(g[2], 1 / 6, sixth)
+        return [
+            b.fmul(g[0], self.constant(1 / 4)),
+            b.fmul(b.fadd(even, g[1]), self.constant(-1 / 6)),
+            b.fmul(b.fsub(even, g[1]), self.constant(-1 / 6)),
+            b.fadd(outer, middle),
+            b.fsub(outer, middle),
+            g[2],
+        ]
+
     def _to_tile(self, d: Sequence[Any]) -> list[Any]:
         """Bᵀ d."""
         b, fma = self.b, self.fma
@@ -393,7 +435,7 @@ def integer(value: int) -> Any:
 
 
 class Kernel:
-    """The kernel for a CPU, compiled when it is first needed, which takes a fifth of a second."""
+    """The kernel for a CPU, compiled when it is first needed; that takes a fifth of a second, and is kept on disk."""
 
     def __init__(self, shape: Shape, *, cpu: str, features: str, triple: str, emitter: type[Emitter] = Emitter) -> None:
         self.shape = shape
@@ -407,9 +449,12 @@ class Kernel:
         self.compile()(*arguments)
 
     def compile(self) -> Callable[..., None]:
-        pointer, integer_ = ctypes.c_void_p, ctypes.c_int64
-        prototype = ctypes.CFUNCTYPE(None, pointer, integer_, pointer, pointer, integer_, pointer)
-        return prototype(self.address("run"))
+        found: Callable[..., None] = _prototype("pqppqp")(self.address("run"))
+        return found
+
+    def transform(self, weight: int, inputs: int, outputs: int, packed: int) -> None:
+        """By the addresses of weights (3, 3, inputs, outputs), and of room for (36, outputs / group, inputs, group)."""
+        _prototype("pqqp")(self.address("transform"))(weight, inputs, outputs, packed)
 
     def address(self, function: str) -> int:
         """Of a compiled function."""
@@ -419,15 +464,36 @@ class Kernel:
                 llvm.initialize_native_asmprinter()
                 target = llvm.Target.from_triple(self._triple)
                 machine = target.create_target_machine(cpu=self._cpu, features=self._features, opt=3)
-                module = llvm.parse_assembly(str(self._emitter(self.shape, self._triple).emit()))
-                options = llvm.create_pipeline_tuning_options(speed_level=2)
-                options.loop_vectorization = options.slp_vectorization = False  # it is vectors already
-                passes = llvm.create_pass_builder(machine, options)
-                passes.getModulePassManager().run(module, passes)
-                engine = llvm.create_mcjit_compiler(module, machine)
+                code = self._code(machine)
+                engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+                engine.add_object_file(llvm.ObjectFileRef.from_data(code))
                 engine.finalize_object()
                 self._engine = engine
         return int(self._engine.get_function_address(function))
+
+    def _code(self, machine: Any) -> bytes:
+        """An object file, kept from the last time where it can be."""
+        source = str(self._emitter(self.shape, self._triple).emit())
+        made_of = (source, self._cpu, self._features, llvm.llvm_version_info)
+        path = cache_home() / "compiled" / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}.kernel"
+        with contextlib.suppress(OSError):
+            digest, code = (kept := path.read_bytes())[:_DIGEST], kept[_DIGEST:]
+            if hashlib.sha256(code).digest() == digest:
+                return code
+        module = llvm.parse_assembly(source)
+        options = llvm.create_pipeline_tuning_options(speed_level=2)
+        options.loop_vectorization = options.slp_vectorization = False  # it is vectors already
+        passes = llvm.create_pass_builder(machine, options)
+        passes.getModulePassManager().run(module, passes)
+        code = machine.emit_object(module)
+        with contextlib.suppress(PddError, OSError), atomic_write(path) as temporary:
+            temporary.write_bytes(hashlib.sha256(code).digest() + code)
+        return bytes(code)
+
+
+def _prototype(arguments: str) -> Any:
+    """The type of a function of pointers and 64-bit integers, p and q."""
+    return ctypes.CFUNCTYPE(None, *({"p": ctypes.c_void_p, "q": ctypes.c_int64}[kind] for kind in arguments))
 
 
 @functools.lru_cache
