@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pdd_cli.device import available_cpus
+from pdd_cli.device import available_cpus, cpu_computes_bf16_fast
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 _SIDE = 2048
@@ -56,7 +57,9 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtypes = {"fp32": torch.float32}
+    if device.type != "cpu" or (cpu_computes_bf16_fast() and "ONEDNN_MAX_CPU_ISA" not in os.environ):
+        dtypes["bf16"] = torch.bfloat16  # which takes minutes elsewhere
     if device.type == "cuda":
         dtypes["fp16"] = torch.float16
     found["matmul_tflops"] = {name: round(matmul_tflops(device, dtype), 3) for name, dtype in dtypes.items()}

@@ -1,37 +1,46 @@
 """How fast a step of `pdd adapt` is beside the same step as the paper's code does it, and whether both learn the same.
 
-    python -m benchmarks.adapt DATA --base realesrgan.safetensors [--batch-size 2] [--steps 50] [--synchronise]
+    python -m benchmarks.adapt DATA --base realesrgan.safetensors [--batch-size 2] [--steps 50] [--synchronise] [--avx2]
 
-Two trainings from the same weights on the same crops, a step of one after a step of the other: pdd's loop, and a
-control of its own: fp32 NCHW, eager; spandrel's network for the models and torchvision's layers for the features;
-every prediction, every feature pass and every judgement of the discriminator by itself, two backward passes for the
-discriminator, Adam and the moving average parameter by parameter. Prints seconds a step, and how far the losses are
-apart. DATA holds `camera_b/train_lr`, `hr_photos` and `features/vgg16_features_fp16.safetensors`.
+Three trainings from the same weights on the same crops, a step of one after a step of the others: pdd's loop, the same
+with PyTorch's convolutions alone (where pdd has others), and a control of its own: fp32 NCHW, eager; spandrel's network
+for the models, torchvision's layers for the features; every prediction, feature pass and judgement of the discriminator
+by itself, two backward passes for the discriminator, Adam and the moving average parameter by parameter.
+Prints seconds a step, and how far pdd's losses are from the control's. DATA holds `camera_b/train_lr`, `hr_photos` and
+`features/vgg16_features_fp16.safetensors`. `--avx2`: as on an x86 CPU with neither AVX-512 nor bf16, such as most
+laptops have.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from llvmlite.binding import get_process_triple
 from torch import Tensor, nn
 
 from benchmarks._controls import network
 from benchmarks._machine import describe, show, summary, wait
 from pdd_cli.config import AdaptConfig, resolve
 from pdd_cli.data.datasets import Batch
-from pdd_cli.device import choose_runtime, keep_freed_memory
+from pdd_cli.device import choose_runtime, keep_freed_memory, winograd_pays
+from pdd_cli.distillation import winograd
 from pdd_cli.distillation.checkpoint import TrainState
 from pdd_cli.distillation.run import Run, WeightFiles, prepare_run
 from pdd_cli.distillation.trainer import train
+from pdd_cli.distillation.winograd_kernel import TrainingEmitter
+from pdd_cli.inference.winograd_kernel import AVX2, Kernel
 from pdd_cli.weights.states import read_state
 
 # The paper's objective (METHOD: layers by VGG-19's names; VGG-16's third convolution is its stage's last).
@@ -39,6 +48,7 @@ INTER = {"conv2_1": 0.25, "conv3_1": 0.25, "conv4_1": 0.25, "conv5_1": 0.25}
 INTRA = {"conv2_2": 0.1, "conv3_3": 0.3, "conv4_3": 1.0, "conv5_3": 1.0}
 PERCEPTUAL = {"conv1_2": 0.1, "conv2_2": 0.1, "conv3_3": 1.0, "conv4_3": 1.0, "conv5_3": 1.0}
 PIXEL_WEIGHT, ADVERSARIAL_WEIGHT, DECAY, RATE = 0.5, 0.01, 0.999, 1e-4
+_PLAIN = "pdd without Winograd"
 SETTINGS = [
     "discriminator=unet", "discriminator_warmup=0", "crop_candidates=1", "held_out=0", "synthetic.hr_scales=[1]",
     "losses.pixel=0.5", "losses.adversarial=0.01", "losses.consistency=0", "losses.feature_distance=0",
@@ -186,8 +196,11 @@ def main() -> None:
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--avx2", action="store_true", help="without AVX-512, in fp32")
     arguments = parser.parse_args()
-    runtime = choose_runtime(arguments.device, arguments.precision)
+    if arguments.avx2:
+        _limit_to_avx2()
+    runtime = choose_runtime(arguments.device, "fp32" if arguments.avx2 else arguments.precision)
     machine = describe(runtime.device)
     keep_freed_memory()
     features = arguments.data / "features" / "vgg16_features_fp16.safetensors"
@@ -215,10 +228,14 @@ def main() -> None:
             for _ in range(200):
                 run.state.discriminator(torch.zeros(1, 3, 16, 16, device=runtime.device))
         control = PaperStyle(arguments.base, features, run.state.discriminator, config.generalist.warmup_steps)
-        taken: dict[str, list[tuple[float, float]]] = {"pdd": [], "paper's": []}
+        trainings = {"pdd": _our_steps(run)}
+        if winograd_pays(runtime):
+            with patch("pdd_cli.distillation.trainer.winograd_pays", lambda runtime: False):
+                plain = prepare_run(config, files, runtime, name="plain", resume=False, overwrite=True, notify=print)
+            trainings[_PLAIN] = _our_steps(plain)
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in (*trainings, "paper's")}
         apart: dict[str, list[float]] = {}
         first: dict[str, float] = {}
-        ours = _our_steps(run)
         for step in range(config.steps):
             losses = {}
             if arguments.synchronise:
@@ -226,8 +243,8 @@ def main() -> None:
             for name in taken:
                 wait(runtime.device)
                 started, cpu = time.perf_counter(), time.process_time()
-                if name == "pdd":
-                    losses[name] = next(ours)
+                if name in trainings:
+                    losses[name] = next(trainings[name])
                 else:
                     losses[name] = control.step(run.domains.batch(step, config.batch_size))
                 wait(runtime.device)
@@ -238,6 +255,16 @@ def main() -> None:
                 first.setdefault(key, expected)
             print(f"step {step + 1}: " + ", ".join(f"{name} {taken[name][-1][0]:.2f} s" for name in taken), flush=True)
     _report(arguments, machine, str(runtime), config, taken, apart, first)
+
+
+def _limit_to_avx2() -> None:
+    """Let PyTorch's libraries and pdd's kernel use no instructions beyond AVX2; the former ask the environment once."""
+    limits = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+    if any(os.environ.get(name) != value for name, value in limits.items()):
+        os.execve(sys.executable, sys.orig_argv, os.environ | limits)
+    kernel = Kernel(AVX2, cpu="haswell", features="", triple=get_process_triple(), emitter=TrainingEmitter)
+    machine = winograd._Machine(kernel)
+    winograd._machine = lambda: machine  # type: ignore[assignment]
 
 
 def _our_steps(run: Run) -> Iterator[dict[str, float]]:
@@ -264,7 +291,7 @@ def _report(
     timings = {name: summary(values[begun:]) for name, values in taken.items()}
     rows: list[dict[str, Any]] = [
         {
-            "step": f"{name}, {runtime}" if name == "pdd" else f"{name}, fp32 NCHW",
+            "step": f"{name}, fp32 NCHW" if name == "paper's" else f"{name}, {runtime}",
             "seconds": timing.median,
             "least": timing.least,
             "most": timing.most,
