@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import functools
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -220,6 +222,18 @@ def test_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         place(network, runtime)
         assert isinstance(network.conv_body, winograd.WinogradConv2d) == expected
         assert network.conv_body.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_threads_are_pytorchs_own() -> None:
+    """Other packages bring a copy of the same library, whose threads would be further ones."""
+    library = Path(winograd._openmp())
+    copies = [path for path in Path(torch.__file__).parents[1].glob("*.libs/libgomp*") if path != library]
+    for path in copies:
+        ctypes.CDLL(str(path))
+    assert any(str(path) in Path("/proc/self/maps").read_text() for path in copies) or not copies
+    assert Path(winograd._openmp()) == library
+    own = Path(torch.__file__).parent / "lib"
+    assert library.parent == own or not list(own.glob("lib*omp*"))
 
 
 def test_pytorch_with_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:

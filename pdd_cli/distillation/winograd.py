@@ -375,11 +375,12 @@ def _machine() -> _Machine | None:
 
 
 def _openmp() -> str:
-    """The library that PyTorch's threads come from. Raises OSError."""
-    for path in Path("/proc/self/maps").read_text().split():
-        if re.search(r"/lib(gomp|iomp5|omp)[.-][^/]*$", path):
-            return path
-    raise OSError("no OpenMP")
+    """The library that PyTorch's threads come from; other packages may have brought another. Raises OSError."""
+    loaded = Path("/proc/self/maps").read_text().split()
+    found = {path for path in loaded if re.search(r"/lib(gomp|iomp5|omp)[.-][^/]*$", path)}
+    if not found:
+        raise OSError("no OpenMP")
+    return min(found, key=lambda path: ("/torch/" not in path, path))
 
 
 def _some_images(whole: Tensor) -> Iterator[slice]:
