@@ -80,7 +80,7 @@ class _Winograd(nn.Conv2d):
         with torch.autocast("cpu", enabled=False):
             if not self.is_wide:
                 return super().forward(x.float())
-            bias = None if self.bias is None else _aligned(self.bias)
+            bias = None if self.bias is None else _aligned(self.bias.float())
             arguments = (_plain(x), _plain(self.weight), bias, self.slope)
             return _Convolution.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -115,7 +115,7 @@ class WinogradDenseBlock(ResidualDenseBlock):
             parameters = []
             for layer in layers:
                 assert layer.bias is not None
-                parameters += [_plain(layer.weight), _aligned(layer.bias)]
+                parameters += [_plain(layer.weight), _aligned(layer.bias.float())]
             return _DenseBlock.apply(_plain(x), *parameters)  # type: ignore[no-any-return,no-untyped-call]
 
 
