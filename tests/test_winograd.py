@@ -21,6 +21,7 @@ from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 from torch import nn
 
 from pdd_cli.device import Runtime
+from pdd_cli.distillation.winograd_kernel import TrainingEmitter
 from pdd_cli.errors import InputError
 from pdd_cli.inference import winograd, winograd_kernel
 from pdd_cli.inference.engines import TorchEngine, WinogradEngine, choose_engine
@@ -109,7 +110,14 @@ def test_any_size_and_several_images(tmp_path: Path) -> None:
             np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_a_kernel_for_arm_is_compiled() -> None:
+@pytest.mark.parametrize(
+    ("emitter", "products"),
+    [
+        (winograd_kernel.Emitter, winograd_kernel.NEON.tiles),
+        (TrainingEmitter, winograd_kernel.NEON.tiles + winograd_kernel.NEON.rows),
+    ],
+)
+def test_a_kernel_for_arm_is_compiled(emitter: type[winograd_kernel.Emitter], products: int) -> None:
     """Its instructions multiply and add vectors; it can't be run here."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
@@ -120,8 +128,8 @@ def test_a_kernel_for_arm_is_compiled() -> None:
         pytest.skip("this LLVM compiles for x86 only")
     assert winograd_kernel.shape_of({}, triple) == winograd_kernel.NEON
     machine = target.create_target_machine(cpu="cortex-a76", opt=3)
-    module = llvm.parse_assembly(str(winograd_kernel.Emitter(winograd_kernel.NEON, triple).emit()))
-    assert machine.emit_assembly(module).count("fmla") >= winograd_kernel.NEON.tiles * winograd_kernel.NEON.vectors
+    module = llvm.parse_assembly(str(emitter(winograd_kernel.NEON, triple).emit()))
+    assert machine.emit_assembly(module).count("fmla") >= products * winograd_kernel.NEON.vectors
 
 
 def test_which_cpus_have_a_kernel() -> None:

@@ -60,7 +60,7 @@ def dry_adapt(
     settings: AdaptConfig, store: Store, console: Console, *, name: str, resume: bool, overwrite: bool
 ) -> None:
     """Say what the run would do and take. Raises what the run would fail of; of several failures the first."""
-    from pdd_cli.device import choose_runtime
+    from pdd_cli.device import choose_runtime, keep_freed_memory
     from pdd_cli.distillation.rehearsal import check_places, rehearse
     from pdd_cli.distillation.run import RunFolder, check_folder, memory_told, prepare_run, read_sources
     from pdd_cli.weights.fetch import ensure
@@ -92,6 +92,7 @@ def dry_adapt(
     goes_on = resume and not problems
     with collected():
         runtime = choose_runtime(settings.device, settings.precision)
+        keep_freed_memory()  # as the run does, whose time and memory are told
         weights = None
         try:
             weights = weight_files(settings, installed, console.warn if settings.offline else lambda text: None)

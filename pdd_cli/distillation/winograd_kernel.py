@@ -167,7 +167,7 @@ class TrainingEmitter(Emitter):
         before, head, after = b.block, self.block("products"), self.block("summed")
         b.branch(head)
         b.position_at_end(head)
-        tile = b.phi(ir.IntType(64))
+        tile = b.phi(I64)
         tile.add_incoming(integer(0), before)
         sums = [b.phi(self.vector) for _ in targets]
         here = self.times(tile, CHANNELS)
