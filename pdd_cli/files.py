@@ -86,6 +86,19 @@ def append_line(path: Path, line: str) -> None:
         file.write(line + "\n")
 
 
+def is_within(path: Path, folder: Path) -> bool:
+    """Whether `path`, which need not exist, is `folder` or lies below it, through links and spellings of names."""
+    real = path.resolve()
+    return any(_is_same(place, folder) for place in (real, *real.parents))
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them does not exist
+        return one == other.resolve()
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

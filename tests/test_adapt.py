@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -257,3 +259,55 @@ def assert_equal_weights(one, other):
     a, b = (load_file(folder / "home" / "weights" / "realLR.safetensors") for folder in (one, other))
     assert set(a) == set(b)
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def _contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("runs_dir", "name"),
+    [(".", "realLR"), ("realLR", "new"), (".", "hr"), ("link", "run"), ("..", "parent")],
+    ids=["equal", "inside", "an --hr-dir", "through a link", "around"],
+)
+def test_overwrite_never_touches_an_image_folder(ground, tmp_path, monkeypatch, pdd, runs_dir, name):
+    folder = tmp_path / "parent"
+    shutil.copytree(ground, folder)
+    monkeypatch.chdir(folder)
+    (folder / "link").symlink_to(folder / "realLR")
+    for images in ("realLR", "hr"):  # as if a run had been there, which --overwrite replaces
+        (folder / images / "checkpoint.pt").write_bytes(b"")
+        (folder / images / "config.yaml").write_text("adapt: {real_dir: x}")
+    before = _contents(folder)
+
+    result = pdd(*command(folder, "--runs-dir", runs_dir, "--name", name, "--overwrite")[3:])
+
+    assert result.code == 2
+    assert "choose another --runs-dir or --name" in result.err
+    assert _contents(folder) == before
+
+
+def test_a_folder_that_holds_no_run_is_refused(ground, pdd):
+    mine = Path("runs", "realLR", "config.yaml")
+    mine.parent.mkdir(parents=True)
+    mine.write_text("database: mine")
+
+    result = pdd(*command(ground, "--overwrite")[3:])
+
+    assert result.code == 2
+    assert "holds no run of pdd" in result.err
+    assert mine.read_text() == "database: mine"
+
+
+def test_overwrite_deletes_only_what_a_run_has_written(ground, pdd):
+    folder = Path("runs", "realLR")
+    arguments = command(ground, "--overwrite", steps=6)[3:]
+    assert pdd(*arguments).code == 0
+    (folder / "notes.txt").write_text("mine")
+    (folder / "previews" / "favourite.png").write_bytes(b"mine")
+    (folder / "previews" / "step_000099.png").write_bytes(b"of a longer run")
+
+    assert pdd(*arguments).code == 0
+
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in (folder / "previews").iterdir()) == ["favourite.png", "step_000006.png"]

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -35,7 +34,7 @@ from pdd_cli.distillation.truth import Pairs, Truth, read_pairs
 from pdd_cli.distillation.verdict import STRENGTHS, Judgement, Verdict, decide, held_out, judge, stalled
 from pdd_cli.distributed import ALONE, World
 from pdd_cli.errors import InputError, ResourceError
-from pdd_cli.files import append_line, atomic_write, remove_leftovers, told, write_text
+from pdd_cli.files import append_line, atomic_write, is_within, remove_leftovers, told, write_text
 from pdd_cli.iqa.html import window
 from pdd_cli.models.features import FeatureNetwork, feature_network
 from pdd_cli.models.loading import SRModel, interpolated, load_sr_model, state_sha256
@@ -104,6 +103,24 @@ class RunFolder:
     @property
     def previews(self) -> Path:
         return self.path / "previews"
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run of pdd has begun here."""
+        try:
+            content = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return False
+        return isinstance(content, dict) and isinstance(content.get("adapt"), dict) and "real_dir" in content["adapt"]
+
+    def clear(self) -> None:
+        """Delete the files that a run writes, and nothing else. Raises InputError where that is not permitted."""
+        files = [self.config, self.checkpoint, self.log, self.best, self.judgements, self.verdict, self.report]
+        files += [self.path / f"{self.path.name}.{form}" for form in ("pth", "onnx")]
+        files += [*self.previews.glob("step_*.png"), *self.board.glob("events.out.tfevents.*")]
+        with told(self.path):
+            for file in files:
+                file.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -248,7 +265,7 @@ class Run:
 
     def _open_folder(self) -> None:
         if self.folder.checkpoint.exists() and not self.resumed:
-            shutil.rmtree(self.folder.path)  # --overwrite: without it nobody gets here
+            self.folder.clear()  # --overwrite: without it nobody gets here
         with told(self.folder.path):
             self.folder.previews.mkdir(parents=True, exist_ok=True)
         remove_leftovers([self.folder.path, self.folder.previews])
@@ -539,21 +556,25 @@ def prepare_run(
 def check_inputs(config: AdaptConfig, folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
     """Raise InputError for what can be told to fail before weights are downloaded and images read."""
     check_folder(folder, config, resume=resume, overwrite=overwrite)
-    for option, images in (
-        ("--real-dir", config.real_dir),
-        ("--hr-dir", config.hr_dir),
-        ("--val-lr", config.val_lr),
-        ("--val-hr", config.val_hr),
-    ):
-        if images is not None:
-            images_below(images, option)
+    for option, images in _image_folders(config).items():
+        images_below(images, option)
     if config.tensorboard:
         check_board()
 
 
 def check_folder(folder: RunFolder, config: AdaptConfig, *, resume: bool, overwrite: bool) -> None:
     """Raise InputError where the run can't begin in `folder`, or can't go on there."""
+    for option, images in _image_folders(config).items():
+        if is_within(folder.path, images) or is_within(images, folder.path):
+            raise InputError(
+                f"the run folder {folder.path} and {option} {images} lie in each other",
+                "A run keeps its files apart from images: choose another --runs-dir or --name.",
+            )
     if not resume:
+        if folder.path.exists() and not folder.holds_run and not _is_empty(folder.path):
+            raise InputError(
+                f"{folder.path} exists and holds no run of pdd", "Choose another --name or --runs-dir for the run."
+            )
         if folder.checkpoint.exists() and not overwrite:
             raise InputError(
                 f"{folder.path} holds a run already",
@@ -570,6 +591,21 @@ def check_folder(folder: RunFolder, config: AdaptConfig, *, resume: bool, overwr
         raise InputError(
             f"--resume: the settings differ from those of {folder.path}: {told}", "Give them as they were."
         )
+
+
+def _image_folders(config: AdaptConfig) -> dict[str, Path]:
+    """Every folder of images that the settings name, by its option."""
+    folders = {
+        "--real-dir": config.real_dir,
+        "--hr-dir": config.hr_dir,
+        "--val-lr": config.val_lr,
+        "--val-hr": config.val_hr,
+    }
+    return {option: folder for option, folder in folders.items() if folder is not None}
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def read_sources(
