@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import math
-import os
 import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
+from pdd_cli import system
 from pdd_cli.errors import InputError
+from pdd_cli.system import available_cpus, cpu_features, free_memory, keep_freed_memory, resident_memory, usable_cpus
 
 if TYPE_CHECKING:
     import torch
 
 Precision = Literal["fp32", "bf16", "fp16"]
+
+__all__ = [
+    "Precision", "Runtime", "available_cpus", "available_memory", "choose_runtime", "cpu_computes_bf16_fast",
+    "cpu_has_amx", "is_out_of_memory", "keep_freed_memory", "peak_memory", "resident_memory", "usable_cpus",
+    "winograd_pays",
+]  # fmt: skip
 
 # Without one of these Linux has no GPU that PyTorch could use: the drivers of NVIDIA, Jetson, WSL and AMD.
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
@@ -80,12 +85,12 @@ def choose_runtime(device: str = "auto", precision: str = "auto") -> Runtime:
 
 def cpu_computes_bf16_fast() -> bool:
     """Whether this CPU has AMX-BF16 or AVX512-BF16; without them bf16 is slower than fp32."""
-    return cpu_has_amx() or "avx512_bf16" in _cpu_flags()
+    return not cpu_features().isdisjoint(("amx_bf16", "amx-bf16", "avx512_bf16", "avx512bf16"))
 
 
 def cpu_has_amx() -> bool:
     """Whether this CPU has AMX-BF16, with which bf16 is many times as fast as fp32."""
-    return "amx_bf16" in _cpu_flags()
+    return not cpu_features().isdisjoint(("amx_bf16", "amx-bf16"))
 
 
 def winograd_pays(runtime: Runtime) -> bool:
@@ -98,30 +103,6 @@ def winograd_pays(runtime: Runtime) -> bool:
     return runtime.precision == "fp32" or not cpu_has_amx()
 
 
-def _cpu_flags() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
-
-
-def available_cpus() -> int:
-    """The logical cores that this process may run on."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:
-        return os.cpu_count() or 1
-
-
-def usable_cpus() -> int:
-    """How many threads can run at once: on the available cores, fewer where a container is granted less time."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(available_cpus(), math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # "max", or no such group
-        return available_cpus()
-
-
 def available_memory(device: torch.device | str) -> int:
     """Bytes that a computation may still take on `device`."""
     if str(device).startswith("cuda"):
@@ -129,60 +110,18 @@ def available_memory(device: torch.device | str) -> int:
 
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (ValueError, OSError, AttributeError):
-        return 4 << 30
-
-
-def keep_freed_memory() -> None:
-    """Let this process use freed memory again, instead of returning it to the system and asking for it anew.
-
-    With glibc, which otherwise does so for what is larger than some MiB: every step of training would begin with the
-    system zeroing hundreds of MiB.
-    """
-    try:
-        configure = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):  # another C library
-        return
-    trim_threshold, mmap_threshold = -1, -3  # by the numbers of malloc.h
-    configure(trim_threshold, 2**31 - 1)
-    configure(mmap_threshold, 2**30)
-
-
-def resident_memory() -> int:
-    """Bytes of memory that this process holds now; 0 where the system doesn't tell."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return 0
+    return free_memory()
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held so far: on the GPU, else in memory; 0 where the system doesn't tell."""
+    """The most bytes that this process has held so far: on the GPU, else in memory."""
     import torch
 
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
     if device.type == "mps":
         return int(torch.mps.driver_allocated_memory())
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return system.peak_memory()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

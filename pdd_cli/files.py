@@ -6,13 +6,16 @@ import contextlib
 import errno
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pdd_cli.errors import InputError, PddError, ResourceError
+from pdd_cli.system import try_lock
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TEMPORARY = ".pdd-tmp-"
+_RENAMED_AFTER = 0.1  # seconds; a writer gives up its lock just before it renames the file
 
 
 @contextlib.contextmanager
@@ -29,14 +32,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY, suffix=path.suffix)
         temporary = Path(name)
         try:
-            _lock(descriptor)  # as long as it is being written
-            yield temporary
-            with temporary.open("rb+") as written:
-                os.fsync(written.fileno())
+            with os.fdopen(descriptor):
+                try_lock(descriptor)  # as long as it is being written
+                yield temporary
+                with temporary.open("rb+") as written:
+                    os.fsync(written.fileno())
+            # Closed by now: Windows doesn't rename a file that is open.
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
         finally:
-            os.close(descriptor)
             temporary.unlink(missing_ok=True)
 
 
@@ -55,23 +59,20 @@ def told(path: Path) -> Iterator[None]:
 
 def remove_leftovers(folders: Iterable[Path]) -> None:
     """Remove the temporary files that processes which were killed have left in `folders`; not those being written."""
-    for path in (path for folder in folders for path in folder.glob(f"{_TEMPORARY}*")):
-        with contextlib.suppress(OSError), path.open("rb+") as file:
-            if _lock(file.fileno()):
-                path.unlink()
+    unlocked = [path for folder in folders for path in folder.glob(f"{_TEMPORARY}*") if not _is_locked(path)]
+    if unlocked:
+        time.sleep(_RENAMED_AFTER)
+    for path in unlocked:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
-def _lock(descriptor: int) -> bool:
-    """Lock an open file until it is closed or its process ends; False where another has, or locks aren't known."""
+def _is_locked(path: Path) -> bool:
     try:
-        import fcntl
-    except ImportError:  # Windows
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with path.open("rb+") as file:
+            return not try_lock(file.fileno())
     except OSError:
-        return False
-    return True
+        return True
 
 
 def write_text(path: Path, text: str) -> None:

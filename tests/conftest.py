@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,35 @@ def _nobodys_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("PDD_HOME", str(tmp_path_factory.mktemp("pdd-home")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _renamed() -> Iterator[list[Path]]:
+    """Where this process has renamed files to. Each must be closed by then, for Windows renames no open file."""
+    renamed = []
+    replace = os.replace
+
+    def closed(source: str | Path, target: str | Path, **more: int) -> None:
+        opened = Path("/proc/self/fd")
+        for descriptor in opened.iterdir() if opened.exists() else ():
+            try:
+                is_open = descriptor.samefile(source)
+            except OSError:  # a pipe, or closed meanwhile
+                continue
+            assert not is_open, f"{source} is open when it is renamed to {target}"
+        renamed.append(Path(target))
+        replace(source, target, **more)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(os, "replace", closed)
+        yield renamed
+
+
+@pytest.fixture
+def renames(_renamed: list[Path]) -> list[Path]:
+    """Where this test has renamed files to."""
+    _renamed.clear()
+    return _renamed
 
 
 @pytest.fixture

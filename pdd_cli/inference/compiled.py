@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from pdd_cli.device import Precision, available_cpus, usable_cpus
 from pdd_cli.errors import InputError, PddError
 from pdd_cli.files import atomic_write
 from pdd_cli.models.traits import Traits
+from pdd_cli.system import cpu_features
 from pdd_cli.weights.store import cache_home
 
 if TYPE_CHECKING:
@@ -154,17 +154,8 @@ def keep(engine: str, weights: str, precision: Precision, converted: Converted, 
 def _path(engine: str, weights: str, precision: Precision) -> Path:
     from importlib.metadata import version
 
-    made_for = (_FORMAT, engine, weights, precision, version(_LIBRARIES[engine]), _cpu())
+    made_for = (_FORMAT, engine, weights, precision, version(_LIBRARIES[engine]), sorted(cpu_features()))
     return cache_home() / "compiled" / (hashlib.sha256(repr(made_for).encode()).hexdigest()[:32] + _SUFFIX)
-
-
-def _cpu() -> str:
-    """What instructions this CPU has, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return f"{platform.machine()} {platform.processor()}"
 
 
 def _trim(newest: Path) -> None:
