@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pdd_cli import files, system
+from pdd_cli.errors import InputError
 from pdd_cli.files import atomic_write, remove_leftovers, write_text
 
 
@@ -30,7 +31,7 @@ def test_an_open_file_would_be_noticed(tmp_path: Path, renames: list[Path]) -> N
 
 def test_a_block_that_raises_leaves_everything_as_it_was(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "before")
-    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "a.txt") as temporary:
+    with pytest.raises(InputError), atomic_write(tmp_path / "a.txt") as temporary:
         temporary.with_name("absent").rename(temporary)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "before"
