@@ -7,7 +7,7 @@ import itertools
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, TiffImagePlugin
 
-from pdd_cli.errors import InputError
+from pdd_cli.errors import InputError, PddError
 from pdd_cli.files import atomic_write
 
 Array = npt.NDArray[Any]
@@ -177,10 +177,14 @@ def write_sheets(path: Path, sheets: Iterable[Sheet], *, count: int = 1, encodin
     """Write the images `sheets`, of which there are `count`, as one file of the suffix's format, whole or not at all.
 
     The bands of a sheet are taken before the next sheet is asked for. What the format can't hold is reduced: 16 bits
-    to 8, alpha to a white ground, several images to the first. Raises InputError when the format can't hold the size.
+    to 8, alpha to a white ground, several images to the first. Raises InputError when the format can't hold the size,
+    PddError when the file doesn't hold every row and image in the end.
     """
     format = format_of(path)
-    sheets = (_fitted(path, sheet) for sheet in sheets)
+    if not keeps_frames(path):
+        sheets, count = itertools.islice(sheets, 1), 1
+    counted = _Counted(_fitted(path, sheet) for sheet in sheets)
+    sheets = iter(counted)
     with atomic_write(path) as temporary:
         if format == "TIFF":
             _write_tiff(temporary, sheets)
@@ -192,7 +196,70 @@ def write_sheets(path: Path, sheets: Iterable[Sheet], *, count: int = 1, encodin
         elif format == "HEIF":
             _write_heif(temporary, next(sheets), encoding)
         else:
-            _write_whole(temporary, format, itertools.islice(sheets, 1), encoding)
+            _write_whole(temporary, format, sheets, encoding)
+        counted.check(path, count)
+        if count > 1:
+            _check_images(path, temporary, format, counted.sheets)
+
+
+class _Counted:
+    """Gives `sheets` on and counts the rows that are taken of them, the last to the last row before the next sheet."""
+
+    def __init__(self, sheets: Iterable[Sheet]) -> None:
+        self._given = sheets
+        self._expected = 0
+        self._rows = 0
+        self._left: Iterator[Array] = iter(())
+        self.sheets: list[Sheet] = []
+
+    def __iter__(self) -> Iterator[Sheet]:
+        for sheet in self._given:
+            bands = self._counting(sheet.bands)
+            self._left, self._expected = bands, self._expected + sheet.layout.height
+            self.sheets.append(replace(sheet, bands=()))
+            yield replace(sheet, bands=bands)
+            # A writer that knows the height doesn't ask for what comes behind the last row: who gives the bands does.
+            for _ in bands:
+                pass
+
+    def _counting(self, bands: Iterable[Array]) -> Iterator[Array]:
+        for band in bands:
+            self._rows += len(band)
+            yield band
+
+    def check(self, path: Path, count: int) -> None:
+        """Raise PddError where not all rows of `count` images were taken."""
+        for _ in self._left:
+            pass
+        if (len(self.sheets), self._rows) != (count, self._expected):
+            raise PddError(
+                f"{path}: {len(self.sheets)} of {count} images and {self._rows} of {self._expected} rows were written",
+                "This is a bug in pdd: please report it. The output was removed.",
+            )
+
+
+def _check_images(path: Path, written: Path, format: str, sheets: Sequence[Sheet]) -> None:
+    """Raise PddError where the file `written` doesn't hold all of the `sheets`, or not for as long."""
+    if format == "TIFF":
+        import tifffile
+
+        with tifffile.TiffFile(written) as file:
+            sizes = [(page.imagewidth, page.imagelength) for page in map(tifffile.TiffPage.aspage, file.pages)]
+        complete = sizes == [(sheet.layout.width, sheet.layout.height) for sheet in sheets]
+    else:
+        # Encoders join frames that are equal, which then are shown for as long as both.
+        shown = 0.0
+        with Image.open(written, formats=[format]) as image:
+            for index in range(int(getattr(image, "n_frames", 1))):
+                image.seek(index)
+                image.load()
+                shown += image.info.get("duration") or 0
+        complete = abs(shown - sum(round(sheet.duration or 0) for sheet in sheets)) < len(sheets)
+    if not complete:
+        raise PddError(
+            f"{path}: not all of the {len(sheets)} images are in the file that was written",
+            "This is a bug in pdd: please report it. The output was removed.",
+        )
 
 
 def _fitted(path: Path, sheet: Sheet) -> Sheet:

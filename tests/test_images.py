@@ -18,7 +18,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from benchmarks.fuzz import handmade
 from pdd_cli.encoding import Encoding, Layout, Sheet, check_size, from_float, write_sheets
-from pdd_cli.errors import InputError
+from pdd_cli.errors import InputError, PddError
 from pdd_cli.images import MOST_PIXELS, Picture, decode_pages, find_images, image_size, read_image, write_image
 
 pillow_heif.register_heif_opener()  # pillow_jxl registers itself
@@ -570,3 +570,14 @@ def test_floats_become_the_nearest_integers(bits: int, shape: tuple[int, ...]) -
         values.flat[-1] = np.nan
         with pytest.raises(ValueError, match="not finite"):
             from_float(values, bits)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "png", "webp", "avif"])
+def test_a_file_that_lacks_an_image_or_a_row_is_no_output(tmp_path: Path, suffix: str) -> None:
+    whole = random_pixels(256, 20, 3)
+    path = tmp_path / f"a.{suffix}"
+    for images, bands in ((2, [whole]), (3, [whole[:100]]), (3, [whole, whole[:1]])):
+        sheets = [Sheet(Layout(20, 256, 3), bands, duration=100) for _ in range(images)]
+        with pytest.raises((PddError, ValueError)):
+            write_sheets(path, sheets, count=3)
+        assert not list(tmp_path.iterdir())

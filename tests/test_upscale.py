@@ -26,9 +26,10 @@ from typer.testing import CliRunner
 
 from pdd_cli.cli import app
 from pdd_cli.device import Runtime
+from pdd_cli.encoding import Encoding
 from pdd_cli.errors import InputError, PartialFailure, PddError, ResourceError
 from pdd_cli.images import Picture, read_image, write_image
-from pdd_cli.inference.batch import Job, plan_jobs, run_jobs
+from pdd_cli.inference.batch import Job, Output, plan_jobs, run_jobs
 from pdd_cli.inference.engines import OpenVINOEngine, TorchEngine, WinogradEngine, bytes_per_pixel, choose_engine
 from pdd_cli.inference.manifest import NAME as MANIFEST
 from pdd_cli.inference.resizing import SizeRequest
@@ -722,3 +723,20 @@ def test_a_killed_run_leaves_whole_files_and_the_next_completes(tmp_path: Path, 
     assert [path.name for path in out.glob(".*")] == [MANIFEST]
     for path in (tmp_path / "expected").glob("*.png"):
         assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(("suffix", "height"), [("tif", 64), ("tif", 63), ("tif", 128), ("png", 64), ("webp", 64)])
+def test_all_pages_are_written_whatever_their_height(tmp_path: Path, suffix: str, height: int) -> None:
+    # 4 x 64 and 4 x 128 rows are whole tiles of a TIFF: tifffile doesn't ask for what comes behind the last of them.
+    frames = [picture(height, 9).pixels for _ in range(4)]
+    source, target = tmp_path / f"in.{suffix}", tmp_path / f"out.{suffix}"
+    images = [Image.fromarray(frame) for frame in frames]
+    images[0].save(source, save_all=True, append_images=images[1:], lossless=True)
+    output = Output(Encoding(lossless=True))
+    (result,) = run_jobs([Job(source, target)], upscaler(repeating(4)), output=output)
+    assert (result.status, result.problem) == ("done", "")
+    with Image.open(target) as image:
+        assert image.n_frames == 4
+        for index, frame in enumerate(frames):
+            image.seek(index)
+            np.testing.assert_array_equal(np.asarray(image.convert("RGB")), frame.repeat(4, 0).repeat(4, 1))
