@@ -14,10 +14,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, TiffImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
 from pdd_cli.errors import InputError, PddError
 from pdd_cli.files import atomic_write
+from pdd_cli.provenance import Provenance, append_to_bmp, seal, stamped_exif, stamped_xmp
 
 Array = npt.NDArray[Any]
 
@@ -82,12 +83,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a file says beside the pixels; `exif` begins with "Exif\\0\\0", `dpi` is horizontal, vertical."""
+    """What a file says beside the pixels; `exif` begins with "Exif\\0\\0", `dpi` is horizontal, vertical.
+
+    `software`: the program that made the file, for PNG's text of that name; other formats have it in `exif`.
+    """
 
     icc: bytes | None = None
     exif: bytes | None = None
     xmp: bytes | None = None
     dpi: tuple[float, float] | None = None
+    software: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,16 +178,27 @@ def stored_layout(path: Path, layout: Layout) -> Layout:
     )
 
 
-def write_sheets(path: Path, sheets: Iterable[Sheet], *, count: int = 1, encoding: Encoding = Encoding()) -> None:
+def write_sheets(
+    path: Path,
+    sheets: Iterable[Sheet],
+    *,
+    count: int = 1,
+    encoding: Encoding = Encoding(),
+    provenance: Provenance | None = None,
+) -> None:
     """Write the images `sheets`, of which there are `count`, as one file of the suffix's format, whole or not at all.
 
     The bands of a sheet are taken before the next sheet is asked for. What the format can't hold is reduced: 16 bits
-    to 8, alpha to a white ground, several images to the first. Raises InputError when the format can't hold the size,
-    PddError when the file doesn't hold every row and image in the end.
+    to 8, alpha to a white ground, several images to the first. `provenance` is written beside the metadata.
+
+    Raises InputError when the format can't hold the size, PddError when the file doesn't hold every row and image in
+    the end.
     """
     format = format_of(path)
     if not keeps_frames(path):
         sheets, count = itertools.islice(sheets, 1), 1
+    if provenance is not None:
+        sheets = (replace(sheet, metadata=_stamped(sheet.metadata, provenance)) for sheet in sheets)
     counted = _Counted(_fitted(path, sheet) for sheet in sheets)
     sheets = iter(counted)
     with atomic_write(path) as temporary:
@@ -200,6 +216,15 @@ def write_sheets(path: Path, sheets: Iterable[Sheet], *, count: int = 1, encodin
         counted.check(path, count)
         if count > 1:
             _check_images(path, temporary, format, counted.sheets)
+        if provenance is not None:
+            if format == "BMP":
+                append_to_bmp(temporary, provenance)
+            seal(temporary)
+
+
+def _stamped(metadata: Metadata, provenance: Provenance) -> Metadata:
+    exif, software = stamped_exif(metadata.exif, provenance)
+    return replace(metadata, exif=exif, xmp=stamped_xmp(metadata.xmp, provenance, software), software=str(provenance))
 
 
 class _Counted:
@@ -322,6 +347,8 @@ def _write_png(file: BinaryIO, sheet: Sheet) -> None:
         chunk(b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in metadata.dpi), 1))
     if metadata.exif:
         chunk(b"eXIf", metadata.exif.removeprefix(b"Exif\0\0"))
+    if metadata.software:
+        chunk(b"tEXt", b"Software\0" + metadata.software.encode("latin-1", "replace"))
     if metadata.xmp:
         chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + metadata.xmp)
     # Of filtered photographs only the statistics and flat areas can be used: to look for repetitions takes ten times as
@@ -584,6 +611,11 @@ def _pillow_options(format: str, metadata: Metadata, channels: int, encoding: En
             }
         case "PNG":
             options = {"compress_level": 6}
+            options["pnginfo"] = PngImagePlugin.PngInfo()
+            if metadata.software:
+                options["pnginfo"].add_text("Software", metadata.software)
+            if xmp:
+                options["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp.decode("utf-8", "replace"))
         case "BMP":
             return {"dpi": metadata.dpi} if metadata.dpi else {}
     if metadata.icc and (format not in ("WEBP", "AVIF") or channels == 3):

@@ -174,17 +174,17 @@ def test_parts_of_a_manifest_become_one(tmp_path: Path) -> None:
         write_image(tmp_path / f"{name}.png", picture(2, 2))
     alone = Manifest(tmp_path, recipe)
     for name in "ab":
-        alone.record(tmp_path / f"{name}.png", alone.key(b"old"), done=True)
+        alone.record(tmp_path / f"{name}.png", alone.key("old"), done=True)
     for part, name in enumerate("bc"):
         manifest = Manifest(tmp_path, recipe, part=part)
-        manifest.record(tmp_path / f"{name}.png", manifest.key(b"new"), done=True)
+        manifest.record(tmp_path / f"{name}.png", manifest.key("new"), done=True)
     with (tmp_path / ".pdd-manifest.1.jsonl").open("a") as file:  # power failed
         file.write('{"output": "a.p')
 
     def states() -> list[str]:
         manifest = Manifest(tmp_path, recipe)
-        contents = zip("abc", (b"old", b"new", b"new"), strict=True)
-        return [manifest.state(tmp_path / f"{name}.png", manifest.key(data)) for name, data in contents]
+        contents = zip("abc", ("old", "new", "new"), strict=True)
+        return [manifest.state(tmp_path / f"{name}.png", manifest.key(digest)) for name, digest in contents]
 
     assert states() == ["current"] * 3
     Manifest(tmp_path, recipe).tidy()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pdd_cli.inference.upscaler import Upscaler
     from pdd_cli.meeting import Meeting
     from pdd_cli.models.loading import SRModel
+    from pdd_cli.provenance import Provenance
 
 
 def upscale(
@@ -152,10 +153,13 @@ def upscale(
         recursive=settings.recursive,
     )
     meeting = Meeting(world)
-    upscalers = _load(settings, world, meeting, console)
+    upscalers, provenance = _load(settings, world, meeting, console)
     upscaler = upscalers[0]
     files = Output(
-        Encoding(settings.quality, settings.lossless), overwrite=settings.overwrite, strip=settings.strip_metadata
+        Encoding(settings.quality, settings.lossless),
+        overwrite=settings.overwrite,
+        strip=settings.strip_metadata,
+        provenance=provenance,
     )
     # What a run that died has left is put in order before others write.
     if world.is_first and not dry_run:
@@ -197,8 +201,10 @@ def upscale(
     _judge(results, dry_run=dry_run)
 
 
-def _load(settings: UpscaleConfig, world: World, meeting: Meeting, console: Console) -> list[Upscaler]:
-    """An upscaler for each device; the weights are fetched by one process on each machine."""
+def _load(
+    settings: UpscaleConfig, world: World, meeting: Meeting, console: Console
+) -> tuple[list[Upscaler], Provenance]:
+    """An upscaler for each device, and what outputs say of it; the weights are fetched by one process a machine."""
     from pdd_cli.commands._fetching import fetch_progress
     from pdd_cli.device import choose_runtime, resident_memory
     from pdd_cli.inference.compiled import fingerprint
@@ -244,7 +250,7 @@ def _load(settings: UpscaleConfig, world: World, meeting: Meeting, console: Cons
         # What the models leave of it is shared by the devices.
         models_take = min(resident_memory(), most_memory)
         most_memory = models_take + (most_memory - models_take) // len(engines)
-    return [
+    upscalers = [
         Upscaler(
             engine,
             tile=settings.tile,
@@ -256,6 +262,23 @@ def _load(settings: UpscaleConfig, world: World, meeting: Meeting, console: Cons
         )
         for engine in engines
     ]
+    return upscalers, _provenance(settings, path, model.scale)
+
+
+def _provenance(settings: UpscaleConfig, weights: Path, scale: int) -> Provenance:
+    from pdd_cli.provenance import Provenance
+    from pdd_cli.weights.sources import file_sha256
+    from pdd_cli.weights.store import read_card
+
+    card = read_card(weights)
+    how = [f"x{scale}"]
+    if settings.strength != 1:
+        how.append(f"strength {settings.strength:g}")
+    if settings.color_correction != "none":
+        how.append(f"color correction {settings.color_correction}")
+    # The sha256 of the published file is what others can look up.
+    digest = card.sha256 if card is not None and card.sha256 else file_sha256(weights)
+    return Provenance(card.name if card is not None else weights.name, digest, ", ".join(how))
 
 
 def _of_all(results: Sequence[Result], jobs: Sequence[Job], meeting: Meeting) -> list[Result]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -38,6 +39,7 @@ from pdd_cli.images import Array, Picture, decode_pages, find_images, is_image, 
 from pdd_cli.inference.clips import CONTAINERS, check_video_name, is_video, video_pixels
 from pdd_cli.inference.manifest import Manifest
 from pdd_cli.inference.upscaler import OnTile, Upscaler
+from pdd_cli.provenance import Provenance
 
 FormatChoice = Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl", "mp4", "mov", "mkv", "webm"]
 _VIDEO_FORMATS = ("mp4", "mov", "mkv", "webm")
@@ -62,11 +64,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Output:
-    """How outputs are written: `overwrite` what is there, `strip` the metadata."""
+    """How outputs are written: `overwrite` what is there, `strip` the metadata, with which `provenance` otherwise."""
 
     encoding: Encoding = field(default_factory=Encoding)
     overwrite: bool = False
     strip: bool = False
+    provenance: Provenance | None = None
 
 
 @dataclass(frozen=True)
@@ -370,7 +373,7 @@ def preview_jobs(
     """What `run_jobs` would do, from the headers of the images alone (and their content, where a manifest is asked)."""
     for job in jobs:
         try:
-            key = manifest.key(read_bytes(job.source)) if manifest else ""
+            key = manifest.key(sha256(read_bytes(job.source)).hexdigest()) if manifest else ""
             result = skipped(job, key, output, manifest)
             if result is not None:
                 yield result
@@ -405,6 +408,7 @@ class _Loaded:
     job: Job
     result: Result | None = None
     data: bytes = b""
+    digest: str = ""  # SHA-256 of the data
     key: str = ""
     pages: Iterator[Picture] = field(default_factory=lambda: iter(()))
 
@@ -417,7 +421,8 @@ def _load(job: Job, upscaler: Upscaler, output: Output, manifest: Manifest | Non
         if manifest is None and not output.overwrite and job.target.exists():
             return _Loaded(job, Result(job, "skipped"))
         data = read_bytes(job.source)
-        key = manifest.key(data) if manifest else ""
+        digest = sha256(data).hexdigest()
+        key = manifest.key(digest) if manifest else ""
         result = skipped(job, key, output, manifest)
         if result is not None:
             return _Loaded(job, result)
@@ -429,7 +434,7 @@ def _load(job: Job, upscaler: Upscaler, output: Output, manifest: Manifest | Non
         pages = decode_pages(job.source, data, most_pixels=upscaler.most_pixels)
         if header.layout.bytes <= _MOST_AHEAD:
             pages = itertools.chain([next(pages)], pages)
-        return _Loaded(job, None, data, key, pages)
+        return _Loaded(job, None, data, digest, key, pages)
     except (PddError, MemoryError) as error:
         seconds = time.perf_counter() - started
         return _Loaded(job, Result(job, "failed", _reason(job, error), size_in=size_in, seconds=seconds))
@@ -488,7 +493,7 @@ def _compute(
                 run = upscaler.start(picture, on_tile)
                 sheet = replace(run.sheet, metadata=Metadata()) if output.strip else run.sheet
                 if future is None:
-                    future = encoder.submit(_write, job.target, channel, count, output.encoding, manifest, loaded.key)
+                    future = encoder.submit(_write, loaded, channel, count, output, manifest)
                 channel.put(sheet, future)
                 for band in sheet.bands:
                     channel.put(band, future)
@@ -520,15 +525,17 @@ def _compute(
         return partial(_finished, job, future, started, done)
 
 
-def _write(
-    target: Path, channel: _Channel, count: int, encoding: Encoding, manifest: Manifest | None, key: str
-) -> None:
+def _write(loaded: _Loaded, channel: _Channel, count: int, output: Output, manifest: Manifest | None) -> None:
     """Write one output and its record. Runs in the encoding thread."""
+    target = loaded.job.target
+    made = None
+    if output.provenance is not None and not output.strip:
+        made = replace(output.provenance, source_sha256=loaded.digest)
     if manifest is not None:
-        manifest.record(target, key, done=False)
-    write_sheets(target, channel.sheets(), count=count, encoding=encoding)
+        manifest.record(target, loaded.key, done=False)
+    write_sheets(target, channel.sheets(), count=count, encoding=output.encoding, provenance=made)
     if manifest is not None:
-        manifest.record(target, key, done=True)
+        manifest.record(target, loaded.key, done=True)
 
 
 def _settled(result: Result) -> Callable[[], Result]:

@@ -56,9 +56,9 @@ class Manifest:
         for path in (self._whole, *self._parts()):
             self._read(path)
 
-    def key(self, data: bytes) -> str:
-        """What an output made now of an input of this content would be known by."""
-        return key_of(hashlib.sha256(data).hexdigest(), self._recipe)
+    def key(self, digest: str) -> str:
+        """What an output made now of an input with this SHA-256 would be known by."""
+        return key_of(digest, self._recipe)
 
     def state(self, target: Path, key: str) -> State:
         """Whether the output `target` is what `key` makes; `foreign` is a file that no recorded run has made."""
