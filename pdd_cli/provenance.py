@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 from xml.dom import minidom
 from xml.parsers.expat import ExpatError
-from xml.sax.saxutils import quoteattr
+from xml.sax.saxutils import escape, quoteattr
 
 from PIL import Image
 
@@ -100,9 +100,13 @@ def stamped_xmp(xmp: bytes | None, made: Provenance, software: str | None) -> by
     except (ExpatError, IndexError, ValueError):
         return xmp
     known = document.toxml()
+    for prefix, space in _NAMESPACES.items():
+        if root.getAttribute(f"xmlns:{prefix}") not in ("", space):
+            return xmp
+        root.setAttribute(f"xmlns:{prefix}", space)
     before = _take(root, "Iptc4xmpExt", "DigitalSourceType")
-    for element in [node for node in root.childNodes if node.nodeType == node.ELEMENT_NODE]:
-        for name in [name for (space, name) in element.attributes.keysNS() if space == _NAMESPACES["pdd"]]:
+    for element in root.getElementsByTagNameNS(_RDF, "Description"):
+        for name in [name for uri, name in element.attributes.keysNS() if uri == _NAMESPACES["pdd"]]:
             element.removeAttributeNS(_NAMESPACES["pdd"], name)
     source_type = before if any(kind in before for kind in _GENERATED) else f"{_SOURCE_TYPES}algorithmicallyEnhanced"
     attributes = {
@@ -116,19 +120,18 @@ def stamped_xmp(xmp: bytes | None, made: Provenance, software: str | None) -> by
     }
     if software and "CreatorTool" not in known:
         attributes["xmp:CreatorTool"] = software
-    described = _parsed("rdf:Description", {"rdf:about": "", **attributes})
-    own = document.importNode(described, True)
-    root.appendChild(own)
-    events = [_event("edited", SOFTWARE, str(made))]
+    events = [("edited", SOFTWARE, str(made))]
     if software and not software.startswith("pdd ") and software not in known:
-        events.insert(0, _event("saved", software))
-    history = root.getElementsByTagNameNS(_NAMESPACES["xmpMM"], "History")
-    if not history or not history[0].getElementsByTagNameNS(_RDF, "Seq"):
-        node = _parsed("xmpMM:History", {}, "<rdf:Seq/>")
-        own.appendChild(document.importNode(node, True))
-        history = root.getElementsByTagNameNS(_NAMESPACES["xmpMM"], "History")
-    for event in events:
-        history[-1].getElementsByTagNameNS(_RDF, "Seq")[0].appendChild(document.importNode(event, True))
+        events.insert(0, ("saved", software, ""))
+    entries = "".join(_event(*event) for event in events)
+    histories = root.getElementsByTagNameNS(_NAMESPACES["xmpMM"], "History")
+    sequences = [found for history in histories for found in history.getElementsByTagNameNS(_RDF, "Seq")]
+    if sequences:
+        _append(sequences[0], entries)
+        entries = ""
+    history = entries and f"<xmpMM:History><rdf:Seq>{entries}</rdf:Seq></xmpMM:History>"
+    text = " ".join(f"{key}={quoteattr(_plain(value))}" for key, value in attributes.items())
+    _append(root, f'<rdf:Description rdf:about="" {text}>{history}</rdf:Description>')
     return _serialised(document)
 
 
@@ -209,19 +212,20 @@ def _take(root: minidom.Element, prefix: str, name: str) -> str:
     return value
 
 
-def _event(action: str, agent: str, parameters: str = "") -> minidom.Element:
-    attributes = {"stEvt:action": action, "stEvt:softwareAgent": agent, "stEvt:parameters": parameters}
-    return _parsed("rdf:li", {name: value for name, value in attributes.items() if value})
+def _event(action: str, agent: str, parameters: str) -> str:
+    """An entry of the history; in elements, for ImageMagick 6 can't read several attributes of one."""
+    values = {"action": action, "softwareAgent": agent, "parameters": parameters}
+    content = "".join(f"<stEvt:{key}>{escape(_plain(text))}</stEvt:{key}>" for key, text in values.items() if text)
+    return f'<rdf:li rdf:parseType="Resource">{content}</rdf:li>'
 
 
-def _parsed(name: str, attributes: dict[str, str], content: str = "") -> minidom.Element:
-    """An element with declarations of the namespaces that it uses."""
-    spaces = {one.split(":")[0] for one in (name, *attributes)} | {"rdf"}
-    declared = {f"xmlns:{space}": _NAMESPACES[space] for space in sorted(spaces)}
-    text = " ".join(f"{key}={quoteattr(_plain(value))}" for key, value in {**declared, **attributes}.items())
-    element = minidom.parseString(f"<{name} {text}>{content}</{name}>".encode()).documentElement
-    assert element is not None
-    return element
+def _append(parent: minidom.Element, text: str) -> None:
+    """Put the elements of `text` at the end of `parent`, where the namespaces are declared already."""
+    declared = " ".join(f'xmlns:{prefix}="{space}"' for prefix, space in _NAMESPACES.items())
+    wrapper = minidom.parseString(f"<all {declared}>{text}</all>".encode()).documentElement
+    assert wrapper is not None
+    for element in list(wrapper.childNodes):
+        parent.appendChild(element)
 
 
 def _plain(text: str) -> str:

@@ -160,8 +160,8 @@ def test_deep_and_gray_images_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("identify") is None, reason="ImageMagick is not installed")
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp", ".bmp"])
-def test_imagemagick_reads_the_files_without_a_warning(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".bmp"])
+def test_imagemagick_reads_it_without_a_warning(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"a{suffix}")
     found = subprocess.run(["identify", "-verbose", path], capture_output=True, text=True)
     assert found.returncode == 0
