@@ -34,7 +34,7 @@ needs_exiftool = pytest.mark.skipif(shutil.which("exiftool") is None, reason="ex
 
 def write(path: Path, metadata: Metadata = Metadata(), pages: int = 1, pixels: np.ndarray = PIXELS) -> Path:
     layout = Layout(pixels.shape[1], pixels.shape[0], pixels.shape[2])
-    sheets = [Sheet(layout, [pixels], metadata, 40.0) for _ in range(pages)]
+    sheets = [Sheet(layout, [np.roll(pixels, page)], metadata, 40.0) for page in range(pages)]
     write_sheets(path, sheets, count=pages, provenance=MADE)
     return path
 
