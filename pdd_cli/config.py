@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from pdd_cli.errors import InputError
@@ -199,10 +199,15 @@ class AdaptConfig(Settings):
 # --- upscale ----------------------------------------------------------------------------------------------------
 
 
+def _several(value: Any) -> Any:
+    """One path, as a configuration file may give it, as a tuple of one."""
+    return (value,) if isinstance(value, str | Path) else value
+
+
 class UpscaleConfig(Settings):
     """`pdd upscale`."""
 
-    input: Path
+    input: Annotated[tuple[Path, ...], BeforeValidator(_several), Field(min_length=1)]
     output: str  # not a Path, which would lose the trailing slash that says "a folder"
     weights: str = "realesrgan"
     tile: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"

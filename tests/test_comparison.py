@@ -391,6 +391,38 @@ def test_models_are_run_on_a_data_set_and_compared(tmp_path: Path, monkeypatch: 
     assert document["metrics"][0]["images"] == 5, err  # type: ignore[index]
 
 
+def nearest(path: Path) -> None:
+    """Weights of a network that repeats pixels."""
+    net = SRVGGNetCompact(num_in_ch=3, num_out_ch=3, num_feat=8, num_conv=1, upscale=4)
+    save_file({key: tensor * 0.0 for key, tensor in net.state_dict().items()}, path)
+
+
+def test_upscaled_images_never_replace_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, size in (("model", 8), ("gt", 32), ("mine/model", 5)):
+        save(tmp_path / folder / "0.png", photo(size, size, seed=1))
+    nearest(tmp_path / "model.safetensors")
+    nearest(tmp_path / "gt.safetensors")
+    (tmp_path / "other").mkdir()
+    nearest(tmp_path / "other/model.safetensors")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    for weights, folder, message in (
+        ("model.safetensors", ".", "would replace an input"),
+        ("gt.safetensors", ".", "would replace an input"),
+        ("model.safetensors", "mine", "not made by pdd"),
+        ("model.safetensors,other/model.safetensors", "new", "two of them are named model"),
+    ):
+        *_, error = run("evaluate", "--lr-dir", "model", "--gt-dir", "gt", "--weights", weights, "--upscaled-dir",
+                        folder, "--metrics", "psnr")  # fmt: skip
+        assert isinstance(error, InputError)
+        assert message in error.message
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.png")} == before
+    for _ in range(2):  # what it made itself is made anew
+        code, _, err, _ = run("evaluate", "--lr-dir", "model", "--gt-dir", "gt", "--weights", "model.safetensors",
+                              "--metrics", "psnr")  # fmt: skip
+        assert code == 0, err
+
+
 # --- the page ---------------------------------------------------------------------------------------------------
 
 

@@ -342,7 +342,7 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def targets(source: Path, output: str, format: str = "keep", suffix: str = "", recursive: bool = True) -> list[str]:
-    jobs = plan_jobs(source, output, format=format, suffix=suffix, recursive=recursive)  # type: ignore[arg-type]
+    jobs = plan_jobs([source], output, format=format, suffix=suffix, recursive=recursive)  # type: ignore[arg-type]
     return [job.target.as_posix() for job in jobs]
 
 
@@ -663,10 +663,15 @@ def test_a_second_run_does_what_is_missing_or_changed(tmp_path: Path, home: Path
     write_image(tmp_path / "out/d.png", picture(2, 2))  # the user's own
     command = (tmp_path / "in", tmp_path / "out", "--weights", weights)
     document, _ = run_upscale(*command)
-    assert statuses(document) == {"a.png": "done", "b.png": "done", "c.png": "done", "d.png": "skipped"}
+    assert statuses(document) == {"a.png": "done", "b.png": "done", "c.png": "done", "d.png": "failed"}
+    assert "not made by pdd" in document["files"][3]["problem"]  # type: ignore[index]
     assert read_image(tmp_path / "out/d.png").width == 2
+    document, _ = run_upscale(*command, "--overwrite")  # which replaces no file of the user's either
+    assert statuses(document) == {"a.png": "done", "b.png": "done", "c.png": "done", "d.png": "failed"}
+    assert read_image(tmp_path / "out/d.png").width == 2
+    (tmp_path / "out/d.png").unlink()
     document, _ = run_upscale(*command)
-    assert set(statuses(document).values()) == {"skipped"}
+    assert statuses(document) == {"a.png": "skipped", "b.png": "skipped", "c.png": "skipped", "d.png": "done"}
     write_image(tmp_path / "in/a.png", picture(8, 8))
     (tmp_path / "out/b.png").unlink()
     document, _ = run_upscale(*command)
@@ -677,11 +682,80 @@ def test_a_second_run_does_what_is_missing_or_changed(tmp_path: Path, home: Path
     document, _ = run_upscale(*command)
     assert statuses(document) == {"a.png": "skipped", "b.png": "skipped", "c.png": "done", "d.png": "skipped"}
     document, _ = run_upscale(*command, "--scale", 2)
-    assert statuses(document) == {"a.png": "done", "b.png": "done", "c.png": "done", "d.png": "skipped"}
+    assert set(statuses(document).values()) == {"done"}
     assert read_image(tmp_path / "out/a.png").width == 16
     save_file({key: tensor + 0.1 for key, tensor in compact().items()}, weights)
     document, _ = run_upscale(*command, "--scale", 2, "--overwrite")
     assert set(statuses(document).values()) == {"done"}
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite",)])
+def test_a_photograph_is_never_taken_for_an_output(tmp_path: Path, home: Path, more: tuple[str, ...]) -> None:
+    """What a shell makes of *.png where there are two, and where there are three."""
+    weights = saved(tmp_path, compact())
+    photographs = [tmp_path / f"{name}.png" for name in "abc"]
+    for path in photographs:
+        write_image(path, picture(8, 8))
+    before = [path.read_bytes() for path in photographs]
+
+    _, error = run_upscale(*photographs[:2], "--weights", weights, *more)
+    assert isinstance(error, InputError)
+    assert "not made by pdd" in error.message
+    assert "upscaled/" in error.hint
+    _, error = run_upscale(*photographs, "--weights", weights, *more)
+    assert isinstance(error, InputError)
+    assert "is a file" in error.message
+    assert [path.read_bytes() for path in photographs] == before
+
+
+def test_several_inputs_go_to_one_folder(tmp_path: Path, home: Path) -> None:
+    weights = saved(tmp_path, compact())
+    for name in ("a.png", "b.jpg", "shots/a.png", "shots/sub/c.png", "more/d.png"):
+        write_image(tmp_path / name, picture(4, 4))
+    names = ("a.png", "b.jpg", "a.png", "shots", "more/*.png")
+    document, error = run_upscale(*(tmp_path / name for name in names), tmp_path / "out", "--weights", weights)
+    assert error is None
+    made = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*g"))
+    assert made == ["a.png", "b.jpg", "d.png", "shots/a.png", "shots/sub/c.png"]
+    document, _ = run_upscale(*(tmp_path / name for name in names), tmp_path / "out", "--weights", weights)
+    assert set(statuses(document).values()) == {"skipped"}
+    _, error = run_upscale(tmp_path / "a.png", tmp_path / "shots/a.png", tmp_path / "new/", "--weights", weights)
+    assert isinstance(error, InputError)
+    assert "would both become" in error.message
+
+
+def test_links_are_seen_through_before_an_input_is_replaced(tmp_path: Path, home: Path) -> None:
+    weights = saved(tmp_path, compact())
+    write_image(tmp_path / "in/a.png", picture(4, 4))
+    (tmp_path / "out").symlink_to(tmp_path / "in")
+    (tmp_path / "hard").mkdir()
+    (tmp_path / "hard/a.png").hardlink_to(tmp_path / "in/a.png")
+    before = (tmp_path / "in/a.png").read_bytes()
+    for out in ("out", "hard"):
+        _, error = run_upscale(tmp_path / "in/a.png", tmp_path / out, "--weights", weights, "--overwrite")
+        assert isinstance(error, InputError)
+        assert (tmp_path / "in/a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("more", [(), ("--strip-metadata",)])
+@pytest.mark.parametrize("name", ["b.png", "b.jpg", "b.bmp", "b.tif", "b.webp"])
+def test_a_single_output_is_recognised(tmp_path: Path, home: Path, name: str, more: tuple[str, ...]) -> None:
+    weights = saved(tmp_path, compact())
+    write_image(tmp_path / "a.png", picture(8, 8))
+    command = (tmp_path / "a.png", tmp_path / name, "--weights", weights, *more)
+    for again, status in (((), "done"), ((), "skipped"), (("--overwrite",), "done")):
+        document, error = run_upscale(*command, *again)
+        assert error is None
+        assert statuses(document) == {"a.png": status}
+    if more:
+        return
+    with Image.open(tmp_path / name) as image:  # as somebody who paints over it
+        painted = image.convert("L")
+    painted.save(tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    _, error = run_upscale(*command, "--overwrite")
+    assert error is not None
+    assert (tmp_path / name).read_bytes() == before
 
 
 def test_a_pattern_takes_what_matches(tmp_path: Path, home: Path) -> None:

@@ -15,6 +15,7 @@ from pdd_cli.errors import CheckFailed, DownloadError, InputError, PartialFailur
 
 if TYPE_CHECKING:
     from pdd_cli.config import EvaluateConfig
+    from pdd_cli.inference.batch import Job
     from pdd_cli.iqa.inputs import ImageSet, Inputs
     from pdd_cli.iqa.metrics import ImageScores, MetricInfo
     from pdd_cli.iqa.presets import Dataset
@@ -191,7 +192,7 @@ def _upscaled(settings: EvaluateConfig, console: Console) -> Inputs:
     """The sets that --weights make; the last named is the one that is judged."""
     from pdd_cli.commands._fetching import fetch_progress
     from pdd_cli.device import choose_runtime
-    from pdd_cli.inference.batch import Job, Output, run_jobs
+    from pdd_cli.inference.batch import Output, provenance_of, run_jobs
     from pdd_cli.inference.compiled import fingerprint
     from pdd_cli.inference.engines import open_engine
     from pdd_cli.inference.upscaler import Upscaler
@@ -201,6 +202,7 @@ def _upscaled(settings: EvaluateConfig, console: Console) -> Inputs:
     from pdd_cli.weights.store import Store
 
     dataset = _dataset(settings) or folders_as_dataset(settings.lr_dir or Path(), settings.gt_dir)
+    planned = _planned(settings, dataset)
     runtime = choose_runtime(settings.device)
     with fetch_progress(console) as on_event:
         files = [
@@ -209,27 +211,44 @@ def _upscaled(settings: EvaluateConfig, console: Console) -> Inputs:
         ]
     outputs: dict[str, dict[Path, Path]] = {}
     problems = list(dataset.problems)
-    for weights, file in zip(settings.weights, files, strict=True):
-        name = Path(weights).stem if Path(weights).suffix else weights
+    for (name, jobs), file in zip(planned.items(), files, strict=True):
         engine = open_engine(partial(load_sr_model, file), fingerprint([file], 1.0), runtime, "auto", free=True)
         upscaler = Upscaler(engine, tile="auto", overlap=64, notify=console.warn)
-        folder = settings.upscaled_dir / name
-        jobs = [Job(lr, folder / png) for lr, png in _png_names(dataset).items()]
         made = outputs.setdefault(name, {})
         with console.progress(transient=True) as progress:
             task = progress.add_task(f"upscale with {name}", total=len(jobs), note="")
             # Always anew: what lies there may be from an earlier training of the same name.
-            for result in run_jobs(jobs, upscaler, output=Output(overwrite=True)):
+            output = Output(overwrite=True, provenance=provenance_of(file, upscaler.scale))
+            for result in run_jobs(jobs, upscaler, output=output):
                 progress.update(task, advance=1, note=result.job.source.name)
                 if result.status == "failed":
                     problems.append(f"{name}: {result.problem}")
                 else:
                     made[result.job.source] = result.job.target
-        console.say(f"{len(made)} of {len(jobs)} images upscaled with {name} to {folder}")
+        console.say(f"{len(made)} of {len(jobs)} images upscaled with {name} to {settings.upscaled_dir / name}")
         if not made:
             raise InputError("none of the LR images could be upscaled:\n" + "\n".join(problems))
     *others, main = upscaled_sets(dataset, outputs)
     return Inputs((main, *others), problems=tuple(problems))
+
+
+def _planned(settings: EvaluateConfig, dataset: Dataset) -> dict[str, list[Job]]:
+    """What --weights makes of the LR images, a folder a model. Raises InputError where it would replace images."""
+    from pdd_cli.inference.batch import Job, refuse_collisions
+
+    planned = {}
+    for weights in settings.weights:
+        name = Path(weights).stem if Path(weights).suffix else weights
+        if name in planned:
+            raise InputError(
+                f"--weights {','.join(settings.weights)}: two of them are named {name}", "Rename one of the files."
+            )
+        folder = settings.upscaled_dir / name
+        planned[name] = [Job(lr, folder / png) for lr, png in _png_names(dataset).items()]
+    refuse_collisions(
+        [job for jobs in planned.values() for job in jobs], dataset.hr.values(), "Choose another --upscaled-dir."
+    )
+    return planned
 
 
 def _png_names(dataset: Dataset) -> dict[Path, str]:

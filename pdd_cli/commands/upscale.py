@@ -27,10 +27,14 @@ if TYPE_CHECKING:
 
 def upscale(
     input: Annotated[
-        Path,
-        typer.Argument(help="Image, video, folder of them, or pattern in quotes ('in/**/*.png').", show_default=False),
+        list[Path],
+        typer.Argument(
+            help="Images, videos, folders of them, or patterns in quotes ('in/**/*.png').", show_default=False
+        ),
     ],
-    output: Annotated[str, typer.Argument(help="Image, video, or folder for the outputs.", show_default=False)],
+    output: Annotated[
+        str, typer.Argument(help="Folder for the outputs; for one input a file, too.", show_default=False)
+    ],
     weights: Annotated[str | None, typer.Option(help="NAME or FILE of the model. [default: realesrgan]")] = None,
     scale: Annotated[
         float | None, typer.Option(help="Output size as a multiple of the input's. [default: the model's]")
@@ -70,7 +74,7 @@ def upscale(
     ] = None,
     overwrite: Annotated[
         bool | None,
-        typer.Option("--overwrite/--skip-existing", help="Make outputs again that are there. [default: skip]"),
+        typer.Option("--overwrite/--skip-existing", help="Make pdd's own outputs again. [default: skip]"),
     ] = None,
     engine: Annotated[
         Literal["auto", "torch", "openvino", "winograd"] | None,
@@ -110,7 +114,7 @@ def upscale(
         UpscaleConfig,
         "upscale",
         options={
-            "input": input,
+            "input": tuple(input),
             "output": output,
             "weights": weights,
             "tile": int(tile) if tile is not None and tile.isdecimal() else tile,
@@ -141,7 +145,7 @@ def upscale(
 
     from pdd_cli.encoding import Encoding
     from pdd_cli.files import remove_leftovers
-    from pdd_cli.inference.batch import Output, manifest_folder, plan_jobs, share_of
+    from pdd_cli.inference.batch import Output, check_own, manifest_folder, plan_jobs, share_of
     from pdd_cli.inference.manifest import Manifest
 
     # What can be wrong with the paths is told before a model is fetched and loaded.
@@ -152,6 +156,9 @@ def upscale(
         suffix=settings.suffix,
         recursive=settings.recursive,
     )
+    folder = manifest_folder(settings.input, settings.output, jobs, strip=settings.strip_metadata)
+    if folder is None:
+        check_own(jobs[0].target)
     meeting = Meeting(world)
     upscalers, provenance = _load(settings, world, meeting, console)
     upscaler = upscalers[0]
@@ -164,7 +171,6 @@ def upscale(
     # What a run that died has left is put in order before others write.
     if world.is_first and not dry_run:
         remove_leftovers({job.target.parent for job in jobs})
-    folder = manifest_folder(settings.input, settings.output)
     # What an output is meant to be. How it is computed (tiles, engine, precision) is not: that changes nothing
     # which could be seen.
     recipe = settings.model_dump(
@@ -207,6 +213,7 @@ def _load(
     """An upscaler for each device, and what outputs say of it; the weights are fetched by one process a machine."""
     from pdd_cli.commands._fetching import fetch_progress
     from pdd_cli.device import choose_runtime, resident_memory
+    from pdd_cli.inference.batch import provenance_of
     from pdd_cli.inference.compiled import fingerprint
     from pdd_cli.inference.engines import open_engine
     from pdd_cli.inference.resizing import SizeRequest
@@ -262,23 +269,7 @@ def _load(
         )
         for engine in engines
     ]
-    return upscalers, _provenance(settings, path, model.scale)
-
-
-def _provenance(settings: UpscaleConfig, weights: Path, scale: int) -> Provenance:
-    from pdd_cli.provenance import Provenance
-    from pdd_cli.weights.sources import file_sha256
-    from pdd_cli.weights.store import read_card
-
-    card = read_card(weights)
-    how = [f"x{scale}"]
-    if settings.strength != 1:
-        how.append(f"strength {settings.strength:g}")
-    if settings.color_correction != "none":
-        how.append(f"color correction {settings.color_correction}")
-    # The sha256 of the published file is what others can look up.
-    digest = card.sha256 if card is not None and card.sha256 else file_sha256(weights)
-    return Provenance(card.name if card is not None else weights.name, digest, ", ".join(how))
+    return upscalers, provenance_of(path, model.scale, settings.strength, settings.color_correction)
 
 
 def _of_all(results: Sequence[Result], jobs: Sequence[Job], meeting: Meeting) -> list[Result]:
@@ -371,7 +362,7 @@ def _remember(results: Sequence[Result], settings: UpscaleConfig, scale: int) ->
     if pairs:
         remember_upscale(
             LatestUpscale(
-                input=settings.input.absolute(),
+                input=settings.input[0].absolute(),
                 output=Path(settings.output).absolute(),
                 weights=settings.weights,
                 scale=scale,
@@ -384,7 +375,7 @@ def _remember(results: Sequence[Result], settings: UpscaleConfig, scale: int) ->
 def _document(results: Sequence[Result], settings: UpscaleConfig, upscalers: Sequence[Upscaler]) -> dict[str, object]:
     engine = upscalers[0].engine
     return {
-        "input": settings.input,
+        "input": settings.input[0] if len(settings.input) == 1 else settings.input,
         "output": settings.output,
         "weights": settings.weights,
         "architecture": engine.model.architecture,

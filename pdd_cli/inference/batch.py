@@ -39,7 +39,9 @@ from pdd_cli.images import Array, Picture, decode_pages, find_images, is_image, 
 from pdd_cli.inference.clips import CONTAINERS, check_video_name, is_video, video_pixels
 from pdd_cli.inference.manifest import Manifest
 from pdd_cli.inference.upscaler import OnTile, Upscaler
-from pdd_cli.provenance import Provenance
+from pdd_cli.provenance import Provenance, made_by_pdd
+from pdd_cli.weights.sources import file_sha256
+from pdd_cli.weights.store import read_card
 
 FormatChoice = Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl", "mp4", "mov", "mkv", "webm"]
 _VIDEO_FORMATS = ("mp4", "mov", "mkv", "webm")
@@ -106,38 +108,80 @@ def results_from_json(text: str) -> list[Result]:
     return found
 
 
+def provenance_of(weights: Path, scale: int, strength: float = 1.0, correction: str = "none") -> Provenance:
+    """What outputs made with the file `weights` say of it and of these settings."""
+    card = read_card(weights)
+    how = [f"x{scale}"]
+    if strength != 1:
+        how.append(f"strength {strength:g}")
+    if correction != "none":
+        how.append(f"color correction {correction}")
+    # The sha256 of the published file is what others can look up.
+    digest = card.sha256 if card is not None and card.sha256 else file_sha256(weights)
+    return Provenance(card.name if card is not None else weights.name, digest, ", ".join(how))
+
+
 # --- which outputs ----------------------------------------------------------------------------------------------
 
 
-def plan_jobs(source: Path, output: str, *, format: FormatChoice, suffix: str, recursive: bool) -> list[Job]:
-    """The jobs of a file, folder or glob pattern `source`; nothing is read but folders.
+def plan_jobs(sources: Sequence[Path], output: str, *, format: FormatChoice, suffix: str, recursive: bool) -> list[Job]:
+    """The jobs of files, folders and glob patterns; nothing is read but folders.
 
-    A folder goes to the same tree below `output`, a pattern too, from its first part without a wildcard on. A file
-    goes to the file `output`, or into it when it is a folder, ends with a slash or has no suffix. `suffix` is put
-    behind each name.
+    One source: a folder goes to the same tree below `output`, a pattern too, from its first part without a wildcard
+    on. A file goes to the file `output`, or into it when it is a folder, ends with a slash or has no suffix. Several
+    sources: `output` is a folder; files and matches of patterns go into it, and a folder's tree below its own name.
+    `suffix` is put behind each name.
 
     Raises InputError where there is nothing to do, two inputs would share an output, or an output would replace an
-    input.
+    input or another file that pdd has not made.
     """
-    if source.is_dir():
-        found = find_images(source, recursive=recursive, wanted=_is_input)
-        jobs = _folder_jobs(source, found, Path(output), format, suffix)
-    elif source.exists():
-        jobs = [Job(source, _target_of_file(source, output, format, suffix))]
-    elif glob.has_magic(str(source)):
-        root, found = _matching(source)
-        jobs = _folder_jobs(root, found, Path(output), format, suffix, f"no images or videos match {source}")
+    if len(sources) == 1:
+        jobs = _jobs_of(sources[0], output, format, suffix, recursive)
     else:
-        raise InputError(f"{source}: no such file or folder")
-    _refuse_collisions(jobs)
+        if not _is_folder_name(output):
+            raise InputError(
+                f"{len(sources)} inputs, but the output {output} is a file",
+                "Name a folder last, for example: pdd upscale *.jpg upscaled/",
+            )
+        folder = f"{output}/"
+        jobs = []
+        for source in sources:
+            below = f"{folder}{source.resolve().name}" if source.is_dir() else folder
+            jobs += _jobs_of(source, below, format, suffix, recursive)
+        jobs = list({job.source.resolve(): job for job in jobs}.values())  # named twice, made once
+    refuse_collisions(jobs)
     if format in ("heic", "jxl"):
         load_plugin(FORMATS[f".{format}"])
     return jobs
 
 
-def manifest_folder(source: Path, output: str) -> Path | None:
-    """The folder that holds the manifest of a run; None for a single file, which needs none."""
-    return Path(output) if source.is_dir() or not source.exists() else None
+def _jobs_of(source: Path, output: str, format: FormatChoice, suffix: str, recursive: bool) -> list[Job]:
+    """The jobs of one file, folder or pattern."""
+    if source.is_dir():
+        found = find_images(source, recursive=recursive, wanted=_is_input)
+        return _folder_jobs(source, found, Path(output), format, suffix)
+    if source.exists():
+        return [Job(source, _target_of_file(source, output, format, suffix))]
+    if glob.has_magic(str(source)):
+        root, found = _matching(source)
+        return _folder_jobs(root, found, Path(output), format, suffix, f"no images or videos match {source}")
+    raise InputError(f"{source}: no such file or folder")
+
+
+def _is_folder_name(output: str) -> bool:
+    """Whether outputs go into `output`: a folder that exists, or a name with a slash at its end or without suffix."""
+    path = Path(output)
+    return path.is_dir() or output.endswith(("/", os.sep)) or (not path.suffix and not path.exists())
+
+
+def manifest_folder(sources: Sequence[Path], output: str, jobs: Sequence[Job], *, strip: bool) -> Path | None:
+    """The folder that holds the manifest of a run; None for a single file, which says itself that pdd made it.
+
+    A file that is stripped of all metadata does not say so.
+    """
+    if len(sources) == 1 and sources[0].is_file():
+        return jobs[0].target.parent if strip else None
+    return Path(output)
 
 
 def _matching(pattern: Path) -> tuple[Path, list[Path]]:
@@ -179,7 +223,7 @@ def _target_of_file(source: Path, output: str, format: FormatChoice, suffix: str
     check = check_video_name if is_video(source) else format_of
     if format != "keep" and (format in _VIDEO_FORMATS) != is_video(source):
         raise InputError(f"--format {format} isn't one for {source}", "Leave it out, or name another format.")
-    if path.is_dir() or output.endswith(("/", os.sep)) or not path.suffix:
+    if _is_folder_name(output):
         target = _named(path / source.name, format, suffix)
         check(target)
         return target
@@ -208,20 +252,33 @@ def _is_input(path: Path | str) -> bool:
     return is_image(path) or is_video(path)
 
 
-def _refuse_collisions(jobs: Sequence[Job]) -> None:
-    sources = {job.source.resolve() for job in jobs}
+def refuse_collisions(
+    jobs: Sequence[Job], protected: Iterable[Path] = (), hint: str = "Name another output, or add --suffix _x4."
+) -> None:
+    """Raise InputError where an output would replace an input or a `protected` file, or two inputs share an output.
+
+    Files are compared as the file system does: links and other spellings of a name are seen through.
+    """
+    inputs = {_identity(path) for path in (*(job.source for job in jobs), *protected)}
     by_target: dict[Path, Path] = {}
     for job in jobs:
-        if job.target.resolve() in sources:
-            raise InputError(
-                f"the output {job.target} would replace an input", "Name another output, or add --suffix _x4."
-            )
-        other = by_target.setdefault(job.target, job.source)
+        if _identity(job.target) in inputs:
+            raise InputError(f"the output {job.target} would replace an input", hint)
+        other = by_target.setdefault(job.target.resolve(), job.source)
         if other != job.source:
             raise InputError(
                 f"{other} and {job.source} would both become {job.target}",
-                "Rename one of them, or leave --format out.",
+                "Rename one of them, or upscale them into folders of their own.",
             )
+
+
+def _identity(path: Path) -> tuple[int, int] | Path:
+    """The same for all names of one file: its device and number, or the resolved path while it does not exist."""
+    try:
+        status = path.stat()
+    except OSError:
+        return path.resolve()
+    return (status.st_dev, status.st_ino) if status.st_ino else path.resolve()
 
 
 # --- making them ------------------------------------------------------------------------------------------------
@@ -339,8 +396,8 @@ def run_jobs(
 ) -> Iterator[Result]:
     """Do the jobs in turn, yielding what became of each.
 
-    Skipped, unless `output.overwrite`: with a `manifest`, what the same input, weights and settings have made already
-    and files that no run has made; without one, all that exists. The next image is decoded and the last one encoded
+    Skipped, unless `output.overwrite`: with a `manifest`, what the same input, weights and settings have made already;
+    without one, every output of pdd that exists. The next image is decoded and the last one encoded
     while one is computed. A job that fails doesn't stop the others; a full disk does (ResourceError), for it would
     stop them all.
     """
@@ -418,8 +475,6 @@ def _load(job: Job, upscaler: Upscaler, output: Output, manifest: Manifest | Non
     started = time.perf_counter()
     size_in = None
     try:
-        if manifest is None and not output.overwrite and job.target.exists():
-            return _Loaded(job, Result(job, "skipped"))
         data = read_bytes(job.source)
         digest = sha256(data).hexdigest()
         key = manifest.key(digest) if manifest else ""
@@ -441,18 +496,27 @@ def _load(job: Job, upscaler: Upscaler, output: Output, manifest: Manifest | Non
 
 
 def skipped(job: Job, key: str, output: Output, manifest: Manifest | None) -> Result | None:
-    """That a job has nothing to do, if so; `key` is the manifest's for what it would make."""
-    if output.overwrite:
+    """That a job has nothing to do, if so; `key` is the manifest's for what it would make.
+
+    Raises InputError where the output is a file that pdd has not made: no option replaces it.
+    """
+    if not job.target.exists():
         return None
-    if manifest is None:
-        return Result(job, "skipped") if job.target.exists() else None
-    match manifest.state(job.target, key):
-        case "current":
-            return Result(job, "skipped")
-        case "foreign":
-            return Result(job, "skipped", "exists, and was not made by pdd here; --overwrite replaces it")
-        case _:
-            return None
+    state = manifest.state(job.target, key) if manifest else "foreign"
+    if state == "foreign":
+        check_own(job.target)
+    if output.overwrite or state == "stale":
+        return None
+    return Result(job, "skipped")
+
+
+def check_own(target: Path) -> None:
+    """Raise InputError where `target` exists without a sign that pdd made it."""
+    if target.exists() and not made_by_pdd(target):
+        raise InputError(
+            f"{target} exists and was not made by pdd, or was changed since: it is not replaced",
+            "Move it away, or name another output. For several inputs name a folder last: pdd upscale *.jpg upscaled/",
+        )
 
 
 def _check_target(job: Job, size: tuple[int, int], output: Output) -> None:
