@@ -1,7 +1,11 @@
 """Our networks against spandrel's, torchvision's and timm's."""
 
+import shutil
+
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from spandrel import ModelLoader
 
 from pdd_cli.errors import InputError
@@ -107,13 +111,148 @@ def test_params_ema_is_taken_and_code_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04broken"])
-def test_damaged_files_are_named(tmp_path, content):
+class Plain:
+    """A class that no loader of weights knows."""
+
+
+STATE = tiny(blocks=1).state_dict()
+OTHER = {key: tensor + 1 for key, tensor in STATE.items()}
+DISCRIMINATOR = {f"conv{number}.weight": torch.zeros(512, 512, 3, 3) for number in range(2)}
+
+
+def prefixed(prefix, state):
+    return {prefix + key: tensor for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        STATE,
+        {"params-ema": STATE, "params": OTHER},
+        {"params": OTHER, "params_ema": STATE},
+        {"net": STATE},
+        {"state_dict": STATE, "epoch": 3},
+        {"model": STATE, "optimizer": {"state": {0: {"exp_avg": torch.zeros(9_000_000)}}, "param_groups": []}},
+        {"model_state_dict": STATE, "optimizer_state_dict": {"x": torch.zeros(9_000_000)}},
+        {"generator": STATE, "discriminator": DISCRIMINATOR},
+        {"G": STATE, "D": DISCRIMINATOR},
+        {"g": OTHER, "g_ema": STATE},
+        {"state": {"model": STATE}, "step": torch.tensor(3)},
+        {"checkpoint": {"nets": {"netG": STATE, "netD": DISCRIMINATOR}}, "iter": 5},
+        prefixed("module.", STATE),
+        {"state_dict": prefixed("module.", STATE)},
+        {"state_dict": prefixed("_orig_mod.module.", STATE)},
+        {"params": prefixed("module.netG.", STATE)},
+        {"state_dict": prefixed("net_g.", STATE)},
+        {
+            "state_dict": prefixed("net_g.", STATE)
+            | prefixed("net_d.", DISCRIMINATOR)
+            | prefixed("loss.", DISCRIMINATOR)
+        },
+        {"state_dict": prefixed("net_g.", OTHER) | prefixed("net_g_ema.", STATE)},
+        {"state_dict": prefixed("model.", STATE)},
+        {"state_dict": prefixed("module.", old_layout(STATE))},
+        old_layout(STATE),
+    ],
+)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_network_is_found_however_a_checkpoint_nests_it(tmp_path, content, legacy):
+    path = tmp_path / "nested.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    found = load_sr_model(path).module.state_dict()
+    assert set(found) == set(STATE)
+    assert all(torch.equal(found[key], STATE[key]) for key in STATE)
+
+
+def test_the_content_decides_the_format_not_the_name(tmp_path):
+    save_file(STATE, tmp_path / "named.pth")
+    save_file(STATE, tmp_path / "NAMED.SAFETENSORS")
+    torch.save(STATE, tmp_path / "other.safetensors")
+    torch.save(STATE, tmp_path / "pytorch_model.bin")
+    torch.save(STATE, tmp_path / "no_suffix")
+    for path in tmp_path.iterdir():
+        assert all(torch.equal(tensor, STATE[key]) for key, tensor in read_state(path).items()), path
+
+
+def onnx_model(path):
+    import onnx
+
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", values[:1], values[1:])), path)
+
+
+def scripted(path):
+    torch.jit.save(torch.jit.trace(torch.nn.Conv2d(3, 3, 3), torch.zeros(1, 3, 8, 8)), path)
+
+
+def archive(format):
+    def make(path):
+        inner = path.parent / "inner"
+        inner.mkdir(exist_ok=True)
+        torch.save(STATE, inner / "real.pth")
+        shutil.move(shutil.make_archive(str(path.parent / "packed"), format, inner), path)
+
+    return make
+
+
+def cut(save):
+    def make(path):
+        save(path)
+        path.write_bytes(path.read_bytes()[:-5000])
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: path.mkdir(), "is a folder"),
+        (lambda path: path.write_text("\n <!DOCTYPE html><html>not found</html>"), "an HTML page"),
+        (lambda path: path.write_text("<html><body>"), "an HTML page"),
+        (lambda path: path.write_text('<?xml version="1.0"?><Error/>'), "an XML file"),
+        (lambda path: path.write_text('{"error": "Access denied"}'), "a JSON text"),
+        (lambda path: path.write_text("Entry not found\n"), "a text file"),
+        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), "Git LFS"),
+        (lambda path: path.write_text("/annex/objects/SHA256E-s9--0.pth\n"), "git-annex"),
+        (onnx_model, "an ONNX model"),
+        (scripted, "a TorchScript program"),
+        (archive("zip"), r"a zip archive \(of .*real\.pth"),
+        (archive("tar"), "an archive"),
+        (archive("gztar"), "an archive"),
+        (archive("xztar"), "an archive"),
+        (lambda path: Image.new("RGB", (9, 9)).save(path, "PNG"), "an image"),
+        (lambda path: Image.new("RGB", (9, 9)).save(path, "JPEG"), "an image"),
+        (lambda path: torch.save(Plain(), path), r"Python objects \(tests.test_models.Plain\)"),
+        (lambda path: torch.save({"params": STATE, "args": Plain()}, path), "Python objects"),
+        (lambda path: torch.save({"args": Plain()}, path, _use_new_zipfile_serialization=False), "Python objects"),
+        (lambda path: torch.save({"epoch": 3}, path), r"no table of tensors \(epoch\)"),
+        (cut(lambda path: torch.save(STATE, path)), "incomplete"),
+        (cut(lambda path: torch.save(STATE, path, _use_new_zipfile_serialization=False)), "incomplete"),
+        (cut(lambda path: save_file(STATE, path)), "incomplete"),
+        (lambda path: path.write_bytes(b"PK\x03\x04broken"), "incomplete"),
+        (lambda path: path.write_bytes(bytes(range(256)) * 9), "not a weights file"),
+        (lambda path: path.write_text("7767517\n1 1\nInput x 0 1 x\n"), "half of an ncnn model"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_what_is_no_weights_file_is_called_by_its_name(tmp_path, make, words):
     for suffix in (".pth", ".safetensors"):
         path = tmp_path / f"broken{suffix}"
-        path.write_bytes(content)
-        with pytest.raises(InputError, match="broken"):
+        make(path)
+        with pytest.raises(InputError, match=words) as raised:
             load_sr_model(path)
+        assert str(path.with_suffix("")) in raised.value.message
+        assert raised.value.hint or "table" in words or "half" in words
+
+
+def test_weights_with_nan_are_refused(tmp_path):
+    state = {key: tensor.clone() for key, tensor in STATE.items()}
+    state["conv_up2.bias"][1] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    with pytest.raises(InputError, match=r"conv_up2\.bias holds values that are not finite"):
+        load_sr_model(tmp_path / "nan.safetensors")
 
 
 @pytest.mark.parametrize("name", ["vgg16", "vgg19"])

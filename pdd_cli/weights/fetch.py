@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pdd_cli.errors import DownloadError, InputError, ResourceError
-from pdd_cli.weights import ncnn, sources
+from pdd_cli.weights import sources
 from pdd_cli.weights.catalog import (
     CATALOG,
     CatalogEntry,
@@ -50,16 +50,17 @@ def ensure(reference: str, *, store: Store, offline: bool, on_event: OnEvent) ->
 
     Raises InputError for an unknown name or missing file, DownloadError where the name can't be fetched.
     """
-    path = Path(reference)
-    if path.suffix in SUFFIXES or len(path.parts) > 1:
-        if not path.is_file():
-            raise InputError(f"no such weights file: {reference}")
-        return path
-    installed = store.get(reference)
+    path = Path(reference).expanduser()
+    names_file = path.suffix.lower() in SUFFIXES or len(path.parts) > 1
+    installed = None if names_file else store.get(reference)
     if installed is not None:
         return installed.path
     if path.is_file():
-        raise InputError(f"{reference}: weights files end with {', '.join(SUFFIXES)}")
+        return path
+    if path.is_dir() and names_file:
+        raise InputError(f"{reference} is a folder, not a weights file", "Name the file in it.")
+    if names_file:
+        raise InputError(f"no such weights file: {reference}")
     return fetch(_known(reference, store), store=store, offline=offline, on_event=on_event).path
 
 
@@ -203,14 +204,7 @@ def _read(entry: CatalogEntry, path: Path) -> tuple[str, dict[str, Tensor]]:
     if path.name == entry.file and entry.sha256 and not digest.startswith(entry.sha256):
         # Under its published name it can only be a damaged or exchanged file.
         raise InputError(f"{path.name}: its sha256 is {digest}, {entry.sha256} was expected")
-    if path.suffix != ".bin":
-        return digest, read_state(path)
-    param = path.with_suffix(".param")
-    if not param.is_file():
-        raise InputError(f"{path.name}: {param.name}, which says what is in it, isn't beside it")
-    layers = ncnn.read_layers(param.read_text(errors="replace"), path.read_bytes(), origin=path.name)
-    convert = ncnn.rrdbnet_state if entry.architecture == "RRDBNet" else ncnn.compact_state
-    return digest, convert(layers, origin=path.name)
+    return digest, read_state(path)
 
 
 def _wanted(entry: CatalogEntry, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

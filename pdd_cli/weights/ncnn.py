@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MAGIC = "7767517"
+_OTHER = (
+    "pdd converts RRDBNet and SRVGGNetCompact from ncnn. Of others take the .pth or .safetensors they were made from."
+)
 _TYPES: dict[int, np.dtype[np.float16] | np.dtype[np.float32]] = {0x01306B47: np.dtype("<f2"), 0: np.dtype("<f4")}
 # Layers of this family that have no weights of their own.
 _WITHOUT_WEIGHTS = {
@@ -60,16 +63,23 @@ def read_layers(param: str, data: bytes, *, origin: str) -> list[Layer]:
         elif kind == "PReLU":
             layers.append(Layer(kind, reader.plain(number["0"])))
         else:
-            raise InputError(f"{origin}: a layer of kind {kind}, which pdd can't convert")
+            raise InputError(f"{origin}: an ncnn model with a layer of kind {kind}", _OTHER)
     reader.finish()
     return layers
+
+
+def read_state(param: str, data: bytes, *, origin: str) -> dict[str, Tensor]:
+    """The tensors under the names of the PyTorch network. Raises InputError for networks other than these two."""
+    layers = read_layers(param, data, origin=origin)
+    convert = compact_state if any(layer.kind == "PReLU" for layer in layers) else rrdbnet_state
+    return convert(layers, origin=origin)
 
 
 def rrdbnet_state(layers: Sequence[Layer], *, origin: str) -> dict[str, Tensor]:
     """The tensors of an RRDBNet under Real-ESRGAN's names. Raises InputError for the layers of another network."""
     blocks, rest = divmod(len(layers) - 6, 15)
     if blocks < 1 or rest or any(layer.kind != "Convolution" for layer in layers):
-        raise InputError(f"{origin}: not an RRDBNet")
+        raise InputError(f"{origin}: not an RRDBNet", _OTHER)
     dense = [f"body.{b}.rdb{r}.conv{c}" for b in range(blocks) for r in (1, 2, 3) for c in (1, 2, 3, 4, 5)]
     return _named(["conv_first", *dense, "conv_body", "conv_up1", "conv_up2", "conv_hr", "conv_last"], layers)
 
@@ -78,7 +88,7 @@ def compact_state(layers: Sequence[Layer], *, origin: str) -> dict[str, Tensor]:
     """The tensors of an SRVGGNetCompact under Real-ESRGAN's names. Raises InputError for another network's layers."""
     kinds = [layer.kind for layer in layers]
     if len(kinds) < 3 or kinds != ["Convolution", "PReLU"] * (len(kinds) // 2) + ["Convolution"]:
-        raise InputError(f"{origin}: not an SRVGGNetCompact")
+        raise InputError(f"{origin}: not an SRVGGNetCompact", _OTHER)
     return _named([f"body.{index}" for index in range(len(layers))], layers)
 
 

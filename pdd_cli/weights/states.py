@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pdd_cli.errors import InputError
 
@@ -13,37 +15,172 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 
+# Names under which training code keeps what is not the network to upscale with.
+_OTHER = re.compile(r"(?i)optim|sched|discriminator|loss|^net_?d$|^d$")
+_AVERAGED = re.compile(r"(?i)(?<![a-z])ema(?![a-z])")
+_GENERATOR = re.compile(r"(?i)(net_?g|model_?g|generator|gen|g)(_ema)?")
+# What wrappers put before every key. `model.0` and `net.0` are names of layers themselves.
+_WRAPPED = re.compile(r"(?i)(module|_orig_mod|net_?g|model_?g|generator|gen|g|params|(model|net)(?!\.\d))(_ema)?\.")
+
+_PYTORCH = "pdd reads PyTorch weights (.safetensors, .pth, .pt, .ckpt): take the file that this one was made from."
+_AGAIN = "Download or copy it again."
+_UNPACK = "Unpack it and give the weights file inside."
+# What other files begin with: what they are, and what to do.
+_KINDS: tuple[tuple[re.Pattern[bytes], str, str], ...] = tuple(
+    (re.compile(pattern, re.DOTALL), what, hint)
+    for pattern, what, hint in (
+        (rb"(?i)\s*(<!doctype html|<html|<head)", "an HTML page",
+         "The download needs a log-in, or its address is of a page: open it in a browser and save the file itself."),
+        (rb"version https://git-lfs", "a Git LFS pointer, not the file it stands for",
+         "Run `git lfs pull` where it was cloned, or download the file from its web page."),
+        (rb"(\.\./)*\.?/?annex/objects", "a git-annex pointer, not the file it stands for", "Run `git annex get`."),
+        (rb"\x08.[\x12\x1a\x3a\x42]", "an ONNX model", _PYTORCH),
+        (rb"\x89HDF\r\n", "an HDF5 file (Keras)", _PYTORCH),
+        (rb"....TFL3", "a TensorFlow Lite model", _PYTORCH),
+        (rb"GGUF", "a GGUF file", _PYTORCH),
+        (rb"ftrt|.{4}ptrt", "a TensorRT engine", _PYTORCH),
+        (rb"7z\xbc\xaf|Rar!|\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|.{257}ustar", "an archive", _UNPACK),
+        (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF|II\*\0|MM\0\*", "an image", "Give the weights first where both are named."),
+        (rb"%PDF", "a PDF document", _PYTORCH),
+        (rb"\s*<", "an XML file", _PYTORCH),
+        (rb"\s*[\[{]", "a JSON text", _AGAIN),
+        (rb"[\x20-\x7e\s]+$", "a text file", _AGAIN),
+    )
+)  # fmt: skip
+
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .pth/.pt/.ckpt file, without running any code from it.
+    """The tensors of the network in a weights file, without running any code from it.
 
-    A checkpoint that nests its tensors is unwrapped; of BasicSR's `params` and `params_ema` the latter is taken.
-    Raises InputError for a file that can't be read or holds no tensors.
+    The content decides the format, not the suffix: safetensors, a file of `torch.save`, or ncnn's `.bin` and `.param`.
+    Of a training checkpoint the network is taken, its average over training (`params_ema`) where there is one, and
+    what wrappers put before the keys (`module.`) is removed.
+
+    Raises InputError that says what the file is where it isn't one.
     """
-    import torch
+    try:
+        with path.open("rb") as opened:
+            head = opened.read(512)
+    except FileNotFoundError:
+        raise InputError(f"no such weights file: {path}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, not a weights file", "Name the file in it.") from None
+    except OSError as error:
+        raise InputError(f"can't read the weights file {path}: {error.strerror}") from error
+    if not head:
+        raise InputError(f"{path} is empty (0 bytes)", _AGAIN)
+    if head.startswith(b"7767517") or (path.suffix == ".bin" and path.with_suffix(".param").is_file()):
+        return _read_ncnn(path)
+    if head[8:9] == b"{":
+        return _network(_read_safetensors(path), path)
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        return _network(_read_pickled(path, head), path)
+    for pattern, what, hint in _KINDS:
+        if pattern.match(head):
+            raise InputError(f"{path} is {what}, not a weights file", hint)
+    raise InputError(f"{path} is not a weights file, or its beginning is damaged", f"{_AGAIN} {_PYTORCH}")
+
+
+def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"no such weights file: {path}") from None
+        return load_file(path)  # type: ignore[no-any-return]
     except (SafetensorError, OSError) as error:
-        raise InputError(f"can't read the weights file {path}: {error}") from error
+        raise InputError(f"{path} is damaged or incomplete: {error}", _AGAIN) from error
+
+
+def _read_pickled(path: Path, head: bytes) -> Any:
+    """What `torch.save` wrote, as long as it is tensors in plain containers."""
+    import torch
+
+    if head.startswith(b"PK"):
+        _check_archive(path)
+    try:
+        with path.open("rb") as opened:  # of a path, torch takes the suffix for the format
+            return torch.load(opened, "cpu", weights_only=True)
     except Exception as error:
         # torch.load raises UnpicklingError, RuntimeError, EOFError and others, by where the file is broken.
+        found = re.search(r"GLOBAL (\S+) was not an allowed global|Unsupported (?:global|class) (\S+)", str(error))
+        if found is not None or "weights_only" in str(error):
+            what = f" ({found[1] or found[2]})" if found else ""
+            raise InputError(
+                f"{path} holds Python objects{what}, more than tensors",
+                "pdd never runs code from a weights file. Where it was made, save the tensors alone: "
+                "torch.save(model.state_dict(), FILE)",
+            ) from error
+        raise InputError(f"{path} is damaged or incomplete", _AGAIN) from error
+
+
+def _check_archive(path: Path) -> None:
+    """Raises InputError for a zip archive that `torch.save` did not write."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{path} is incomplete: its end is missing", _AGAIN) from error
+    inner = {name.split("/", 1)[1] for name in names if "/" in name}
+    if "constants.pkl" in inner:
         raise InputError(
-            f"can't read the weights file {path}: it is damaged, or holds more than tensors",
-            "pdd never runs code from a weights file. Convert it to safetensors where it was made.",
-        ) from error
-    for key in ("params_ema", "params", "state_dict", "model_state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if (
-        not isinstance(content, Mapping)
-        or not all(isinstance(value, torch.Tensor) for value in content.values())
-        or not content
-    ):
-        raise InputError(f"{path} is not a weights file: it holds no plain table of tensors")
-    return dict(content)
+            f"{path} is a TorchScript program",
+            "pdd never runs code from a weights file. Take the weights it was made from, or, if you trust it, save its "
+            "tensors: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)",
+        )
+    if "data.pkl" not in inner:
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        raise InputError(f"{path} is a zip archive (of {shown or 'nothing'}), not a weights file", _UNPACK)
+
+
+def _read_ncnn(path: Path) -> dict[str, Tensor]:
+    from pdd_cli.weights import ncnn
+
+    param, data = path.with_suffix(".param"), path.with_suffix(".bin")
+    for one in (param, data):
+        if not one.is_file():
+            raise InputError(f"{path} is one half of an ncnn model; the other, {one.name}, is not beside it")
+    return ncnn.read_state(param.read_text(errors="replace"), data.read_bytes(), origin=str(data))
+
+
+def _network(content: Any, path: Path) -> dict[str, Tensor]:
+    """The table of tensors in `content`, however it is nested, under the network's own keys."""
+    tables = list(_tables(content))
+    if not tables:
+        keys = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+        raise InputError(f"{path} is not a weights file: it holds no table of tensors ({keys or 'nothing'})")
+    state = _chosen(tables)
+    while True:
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in state.items():
+            first = key.split(".")[0]
+            parts.setdefault(first if _GENERATOR.fullmatch(first) else "", {})[key] = tensor
+        if len(parts) > 1 and any(parts):  # a generator beside its discriminator, losses, …
+            state = _chosen([(name, part) for name, part in parts.items() if name])
+        wrapped = {_WRAPPED.match(key) for key in state}
+        prefixes = {found[0] if found else "" for found in wrapped}
+        if len(prefixes) != 1 or "" in prefixes:
+            return dict(state)
+        state = {key.removeprefix(*prefixes): tensor for key, tensor in state.items()}
+
+
+def _tables(content: Any, name: str = "", depth: int = 5) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every mapping in `content` that has tensors, with its name: those tensors."""
+    import torch
+
+    if not isinstance(content, Mapping) or not depth:
+        return
+    tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor) and isinstance(key, str)}
+    if tensors:
+        yield name, tensors
+    for key, value in content.items():
+        if not _OTHER.search(str(key)):
+            yield from _tables(value, str(key), depth - 1)
+
+
+def _chosen(tables: list[tuple[str, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """The largest of `tables`, or the average over training of the same network."""
+    sizes = [sum(tensor.numel() for tensor in state.values()) for _, state in tables]
+    whole = [table for table, size in zip(tables, sizes, strict=True) if 2 * size >= max(sizes)]
+    averaged = [table for table in whole if _AVERAGED.search(table[0].replace("_", " "))]
+    _, state = max(averaged or whole, key=lambda table: sum(tensor.numel() for tensor in table[1].values()))
+    return state
