@@ -229,6 +229,7 @@ class UpscaleConfig(Settings):
     suffix: str = ""
     recursive: bool = True
     overwrite: bool = False
+    log: Path | None = None  # a line of JSON for each file, as it ends
     engine: Literal["auto", "torch", "openvino", "winograd"] = "auto"
     device: Device = "auto"
     precision: PrecisionChoice = "auto"

@@ -14,6 +14,9 @@ from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.system import try_lock
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNENCODABLE = "backslashreplace"
+"""Of names that aren't UTF-8: what becomes of them is still valid JSON, which reads back to the same name."""
+
 _TEMPORARY = ".pdd-tmp-"
 _RENAMED_AFTER = 0.1  # seconds; a writer gives up its lock just before it renames the file
 
@@ -76,15 +79,22 @@ def _is_locked(path: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 to `path`, whole or not at all."""
+    """Write `text` as UTF-8 to `path`, whole or not at all; what isn't Unicode (a file's name) as an escape."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors=UNENCODABLE)
 
 
 def append_line(path: Path, line: str) -> None:
     """Add a line to the text file `path`. What a full disk cuts short has no line end."""
-    with told(path), path.open("a", encoding="utf-8") as file:
+    with told(path), path.open("a", encoding="utf-8", errors=UNENCODABLE) as file:
         file.write(line + "\n")
+
+
+def check_writable(path: Path) -> None:
+    """Make the text file `path` where it isn't there. Raises InputError where nothing can be added to it."""
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
 
 
 def is_within(path: Path, folder: Path) -> bool:

@@ -174,10 +174,10 @@ def test_parts_of_a_manifest_become_one(tmp_path: Path) -> None:
         write_image(tmp_path / f"{name}.png", picture(2, 2))
     alone = Manifest(tmp_path, recipe)
     for name in "ab":
-        alone.record(tmp_path / f"{name}.png", alone.key("old"), done=True)
+        alone.record(tmp_path / f"{name}.png", alone.key("old"), source=tmp_path / name, done=True)
     for part, name in enumerate("bc"):
         manifest = Manifest(tmp_path, recipe, part=part)
-        manifest.record(tmp_path / f"{name}.png", manifest.key("new"), done=True)
+        manifest.record(tmp_path / f"{name}.png", manifest.key("new"), source=tmp_path / name, done=True)
     with (tmp_path / ".pdd-manifest.1.jsonl").open("a") as file:  # power failed
         file.write('{"output": "a.p')
 

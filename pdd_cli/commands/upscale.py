@@ -76,6 +76,9 @@ def upscale(
         bool | None,
         typer.Option("--overwrite/--skip-existing", help="Make pdd's own outputs again. [default: skip]"),
     ] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="Add a line of JSON to this file for each input as it ends.", metavar="FILE")
+    ] = None,
     engine: Annotated[
         Literal["auto", "torch", "openvino", "winograd"] | None,
         typer.Option(help="What computes; auto: the fastest that agrees with PyTorch. [default: auto]"),
@@ -133,6 +136,7 @@ def upscale(
             "suffix": suffix,
             "recursive": recursive,
             "overwrite": overwrite,
+            "log": log,
             "engine": engine,
             "device": device,
             "precision": precision,
@@ -144,7 +148,7 @@ def upscale(
     )
 
     from pdd_cli.encoding import Encoding
-    from pdd_cli.files import remove_leftovers
+    from pdd_cli.files import check_writable, remove_leftovers
     from pdd_cli.inference.batch import Output, check_own, manifest_folder, plan_jobs, share_of
     from pdd_cli.inference.manifest import Manifest
 
@@ -183,15 +187,18 @@ def upscale(
         if world.is_first and not dry_run:
             Manifest(folder, recipe).tidy()
         meeting.gather("tidied")
-        manifest = Manifest(folder, recipe, part=world.rank if world.size > 1 else None)
+        part = world.rank if world.size > 1 else None
+        manifest = Manifest(folder, recipe, provenance=provenance, part=part)
     # Nobody begins before all have found the inputs and read the manifest.
     meeting.gather("planned")
     share = share_of(jobs, world)
     started = time.perf_counter()
+    if settings.log is not None and not dry_run:
+        check_writable(settings.log)
     if dry_run:
         results = _preview(share, upscaler, files, manifest, recipe)
     else:
-        results = _run(share, upscalers, files, manifest, recipe, console)
+        results = _run(share, upscalers, files, manifest, recipe, settings.log, console)
     results = _of_all(results, jobs, meeting)
     if world.is_first and not dry_run:
         if folder is not None and world.size > 1:
@@ -300,11 +307,13 @@ def _run(
     files: Output,
     manifest: Manifest | None,
     recipe: Mapping[str, object],
+    log: Path | None,
     console: Console,
 ) -> list[Result]:
     from functools import partial
     from itertools import chain
 
+    from pdd_cli.files import append_line
     from pdd_cli.inference.batch import run_jobs, run_on_devices
     from pdd_cli.inference.video import run_videos
 
@@ -329,6 +338,8 @@ def _run(
                 run_on_devices(run_clips, videos, upscalers, on_start=on_start, on_tile=on_step),
             ):
                 results.append(result)
+                if log is not None:
+                    append_line(log, _log_line(result))
                 progress.update(total, advance=1)
                 if result.status == "failed":
                     console.warn(f"{result.job.source}: failed, going on")
@@ -339,6 +350,15 @@ def _run(
                 "The same command again goes on from there.",
             ) from None
     return results
+
+
+def _log_line(result: Result) -> str:
+    from datetime import datetime, timezone
+    from json import dumps
+
+    time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    values = {"time": time, **_file_document(result), "reason": result.problem}
+    return dumps({key: value for key, value in values.items() if key != "problem"}, ensure_ascii=False, default=str)
 
 
 def _by_kind(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
@@ -386,22 +406,23 @@ def _document(results: Sequence[Result], settings: UpscaleConfig, upscalers: Seq
         **{status: _count(results, status) for status in ("done", "skipped", "failed", "planned")},
         "seconds": round(sum(result.seconds for result in results), 3),
         "model_seconds": round(sum(result.model_seconds for result in results), 3),
-        "files": [
-            {
-                "input": result.job.source,
-                "output": result.job.target,
-                "status": result.status,
-                "problem": result.problem,
-                "size_in": result.size_in,
-                "size_out": result.size_out,
-                "tiles": result.tiles,
-                "seconds": round(result.seconds, 3),
-                "model_seconds": round(result.model_seconds, 3),
-                **({"memory": result.memory} if result.memory else {}),
-                **({"frames": result.frames} if result.frames else {}),
-            }
-            for result in results
-        ],
+        "files": [_file_document(result) for result in results],
+    }
+
+
+def _file_document(result: Result) -> dict[str, object]:
+    return {
+        "input": result.job.source,
+        "output": result.job.target,
+        "status": result.status,
+        "problem": result.problem,
+        "size_in": result.size_in,
+        "size_out": result.size_out,
+        "tiles": result.tiles,
+        "seconds": round(result.seconds, 3),
+        "model_seconds": round(result.model_seconds, 3),
+        **({"memory": result.memory} if result.memory else {}),
+        **({"frames": result.frames} if result.frames else {}),
     }
 
 

@@ -596,10 +596,10 @@ def _write(loaded: _Loaded, channel: _Channel, count: int, output: Output, manif
     if output.provenance is not None and not output.strip:
         made = replace(output.provenance, source_sha256=loaded.digest)
     if manifest is not None:
-        manifest.record(target, loaded.key, done=False)
+        manifest.record(target, loaded.key, source=loaded.job.source, done=False)
     write_sheets(target, channel.sheets(), count=count, encoding=output.encoding, provenance=made)
     if manifest is not None:
-        manifest.record(target, loaded.key, done=True)
+        manifest.record(target, loaded.key, source=loaded.job.source, done=True)
 
 
 def _settled(result: Result) -> Callable[[], Result]:

@@ -8,11 +8,15 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
+from pdd_cli import __version__
 from pdd_cli.errors import InputError
-from pdd_cli.files import atomic_write
+from pdd_cli.files import atomic_write, told
+from pdd_cli.provenance import Provenance, made_by_pdd
+from pdd_cli.weights.sources import file_sha256
 
 NAME = ".pdd-manifest.jsonl"
 _PART = ".pdd-manifest.{}.jsonl"
@@ -22,10 +26,19 @@ State = Literal["current", "stale", "missing", "foreign"]
 
 @dataclass(frozen=True)
 class _Record:
-    """`key` of the run that made the output; while it isn't `done` the file may be that of an earlier run."""
+    """`key` of the run that made the output; while it isn't `done` the file may be that of an earlier run.
+
+    `about`: all that is told of the output, of the last run that was done; empty in a manifest of an earlier version.
+    """
 
     key: str
     done: bool
+    about: Mapping[str, object]
+
+    def line(self, name: str) -> bytes:
+        values = {"output": name, **self.about, "key": self.key, "done": self.done}
+        # A name that isn't UTF-8 holds surrogates; as escapes they are valid JSON, and read back to the same name.
+        return json.dumps(values, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def key_of(digest: str, recipe: Mapping[str, object]) -> str:
@@ -37,17 +50,25 @@ def key_of(digest: str, recipe: Mapping[str, object]) -> str:
 class Manifest:
     """The records of the outputs in one folder: one line of JSON each, appended when an output is begun and done.
 
-    `recipe` is what decides, with the input, what an output is: the weights and the settings. `part`: the number of
-    this process where several make outputs of the folder; each appends to a file of its own, for appends from several
-    machines to one file may be lost. A line that was cut short by a power failure is passed over, and its output made
-    again.
+    `recipe` is what decides, with the input, what an output is: the weights and the settings. `provenance` says the
+    same to people. `part`: the number of this process where several make outputs of the folder; each appends to a file
+    of its own, for appends from several machines to one file may be lost. A line that was cut short by a power failure
+    is passed over, and its output made again.
     """
 
-    def __init__(self, folder: Path, recipe: Mapping[str, object], *, part: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Mapping[str, object],
+        *,
+        provenance: Provenance | None = None,
+        part: int | None = None,
+    ) -> None:
         self._folder = folder
         self._whole = folder / NAME
         self._path = self._whole if part is None else folder / _PART.format(part)
         self._recipe = recipe
+        self._provenance = provenance
         self._records: dict[str, _Record] = {}
         self._lock = threading.Lock()
         self._lines = 0
@@ -61,28 +82,51 @@ class Manifest:
         return key_of(digest, self._recipe)
 
     def state(self, target: Path, key: str) -> State:
-        """Whether the output `target` is what `key` makes; `foreign` is a file that no recorded run has made."""
+        """Whether the output `target` is what `key` makes; `foreign` is a file that pdd has not made, or not alone."""
         if not target.exists():
             return "missing"
         record = self._records.get(self._name(target))
-        if record is None:
-            return "foreign"
-        return "current" if record == _Record(key, True) else "stale"
+        if record is not None and record.done and record.key == key:
+            return "current"
+        return "stale" if self.made(target) else "foreign"
 
-    def record(self, target: Path, key: str, *, done: bool) -> None:
+    def made(self, target: Path) -> bool:
+        """Whether a recorded run made the file `target`, and nothing has changed it since."""
+        record = self._records.get(self._name(target))
+        if record is None:
+            return False
+        known = record.about.get("output_sha256")
+        # The last: of a run that ended between the file and its record.
+        return known is None or known == file_sha256(target) or made_by_pdd(target)
+
+    def record(self, target: Path, key: str, *, source: Path, done: bool) -> None:
         """Note that `target` is begun or done. Raises InputError, ResourceError where that can't be written."""
         name = self._name(target)
-        line = json.dumps({"output": name, "key": key, "done": done}, ensure_ascii=False) + "\n"
-        with self._lock:
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                with self._path.open("ab") as file:
-                    file.write(line.encode("utf-8", "surrogateescape"))
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise InputError(f"can't write {self._path}: {error.strerror or error}") from error
-            self._records[name] = _Record(key, done)
+        record = _Record(key, done, self._about(target, source, key) if done else self._known(name))
+        with self._lock, told(self._path):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab") as file:
+                file.write(record.line(name))
+                file.flush()
+                os.fsync(file.fileno())
+            self._records[name] = record
+
+    def _known(self, name: str) -> Mapping[str, object]:
+        record = self._records.get(name)
+        return record.about if record is not None else {}
+
+    def _about(self, target: Path, source: Path, key: str) -> dict[str, object]:
+        made = self._provenance
+        return {
+            "input": source.absolute(),
+            "input_sha256": key.partition("-")[0],
+            "output_sha256": file_sha256(target),
+            "weights": made.model if made else None,
+            "weights_sha256": made.sha256 if made else None,
+            "settings": {name: value for name, value in self._recipe.items() if name != "weights"},
+            "pdd": __version__,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
 
     def tidy(self) -> None:
         """Bring all records into one file, a line each, where there are parts, or lines that are cut short or old.
@@ -93,12 +137,8 @@ class Manifest:
         # Two lines an output are its life; what is more is from earlier runs.
         if not parts and not self._cut and self._lines <= 4 * len(self._records) + 100:
             return
-        text = "".join(
-            json.dumps({"output": name, "key": record.key, "done": record.done}, ensure_ascii=False) + "\n"
-            for name, record in self._records.items()
-        )
         with atomic_write(self._whole) as temporary:
-            temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
+            temporary.write_bytes(b"".join(record.line(name) for name, record in self._records.items()))
         # Only then: until now they say the same as the whole.
         for path in parts:
             path.unlink(missing_ok=True)
@@ -124,6 +164,7 @@ class Manifest:
         for line in lines:
             try:
                 values = json.loads(line)
-                self._records[str(values["output"])] = _Record(str(values["key"]), bool(values["done"]))
+                name, key, done = str(values.pop("output")), str(values.pop("key")), bool(values.pop("done"))
+                self._records[name] = _Record(key, done, values)
             except (ValueError, KeyError, TypeError):
                 continue  # cut short

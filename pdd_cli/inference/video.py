@@ -270,12 +270,12 @@ def _upscale(
         parts.abandon()
         raise
     if manifest is not None:
-        manifest.record(job.target, key, done=False)
+        manifest.record(job.target, key, source=job.source, done=False)
     assemble(
         clip, plan.codec, job.target, parts.paths, reader.times, reader.end, length=PART_FRAMES, strip=output.strip
     )
     if manifest is not None:
-        manifest.record(job.target, key, done=True)
+        manifest.record(job.target, key, source=job.source, done=True)
     parts.remove()
     return Result(
         job,
