@@ -60,12 +60,12 @@ def test_an_output_that_was_edited_is_not_replaced(pdd, ground: Path, tmp_path: 
     with Image.open(out / "1.png") as image:
         image.rotate(180).save(out / "1.png")
     edited = (out / "1.png").read_bytes()
-    document = json.loads(pdd(*command, "--scale", 2).out)
-    assert {Path(file["input"]).name: file["status"] for file in document["files"]} == {
-        "0.png": "done",
-        "1.png": "skipped",
-        "2.png": "done",
-    }
+    for option in (("--scale", 2), ("--scale", 2, "--overwrite")):
+        found = pdd(*command, *option)
+        assert found.code == 3
+        assert [file["status"] for file in json.loads(found.out)["files"]] == ["done", "failed", "done"]
+        assert (out / "1.png").read_bytes() == edited
+    assert json.loads(pdd(*command[:-1], "--json", "--overwrite", "--strip-metadata").out)["failed"] == 1
     assert (out / "1.png").read_bytes() == edited
 
 

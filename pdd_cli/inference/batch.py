@@ -503,11 +503,11 @@ def skipped(job: Job, key: str, output: Output, manifest: Manifest | None) -> Re
     if not job.target.exists():
         return None
     state = manifest.state(job.target, key) if manifest else "foreign"
-    if state == "foreign":
+    if state == "current" and not output.overwrite:
+        return Result(job, "skipped")
+    if manifest is None or not manifest.made(job.target):
         check_own(job.target)
-    if output.overwrite or state == "stale":
-        return None
-    return Result(job, "skipped")
+    return None if output.overwrite or state == "stale" else Result(job, "skipped")
 
 
 def check_own(target: Path) -> None:
