@@ -269,6 +269,7 @@ class EvaluateConfig(Settings):
     upscaled_dir: Path = Path("upscaled")
     metrics: tuple[str, ...] = Field(default=("niqe",), min_length=1)
     crop_border: Annotated[int, Field(ge=0)] = 0
+    luma: Literal["full", "matlab"] = "full"
     output: Path | None = None
     device: Device = "auto"
     offline: bool = False

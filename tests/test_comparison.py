@@ -128,7 +128,16 @@ def test_consistency_is_the_psnr_of_torchs_downscaling() -> None:
     assert colour_drift(gray, darker) == pytest.approx(50.03 - 29.72, abs=0.01)  # L* of sRGB 119 and 70
 
 
-@pytest.mark.parametrize(("lr", "words"), [((64, 96), "not smaller"), ((24, 16), "another shape")])
+def test_an_image_that_was_restored_without_enlarging_has_an_lr_of_its_size() -> None:
+    rng = np.random.default_rng(0)
+    lr = rng.random((20, 30, 3))
+    restored = np.clip(lr + 0.02 * rng.standard_normal(lr.shape), 0, 1)
+    expected = -10 * np.log10(np.mean((restored - lr) ** 2))
+    assert downscale_consistency(restored, lr) == pytest.approx(expected, abs=1e-3)
+    assert colour_drift(lr, lr) == 0
+
+
+@pytest.mark.parametrize(("lr", "words"), [((65, 97), "larger"), ((24, 16), "another shape")])
 def test_what_is_no_lr_of_the_image_is_refused(lr: tuple[int, int], words: str) -> None:
     for function in (downscale_consistency, colour_drift):
         with pytest.raises(ValueError, match=words):
@@ -224,7 +233,7 @@ def test_bad_companions_are_named_and_the_others_are_scored(sets: Path) -> None:
                                 "--baseline", sets / "poor", "--metrics", "psnr", "--json")  # fmt: skip
     assert isinstance(error, PartialFailure)
     assert code == 3
-    for words in ("0.png: the image is 80x64, its LR 80x64: not smaller", "1.png: no LR image of that name",
+    for words in ("good/0.png and its LR", "1.png: no LR image of that name",
                   "2.png: no image of the baseline of that name", "3.png: damaged", "79x64"):  # fmt: skip
         assert words in err, words
     document = json.loads(out)

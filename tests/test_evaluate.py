@@ -11,13 +11,17 @@ import re
 import signal
 import subprocess
 import sys
+import unicodedata
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyiqa
 import pytest
 import scipy.io
+import scipy.signal
 import torch
 from PIL import Image
 from pyiqa.models.inference_model import InferenceModel
@@ -26,8 +30,10 @@ from typer.testing import CliRunner
 from pdd_cli.cli import app
 from pdd_cli.errors import DownloadError, InputError, PartialFailure, PddError
 from pdd_cli.images import Picture, write_image
+from pdd_cli.iqa import metrics as metrics_module
 from pdd_cli.iqa.metrics import Item, metric_infos, score
 from pdd_cli.iqa.pairing import pair, plain_stem
+from pdd_cli.iqa.report import Report, ScoredSet, write_report
 from pdd_cli.latest import LatestUpscale, UpscaledPair, remember_upscale
 
 DATA = Path(os.environ.get("PDD_TEST_DATA", "nowhere"))
@@ -170,6 +176,62 @@ def test_table_csv_and_json_show_the_same(folders: tuple[Path, Path], tmp_path: 
     assert ".csv" in err
 
 
+def matlab_luma(image: np.ndarray) -> np.ndarray:
+    """The Y of MATLAB's rgb2ycbcr for uint8 RGB, before rounding, by its documentation."""
+    return 16 + (65.481 * image[..., 0] + 128.553 * image[..., 1] + 24.966 * image[..., 2]) / 255
+
+
+def full_luma(image: np.ndarray) -> np.ndarray:
+    return image @ np.array([0.299, 0.587, 0.114])
+
+
+def ssim_of(a: np.ndarray, b: np.ndarray) -> float:
+    """Wang et al.'s SSIM of two gray images in 0..255: Gaussian window of 11x11, σ 1.5, no padding."""
+    at = np.arange(-5, 6)
+    window = np.exp(-(at[:, None] ** 2 + at**2) / (2 * 1.5**2))
+    window /= window.sum()
+
+    def mean(image: np.ndarray) -> np.ndarray:
+        return scipy.signal.convolve2d(image, window, "valid")
+
+    ma, mb = mean(a), mean(b)
+    va, vb, covariance = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    return float(np.mean((2 * ma * mb + c1) * (2 * covariance + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))))
+
+
+@pytest.mark.parametrize(("choice", "luma"), [("full", full_luma), ("matlab", matlab_luma)])
+def test_luma_is_of_full_range_or_matlabs(folders: tuple[Path, Path], choice: str, luma: Callable[..., Any]) -> None:
+    sr, gt = folders
+    code, document, err = evaluate(
+        sr, "--gt-dir", gt, "--metrics", "psnry,ssim,ms_ssim,psnr", "--luma", choice, "--crop-border", "4"
+    )
+    assert code in (0, 3), err  # 64 pixels are too few for ms_ssim
+    for image in document["images"]:  # type: ignore[attr-defined]
+        ours, theirs = (pixels(Path(image[key]))[4:-4, 4:-4] for key in ("image", "reference"))
+        assert image["scores"]["psnry"] == pytest.approx(psnr(luma(ours), luma(theirs)), abs=2e-3)
+        assert image["scores"]["ssim"] == pytest.approx(ssim_of(luma(ours).round(), luma(theirs).round()), abs=1e-4)
+        assert image["scores"]["psnr"] == pytest.approx(psnr(ours, theirs), abs=1e-3)  # over RGB, whatever the luma
+    assert document["luma"] == choice
+    assert {"full": "0 to 255 (full range)", "matlab": "16 to 235 (as MATLAB's rgb2ycbcr)"}[choice] in err
+
+
+def test_matlabs_luma_is_pyiqas_where_pyiqa_offers_it(tmp_path: Path) -> None:
+    clean = photo(200, 210)
+    noisy = np.clip(clean.astype(int) + RNG.integers(-12, 13, clean.shape), 0, 255).astype(np.uint8)
+    save(tmp_path / "a.png", noisy)
+    save(tmp_path / "b.png", clean)
+    code, document, err = evaluate(tmp_path / "a.png", "--gt-dir", tmp_path / "b.png", "--luma", "matlab",
+                                   "--metrics", "psnry,ssim,ms_ssim,cw_ssim")  # fmt: skip
+    assert code == 0, err
+    for name, value in document["images"][0]["scores"].items():  # type: ignore[index]
+        theirs = pyiqa.create_metric(name, device="cpu", color_space="ycbcr")
+        assert value == pytest.approx(float(theirs(str(tmp_path / "a.png"), str(tmp_path / "b.png"))), abs=1e-5), name
+    code, _, err = evaluate(tmp_path / "a.png", "--luma", "matlab", "--metrics", "entropy")
+    assert code == 0
+    assert "--luma matlab changes nothing here" in err
+
+
 # --- with and without ground truth ------------------------------------------------------------------------------
 
 
@@ -252,6 +314,41 @@ def test_what_could_belong_to_several_belongs_to_none() -> None:
     assert paired(["a.png"], ["a.png", "a_x4.png"]) == ({"a.png": "a.png"}, [], ["a_x4.png"])
 
 
+def test_a_name_is_counted_over_all_references() -> None:
+    # clip2 lacks its 0001: what is left over, clip3's, is another picture.
+    sr = ["clip1/0001.png", "clip1/0002.png", "clip2/0001.png", "clip2/0002.png"]
+    assert paired(sr, ["clip1/0001.png", "clip1/0002.png", "clip2/0002.png", "clip3/0001.png"]) == (
+        {name: name for name in sr if name != "clip2/0001.png"}, ["clip2/0001.png"], ["clip3/0001.png"],
+    )  # fmt: skip
+    # Also where the name occurs once, for the folders share clip1.
+    assert paired(["clip1/0002.png", "clip2/0001.png"], ["clip1/0002.png", "clip3/0001.png"])[0] == {
+        "clip1/0002.png": "clip1/0002.png"
+    }
+    assert paired(["a/x.png", "b/x.jpg"], ["a/x.png", "c/x.jpg"])[0] == {"a/x.png": "a/x.png"}
+    assert paired(["x.png", "x_x2.png"], ["x.png", "x_x4.png"])[0] == {"x.png": "x.png"}
+    assert paired(["a.png", "a.webp"], ["a.png", "a.jpg"])[0] == {"a.png": "a.png"}
+    # Flat on one side is no other folder.
+    assert paired(["c/a.png", "b.png"], ["c/a.png", "d/b.png"])[0] == {"c/a.png": "c/a.png", "b.png": "d/b.png"}
+
+
+def test_pairs_across_subfolders_are_said(tmp_path: Path) -> None:
+    save(tmp_path / "sr/mine/a.png", photo())
+    save(tmp_path / "gt/original/a.png", photo())
+    code, _, err = evaluate(tmp_path / "sr", "--gt-dir", tmp_path / "gt", "--metrics", "psnr")
+    assert code == 0, err
+    assert "mine/a.png with original/a.png" in err
+
+
+def test_accents_composed_and_decomposed_are_the_same_name(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9/\u00fc\u1ec7.png", "cafe\u0301/u\u0308e\u0323\u0302.png"
+    assert unicodedata.normalize("NFC", decomposed) == composed != decomposed
+    assert paired([composed], [decomposed])[0] == {composed: decomposed}
+    save(tmp_path / "sr" / decomposed, photo())
+    save(tmp_path / "gt" / composed, photo())
+    code, document, err = evaluate(tmp_path / "sr", "--gt-dir", tmp_path / "gt", "--metrics", "psnr")
+    assert (code, document["metrics"][0]["images"]) == (0, 1), err
+
+
 @pytest.mark.parametrize(
     ("stem", "plain"),
     [("Canon_001_LR4", "Canon_001"), ("0801", "0801"), ("img_12", "img_12"), ("x4", "x4"), ("a_x4_out", "a")],
@@ -293,7 +390,111 @@ def test_a_metric_without_a_value_is_told(tmp_path: Path) -> None:
     )
     assert code == 3
     assert set(json.loads(out)["images"][0]["scores"]) == {"psnr"}
-    assert "metric" in err
+    assert "tiny.png: 4x4 pixels are too few for ms_ssim, which needs at least" in err
+
+
+@pytest.mark.parametrize(("name", "smallest"), [("ssim", 11), ("ms_ssim", None), ("cw_ssim", None)])
+def test_too_small_an_image_is_told_with_the_smallest_size(tmp_path: Path, name: str, smallest: int | None) -> None:
+    save(tmp_path / "sr/tiny.png", photo(5, 30))
+    save(tmp_path / "gt/tiny.png", photo(5, 30, seed=1))
+    arguments = ("--gt-dir", tmp_path / "gt", "--metrics", name, "--json")
+    code, _, err, _ = run("evaluate", tmp_path / "sr", *arguments)
+    assert code == 3
+    found = re.search(rf"tiny\.png: 30x5 pixels are too few for {name}, which needs at least (\d+) on each side", err)
+    assert found, err
+    assert smallest in (None, int(found[1]))
+    # That is the smallest, by pyiqa itself.
+    metric = pyiqa.create_metric(name, device="cpu")
+    for side, works in ((int(found[1]), True), (int(found[1]) - 1, False)):
+        one, other = (
+            torch.from_numpy(photo(side, side, seed) / 255.0).permute(2, 0, 1)[None].float() for seed in (0, 1)
+        )
+        try:
+            assert torch.isfinite(metric(one, other)).all() == works
+        except (RuntimeError, AssertionError, IndexError, ValueError):
+            assert not works
+
+
+@needs_data
+def test_niqe_does_not_rest_on_a_block_or_two(tmp_path: Path, hub: Path) -> None:
+    run("fetch-weights", "--metrics", "niqe", "--from", DATA / "iqa" / "niqe_modelparameters.mat")
+    for height, width in ((191, 400), (192, 192), (96, 96), (200, 64)):
+        save(tmp_path / f"sr/{height}x{width}.png", photo(height, width))
+    code, out, err, _ = run("evaluate", tmp_path / "sr", "--metrics", "niqe", "--offline", "--json")
+    assert code == 3
+    assert {i["name"]: list(i["scores"]) for i in json.loads(out)["images"] if i["scores"]} == {"192x192.png": ["niqe"]}
+    assert "400x191 pixels are too few for niqe, which needs at least 192 on each side" in err
+    code, _, err, _ = run(
+        "evaluate", tmp_path / "sr/192x192.png", "--metrics", "niqe", "--offline", "--crop-border", "4"
+    )
+    assert code == 3
+    assert "184x184 pixels after --crop-border are too few for niqe" in err
+
+
+def test_outputs_of_a_model_that_does_not_enlarge_are_scored(tmp_path: Path) -> None:
+    for number in range(2):
+        save(tmp_path / f"lr/{number}.png", photo(seed=number))
+        save(tmp_path / f"sr/{number}.png", np.clip(photo(seed=number).astype(int) + 3, 0, 255).astype(np.uint8))
+    code, document, err = evaluate(tmp_path / "sr", "--lr-dir", tmp_path / "lr", "--metrics", "entropy")
+    assert code == 0, err
+    for image in document["images"]:  # type: ignore[attr-defined]
+        expected = psnr(pixels(Path(image["image"])), pixels(Path(image["lr"])))
+        assert image["scores"]["downscale_consistency"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_an_error_of_any_kind_is_one_images(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    sr, gt = folders
+    real = metrics_module.read_image
+
+    def broken(path: Path) -> Picture:
+        if path.name == "c.png":
+            raise ZeroDivisionError("a bug of a library")
+        return real(path)
+
+    monkeypatch.setattr(metrics_module, "read_image", broken)
+    code, out, err, _ = run("evaluate", sr, "--gt-dir", gt, "--metrics", "psnr", "--json")
+    assert code == 3
+    assert {Path(i["image"]).name for i in json.loads(out)["images"] if i["scores"]} == {"a.png", "b.png"}
+    assert "c.png: can't be read: ZeroDivisionError: a bug of a library" in err
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".html"])
+def test_names_that_are_not_utf_8_are_in_the_report(tmp_path: Path, suffix: str) -> None:
+    names = [os.fsdecode(raw) for raw in (b"caf\xe9.png", b"\x93\xfa\x96{.png", b"\xff.png", "日本.png".encode())]
+    for name in names:
+        save(tmp_path / "sr/x.png", photo()).rename(tmp_path / "sr" / name)
+        save(tmp_path / "gt/x.png", photo(seed=1)).rename(tmp_path / "gt" / name)
+    items = [Item(tmp_path / "sr" / name, tmp_path / "gt" / name) for name in names]
+    metrics = {info: pyiqa.create_metric(info.name, device="cpu") for info in metric_infos(["psnr"])}
+    scored = ScoredSet("sr", dict(zip(names, score(items, metrics), strict=True)))
+    report = tmp_path / f"scores{suffix}"
+    write_report(report, Report(list(metrics), scored, [], 0, {}))
+    text = report.read_bytes().decode()  # UTF-8, the whole of it
+    if suffix == ".json":
+        assert {image["name"] for image in json.loads(text)["images"]} == set(names)  # as they are on the disk
+    for part in ("caf\\udce9.png", "日本.png"):
+        assert part in text
+
+
+def test_a_missing_package_is_named_and_loses_no_other_score(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sr, gt = folders
+    create = pyiqa.create_metric
+
+    def without_one(name: str, **options: object) -> object:
+        if name == "ssim":
+            raise ModuleNotFoundError("No module named 'bitsandbytes'", name="bitsandbytes")
+        return create(name, **options)
+
+    monkeypatch.setattr(pyiqa, "create_metric", without_one)
+    code, out, err, error = run("evaluate", sr, "--gt-dir", gt, "--metrics", "ssim,psnr", "--json")
+    assert isinstance(error, InputError)
+    assert code == 2
+    assert "pip install bitsandbytes" in err
+    assert json.loads(out)["skipped"] == {"ssim": "lacks a Python package"}
+    assert all(set(image["scores"]) == {"psnr"} for image in json.loads(out)["images"])
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's limit on a process's memory")

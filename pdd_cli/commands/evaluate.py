@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -68,6 +68,13 @@ def evaluate(
     crop_border: Annotated[
         int | None, typer.Option(help="Pixels to leave out at each side. [default: 0]", show_default=False)
     ] = None,
+    luma: Annotated[
+        Literal["full", "matlab"] | None,
+        typer.Option(
+            help="Luma of psnry, ssim, ms_ssim and cw_ssim: full (0..255), or matlab (16..235, as papers have it). "
+            "[default: full]"
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Write the report: a page to look at (.html), or all scores (.csv, .json).")
     ] = None,
@@ -102,6 +109,7 @@ def evaluate(
             "weights": _names(weights),
             "upscaled_dir": upscaled_dir,
             "crop_border": crop_border,
+            "luma": luma,
             "output": output,
             "device": device,
             "offline": offline,
@@ -114,7 +122,7 @@ def evaluate(
         return
 
     from pdd_cli.device import choose_runtime
-    from pdd_cli.iqa.metrics import load_metrics, metric_infos
+    from pdd_cli.iqa.metrics import LUMA_METRICS, load_metrics, metric_infos
     from pdd_cli.iqa.report import Report, check_format, write_report
 
     # What can be wrong with the options is told before anything is upscaled or fetched.
@@ -133,6 +141,8 @@ def evaluate(
             f"nothing to compute: {', '.join(skipped)} compare with images that aren't given",
             "Add --gt-dir DIR, or a metric without reference, such as niqe.",
         )
+    if settings.luma == "matlab" and not any(info.name in LUMA_METRICS for info in wanted):
+        console.warn(f"--luma matlab changes nothing here: it is for {', '.join(LUMA_METRICS)}")
     missing = [name for name in settings.fail_if_worse if name not in [info.name for info in wanted]]
     if missing:
         raise InputError(f"--fail-if-worse {', '.join(missing)}: not computed", "Name it in --metrics, too.")
@@ -140,13 +150,20 @@ def evaluate(
     from pdd_cli.commands._fetching import fetch_progress
 
     with fetch_progress(console) as on_event:
-        loaded, lacking = load_metrics(wanted, device=target, offline=settings.offline, on_event=on_event)
+        loaded, lacking = load_metrics(
+            wanted, device=target, luma=settings.luma, offline=settings.offline, on_event=on_event
+        )
     if not loaded:
-        raise _summed(lacking)
-    lost = {info.name: "lacks its weights" for info in wanted if info not in loaded}
+        raise _summed(lacking.values())
+    lost = {
+        info.name: "lacks its weights" if isinstance(error, DownloadError) else "lacks a Python package"
+        for info, error in lacking.items()
+    }
     failures = list(inputs.problems)
     (main, *baselines), interrupted = _score_all(inputs.sets, loaded, settings, console, failures)
-    report = Report(list(loaded), main, baselines, settings.crop_border, {**skipped, **lost}, failures)
+    report = Report(
+        list(loaded), main, baselines, settings.crop_border, {**skipped, **lost}, failures, luma=settings.luma
+    )
     _show(report, console)
     if settings.output is not None:
         write_report(settings.output, report)
@@ -154,15 +171,17 @@ def evaluate(
     console.result(report.as_document())
     if interrupted:
         raise KeyboardInterrupt
-    _conclude(report, settings, console, lacking)
+    _conclude(report, settings, console, list(lacking.values()))
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
     return tuple(part.strip() for part in text.split(",") if part.strip()) if text else None
 
 
-def _summed(errors: Sequence[DownloadError]) -> DownloadError:
-    return DownloadError("\n".join(error.message for error in errors), "\n       ".join(error.hint for error in errors))
+def _summed(errors: Collection[PddError]) -> PddError:
+    """All of `errors` as one of the first's kind."""
+    first = next(iter(errors))
+    return type(first)("\n".join(error.message for error in errors), "\n       ".join(error.hint for error in errors))
 
 
 # --- what is scored ---------------------------------------------------------------------------------------------
@@ -391,7 +410,7 @@ def _conclude(
     report: Report,
     settings: EvaluateConfig,
     console: Console,
-    lacking: Sequence[DownloadError],
+    lacking: Sequence[PddError],
 ) -> None:
     """Name what went wrong, and raise what the exit code asks for."""
     for problem in report.problems:

@@ -58,8 +58,8 @@ def lab(colour: Array) -> Array:
 def _check(sr: Array, lr: Array) -> None:
     (height, width), (small_height, small_width) = sr.shape[:2], lr.shape[:2]
     sizes = f"the image is {width}x{height}, its LR {small_width}x{small_height}"
-    if small_width >= width and small_height >= height:
-        raise ValueError(f"{sizes}: not smaller, so not what it was made from")
+    if small_width > width or small_height > height:  # equal: a model that restores without enlarging
+        raise ValueError(f"{sizes}: larger, so not what it was made from")
     # Sizes are rounded, once by the upscaler and once by who cut the LR: a pixel of LR may be missing.
     across, down = width / small_width, height / small_height
     if abs(across * small_height - height) > across + 1 and abs(down * small_width - width) > down + 1:

@@ -114,7 +114,7 @@ def scroll(label: str, table: str) -> str:
 
 def anchor(name: str) -> str:
     """The id of the card `name`."""
-    return "image-" + base64.urlsafe_b64encode(name.encode()).decode().rstrip("=")
+    return "image-" + base64.urlsafe_b64encode(name.encode("utf-8", "surrogateescape")).decode().rstrip("=")
 
 
 def number(value: float | None, *, signed: bool = False) -> str:

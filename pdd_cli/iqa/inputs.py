@@ -155,6 +155,14 @@ def _partners(
         )
     problems = tuple(f"{image}: {_why_alone(image, found, kind, other_root)}" for image in found.unmatched)
     notes = []
+    moved = [
+        f"{image.relative_to(root)} with {other.relative_to(other_root)}"
+        for image, other in found.pairs.items()
+        if image.relative_to(root).parent != other.relative_to(other_root).parent
+    ]
+    if moved:
+        shown = ", ".join(moved[:3]) + (", …" if len(moved) > 3 else "")
+        notes.append(f"{len(moved)} images are paired across subfolders, by names that occur once: {shown}")
     if found.unused:
         shown = ", ".join(path.name for path in found.unused[:5]) + (", …" if len(found.unused) > 5 else "")
         notes.append(f"{len(found.unused)} of {len(others)} images in {where} have no counterpart to score: {shown}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 from collections import deque
@@ -17,18 +18,29 @@ import torch
 from torch import Tensor
 
 from pdd_cli.device import available_memory, is_out_of_memory
-from pdd_cli.errors import DownloadError, InputError, PddError
+from pdd_cli.errors import InputError, PddError
 from pdd_cli.images import Picture, image_size, read_image, write_image
 from pdd_cli.iqa.consistency import Array, colour_drift, downscale_consistency
 from pdd_cli.iqa.filtering import FastFilters
 from pdd_cli.weights.fetch import OnEvent
-from pdd_cli.weights.metrics import check_names, is_of_folders, load_metric, metric_config, quiet
+from pdd_cli.weights.metrics import check_names, is_of_folders, load_metric, metric_config, quiet, sample_pair
+
+_log = logging.getLogger(__name__)
 
 # What a formula takes for a pixel at most (measured: cw_ssim 670, ssim and niqe 150), and those that take more; and the
 # share of the free memory that images computed at the same time may take. One image at a time is always computed.
 _BYTES_PER_PIXEL = 700
 _HUNGRY = {"mad": 4300, "entropy": 2000}
 _MEMORY_SHARE = 0.5
+# Metrics that compute something for smaller images, too, but nothing that could be relied on: niqe compares the spread
+# over blocks of 96 pixels with that of natural images, and needs several; pi crops 4 pixels first.
+_SMALLEST = {"niqe": 192, "niqe_matlab": 192, "pi": 200}
+_LARGEST_TRIED = 512  # pixels a side, in search of the smallest image that a metric works for
+# What compares luma alone.
+LUMA_METRICS = ("psnry", "ssim", "ms_ssim", "cw_ssim")
+
+
+Luma = Literal["full", "matlab"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,7 @@ class MetricInfo:
     lower_better: bool
     value_range: str
     unit: str = ""
+    smallest: int = 1  # pixels on each side below which its value means nothing
     of_sets: bool = False  # scores a set of images as a whole (fid), with the set of their HR images where it compares
 
     @property
@@ -99,6 +112,7 @@ def metric_infos(names: Sequence[str]) -> list[MetricInfo]:
                 lower_better=bool(config.get("lower_better", False)),
                 value_range=str(config.get("score_range", "")),
                 unit="dB" if name.startswith("psnr") else "",
+                smallest=_SMALLEST.get(name, 1),
                 of_sets=is_of_folders(name),
             )
         )
@@ -106,18 +120,25 @@ def metric_infos(names: Sequence[str]) -> list[MetricInfo]:
 
 
 def load_metrics(
-    infos: Sequence[MetricInfo], *, device: str, offline: bool, on_event: OnEvent
-) -> tuple[dict[MetricInfo, Any], list[DownloadError]]:
-    """The metrics, ready to be called, whose weights can be had; and why the others can't."""
-    loaded, failures = {}, []
+    infos: Sequence[MetricInfo], *, device: str, luma: Luma = "full", offline: bool, on_event: OnEvent
+) -> tuple[dict[MetricInfo, Any], dict[MetricInfo, PddError]]:
+    """The metrics, ready to be called, whose weights can be had; and why the others can't.
+
+    `luma`: that of `LUMA_METRICS`, of full range (0..255) or as MATLAB's rgb2ycbcr has it (16..235).
+    """
+    loaded: dict[MetricInfo, Any] = {}
+    failures: dict[MetricInfo, PddError] = {}
     for info in infos:
         try:
             if info.name in _OWN:
                 loaded[info] = _OWN[info.name][1]
             else:
-                loaded[info] = load_metric(info.name, device=device, offline=offline, on_event=on_event)
-        except DownloadError as error:
-            failures.append(error)
+                options = {"color_space": "ycbcr"} if luma == "matlab" and info.name in LUMA_METRICS else {}
+                loaded[info] = load_metric(
+                    info.name, device=device, offline=offline, on_event=on_event, options=options
+                )
+        except PddError as error:
+            failures[info] = error
     return loaded, failures
 
 
@@ -143,10 +164,12 @@ def score(
     threads = torch.get_num_threads()
     hunger = max((_HUNGRY.get(info.name, _BYTES_PER_PIXEL) for info in formulas), default=_BYTES_PER_PIXEL)
     workers = _workers(items, threads, hunger)
+    sizes = _Sizes()
+    enlarged = any(_is_enlarged(item) for item in items)
 
     def begin(item: Item) -> tuple[_Opened, ImageScores]:
-        opened = _open(item, crop_border)
-        return opened, _scored(opened, formulas)
+        opened = _open(item, crop_border, enlarged)
+        return opened, _scored(opened, formulas, sizes)
 
     waiting = iter(items)
     with quiet(), ThreadPoolExecutor(workers, initializer=_take_threads, initargs=(threads // workers,)) as pool:
@@ -157,7 +180,7 @@ def score(
                 on_start(item)
                 opened, scores = ahead.popleft().result()
                 ahead.extend(pool.submit(begin, following) for following in islice(waiting, 1))
-                rest = _scored(opened, networks)
+                rest = _scored(opened, networks, sizes)
                 values = {info.name: (scores.values | rest.values).get(info.name) for info in metrics}
                 yield ImageScores(
                     item,
@@ -173,6 +196,7 @@ def score_set(items: Sequence[Item], info: MetricInfo, metric: Any) -> float:
     """The score of all items together by a metric `of_sets`. Raises PddError where it can't be computed."""
     if info.reference == "full":
         items = [item for item in items if item.reference]
+    what = f"{info.name} of the {len(items)} images"
     with tempfile.TemporaryDirectory() as name:
         folders = Path(name, "sr"), Path(name, "hr")
         for index, item in enumerate(items):
@@ -187,10 +211,10 @@ def score_set(items: Sequence[Item], info: MetricInfo, metric: Any) -> float:
             with quiet():
                 result = metric(*places, num_workers=0, verbose=False)
         except Exception as error:
-            raise PddError(f"{info.name} of the {len(items)} images: the metric failed: {_reason(error)}") from error
+            raise PddError(f"{what}: the metric failed: {_reason(error)}") from error
     value = float(result["inception_score_mean"] if isinstance(result, dict) else result)
     if not math.isfinite(value):
-        raise PddError(f"{info.name} of the {len(items)} images: the metric gives {value}")
+        raise PddError(f"{what}: the metric gives {value}")
     return value
 
 
@@ -203,17 +227,19 @@ class _Opened:
     reference: Tensor | None = None
     whole: Array | None = None
     lr: Array | None = None
+    border: int = 0
     troubles: dict[str, str] = field(default_factory=dict)
 
 
-def _open(item: Item, border: int) -> _Opened:
+def _open(item: Item, border: int, enlarged: bool) -> _Opened:
     try:
-        return _decoded(item, border)
-    except MemoryError:
-        return _Opened(item, troubles={"image": f"{item.image}: not enough memory to read it"})
+        return _decoded(item, border, enlarged)
+    except Exception as error:  # of any kind: it is this image's, and the others are scored
+        _log.debug("reading %s", item, exc_info=True)
+        return _Opened(item, troubles={"image": f"{item.image}: can't be read: {_reason(error)}"})
 
 
-def _decoded(item: Item, border: int) -> _Opened:
+def _decoded(item: Item, border: int, enlarged: bool) -> _Opened:
     troubles: dict[str, str] = {}
     try:
         whole = _rgb(read_image(item.image))
@@ -233,7 +259,10 @@ def _decoded(item: Item, border: int) -> _Opened:
         lr = _rgb(read_image(item.lr)) if item.lr else None
     except PddError as error:
         troubles["lr"] = error.message
-    return _Opened(item, image, reference, whole, lr, troubles)
+    if lr is not None and lr.shape == whole.shape and enlarged:
+        troubles["lr"] = f"{item.image} and its LR {item.lr} have the same size, while other images are enlarged"
+        lr = None
+    return _Opened(item, image, reference, whole, lr, border, troubles)
 
 
 def _rgb(picture: Picture) -> Array:
@@ -249,16 +278,54 @@ def _cropped(pixels: Array, border: int, path: Path) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(inner.transpose(2, 0, 1)))[None]
 
 
-def _scored(opened: _Opened, metrics: Mapping[MetricInfo, Any]) -> ImageScores:
+class _Sizes:
+    """The smallest images that metrics work for, found by trying, once each."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, int] = {}
+
+    def smallest(self, info: MetricInfo, metric: Any) -> int:
+        """Pixels on each side; 0 where the metric fails for large images, too."""
+        if info.name not in self._found:
+            low, high = 0, _LARGEST_TRIED
+            while high - low > 1:
+                side = (low + high) // 2
+                low, high = (low, side) if _works(info, metric, side) else (side, high)
+            self._found[info.name] = high if _works(info, metric, high) else 0
+        return self._found[info.name]
+
+
+def _works(info: MetricInfo, metric: Any, side: int) -> bool:
+    image, other = sample_pair(side)
+    try:
+        _value(metric, *((other, image) if info.reference == "full" else (other,)))
+    except PddError:
+        return False
+    return True
+
+
+def _is_enlarged(item: Item) -> bool:
+    """Whether the image is larger than its LR, as far as the files' beginnings tell."""
+    try:
+        return item.lr is not None and math.prod(image_size(item.image)) > math.prod(image_size(item.lr))
+    except PddError:
+        return False
+
+
+def _scored(opened: _Opened, metrics: Mapping[MetricInfo, Any], sizes: _Sizes) -> ImageScores:
     values: dict[str, float] = {}
     problems: dict[str, str] = {}
     if opened.image is None:
         return ImageScores(opened.item, problems={"": opened.troubles["image"]})
+    height, width = opened.image.shape[-2:]
     for info, metric in metrics.items():
         others = {"none": opened.image, "full": opened.reference, "lr": opened.lr}
         if others[info.reference] is None:
             if info.reference in opened.troubles:
                 problems[info.name] = opened.troubles[info.reference]
+            continue
+        if min(height, width) < info.smallest:
+            problems[info.name] = _too_small(opened, info, info.smallest)
             continue
         try:
             match info.reference:
@@ -269,12 +336,26 @@ def _scored(opened: _Opened, metrics: Mapping[MetricInfo, Any]) -> ImageScores:
                 case "lr":
                     values[info.name] = float(metric(opened.whole, opened.lr))
         except PddError as error:
-            problems[info.name] = f"{opened.item.image}: {info.name}: {error.message}"
+            smallest = sizes.smallest(info, metric) if min(height, width) < _LARGEST_TRIED else 0
+            problems[info.name] = (
+                _too_small(opened, info, smallest)
+                if min(height, width) < smallest
+                else f"{opened.item.image}: {info.name}: {error.message}"
+            )
         except ValueError as error:  # an LR that can't be the one
             problems[info.name] = f"{opened.item.image}, {opened.item.lr}: {error}"
-        except MemoryError as error:
+        except Exception as error:
+            _log.debug("%s of %s", info.name, opened.item, exc_info=True)
             problems[info.name] = f"{opened.item.image}: {info.name}: {_reason(error)}"
     return ImageScores(opened.item, values, problems)
+
+
+def _too_small(opened: _Opened, info: MetricInfo, smallest: int) -> str:
+    assert opened.image is not None
+    height, width = opened.image.shape[-2:]
+    cropped = " after --crop-border" if opened.border else ""
+    size = f"{width}x{height} pixels{cropped}"
+    return f"{opened.item.image}: {size} are too few for {info.name}, which needs at least {smallest} on each side"
 
 
 def _value(metric: Any, *images: Tensor | None) -> float:
@@ -314,11 +395,11 @@ def _on_cpu(network: Any, *images: Tensor | None) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what a library says of its failure; of memory in plain words."""
+    """The kind and first line of a library's failure; of memory in plain words."""
     # OpenCV's is an error of its own.
     if is_out_of_memory(error) or "OutOfMemory" in str(error):
         return "not enough memory for an image of this size"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
 
 
 def _is_formula(metric: Any) -> bool:

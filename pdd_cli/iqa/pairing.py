@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,30 +30,37 @@ class Pairing:
 def pair(images: Sequence[Path], folder: Path, references: Sequence[Path], reference_folder: Path) -> Pairing:
     """Pair `images` below `folder` with `references` below `reference_folder`.
 
-    Tried in turn, each for what the ones before it left: the same relative path, the same without the suffix, the
-    same stem in any folder, the same stem without the tails of data sets and tools (_LR4, _HR, _x4, _out). A key that
-    several images or several references share pairs nothing.
+    Tried in turn, each for the images that the ones before it left: the same relative path, the same without the
+    suffix, the same stem in any folder, the same stem without the tails of data sets and tools (_LR4, _HR, _x4, _out).
+    A key that several of those images or several of all references share pairs nothing. Where the two folders have
+    subfolders in common, an image in another subfolder is not looked for in one of a different name.
     """
     keys: tuple[Callable[[Path, Path], str], ...] = (
         lambda path, root: path.relative_to(root).as_posix(),
         lambda path, root: path.relative_to(root).with_suffix("").as_posix(),
-        lambda path, root: path.relative_to(root).parent.as_posix() + "/" + plain_stem(path),
+        lambda path, root: _subfolder(path, root) + "/" + plain_stem(path),
         lambda path, root: path.stem,
         lambda path, root: plain_stem(path),
     )
+    ours, theirs = ({_subfolder(path, root) for path in paths} - {"."}
+                    for paths, root in ((images, folder), (references, reference_folder)))  # fmt: skip
+    same_layout = bool(ours & theirs)
     pairs: dict[Path, Path] = {}
+    used: set[Path] = set()
     ambiguous: dict[Path, tuple[Path, ...]] = {}
     for key in keys:
         left = [image for image in images if image not in pairs]
-        free = [reference for reference in references if reference not in set(pairs.values())]
-        theirs = _grouped(free, reference_folder, key)
-        for name, ours in _grouped(left, folder, key).items():
-            found = theirs.get(name, [])
-            if len(ours) == len(found) == 1:
-                pairs[ours[0]] = found[0]
-            elif found:
-                ambiguous |= {image: tuple(found) for image in ours}
-    used = set(pairs.values())
+        named = _grouped(references, reference_folder, key)
+        for name, alike in _grouped(left, folder, key).items():
+            found = named.get(name, [])
+            if len(alike) != 1 or len(found) > 1:
+                ambiguous |= {image: tuple(found) for image in alike if found}
+            elif found and found[0] not in used:
+                places = {_subfolder(alike[0], folder), _subfolder(found[0], reference_folder)}
+                if same_layout and len(places - {"."}) == 2:
+                    continue
+                pairs[alike[0]] = found[0]
+                used.add(found[0])
     return Pairing(
         pairs,
         tuple(image for image in images if image not in pairs),
@@ -72,5 +80,10 @@ def plain_stem(path: Path) -> str:
 def _grouped(paths: Sequence[Path], root: Path, key: Callable[[Path, Path], str]) -> dict[str, list[Path]]:
     groups = defaultdict(list)
     for path in paths:
-        groups[key(path, root)].append(path)
+        # é is one character or two: macOS names files with two.
+        groups[unicodedata.normalize("NFC", key(path, root))].append(path)
     return groups
+
+
+def _subfolder(path: Path, root: Path) -> str:
+    return unicodedata.normalize("NFC", path.relative_to(root).parent.as_posix())

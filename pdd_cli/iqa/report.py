@@ -16,7 +16,7 @@ from pdd_cli import __version__
 from pdd_cli.errors import InputError
 from pdd_cli.files import write_text
 from pdd_cli.iqa.compare import Comparison, compare, in_words
-from pdd_cli.iqa.metrics import ImageScores, MetricInfo
+from pdd_cli.iqa.metrics import LUMA_METRICS, ImageScores, Luma, MetricInfo
 
 FORMATS = (".csv", ".json", ".html")
 
@@ -53,6 +53,7 @@ class Report:
     crop_border: int
     skipped: Mapping[str, str]  # metrics that were not computed, and why
     failures: Sequence[str] = ()  # what isn't of a single image: files without a partner, metrics of a whole set
+    luma: Luma = "full"  # of `LUMA_METRICS`
 
     @property
     def sets(self) -> list[ScoredSet]:
@@ -97,7 +98,10 @@ class Report:
             f"{metric.name}: {metric.better} is better, range {metric.value_range or '?'}" for metric in self.metrics
         )
         cropped = f"{self.crop_border} pixels left out at each side"
-        return f"pdd {__version__}, pyiqa {self.pyiqa}. RGB in 0..1, {cropped}. {ranges}."
+        on_luma = [metric.name for metric in self.metrics if metric.name in LUMA_METRICS]
+        of_luma = "0 to 255 (full range)" if self.luma == "full" else "16 to 235 (as MATLAB's rgb2ycbcr)"
+        luma = f" Luma of {', '.join(on_luma)}: {of_luma}." if on_luma else ""
+        return f"pdd {__version__}, pyiqa {self.pyiqa}. RGB in 0..1, {cropped}. {ranges}.{luma}"
 
     @property
     def pyiqa(self) -> str:
@@ -111,6 +115,7 @@ class Report:
             "pyiqa": self.pyiqa,
             "colour_space": "RGB",
             "crop_border": self.crop_border,
+            "luma": self.luma,
             "set": self.main.name,
             "metrics": [
                 {

@@ -14,9 +14,9 @@ import pkgutil
 import shutil
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlparse
 
 from pdd_cli.errors import DownloadError, InputError, PddError
@@ -24,6 +24,9 @@ from pdd_cli.weights import sources
 from pdd_cli.weights.catalog import Package
 from pdd_cli.weights.fetch import FetchEvent, OnEvent
 from pdd_cli.weights.store import Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Files of metrics that a package index can serve, and what of them pyiqa wants.
 _PACKAGES = {
@@ -123,11 +126,12 @@ def load_metric(
     offline: bool = False,
     from_path: Path | None = None,
     on_event: OnEvent = lambda event: None,
+    options: Mapping[str, Any] | None = None,
 ) -> Any:
     """pyiqa's metric `name` on `device`, its weights fetched where they lack (from `from_path` where it is given).
 
-    Raises DownloadError that names `pdd fetch-weights --metrics` where its weights can't be had, InputError for an
-    unknown name.
+    `options` are pyiqa's own of that metric. Raises DownloadError that names `pdd fetch-weights --metrics` where its
+    weights can't be had, InputError for an unknown name or a package that the metric lacks.
     """
     import pyiqa
 
@@ -135,10 +139,16 @@ def load_metric(
     files = _Files(name, offline=offline, from_path=from_path, on_event=on_event)
     try:
         with files.instead_of_pyiqas(), quiet():
-            return pyiqa.create_metric(name, device=device)
+            return pyiqa.create_metric(name, device=device, **(options or {}))
     except PddError as error:
         files.undo()
         raise DownloadError(error.message, error.hint or _hint(name)) from error
+    except ImportError as error:
+        missing = error.name or str(error)
+        raise InputError(
+            f"metric {name}: the Python package {missing} is missing, or does not load: {error}",
+            f"Install it beside pdd: pip install {missing.split('.')[0]}",
+        ) from error
     except Exception as error:
         files.undo()
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -149,14 +159,8 @@ def fetch_metric_weights(
     names: Sequence[str], *, offline: bool = False, from_path: Path | None = None, on_event: OnEvent
 ) -> None:
     """Bring all that the metrics `names` need, and try each on an image. Raises as `load_metric` does."""
-    import torch
-
     check_names(names)
-    generator = torch.Generator().manual_seed(0)
-    # Smooth and rough at once: some metrics have no value for pure noise.
-    coarse = torch.rand(1, 3, 24, 24, generator=generator)
-    image = torch.nn.functional.interpolate(coarse, (288, 288), mode="bicubic").clamp(0, 1)
-    other = (image + 0.05 * torch.rand(image.shape, generator=generator)).clamp(0, 1)
+    image, other = sample_pair(288)
     for name in names:
         metric = load_metric(name, device="cpu", offline=offline, from_path=from_path, on_event=on_event)
         if is_of_folders(name):
@@ -169,6 +173,17 @@ def fetch_metric_weights(
                 f"metric {name}: its weights don't work: {error}", f"Delete what is broken in {folder()}."
             ) from error
         on_event(FetchEvent(name, "installed", str(folder())))
+
+
+def sample_pair(side: int) -> tuple[Tensor, Tensor]:
+    """An image (1, 3, side, side) in 0..1, and the same with some noise, that every metric has a value for."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    # Smooth and rough at once: some metrics have no value for pure noise.
+    coarse = torch.rand(1, 3, max(2, side // 12), max(2, side // 12), generator=generator)
+    image = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1)
+    return image, (image + 0.05 * torch.rand(image.shape, generator=generator)).clamp(0, 1)
 
 
 def folder() -> Path:
