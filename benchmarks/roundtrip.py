@@ -209,7 +209,7 @@ def main() -> None:
     module.register_parameter("unused", nn.Parameter(torch.zeros(1)))
     model = SRModel(module=module, scale=SCALE, in_channels=3, out_channels=3, architecture="repeat")
     worker = Upscaler(TorchEngine(model, Runtime(torch.device("cpu"), "fp32")), tile=0, overlap=0, notify=print)
-    jobs = plan_jobs([source], str(target), format="keep", suffix="", recursive=True)
+    jobs = plan_jobs([source], str(target), format="keep", suffix="", recursive=True).jobs
     failed = 0
     for result in run_jobs(jobs, worker, output=Output()):
         problems = [result.problem] if result.status != "done" else differences(result.job.source, result.job.target)

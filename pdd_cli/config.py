@@ -7,12 +7,23 @@ A file holds one section a command: `adapt:`, `upscale:`, `evaluate:`, `fetch-we
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from pdd_cli.errors import InputError
@@ -29,9 +40,25 @@ Side = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, unknown keys forbidden."""
+    """Base of all settings: frozen, unknown keys forbidden, ~ in paths expanded."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*")
+    @classmethod
+    def _home_is_expanded(cls, value: Any) -> Any:
+        return _expanded(value)
+
+
+def _expanded(value: Any) -> Any:
+    """Paths with the home folder for ~, as shells do outside of quotes; of other texts those that begin with ~/."""
+    if isinstance(value, tuple):
+        return tuple(map(_expanded, value))
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))  # noqa: PTH111 - leaves a user that isn't known as it is
+    if isinstance(value, str) and value.startswith(("~/", f"~{os.sep}")):
+        return os.path.expanduser(value)  # noqa: PTH111
+    return value
 
 
 # --- adapt ------------------------------------------------------------------------------------------------------
@@ -335,7 +362,7 @@ def resolve(
     values: dict[str, Any] = {}
     origin = f"--config {file}"
     if file is not None or DEFAULT_FILE.exists():
-        path = file or DEFAULT_FILE
+        path = _expanded(file or DEFAULT_FILE)
         origin = str(path)
         values = _read_section(path, section)
         _check(model, values, origin, partial=True)

@@ -119,12 +119,19 @@ class Picture:
         return cls(from_float(pixels, bits), None if alpha is None else from_float(alpha, bits))
 
 
-def find_images(folder: Path, *, recursive: bool = True, wanted: Callable[[str], bool] | None = None) -> list[Path]:
+def find_images(
+    folder: Path,
+    *,
+    recursive: bool = True,
+    wanted: Callable[[str], bool] | None = None,
+    problems: list[str] | None = None,
+) -> list[Path]:
     """The images below `folder`, by suffix, sorted; hidden files and folders are passed over, links followed once.
 
-    `wanted` says of a file's name whether it is looked for, in place of `is_image`.
+    `wanted` says of a file's name whether it is looked for, in place of `is_image`. Folders below that can't be read
+    are added to `problems`.
 
-    Raises InputError when `folder` isn't a folder that can be read.
+    Raises InputError when `folder`, or without `problems` one below, isn't a folder that can be read.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
@@ -132,7 +139,10 @@ def find_images(folder: Path, *, recursive: bool = True, wanted: Callable[[str],
     seen: set[str] = set()
 
     def fail(error: OSError) -> None:
-        raise InputError(f"can't read the folder {error.filename}: {error.strerror}") from error
+        text = f"can't read the folder {error.filename}: {error.strerror}"
+        if problems is None or Path(error.filename) == folder:
+            raise InputError(text) from error
+        problems.append(text)
 
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
         real = os.path.realpath(parent)

@@ -342,7 +342,7 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def targets(source: Path, output: str, format: str = "keep", suffix: str = "", recursive: bool = True) -> list[str]:
-    jobs = plan_jobs([source], output, format=format, suffix=suffix, recursive=recursive)  # type: ignore[arg-type]
+    jobs = plan_jobs([source], output, format=format, suffix=suffix, recursive=recursive).jobs  # type: ignore[arg-type]
     return [job.target.as_posix() for job in jobs]
 
 

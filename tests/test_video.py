@@ -452,7 +452,7 @@ def test_devices_and_processes_share_videos(tmp_path: Path, weights: Path) -> No
         for frame, rgb in zip(frames_of(tmp_path / f"out/{number}.mkv"), rgb_frames(number + 2), strict=True):
             np.testing.assert_array_equal(frame.to_ndarray(format="rgb24"), twice(rgb))
     # By the pixels of all frames: the longest video to one process, all else to the other.
-    jobs = plan_jobs([tmp_path / "in"], str(tmp_path / "out"), format="keep", suffix="", recursive=True)
+    jobs = plan_jobs([tmp_path / "in"], str(tmp_path / "out"), format="keep", suffix="", recursive=True).jobs
     shares = [[job.source.name for job in share_of(jobs, World(rank, 2))] for rank in range(2)]
     assert shares == [["2.mkv", "still.png"], ["0.mkv", "1.mkv"]]
 
@@ -463,7 +463,7 @@ def test_names_of_videos(tmp_path: Path) -> None:
         (tmp_path / "in" / name).touch()
 
     def names(format: Any) -> list[str]:
-        jobs = plan_jobs([tmp_path / "in"], str(tmp_path / "out"), format=format, suffix="_x2", recursive=True)
+        jobs = plan_jobs([tmp_path / "in"], str(tmp_path / "out"), format=format, suffix="_x2", recursive=True).jobs
         return [job.target.name for job in jobs]
 
     assert names("keep") == ["a_x2.mp4", "b_x2.mkv", "c_x2.png"]

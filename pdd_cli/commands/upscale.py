@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from pdd_cli.config import UpscaleConfig
     from pdd_cli.distributed import World
-    from pdd_cli.inference.batch import Job, Output, Result
+    from pdd_cli.inference.batch import Job, Output, Plan, Result
     from pdd_cli.inference.manifest import Manifest
     from pdd_cli.inference.upscaler import Upscaler
     from pdd_cli.meeting import Meeting
@@ -153,13 +153,14 @@ def upscale(
     from pdd_cli.inference.manifest import Manifest
 
     # What can be wrong with the paths is told before a model is fetched and loaded.
-    jobs = plan_jobs(
+    plan = plan_jobs(
         settings.input,
         settings.output,
         format=settings.format,
         suffix=settings.suffix,
         recursive=settings.recursive,
     )
+    jobs = plan.jobs
     folder = manifest_folder(settings.input, settings.output, jobs, strip=settings.strip_metadata)
     if folder is None:
         check_own(jobs[0].target)
@@ -206,12 +207,12 @@ def upscale(
         _remember(results, settings, upscaler.scale)
     if dry_run:
         _show_preview(results, console)
-    console.result(_document(results, settings, upscalers))
-    _tell(results, settings, time.perf_counter() - started, console, dry_run=dry_run)
+    console.result(_document(results, plan, settings, upscalers))
+    _tell(results, plan, settings, time.perf_counter() - started, console, dry_run=dry_run)
     # torchrun ends the others as soon as one exits with a failure: not before the first has told of it.
     meeting.gather("told")
     meeting.end()
-    _judge(results, dry_run=dry_run)
+    _judge(results, plan, dry_run=dry_run)
 
 
 def _load(
@@ -392,7 +393,9 @@ def _remember(results: Sequence[Result], settings: UpscaleConfig, scale: int) ->
         )
 
 
-def _document(results: Sequence[Result], settings: UpscaleConfig, upscalers: Sequence[Upscaler]) -> dict[str, object]:
+def _document(
+    results: Sequence[Result], plan: Plan, settings: UpscaleConfig, upscalers: Sequence[Upscaler]
+) -> dict[str, object]:
     engine = upscalers[0].engine
     return {
         "input": settings.input[0] if len(settings.input) == 1 else settings.input,
@@ -406,6 +409,9 @@ def _document(results: Sequence[Result], settings: UpscaleConfig, upscalers: Seq
         **{status: _count(results, status) for status in ("done", "skipped", "failed", "planned")},
         "seconds": round(sum(result.seconds for result in results), 3),
         "model_seconds": round(sum(result.model_seconds for result in results), 3),
+        "other_kinds": dict(sorted(plan.others.items())),
+        "earlier_outputs": plan.outputs,
+        "problems": plan.problems,
         "files": [_file_document(result) for result in results],
     }
 
@@ -444,9 +450,20 @@ def _show_preview(results: Sequence[Result], console: Console) -> None:
 
 
 def _tell(
-    results: Sequence[Result], settings: UpscaleConfig, seconds: float, console: Console, *, dry_run: bool
+    results: Sequence[Result],
+    plan: Plan,
+    settings: UpscaleConfig,
+    seconds: float,
+    console: Console,
+    *,
+    dry_run: bool,
 ) -> None:
     """Say what became of the run."""
+    if plan.others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(plan.others.items()))
+        console.say(f"files of other kinds, not read: {kinds}")
+    if plan.outputs:
+        console.say(f"{len(plan.outputs)} outputs of earlier runs lie between the inputs and are not upscaled again")
     done, skipped = _count(results, "done"), _count(results, "skipped")
     failed = [result for result in results if result.status == "failed"]
     for result in results:
@@ -456,19 +473,23 @@ def _tell(
         console.say(f"{skipped} skipped: made already (--overwrite makes them again)")
     if done:
         console.say(f"{done} upscaled to {settings.output} in {seconds:.1f} s")
+    for problem in plan.problems:
+        console.warn(problem)
     if failed:
         console.say(f"{len(failed)} failed:")
         for result in failed:
             console.say(f"  {result.problem}")
 
 
-def _judge(results: Sequence[Result], *, dry_run: bool) -> None:
+def _judge(results: Sequence[Result], plan: Plan, *, dry_run: bool) -> None:
     """Raise what the exit code asks for."""
     failed = _count(results, "failed")
     if failed:
         verb = "would fail" if dry_run else "failed"
         hint = "The others are done." if _count(results, "done") else ""
         raise PartialFailure(f"{failed} of {len(results)} files {verb}", hint)
+    if plan.problems:
+        raise PartialFailure(f"folders that can't be read: {len(plan.problems)}", "All else is done.")
 
 
 def _count(results: Sequence[Result], status: str) -> int:

@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field, replace
@@ -37,9 +37,9 @@ from pdd_cli.encoding import (
 from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.images import Array, Picture, decode_pages, find_images, is_image, probe, read_bytes
 from pdd_cli.inference.clips import CONTAINERS, check_video_name, is_video, video_pixels
-from pdd_cli.inference.manifest import Manifest
+from pdd_cli.inference.manifest import NAME, Manifest
 from pdd_cli.inference.upscaler import OnTile, Upscaler
-from pdd_cli.provenance import Provenance, made_by_pdd
+from pdd_cli.provenance import Provenance, made_by_pdd, source_of
 from pdd_cli.weights.sources import file_sha256
 from pdd_cli.weights.store import read_card
 
@@ -62,6 +62,20 @@ class Job:
 
     source: Path
     target: Path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The jobs of a run, and what in the folders has none.
+
+    `others`: how many files of each other kind there are, by suffix. `outputs`: how many files are outputs of earlier
+    runs, which are no inputs beside what they were made from. `problems`: folders that can't be read.
+    """
+
+    jobs: list[Job] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    outputs: list[Path] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -124,7 +138,7 @@ def provenance_of(weights: Path, scale: int, strength: float = 1.0, correction: 
 # --- which outputs ----------------------------------------------------------------------------------------------
 
 
-def plan_jobs(sources: Sequence[Path], output: str, *, format: FormatChoice, suffix: str, recursive: bool) -> list[Job]:
+def plan_jobs(sources: Sequence[Path], output: str, *, format: FormatChoice, suffix: str, recursive: bool) -> Plan:
     """The jobs of files, folders and glob patterns; nothing is read but folders.
 
     One source: a folder goes to the same tree below `output`, a pattern too, from its first part without a wildcard
@@ -135,8 +149,11 @@ def plan_jobs(sources: Sequence[Path], output: str, *, format: FormatChoice, suf
     Raises InputError where there is nothing to do, two inputs would share an output, or an output would replace an
     input or another file that pdd has not made.
     """
+    if output == "-":
+        raise InputError("the output -: pdd doesn't write to a pipe", "Name a file or a folder.")
+    plan = Plan()
     if len(sources) == 1:
-        jobs = _jobs_of(sources[0], output, format, suffix, recursive)
+        jobs = _jobs_of(sources[0], output, format, suffix, recursive, plan)
     else:
         if not _is_folder_name(output):
             raise InputError(
@@ -147,24 +164,33 @@ def plan_jobs(sources: Sequence[Path], output: str, *, format: FormatChoice, suf
         jobs = []
         for source in sources:
             below = f"{folder}{source.resolve().name}" if source.is_dir() else folder
-            jobs += _jobs_of(source, below, format, suffix, recursive)
+            jobs += _jobs_of(source, below, format, suffix, recursive, plan)
         jobs = list({job.source.resolve(): job for job in jobs}.values())  # named twice, made once
     refuse_collisions(jobs)
     if format in ("heic", "jxl"):
         load_plugin(FORMATS[f".{format}"])
-    return jobs
+    return replace(plan, jobs=jobs)
 
 
-def _jobs_of(source: Path, output: str, format: FormatChoice, suffix: str, recursive: bool) -> list[Job]:
-    """The jobs of one file, folder or pattern."""
+def _jobs_of(source: Path, output: str, format: FormatChoice, suffix: str, recursive: bool, plan: Plan) -> list[Job]:
+    """The jobs of one file, folder or pattern; `plan` gets what has none."""
+
+    def wanted(name: str) -> bool:
+        if not _is_input(name):
+            plan.others[Path(name).suffix.lower() or "without suffix"] += 1
+        return _is_input(name)
+
     if source.is_dir():
-        found = find_images(source, recursive=recursive, wanted=_is_input)
-        return _folder_jobs(source, found, Path(output), format, suffix)
+        found = find_images(source, recursive=recursive, wanted=wanted, problems=plan.problems)
+        return _folder_jobs(source, found, Path(output), format, suffix, plan)
     if source.exists():
         return [Job(source, _target_of_file(source, output, format, suffix))]
     if glob.has_magic(str(source)):
-        root, found = _matching(source)
-        return _folder_jobs(root, found, Path(output), format, suffix, f"no images or videos match {source}")
+        root, matching = _matching(source)
+        found = [path for path in matching if wanted(path.name)]
+        return _folder_jobs(root, found, Path(output), format, suffix, plan, f"no images or videos match {source}")
+    if str(source) == "-":
+        raise InputError("the input -: pdd doesn't read from a pipe", "Name a file or a folder.")
     raise InputError(f"{source}: no such file or folder")
 
 
@@ -185,18 +211,23 @@ def manifest_folder(sources: Sequence[Path], output: str, jobs: Sequence[Job], *
 
 
 def _matching(pattern: Path) -> tuple[Path, list[Path]]:
-    """The folder before the first wildcard, and the images that match; ** goes through folders."""
+    """The folder before the first wildcard, and the files that match; ** goes through folders."""
     fixed = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts)
     root = Path(*fixed)
     found = (Path(name) for name in glob.iglob(str(pattern), recursive=True))  # noqa: PTH207 - a pattern of any kind
-    return root, sorted(path for path in found if path.is_file() and _is_input(path))
+    return root, sorted(path for path in found if path.is_file())
 
 
 def _folder_jobs(
-    source: Path, found: Sequence[Path], output: Path, format: FormatChoice, suffix: str, nothing: str = ""
+    source: Path, found: Sequence[Path], output: Path, format: FormatChoice, suffix: str, plan: Plan, nothing: str = ""
 ) -> list[Job]:
     if output.exists() and not output.is_dir():
         raise InputError(f"{source} is a folder, but {output} is a file", "Name a folder for the outputs.")
+    if not output.exists() and _is_input(output):
+        raise InputError(
+            f"{source} is not a single file, but the output {output} is named like one",
+            "Name a folder for the outputs, without such a suffix.",
+        )
     inside, outside = source.resolve(), output.resolve()
     if inside == outside and not suffix:
         raise InputError(
@@ -206,16 +237,62 @@ def _folder_jobs(
     if outside != inside and outside.is_relative_to(inside):
         # What earlier runs have put there is no input.
         found = [path for path in found if not path.resolve().is_relative_to(outside)]
-    jobs = [Job(path, _named(output / path.relative_to(source), format, suffix)) for path in found]
+    made = _outputs_among(found, source)
+    jobs = [Job(path, _named(output / path.relative_to(source), format, suffix)) for path in found if path not in made]
     if inside == outside:
         outputs = {job.target.resolve() for job in jobs}
         jobs = [job for job in jobs if job.source.resolve() not in outputs]
+    plan.outputs.extend(sorted(made))
     if not jobs:
+        kinds = f", only {_counted(plan.others)}" if plan.others else ""
         raise InputError(
-            nothing or f"{source}: no images or videos in it",
+            "\n".join([f"{nothing or f'{source}: no images or videos in it'}{kinds}", *plan.problems]),
             "pdd reads PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC and JPEG XL files, and videos.",
         )
     return jobs
+
+
+def _counted(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+
+
+def _outputs_among(found: Sequence[Path], source: Path) -> set[Path]:
+    """Those of `found` that pdd has made from another one of them, as their manifest or they themselves say."""
+    present = {path.resolve(): path for path in found}
+    by_stem: dict[str, list[Path]] = {}
+    for path in found:
+        by_stem.setdefault(path.stem, []).append(path)
+    folders = {parent for path in found for parent in path.parents if parent == source or source in parent.parents}
+    records = {
+        path.resolve(): made_from
+        for folder in folders
+        if (folder / NAME).is_file()
+        for path, made_from in Manifest(folder, {}).inputs().items()
+    }
+    digests: dict[Path, str] = {}
+
+    def is_output(path: Path) -> bool:
+        real = path.resolve()
+        made_from = records.get(real)
+        if made_from is not None:
+            return made_from.resolve() in present
+        # --suffix only adds to the name of the input.
+        stems = (path.stem[:end] for end in range(1, len(path.stem) + 1))
+        inputs = [other for stem in stems for other in by_stem.get(stem, ()) if other != path]
+        if real in records:  # of an earlier version, which didn't record the input
+            return any(other.parent == path.parent and other.resolve() not in records for other in inputs)
+        digest = source_of(path) if inputs else None
+        if digest is None:
+            return False
+        for other in inputs:
+            if other not in digests:
+                try:
+                    digests[other] = file_sha256(other)
+                except OSError:
+                    digests[other] = ""
+        return digest in (digests[other] for other in inputs)
+
+    return {path for path in found if is_output(path)}
 
 
 def _target_of_file(source: Path, output: str, format: FormatChoice, suffix: str) -> Path:

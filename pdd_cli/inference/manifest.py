@@ -128,6 +128,11 @@ class Manifest:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
 
+    def inputs(self) -> dict[Path, Path | None]:
+        """The recorded outputs, and the input of each, as far as it is known."""
+        inputs = {name: record.about.get("input") for name, record in self._records.items()}
+        return {self._folder / name: Path(str(source)) if source else None for name, source in inputs.items()}
+
     def tidy(self) -> None:
         """Bring all records into one file, a line each, where there are parts, or lines that are cut short or old.
 
