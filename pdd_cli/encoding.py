@@ -4,35 +4,44 @@ from __future__ import annotations
 
 import io
 import itertools
-import re
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
+from PIL import Image, ImageCms, TiffImagePlugin
 
+from pdd_cli import png
 from pdd_cli.errors import InputError, PddError
 from pdd_cli.files import atomic_write
+from pdd_cli.metadata import EXIF_IFD, GPS_IFD, Metadata, Text, load_exif
 from pdd_cli.provenance import Provenance, append_to_bmp, seal, stamped_exif, stamped_xmp
 
 Array = npt.NDArray[Any]
 
 FORMATS = {
     ".png": "PNG",
+    ".apng": "PNG",
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
+    ".jpe": "JPEG",
+    ".jfif": "JPEG",
+    ".jif": "JPEG",
+    ".jfi": "JPEG",
     ".webp": "WEBP",
     ".tif": "TIFF",
     ".tiff": "TIFF",
     ".bmp": "BMP",
+    ".dib": "BMP",
     ".avif": "AVIF",
+    ".avifs": "AVIF",
     ".heic": "HEIF",
     ".heif": "HEIF",
+    ".hif": "HEIF",
     ".jxl": "JXL",
 }
 """Suffix → the name of its format; what pdd reads and writes, HEIF and JXL with Pillow's plugins for them."""
@@ -46,17 +55,16 @@ _MOST_BYTES = {"BMP": 2**32 - 1, "HEIF": 2**32}
 _SIXTEEN_BIT = ("PNG", "TIFF", "HEIF")
 _WITH_ALPHA = ("PNG", "WEBP", "TIFF", "BMP", "AVIF", "HEIF", "JXL")
 _LOSSY_ONLY = ("JPEG", "AVIF", "HEIF")
+_NCLX = ("color_primaries", "transfer_characteristics", "matrix_coefficients", "full_range_flag")
+_HEIF_MATRIX = 9  # of the luma of BT.2020, not of constant luminance
 _HEIF_BITS = 10  # of 16: what devices read; x265 has 12, too
 _ANIMATED = ("PNG", "WEBP", "AVIF")
-
-# What one APP1 segment of a JPEG holds.
-_MOST_JPEG_EXIF, _MOST_JPEG_XMP = 65_533, 65_504
 
 _TILE = 256
 # Rows that a PNG is filtered by at once, and values that are computed with at once: as the CPU's cache holds them.
 _PNG_ROWS = 16
+_LONG_TEXT = 1024  # bytes of a text that is compressed
 _CACHED = 1 << 16
-_EXIF_IFD, _GPS_IFD = 0x8769, 0x8825
 _BIG_TIFF = 3_900_000_000
 
 
@@ -81,20 +89,6 @@ class Layout:
         return self.width * self.height * self.samples * self.bits // 8
 
 
-@dataclass(frozen=True)
-class Metadata:
-    """What a file says beside the pixels; `exif` begins with "Exif\\0\\0", `dpi` is horizontal, vertical.
-
-    `software`: the program that made the file, for PNG's text of that name; other formats have it in `exif`.
-    """
-
-    icc: bytes | None = None
-    exif: bytes | None = None
-    xmp: bytes | None = None
-    dpi: tuple[float, float] | None = None
-    software: str | None = None
-
-
 @dataclass(frozen=True, eq=False)
 class Sheet:
     """One image of a file: its rows come in `bands` (rows, width, samples) from top to bottom.
@@ -104,7 +98,7 @@ class Sheet:
 
     layout: Layout
     bands: Iterable[Array]
-    metadata: Metadata = Metadata()
+    metadata: Metadata = field(default_factory=Metadata)
     duration: float | None = None
 
 
@@ -204,11 +198,9 @@ def write_sheets(
     with atomic_write(path) as temporary:
         if format == "TIFF":
             _write_tiff(temporary, sheets)
-        elif count > 1 and format in _ANIMATED:
-            _write_whole(temporary, format, sheets, encoding)
         elif format == "PNG":
             with temporary.open("wb") as file:
-                _write_png(file, next(sheets))
+                _write_png(file, sheets, count)
         elif format == "HEIF":
             _write_heif(temporary, next(sheets), encoding)
         else:
@@ -224,7 +216,15 @@ def write_sheets(
 
 def _stamped(metadata: Metadata, provenance: Provenance) -> Metadata:
     exif, software = stamped_exif(metadata.exif, provenance)
-    return replace(metadata, exif=exif, xmp=stamped_xmp(metadata.xmp, provenance, software), software=str(provenance))
+    # Where a PNG names the program that made the input, that moves into the history like EXIF's.
+    software = next((text.text for text in metadata.text if text.keyword == "Software"), software)
+    return replace(
+        metadata,
+        exif=exif,
+        xmp=stamped_xmp(metadata.xmp, provenance, software),
+        text=tuple(text for text in metadata.text if text.keyword != "Software"),
+        software=str(provenance),
+    )
 
 
 class _Counted:
@@ -295,7 +295,19 @@ def _fitted(path: Path, sheet: Sheet) -> Sheet:
         bands = (from_float(to_float(band), layout.bits) for band in bands)
     if layout.alpha != sheet.layout.alpha:
         bands = (_on_white(band) for band in bands)
-    return replace(sheet, layout=layout, bands=bands)
+    metadata, _ = sheet.metadata.held_by(format_of(path), gray=layout.channels == 1)
+    return replace(sheet, layout=layout, bands=bands, metadata=metadata)
+
+
+def left_out(path: Path, sheet: Sheet, *, count: int = 1) -> tuple[str, ...]:
+    """Names of what a file of the suffix of `path` can't hold of one of `count` sheets.
+
+    Raises InputError for colours that it can't hold.
+    """
+    names = sheet.metadata.held_by(format_of(path), gray=sheet.layout.channels == 1, animated=count > 1)[1]
+    stored = stored_layout(path, sheet.layout)
+    names += ("alpha (laid on white)",) if sheet.layout.alpha and not stored.alpha else ()
+    return names + ((f"{sheet.layout.bits} bits (written as 8)",) if stored.bits < sheet.layout.bits else ())
 
 
 def _on_white(band: Array) -> Array:
@@ -331,26 +343,83 @@ def from_float(values: Array, bits: int) -> Array:
 # --- PNG --------------------------------------------------------------------------------------------------------
 
 
-def _write_png(file: BinaryIO, sheet: Sheet) -> None:
-    """Any PNG of 8 or 16 bits: Pillow holds the whole image, and has no 16 bits of several channels."""
-    layout, metadata = sheet.layout, sheet.metadata
-    colour = {1: 0, 2: 4, 3: 2, 4: 6}[layout.samples]
+def _write_png(file: BinaryIO, sheets: Iterator[Sheet], count: int) -> None:
+    """Any PNG of 8 or 16 bits, an animation of several sheets: Pillow holds all of it, and has no 16 bits of RGB."""
+    sequence = itertools.count()
+    first: Layout | None = None
+    for sheet in sheets:
+        layout = sheet.layout
+        if first is None:
+            first = layout
+            colour = {1: 0, 2: 4, 3: 2, 4: 6}[layout.samples]
+            file.write(png.SIGNATURE)
+            header = struct.pack(">IIBBBBB", layout.width, layout.height, layout.bits, colour, 0, 0, 0)
+            file.write(png.chunk(b"IHDR", header))
+            if count > 1:
+                file.write(png.chunk(b"acTL", struct.pack(">II", count, sheet.metadata.plays)))
+            for kind, content in _png_metadata(sheet.metadata):
+                file.write(png.chunk(kind, content))
+        elif layout != first:
+            raise InputError("pages of different sizes or kinds can't be frames of one PNG", "Use --format tiff.")
+        if count > 1:
+            # The whole canvas, in place of what was there.
+            shown = round(sheet.duration or 0)
+            delay = (shown, 1000) if shown < 65536 else (min(65535, round(shown / 1000)), 1)
+            control = struct.pack(">IIIIIHHBB", next(sequence), layout.width, layout.height, 0, 0, *delay, 0, 0)
+            file.write(png.chunk(b"fcTL", control))
+        for data in _png_data(sheet):
+            if layout is first:
+                file.write(png.chunk(b"IDAT", data))
+            else:
+                file.write(png.chunk(b"fdAT", struct.pack(">I", next(sequence)) + data))
+    file.write(png.chunk(b"IEND", b""))
 
-    def chunk(kind: bytes, body: bytes) -> None:
-        file.write(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)))
 
-    file.write(b"\x89PNG\r\n\x1a\n")
-    chunk(b"IHDR", struct.pack(">IIBBBBB", layout.width, layout.height, layout.bits, colour, 0, 0, 0))
+def _png_metadata(metadata: Metadata) -> Iterator[tuple[bytes, bytes]]:
+    """The chunks of it, (kind, content)."""
+    if metadata.cicp:
+        yield b"cICP", bytes(metadata.cicp)
     if metadata.icc:
-        chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(metadata.icc))
+        yield b"iCCP", b"ICC profile\0\0" + zlib.compress(metadata.icc)
+    yield from metadata.colour
     if metadata.dpi:
-        chunk(b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in metadata.dpi), 1))
+        yield b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in metadata.dpi), 1)
     if metadata.exif:
-        chunk(b"eXIf", metadata.exif.removeprefix(b"Exif\0\0"))
-    if metadata.software:
-        chunk(b"tEXt", b"Software\0" + metadata.software.encode("latin-1", "replace"))
+        yield b"eXIf", metadata.exif.removeprefix(b"Exif\0\0")
     if metadata.xmp:
-        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + metadata.xmp)
+        yield b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + metadata.xmp
+    if metadata.iptc:
+        # As ImageMagick and exiftool have it.
+        block = _photoshop(metadata.iptc)
+        yield b"zTXt", b"Raw profile type iptc\0\0" + zlib.compress(f"\niptc\n{len(block):8}\n{block.hex()}\n".encode())
+    texts = metadata.text
+    if metadata.comment:
+        texts += (Text("Comment", metadata.comment.decode("utf-8", "replace")),)
+    if metadata.software:
+        texts += (Text("Software", metadata.software),)
+    for text in texts:
+        yield _png_text(text)
+
+
+def _png_text(text: Text) -> tuple[bytes, bytes]:
+    keyword = text.keyword.encode("latin-1") + b"\0"
+    try:
+        plain = None if text.language is not None else text.text.encode("latin-1")
+    except UnicodeEncodeError:
+        plain = None
+    if plain is None:
+        content = text.text.encode()
+        packed = len(content) > _LONG_TEXT
+        places = f"{text.language or ''}\0{text.translated}\0".encode()
+        return b"iTXt", keyword + bytes([packed, 0]) + places + (zlib.compress(content) if packed else content)
+    if len(plain) > _LONG_TEXT:
+        return b"zTXt", keyword + b"\0" + zlib.compress(plain)
+    return b"tEXt", keyword + plain
+
+
+def _png_data(sheet: Sheet) -> Iterator[bytes]:
+    """The rows, filtered and compressed."""
+    layout = sheet.layout
     # Of filtered photographs only the statistics and flat areas can be used: to look for repetitions takes ten times as
     # long, and the short ones that are found make the file larger.
     compressor = zlib.compressobj(6, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
@@ -363,9 +432,8 @@ def _write_png(file: BinaryIO, sheet: Sheet) -> None:
             data = compressor.compress(_filtered(rows, above, layout.samples * layout.bits // 8).tobytes())
             above = rows[-1]
             if data:
-                chunk(b"IDAT", data)
-    chunk(b"IDAT", compressor.flush())
-    chunk(b"IEND", b"")
+                yield data
+    yield compressor.flush()
 
 
 def _filtered(rows: Array, above: Array, step: int) -> Array:
@@ -466,23 +534,40 @@ def _of_height(bands: Iterable[Array], height: int) -> Iterator[Array]:
 
 
 def _tiff_tags(metadata: Metadata) -> tuple[list[tuple[object, ...]], dict[int, dict[int, Any]]]:
-    """The EXIF and XMP as tags of the page, and the EXIF and GPS folders that it points to."""
-    tags: list[tuple[object, ...]] = []
+    """The metadata as tags of the page, and the EXIF and GPS folders that it points to."""
+    tags: list[tuple[object, ...]] = [(tag.code, tag.type, *_counted(tag.values), True) for tag in metadata.geo]
     folders: dict[int, dict[int, Any]] = {}
-    if metadata.xmp:
-        tags.append((0x02BC, 1, len(metadata.xmp), metadata.xmp, True))
-    if metadata.exif:
-        exif = Image.Exif()
-        exif.load(metadata.exif)
-        for tag, value in exif.items():
-            if tag not in (_EXIF_IFD, _GPS_IFD) and isinstance(value, str):
-                tags.append((tag, 2, 0, value.encode("utf-8", "replace") + b"\0", True))
-        for tag, name in ((_EXIF_IFD, "ExifTag"), (_GPS_IFD, "GPSTag")):
-            folder = exif.get_ifd(tag)
-            if folder:
-                folders[tag] = dict(folder)
-                tags.append((name, 4, 1, 0, True))
+    for code, kind, content in ((0x02BC, 1, metadata.xmp), (0x83BB, 7, metadata.iptc)):
+        if content:
+            tags.append((code, kind, len(content), content, True))
+    exif = load_exif(metadata.exif)
+    for tag, value in exif.items():
+        if tag not in (EXIF_IFD, GPS_IFD):
+            tags.append((tag, *_tiff_value(value), True))
+    for tag, name in ((EXIF_IFD, "ExifTag"), (GPS_IFD, "GPSTag")):
+        folder = exif.get_ifd(tag)
+        if folder:
+            folders[tag] = dict(folder)
+            tags.append((name, 4, 1, 0, True))
     return tags, folders
+
+
+def _counted(values: tuple[float, ...] | str) -> tuple[int, object]:
+    return (0, values) if isinstance(values, str) else (len(values), values if len(values) > 1 else values[0])
+
+
+def _tiff_value(value: Any) -> tuple[int, int, object]:
+    """Data type, count and value of a tag of the image itself, as tifffile takes them."""
+    if isinstance(value, str):
+        return 2, 0, value.encode("utf-8", "replace") + b"\0"
+    if isinstance(value, bytes):
+        return 1, len(value), value
+    values = value if isinstance(value, tuple) else (value,)
+    if all(isinstance(one, int) for one in values):
+        kind = 1 if len(values) > 4 else 3 if max(values) < 65536 else 4
+        return kind, len(values), bytes(values) if kind == 1 else value
+    pairs = [pair for one in values for pair in (one.numerator, one.denominator)]
+    return 5, len(values), tuple(pairs)
 
 
 def _append_tiff_folders(path: Path, pages: list[dict[int, dict[int, Any]]]) -> None:
@@ -525,25 +610,31 @@ def _tiff_folder(values: dict[int, Any], offset: int, big: bool) -> bytes:
 def _write_whole(path: Path, format: str, sheets: Iterable[Sheet], encoding: Encoding) -> None:
     """With Pillow, from arrays of the whole image."""
     images: list[Image.Image] = []
-    durations: list[float] = []
-    metadata, channels = Metadata(), 3
-    for index, sheet in enumerate(sheets):
-        layout = sheet.layout
+    durations: list[int] = []
+    first: Sheet | None = None
+    for sheet in sheets:
+        first = first or sheet
+        if (sheet.layout.width, sheet.layout.height) != (first.layout.width, first.layout.height):
+            raise InputError(f"pages of different sizes can't be frames of one {format}", "Use --format tiff.")
         whole = _whole(sheet)
-        if layout.bits == 16 and format == "PNG":  # an animated one
-            whole = from_float(to_float(whole), 8)
-        image = Image.fromarray(whole[..., 0] if layout.samples == 1 else whole)
+        image = Image.fromarray(whole[..., 0] if sheet.layout.samples == 1 else whole)
         if format == "JXL":
             load_plugin(format)
+        if sheet.metadata.icc and not _has_profile(format, sheet.layout):
             image = _as_srgb(image, sheet.metadata.icc)
-        images.append(image.convert("RGBA") if image.mode == "LA" and format != "PNG" else image)
-        durations.append(sheet.duration or 0)
-        if index == 0:
-            metadata, channels = sheet.metadata, layout.channels
-    options = _pillow_options(format, metadata, channels, encoding)
+        images.append(image.convert("RGBA") if image.mode == "LA" else image)
+        durations.append(round(sheet.duration or 0))
+    assert first is not None
+    options = _pillow_options(format, first, encoding)
     if len(images) > 1:
-        options |= {"save_all": True, "append_images": images[1:], "duration": [round(d) for d in durations], "loop": 0}
+        options |= {"save_all": True, "append_images": images[1:], "duration": durations}
+        options |= {"loop": first.metadata.plays} if format == "WEBP" else {}
     images[0].save(path, format, **options)
+
+
+def _has_profile(format: str, layout: Layout) -> bool:
+    """Whether a file can have a colour profile that fits such pixels; without one it means sRGB."""
+    return format in ("JPEG", "TIFF", "PNG", "HEIF") or (format in ("WEBP", "AVIF") and layout.channels == 3)
 
 
 def _whole(sheet: Sheet) -> Array:
@@ -557,16 +648,20 @@ def _whole(sheet: Sheet) -> Array:
     return whole
 
 
-def _as_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
-    """`image` in sRGB: Pillow's plugin writes no profile into a JPEG XL file, which then means sRGB."""
-    if icc is None or image.mode not in ("RGB", "RGBA"):
-        return image
+def _as_srgb(image: Image.Image, icc: bytes) -> Image.Image:
+    """`image` in sRGB."""
+    bands = image.split()
+    colours = image.convert("L") if image.mode == "LA" else image.convert("RGB") if image.mode == "RGBA" else image
+    if image.mode not in ("L", "LA", "RGB", "RGBA"):
+        return image  # 16 bits of gray
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=image.mode)
+        converted = ImageCms.profileToProfile(colours, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError):
         return image  # a damaged profile
-    return converted or image
+    assert converted is not None
+    planes = converted.split() if len(bands) > 2 else (converted.getchannel("G"),)
+    return Image.merge(image.mode, (*planes, *bands[len(planes) :]))
 
 
 def _write_heif(path: Path, sheet: Sheet, encoding: Encoding) -> None:
@@ -582,21 +677,25 @@ def _write_heif(path: Path, sheet: Sheet, encoding: Encoding) -> None:
     file = pillow_heif.from_bytes(mode, (layout.width, layout.height), pixels.tobytes())
     if metadata.icc:
         file.info["icc_profile"] = metadata.icc
+    elif metadata.cicp:
+        file.info["nclx_profile"] = dict(zip(_NCLX, (*metadata.cicp[:2], _HEIF_MATRIX, 1), strict=True))
     # Chroma at full resolution, as in JPEG.
     options = {"quality": encoding.quality, "chroma": 444, "bit_depth": _HEIF_BITS}
     with path.open("wb") as target:
         file.save(target, exif=metadata.exif, xmp=metadata.xmp, **options)
 
 
-def _pillow_options(format: str, metadata: Metadata, channels: int, encoding: Encoding) -> dict[str, Any]:
+def _pillow_options(format: str, sheet: Sheet, encoding: Encoding) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    exif, xmp = metadata.exif, metadata.xmp
+    metadata = sheet.metadata
     match format:
         case "JPEG":
             # Chroma at full resolution: nothing that the model drew is thrown away again.
             options = {"quality": encoding.quality, "subsampling": 0, "optimize": True}
-            exif = exif if exif and len(exif) <= _MOST_JPEG_EXIF else None
-            xmp = xmp if xmp and len(xmp) <= _MOST_JPEG_XMP else None
+            if metadata.iptc:
+                content = b"Photoshop 3.0\0" + _photoshop(metadata.iptc)
+                options["extra"] = b"\xff\xed" + struct.pack(">H", len(content) + 2) + content
+            options |= {"comment": metadata.comment} if metadata.comment else {}
         case "WEBP":
             options = {"quality": encoding.quality, "method": 4, "exact": True, "lossless": encoding.lossless}
         case "AVIF":
@@ -606,42 +705,21 @@ def _pillow_options(format: str, metadata: Metadata, channels: int, encoding: En
                 "quality": encoding.quality,
                 "lossless": encoding.lossless,
                 "use_container": True,
-                "exif": exif or b"",
-                "xmp": xmp or b"",
+                "exif": metadata.exif or b"",
+                "xmp": metadata.xmp or b"",
             }
-        case "PNG":
-            options = {"compress_level": 6}
-            options["pnginfo"] = PngImagePlugin.PngInfo()
-            if metadata.software:
-                options["pnginfo"].add_text("Software", metadata.software)
-            if xmp:
-                options["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp.decode("utf-8", "replace"))
         case "BMP":
             return {"dpi": metadata.dpi} if metadata.dpi else {}
-    if metadata.icc and (format not in ("WEBP", "AVIF") or channels == 3):
+    if metadata.icc and _has_profile(format, sheet.layout):
         options["icc_profile"] = metadata.icc
-    if exif:
-        options["exif"] = exif
-    if xmp and format != "PNG":
-        options["xmp"] = xmp
-    if metadata.dpi and format in ("JPEG", "PNG"):
+    for name in ("exif", "xmp"):
+        if getattr(metadata, name):
+            options[name] = getattr(metadata, name)
+    if metadata.dpi and format == "JPEG":
         options["dpi"] = metadata.dpi
     return options
 
 
-# --- what goes stale --------------------------------------------------------------------------------------------
-
-_STALE_XMP = rb"(?:tiff:ImageWidth|tiff:ImageLength|exif:PixelXDimension|exif:PixelYDimension)"
-_REFRESH = (
-    (re.compile(rb'(tiff:Orientation\s*=\s*["\'])\d(["\'])'), rb"\g<1>1\g<2>"),
-    (re.compile(rb"(<tiff:Orientation>)\d(</tiff:Orientation>)"), rb"\g<1>1\g<2>"),
-    (re.compile(rb"\s" + _STALE_XMP + rb'\s*=\s*(?:"[^"]*"|\'[^\']*\')'), b""),
-    (re.compile(rb"<(" + _STALE_XMP + rb")>[^<]*</\1>"), b""),
-)
-
-
-def fresh_xmp(xmp: bytes) -> bytes:
-    """`xmp` for the upright image of another size: orientation 1, no sizes in pixels."""
-    for pattern, replacement in _REFRESH:
-        xmp = pattern.sub(replacement, xmp)
-    return xmp
+def _photoshop(iptc: bytes) -> bytes:
+    """IPTC as a resource of Photoshop."""
+    return b"8BIM\x04\x04\0\0" + struct.pack(">I", len(iptc)) + iptc + b"\0" * (len(iptc) % 2)

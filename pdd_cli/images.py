@@ -1,30 +1,31 @@
-"""File ↔ array: bit depth, alpha, orientation, colour profile, EXIF and XMP; and the images below a folder."""
+"""File ↔ array: bit depth, alpha, orientation and what is said beside the pixels; and the images below a folder."""
 
 from __future__ import annotations
 
 import io
-import itertools
 import os
 import re
+import struct
 import threading
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
+from pdd_cli import png, tiff, xmp
+from pdd_cli.bmp import bit_fields, decode_bit_fields
 from pdd_cli.encoding import (
     FORMATS,
     Encoding,
     Layout,
-    Metadata,
     Sheet,
-    fresh_xmp,
     from_float,
     load_plugin,
     to_float,
@@ -32,20 +33,14 @@ from pdd_cli.encoding import (
 )
 from pdd_cli.errors import InputError
 from pdd_cli.jxl import is_jxl, size_of, xmp_of
+from pdd_cli.metadata import EXIF_IFD, GEO_TAGS, GPS_IFD, ORIENTATION, GeoTag, Metadata, Text, kept_exif
 
 Array = npt.NDArray[Any]
 
 MOST_PIXELS = 178_956_970
 """Pillow's limit against decompression bombs: what is larger is refused where the caller sets no limit of its own."""
 
-_KINDS = "PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC or JPEG XL"
-
-# EXIF tags that stay true when the pixels change: who, when, with what, where. Everything else (sizes, strips, the
-# thumbnail, the orientation that has been applied) would be stale.
-_KEPT_TAGS = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x013C, 0x8298, 0x9C9B, 0x9C9C, 0x9C9D, 0x9C9E, 0x9C9F)
-_EXIF_IFD, _GPS_IFD, _ORIENTATION = 0x8769, 0x8825, 0x0112
-_BITS_PER_SAMPLE, _EXTRA_SAMPLES, _PLANES = 258, 338, 284
-_STALE_EXIF_TAGS = (0xA002, 0xA003, 0xA005)  # pixel width and height, the interoperability pointer
+_KINDS = "PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC, JPEG XL or GIF"
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,29 +48,21 @@ class Picture:
     """A decoded image, upright.
 
     `pixels`: (H, W, C) uint8 or uint16, C = 1 (gray) or 3 (RGB). `alpha`: (H, W) of the same type, straight (not
-    premultiplied), or None. `icc`: a profile that fits the channels. `exif`: without orientation, sizes and thumbnail.
-    `xmp`: with orientation 1 and without sizes. `dpi`: horizontal, vertical. `frames`: how many pages or frames the
-    file holds; `duration`: how long an animation shows this one, in milliseconds.
+    premultiplied), or None. `metadata`: with a profile that fits the channels. `frames`: how many pages or frames the
+    file holds; `duration`: how long an animation shows this one, in milliseconds. `notes`: what was wrong with it.
     """
 
     pixels: Array
     alpha: Array | None = None
-    icc: bytes | None = None
-    exif: bytes | None = None
-    dpi: tuple[float, float] | None = None
+    metadata: Metadata = field(default_factory=Metadata)
     frames: int = 1
-    xmp: bytes | None = None
     duration: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def layout(self) -> Layout:
         """The shape of the image in a file."""
         return Layout(self.width, self.height, self.channels, self.alpha is not None, self.bits)
-
-    @property
-    def metadata(self) -> Metadata:
-        """What the file says beside the pixels."""
-        return Metadata(self.icc, self.exif, self.xmp, self.dpi)
 
     @property
     def interleaved(self) -> Array:
@@ -193,12 +180,13 @@ def decode_pages(path: Path, data: bytes, *, most_pixels: int = MOST_PIXELS) -> 
 
     Raises InputError as `read_image` does; `most_pixels` is the largest size that a page may have.
     """
-    index, frames = 0, 1
-    while index < frames:
+    pages = _pages(path, data, most_pixels)
+    while True:
         with _told(path), _STRICT_PILLOW:
-            picture = _decode(data, index, most_pixels)
+            picture = next(pages, None)
+        if picture is None:
+            return
         yield picture
-        index, frames = index + 1, picture.frames
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -221,22 +209,38 @@ def probe(path: Path, *, most_pixels: int = MOST_PIXELS) -> Header:
     with _told(path):
         with path.open("rb") as file:
             head = file.read(_HEAD)
+        _refuse_camera_raw(path, head)
         if is_jxl(head):
             size = size_of(path.read_bytes())
             _check_pixels(size, most_pixels)
             return Header(size, 1, Layout(*size, 3, True))  # the most that it may hold
-    with _told(path), _STRICT_PILLOW, Image.open(path, formats=_formats(head)) as image:
-        _check_pixels(image.size, most_pixels)
-        # A TIFF's size is that of the upright image already; for a PNG without EXIF getexif would decode it all.
-        known = image.format not in ("TIFF", "HEIF") and (
-            image.format != "PNG" or "exif" in image.info or "xmp" in image.info
-        )
-        turned = known and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-        size = (image.height, image.width) if turned else (image.width, image.height)
-        alpha = image.mode in ("LA", "RGBA", "PA", "La", "RGBa") or "transparency" in image.info
-        channels = 1 if image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16") else 3
-        bits = 16 if image.mode.startswith("I;16") or ";16" in _stored(image) or _is_deep_heif(image) else 8
-        return Header(size, _frames(image), Layout(*size, channels, alpha, bits))
+        if head.startswith(_TIFF_HEADS):
+            with tiff.open_tiff(path) as file:
+                pages = tiff.full_pages(file)
+                page = tiff.describe(file.pages[pages[0]])
+            _check_pixels(page.size, most_pixels)
+            return Header(page.size, len(pages), _tiff_layout(page))
+        fields = bit_fields(head)
+        if fields is not None:
+            _check_pixels((fields.width, fields.height), most_pixels)
+            layout = Layout(fields.width, fields.height, 3, bool(fields.masks[3]))
+            return Header((fields.width, fields.height), 1, layout)
+    with _told(path), _STRICT_PILLOW:
+        source: io.BytesIO | Path = path
+        chunks = None
+        if head.startswith(png.SIGNATURE):
+            with path.open("rb") as file:
+                chunks = png.split(file, whole=False)
+            source = io.BytesIO(chunks.pixels)
+        with Image.open(source, formats=_formats(head)) as image:
+            _check_pixels(image.size, most_pixels)
+            turned = _exif(image, chunks)[1] in (5, 6, 7, 8)
+            size = (image.height, image.width) if turned else (image.width, image.height)
+            alpha = image.mode in ("LA", "RGBA", "PA", "La", "RGBa") or "transparency" in image.info
+            alpha = alpha or image.format == "GIF" or (chunks is not None and chunks.key is not None)
+            channels = 1 if image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16") else 3
+            bits = 16 if image.mode.startswith("I;16") or ";16" in _stored(image) or _is_deep(image, head) else 8
+            return Header(size, _frames(image)[1], Layout(*size, channels, alpha, bits))
 
 
 def write_image(path: Path, picture: Picture, *, quality: int = 95, lossless: bool = False) -> None:
@@ -251,10 +255,21 @@ def write_image(path: Path, picture: Picture, *, quality: int = 95, lossless: bo
 
 # --- reading ----------------------------------------------------------------------------------------------------
 
-_PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "AVIF")
+_PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "AVIF", "GIF")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
+_TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Bytes that tell the format.
-_HEAD = 64
+_HEAD = 128
+
+# By these names and these beginnings; those that are TIFFs, DNG and others, by their tags.
+# fmt: off
+_RAW_SUFFIXES = frozenset([
+    ".3fr", ".ari", ".arw", ".bay", ".cap", ".cr2", ".cr3", ".crw", ".dcr", ".dcs", ".dng", ".drf", ".eip", ".erf",
+    ".fff", ".gpr", ".iiq", ".k25", ".kdc", ".mdc", ".mef", ".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef", ".ptx",
+    ".pxn", ".raf", ".raw", ".rw2", ".rwl", ".rwz", ".sr2", ".srf", ".srw", ".x3f",
+])
+# fmt: on
+_RAW_HEADS = (b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FUJIFILMCCD-RAW", b"FOVb", b"\0MRM", b"II\x1a\0\0\0HEAPCCDR")
 
 
 @contextmanager
@@ -267,13 +282,20 @@ def _told(path: Path) -> Iterator[None]:
     except UnidentifiedImageError as error:
         raise InputError(f"can't read {path}: not a {_KINDS} image, or damaged") from error
     except InputError as error:
-        raise InputError(f"can't read {path}: {error.message}") from error
+        raise InputError(f"can't read {path}: {error.message}", error.hint) from error
     except OSError as error:
         raise InputError(f"can't read {path}: {error.strerror or f'damaged: {error}'}") from error
     except Exception as error:
         # Decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError…, by where the file is broken.
         what = re.split(r"\.\s|\n", str(error))[0]
         raise InputError(f"can't read {path}: damaged: {what}") from error
+
+
+def _refuse_camera_raw(path: Path, head: bytes) -> None:
+    """Raise InputError for a camera's RAW file, of which only a small preview could be read."""
+    by_content = head.startswith(_RAW_HEADS) or head[8:10] == b"CR" or head[4:12] == b"ftypcrx "
+    if by_content or path.suffix.lower() in _RAW_SUFFIXES:
+        raise tiff.CAMERA_RAW
 
 
 def _formats(head: bytes) -> tuple[str, ...]:
@@ -296,7 +318,7 @@ def _check_pixels(size: tuple[int, int], most: int) -> None:
 
 
 class _StrictPillow:
-    """Within it, Pillow reports a file cut short, prints no warnings and opens TIFFs of 16-bit gray with alpha.
+    """Within it, Pillow reports a file cut short and prints no warnings.
 
     Of several threads that are in it the last one to leave puts everything back.
     """
@@ -318,10 +340,6 @@ class _StrictPillow:
                 ImageFile.LOAD_TRUNCATED_IMAGES = False
                 # `_check_pixels` does it, before anything is decoded, by the limit that its caller has the memory for.
                 Image.MAX_IMAGE_PIXELS = None
-                for prefix, extra in itertools.product((b"II", b"MM"), _GRAY_ALPHA):
-                    key = (prefix, 1, (1,), 1, (16, 16), (extra,))
-                    TiffImagePlugin.OPEN_INFO[key] = ("LA", _GRAY_ALPHA[extra])
-                    self._before.callback(TiffImagePlugin.OPEN_INFO.pop, key)
 
     def __exit__(self, *exception: object) -> None:
         with self._lock:
@@ -330,54 +348,34 @@ class _StrictPillow:
                 self._before.close()
 
 
-# What the second sample may be (TIFF 6.0, ExtraSamples), and a raw mode that tells it; Pillow never decodes it.
-_GRAY_ALPHA = {0: "LA;16B", 1: "La;16B", 2: "LA;16B"}
 _STRICT_PILLOW = _StrictPillow()
 
 
 def _stored(image: Image.Image) -> str:
     """The raw modes that Pillow is about to reduce to 8 bits: "RGB;16B" and the like, but not the one of its own."""
-    tags = getattr(image, "tag_v2", {})
-    if not image.mode.startswith("I;16") and 16 in tags.get(_BITS_PER_SAMPLE, ()):
-        # Of planes that are stored one after the other Pillow forgets it.
-        return f"{'a' if 1 in tags.get(_EXTRA_SAMPLES, ()) else 'A'};16"
-    return "" if image.mode.startswith("I;16") else " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))
+    if image.format != "PNG" or image.mode.startswith("I;16"):
+        return ""
+    return " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
-def _decode(data: bytes, index: int, most_pixels: int) -> Picture:
-    if is_jxl(data):
-        _check_pixels(size_of(data), most_pixels)
-    with Image.open(io.BytesIO(data), formats=_formats(data[:_HEAD])) as image:
-        _check_pixels(image.size, most_pixels)
-        frames = _frames(image)
-        if index:
-            image.seek(index)
-            _check_pixels(image.size, most_pixels)
-        # Asked first: a PNG may be loaded by getexif, and then has no tiles any more.
-        stored = _stored(image)
-        orientation = image.getexif().get(_ORIENTATION, 1)
-        if image.format == "JXL" and not getattr(image, "jpeg", False):
-            orientation = 1  # the decoder has turned it; not where it gives back a JPEG
-        apart = _is_beyond_pillow(image)
-        if not _is_deep_heif(image) and not apart:
-            image.load()
-        exif, dpi, xmp = image.getexif(), _dpi(image), _xmp(xmp_of(data) or image.info.get("xmp"))
-        duration = image.info.get("duration") if frames > 1 and image.format != "TIFF" else None
-        if apart:
-            channels, icc = _upright(_decode_tiff16(data, index), orientation), image.info.get("icc_profile")
-        elif ";16" in stored and (index == 0 or image.format == "TIFF"):
-            channels, icc = _decode16(data, index, gray="LA;16" in stored), image.info.get("icc_profile")
-        elif _is_deep_heif(image):
-            channels, icc = _decode_heif(data), image.info.get("icc_profile")
-        else:
-            plain, icc = _plain_mode(image)
-            channels = np.asarray(plain)
-        if image.format == "HEIF" and channels.shape[-1] == 4 and "chroma" not in image.info:
-            channels = _without_copies(channels)  # libheif gives gray with alpha as RGBA
-        if "a;16" in stored:
-            channels = _straight(channels)
-    if image.format != "TIFF":  # Pillow and OpenCV turn TIFFs upright by themselves
-        channels = _upright(channels, orientation)
+def _pages(path: Path, data: bytes, most_pixels: int) -> Iterator[Picture]:
+    head = data[:_HEAD]
+    _refuse_camera_raw(path, head)
+    if head.startswith(_TIFF_HEADS):
+        yield from _tiff_pages(data, most_pixels)
+        return
+    fields = bit_fields(head)
+    if fields is not None:
+        _check_pixels((fields.width, fields.height), most_pixels)
+        yield _picture(decode_bit_fields(data, fields), None, Metadata())
+        return
+    yield from _pillow_pages(data, most_pixels)
+
+
+def _picture(
+    channels: Array, icc: object, metadata: Metadata, *, frames: int = 1, duration: object = None, notes: _Notes = ()
+) -> Picture:
+    """A picture of upright (H, W), or (H, W, 1 to 4), and a profile where it fits those."""
     if channels.ndim == 2:
         channels = channels[:, :, None]
     count = channels.shape[2]
@@ -385,7 +383,447 @@ def _decode(data: bytes, index: int, most_pixels: int) -> Picture:
     alpha = np.ascontiguousarray(channels[:, :, -1]) if count in (2, 4) else None
     space = b"GRAY" if pixels.shape[2] == 1 else b"RGB "
     fitting = icc if isinstance(icc, bytes) and icc[16:20] == space else None
-    return Picture(pixels, alpha, fitting, _kept_exif(exif), dpi, frames, xmp, duration)
+    shown = float(duration) if isinstance(duration, int | float) else None
+    return Picture(pixels, alpha, replace(metadata, icc=fitting), frames, shown, tuple(dict.fromkeys(notes)))
+
+
+_Notes = tuple[str, ...]
+_NONE: _Notes = ()
+
+
+# --- TIFF -------------------------------------------------------------------------------------------------------
+
+
+def _tiff_layout(page: tiff.Page) -> Layout:
+    channels = 1 if page.colours == 1 and page.photometric != tiff.PALETTE else 3
+    return Layout(*page.size, channels, page.alpha is not None, 8 if page.bits <= 8 else 16)
+
+
+def _tiff_pages(data: bytes, most_pixels: int) -> Iterator[Picture]:
+    with tiff.open_tiff(data) as file:
+        pages = tiff.full_pages(file)
+        for index in pages:
+            page = file.pages[index]
+            spec = tiff.describe(page)
+            # What more than four samples take is counted, too.
+            _check_pixels((spec.width * -(-(spec.colours + spec.extra) // 4), spec.height), most_pixels)
+            channels, icc, notes = tiff.decode(page, spec), spec.icc, _NONE
+            if channels is not None:
+                if spec.photometric == tiff.CMYK:
+                    channels, icc, notes = _from_cmyk_samples(channels, spec.icc)
+                channels = _upright(channels, spec.orientation)
+            elif spec.bits <= 8:
+                channels, icc = _tiff_by_pillow(data, index)
+            else:
+                channels = _tiff_by_opencv(data, index, spec)
+            if spec.photometric == tiff.PALETTE:
+                channels = _without_copies(channels) if channels.ndim == 3 else channels
+            metadata, more = _tiff_metadata(data, file, page, spec, len(file.pages) - len(pages))
+            yield _picture(channels, icc, metadata, frames=len(pages), notes=(*notes, *more))
+
+
+def _tiff_by_pillow(data: bytes, index: int) -> tuple[Array, bytes | None]:
+    """A page of at most 8 bits whose compression, or colour space, only libtiff knows: it comes upright."""
+    with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
+        image.seek(index)
+        image.load()
+        plain, icc = _plain_mode(image)
+        return np.asarray(plain), icc
+
+
+def _tiff_by_opencv(data: bytes, index: int, spec: tiff.Page) -> Array:
+    """A page of 9 to 16 bits whose compression only libtiff knows: it comes upright."""
+    import cv2
+
+    samples = spec.colours + (spec.alpha is not None) + spec.extra
+    decoded = None
+    if spec.photometric in tiff.PLAIN and not spec.planar and samples in (1, 3, 4):
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it prints what it finds in damaged files
+        buffer = np.frombuffer(data, np.uint8)
+        pages = cv2.imdecodemulti(buffer, cv2.IMREAD_UNCHANGED, range=(index, index + 1))[1]
+        decoded = pages[0] if pages else None
+    if decoded is None or decoded.dtype != np.uint16:
+        raise InputError(
+            f"{samples} samples of {spec.bits} bits with {spec.compression} compression need a package more",
+            "Save it with Deflate compression, or run pip install imagecodecs.",
+        )
+    if decoded.ndim == 3:
+        decoded = decoded[:, :, (2, 1, 0, 3)[: decoded.shape[2]]]
+    # OpenCV has brought the values to 16 bits.
+    return tiff.from_stored(decoded.reshape(*decoded.shape[:2], -1), replace(spec, bits=16))
+
+
+def _tiff_metadata(
+    data: bytes, file: Any, page: Any, spec: tiff.Page, left_pages: int
+) -> tuple[Metadata, tuple[str, ...]]:
+    exif = Image.Exif()
+    exif.bigtiff, exif.endian = file.is_bigtiff, file.byteorder
+    exif.load_from_fp(io.BytesIO(data), page.offset)
+    kept, lost, notes = _true_exif(exif, spec.size)
+    packet, gone = _true_xmp(page.tags.valueof(0x02BC), spec.orientation, spec.size)
+    geo = tuple(
+        GeoTag(tag.code, int(tag.dtype), tag.value if isinstance(tag.value, str | tuple) else (tag.value,))
+        for tag in (page.tags.get(code) for code in GEO_TAGS)
+        if tag is not None
+    )
+    if geo and spec.orientation != 1:
+        geo, gone = (), (*gone, "GeoTIFF tags")
+    iptc = page.tags.valueof(0x83BB)
+    if isinstance(iptc, tuple):  # as numbers of four bytes
+        iptc = np.array(iptc, f"{file.byteorder}u4").tobytes()
+    lost += gone
+    lost += (f"{spec.extra} more bands",) if spec.extra else ()
+    lost += (f"{left_pages} reduced copies or masks",) if left_pages else ()
+    lost += (f"{len(page.pages)} reduced copies",) if page.pages else ()
+    resolution = [page.tags.valueof(tag) for tag in (0x011A, 0x011B)]
+    unit = {2: 1.0, 3: 2.54}.get(int(page.tags.valueof(0x0128, 2)))
+    dpi = _dpi([value[0] / value[1] * unit for value in resolution]) if unit and all(resolution) else None
+    return Metadata(exif=kept, xmp=packet, dpi=dpi, iptc=iptc, geo=geo, lost=lost), notes
+
+
+# --- the formats of Pillow --------------------------------------------------------------------------------------
+
+
+def _pillow_pages(data: bytes, most_pixels: int, notes: _Notes = ()) -> Iterator[Picture]:
+    if is_jxl(data):
+        _check_pixels(size_of(data), most_pixels)
+    chunks = png.split(io.BytesIO(data)) if data.startswith(png.SIGNATURE) else None
+    source = chunks.pixels if chunks else data
+    with Image.open(io.BytesIO(source), formats=_formats(data[:_HEAD])) as image:
+        _check_pixels(image.size, most_pixels)
+        first, frames = _frames(image)
+        # Asked before it is loaded, and then has no tiles any more.
+        deep = ";16" in _stored(image)
+        for index in range(first, first + frames):
+            image.seek(index)
+            _check_pixels(image.size, most_pixels)
+            exif, orientation, damage = _exif(image, chunks)
+            icc = image.info.get("icc_profile")
+            if deep and frames == 1:
+                assert chunks is not None
+                image.load()  # finds out whether it is cut short, which OpenCV prints
+                channels = _decode_png16(chunks)
+            elif _is_deep(image, data) and frames == 1:
+                channels = _decode_heif(data) if image.format == "HEIF" else _decode_avif(data)
+            else:
+                try:
+                    image.load()
+                except OSError:
+                    if image.format not in ("JPEG", "MPO") or index:
+                        raise
+                    yield from _pillow_pages(_with_end(data), most_pixels, ("its end mark is missing",))
+                    return
+                plain, icc = _plain_mode(image) if frames == 1 or image.format == "MPO" else _frame(image)
+                channels = np.asarray(plain)
+                if chunks is not None and chunks.key is not None:  # 16 bits of gray, or frames
+                    channels = _with_key(channels, chunks.key)
+            if image.format == "HEIF" and channels.shape[-1] == 4 and "chroma" not in image.info:
+                channels = _without_copies(channels)  # libheif gives gray with alpha as RGBA
+            if image.format == "JXL" and not getattr(image, "jpeg", False):
+                orientation = 1  # the decoder has turned it; not where it gives back a JPEG
+            channels = _upright(channels, orientation)
+            size = (channels.shape[1], channels.shape[0])
+            metadata, more = _metadata(image, data, chunks, exif, orientation, size)
+            if frames > 1 and (deep or _is_deep(image, data)):
+                metadata = replace(metadata, lost=(*metadata.lost, "more than 8 bits of an animation"))
+            if chunks is not None:
+                icc, more = _png_profile(chunks, more)
+            duration = image.info.get("duration") if frames > 1 else None
+            yield _picture(channels, icc, metadata, frames=frames, duration=duration, notes=(*notes, *damage, *more))
+
+
+def _with_end(data: bytes) -> bytes:
+    """A JPEG that lacks its end mark and nothing else, with it. Raises OSError where pixels are missing, too.
+
+    Those that are missing would be made of what comes behind.
+    """
+    body = data.rstrip(b"\xff")
+    found: list[Array] = []
+    for behind in (b"", bytes(range(1, 251)) * 40):
+        with Image.open(io.BytesIO(body + behind + b"\xff\xd9"), formats=("JPEG",)) as image:
+            found.append(np.asarray(image))
+    if not np.array_equal(found[0], found[1]):
+        raise OSError("image file is truncated")
+    return body + b"\xff\xd9"
+
+
+def _frame(image: Image.Image) -> tuple[Image.Image, object]:
+    """A frame of an animation: of one kind with the others."""
+    alpha = image.format == "GIF" or image.mode in ("LA", "RGBA", "PA") or "transparency" in image.info
+    return image.convert("RGBA" if alpha else "RGB"), image.info.get("icc_profile")
+
+
+def _decode_png16(chunks: png.Chunks) -> Array:
+    """16 bits of several channels, which Pillow reduces to 8: (H, W, C), alpha last."""
+    import cv2
+
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it prints what it finds in damaged files
+    decoded = cv2.imdecode(np.frombuffer(chunks.pixels, np.uint8), cv2.IMREAD_UNCHANGED)
+    if decoded is None or decoded.dtype != np.uint16 or decoded.ndim != 3:
+        raise ValueError("16-bit pixels that can't be decoded")
+    is_gray = chunks.pixels[25] == 4
+    order = (0, decoded.shape[2] - 1) if is_gray else (2, 1, 0, 3)[: decoded.shape[2]]
+    return _with_key(decoded[:, :, order], chunks.key)
+
+
+def _with_key(channels: Array, key: tuple[int, ...] | None) -> Array:
+    """(H, W) or (H, W, C) of 16 bits, with an alpha where one value is transparent."""
+    if key is None or channels.dtype != np.uint16:
+        return channels
+    channels = channels.reshape(*channels.shape[:2], -1)
+    clear = (channels == np.array(key, np.uint16)).all(axis=2)
+    return np.dstack([channels, np.where(clear, 0, 65535).astype(np.uint16)])
+
+
+def _png_profile(chunks: png.Chunks, notes: _Notes) -> tuple[object, _Notes]:
+    content = chunks.first(b"iCCP")
+    try:
+        return (None if content is None else png.inflate(content[content.index(b"\0") + 2 :])), notes
+    except (ValueError, zlib.error):
+        return None, (*notes, "its colour profile is damaged and left out")
+
+
+def _is_deep(image: Image.Image, data: bytes) -> bool:
+    """Whether it is a HEIC or AVIF of 10 or 12 bits."""
+    if image.format == "HEIF":
+        return int(image.info.get("bit_depth", 8)) > 8
+    return image.format == "AVIF" and _avif_bits(data) > 8
+
+
+def _avif_bits(data: bytes) -> int:
+    """8, 10 or 12, by the first configuration of AV1 in it."""
+    at = data.find(b"av1C")
+    flags = data[at + 6] if 0 <= at < len(data) - 6 else 0
+    return 8 if not flags & 0x40 else 12 if flags & 0x20 else 10
+
+
+def _decode_avif(data: bytes) -> Array:
+    """The image of an AVIF file of 10 or 12 bits, which Pillow reduces to 8, in 16: (H, W, C)."""
+    import cv2
+
+    decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if decoded is None or decoded.dtype != np.uint16:
+        raise ValueError("AVIF of more than 8 bits that can't be decoded")
+    decoded = decoded.reshape(*decoded.shape[:2], -1)
+    values = decoded[:, :, (2, 1, 0, 3)[: decoded.shape[2]]] if decoded.shape[2] > 1 else decoded
+    return np.asarray(np.rint(values * (65535 / ((1 << _avif_bits(data)) - 1))), np.uint16)
+
+
+# --- what is said beside the pixels -----------------------------------------------------------------------------
+
+_COLOUR_CHUNKS = (b"gAMA", b"cHRM", b"sRGB", b"mDCV", b"cLLI", b"mDCv", b"cLLi")
+# Chunks of a PNG that are read, and those that are true of the old pixels only.
+_READ_CHUNKS = (b"iCCP", b"cICP", b"pHYs", b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+_STALE_CHUNKS = (b"bKGD", b"tIME", b"sBIT", b"hIST", b"vpAg", b"orNT", b"caNv")
+_KNOWN_CHUNKS = (*_COLOUR_CHUNKS, *_READ_CHUNKS, *_STALE_CHUNKS)
+_XMP_KEYWORD, _IPTC_PROFILES = "XML:com.adobe.xmp", ("Raw profile type iptc", "Raw profile type 8bim")
+_EXIF_PROFILES = ("Raw profile type exif", "Raw profile type APP1")
+_STALE_TEXTS = ("Thumb::", "Raw profile type", _XMP_KEYWORD)
+_PHOTOSHOP_IPTC = b"8BIM\x04\x04"
+
+
+def _exif(image: Image.Image, chunks: png.Chunks | None) -> tuple[Image.Exif, int, _Notes]:
+    """The EXIF of a file, its orientation, and what was wrong with it."""
+    if chunks is not None:
+        texts = {text.keyword: text.text for text in _png_texts(chunks)[0]}
+        found = chunks.first(b"eXIf") or next(
+            (_raw_profile(texts[name]) for name in _EXIF_PROFILES if name in texts), None
+        )
+        image.info |= {"exif": found.removeprefix(b"Exif\0\0") if found else b""}
+        if _XMP_KEYWORD in texts:
+            image.info["xmp"] = texts[_XMP_KEYWORD].encode()
+    try:
+        exif = image.getexif()
+        orientation = int(exif.get(ORIENTATION, 1))
+        for ifd in (EXIF_IFD, GPS_IFD):
+            exif.get_ifd(ifd)
+        content = image.info.get("exif") or b""
+        if len(content.removeprefix(b"Exif\0\0")) > 8 and not len(exif):
+            raise ValueError("no tags in it")
+        return exif, orientation, ()
+    except Exception:
+        # Of whatever kind: the picture is worth more than its EXIF.
+        return Image.Exif(), 1, ("its EXIF is damaged and left out",)
+
+
+def _true_exif(exif: Image.Exif, size: tuple[int, int]) -> tuple[bytes | None, _Notes, _Notes]:
+    try:
+        return (*kept_exif(exif, size), ())
+    except Exception:
+        # Values of a type that the tag doesn't have: the picture is worth more than its EXIF.
+        return None, (), ("its EXIF is damaged and left out",)
+
+
+def _true_xmp(packet: object, orientation: int, size: tuple[int, int]) -> tuple[bytes | None, _Notes]:
+    if isinstance(packet, str):
+        packet = packet.encode()
+    if not isinstance(packet, bytes) or not packet.strip(b"\0 \n"):
+        return None, ()
+    return xmp.upright(packet, orientation, size)
+
+
+def _metadata(
+    image: Image.Image,
+    data: bytes,
+    chunks: png.Chunks | None,
+    exif: Image.Exif,
+    orientation: int,
+    size: tuple[int, int],
+) -> tuple[Metadata, _Notes]:
+    info = image.info
+    kept, lost, notes = _true_exif(exif, size)
+    packet, gone = _true_xmp(xmp_of(data) or info.get("xmp"), orientation, size)
+    comment = info.get("comment")
+    metadata = Metadata(
+        exif=kept,
+        xmp=packet,
+        dpi=_dpi(info.get("dpi")) or _dpi_of_exif(exif),
+        comment=comment if isinstance(comment, bytes) and image.format in ("JPEG", "MPO", "GIF") else None,
+        plays=_plays(image),
+        cicp=_cicp(image, data),
+        lost=(*lost, *gone, *_lost_of_jpeg(image), *_lost_of_heif(image)),
+    )
+    if image.format in ("JPEG", "MPO"):
+        metadata = replace(metadata, iptc=info.get("photoshop", {}).get(0x0404))
+    if chunks is not None:
+        metadata, more = _with_chunks(metadata, chunks)
+        notes += more
+    return metadata, notes
+
+
+def _plays(image: Image.Image) -> int:
+    """How often an animation is shown; 0: for ever."""
+    loop = image.info.get("loop")
+    if image.format == "GIF":  # how often it is shown again
+        return 1 if loop is None else loop + 1 if loop else 0
+    return int(loop or 0)
+
+
+def _lost_of_jpeg(image: Image.Image) -> _Notes:
+    lost = []
+    for marker, content in getattr(image, "applist", ()):
+        if marker == "APP2" and content.startswith(b"urn:iso:std:iso:ts:21496:-1"):
+            lost.append("HDR gain map")
+        elif marker == "APP1" and content.startswith(b"http://ns.adobe.com/xmp/extension/"):
+            lost.append("extended XMP")
+        elif marker == "APP11" and content.startswith(b"JP"):
+            lost.append("Content Credentials")
+    others = _others(image)
+    if others and _frames(image)[1] == 1 and "HDR gain map" not in lost and not _has_gain_map(image):
+        lost.append(f"{others} more images in it (previews)")
+    return tuple(lost)
+
+
+def _others(image: Image.Image) -> int:
+    return max(0, int(getattr(image, "n_frames", 1)) - 1) if image.format == "MPO" else 0
+
+
+def _has_gain_map(image: Image.Image) -> bool:
+    packet = image.info.get("xmp")
+    return isinstance(packet, bytes) and b"http://ns.adobe.com/hdr-gain-map/" in packet
+
+
+def _lost_of_heif(image: Image.Image) -> _Notes:
+    if image.format != "HEIF":
+        return ()
+    more = int(getattr(image, "n_frames", 1)) - 1
+    lost = [f"{more} more images in it"] if more else []
+    lost += ["depth map"] if image.info.get("depth_images") else []
+    lost += ["auxiliary images (a gain map, for example)"] if image.info.get("aux") else []
+    return tuple(lost)
+
+
+def _cicp(image: Image.Image, data: bytes) -> tuple[int, int, int, int] | None:
+    """What a HEIC or AVIF says of its colours where that isn't sRGB, for pixels that are full-range RGB here."""
+    primaries, transfer = 2, 2
+    if image.format == "HEIF":
+        nclx = image.info.get("nclx_profile") or {}
+        primaries = int(nclx.get("color_primaries", 2))
+        transfer = int(nclx.get("transfer_characteristics", 2))
+    elif image.format == "AVIF":
+        at = data.find(b"colrnclx")
+        if at >= 0 and len(data) >= at + 12:
+            primaries, transfer = struct.unpack_from(">HH", data, at + 8)
+    if primaries in (1, 2) and transfer in (1, 2, 6, 13):
+        return None
+    return primaries, transfer, 0, 1
+
+
+def _with_chunks(metadata: Metadata, chunks: png.Chunks) -> tuple[Metadata, _Notes]:
+    texts, notes = _png_texts(chunks)
+    raw = {text.keyword: text.text for text in texts}
+    iptc = next((_raw_profile(raw[name]) for name in _IPTC_PROFILES if name in raw), None)
+    if iptc is not None and iptc.startswith(_PHOTOSHOP_IPTC):
+        iptc = iptc[12 : 12 + int.from_bytes(iptc[8:12], "big")]
+    lost = [f"PNG chunk {kind.decode('latin-1')!a}" for kind, _ in chunks.beside if kind not in _KNOWN_CHUNKS]
+    lost = ["Content Credentials" if "caBX" in name else name for name in lost]
+    physical, cicp = chunks.first(b"pHYs"), chunks.first(b"cICP")
+    dpi = metadata.dpi
+    if physical is not None and len(physical) == 9:
+        x, y, unit = struct.unpack(">IIB", physical)
+        dpi = _dpi([x * 0.0254, y * 0.0254]) if unit == 1 else dpi
+        lost += ["shape of the pixels (pHYs)"] if unit == 0 and x != y else []
+    text = tuple(text for text in texts if not text.keyword.startswith(_STALE_TEXTS))
+    colour = tuple((kind, content) for kind, content in chunks.beside if kind in _COLOUR_CHUNKS)
+    metadata = replace(
+        metadata,
+        iptc=iptc,
+        dpi=dpi,
+        text=text,
+        colour=colour,
+        cicp=(cicp[0], cicp[1], cicp[2], cicp[3]) if cicp and len(cicp) == 4 else None,
+        lost=(*metadata.lost, *lost),
+    )
+    return metadata, (*chunks.notes, *notes)
+
+
+def _png_texts(chunks: png.Chunks) -> tuple[list[Text], _Notes]:
+    found, notes = [], []
+    for kind, content in chunks.beside:
+        try:
+            if kind == b"tEXt":
+                keyword, text = content.split(b"\0", 1)
+                found.append(Text(keyword.decode("latin-1"), text.decode("latin-1")))
+            elif kind == b"zTXt":
+                keyword, text = content.split(b"\0", 1)
+                found.append(Text(keyword.decode("latin-1"), png.inflate(text[1:]).decode("latin-1")))
+            elif kind == b"iTXt":
+                keyword, rest = content.split(b"\0", 1)
+                language, translated, text = rest[2:].split(b"\0", 2)
+                text = png.inflate(text) if rest[0] else text
+                found.append(
+                    Text(keyword.decode("latin-1"), text.decode(), language.decode("latin-1"), translated.decode())
+                )
+        except (ValueError, IndexError, zlib.error):
+            notes.append(f"its {kind.decode()!a} chunk is damaged and left out")
+    return found, tuple(notes)
+
+
+def _raw_profile(text: str) -> bytes | None:
+    """What ImageMagick writes into a text of a PNG: a name, a length and hexadecimal digits, in lines."""
+    try:
+        return bytes.fromhex("".join(text.split("\n")[3:]))
+    except ValueError:
+        return None
+
+
+def _dpi(values: object) -> tuple[float, float] | None:
+    try:
+        x, y = (float(value) for value in values)  # type: ignore[attr-defined]
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+    return (x, y) if 1 <= x < 1e5 and 1 <= y < 1e5 else None
+
+
+def _dpi_of_exif(exif: Image.Exif) -> tuple[float, float] | None:
+    unit = {2: 1.0, 3: 2.54}.get(exif.get(0x0128, 2), 1.0)
+    try:
+        return _dpi([float(exif[0x011A]) * unit, float(exif[0x011B]) * unit])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+
+
+# --- pixels -----------------------------------------------------------------------------------------------------
 
 
 def _plain_mode(image: Image.Image) -> tuple[Image.Image, bytes | None]:
@@ -441,57 +879,17 @@ def _from_cmyk(image: Image.Image, icc: object) -> Image.Image:
     return image.convert("RGB")
 
 
-def _decode16(data: bytes, index: int, *, gray: bool) -> Array:
-    """16 bits of several channels, which Pillow reduces to 8: (H, W, C), alpha last; `gray` is gray and alpha."""
-    import cv2
-
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it prints what it finds in damaged files
-    buffer = np.frombuffer(data, np.uint8)
-    if index:
-        pages = cv2.imdecodemulti(buffer, cv2.IMREAD_UNCHANGED, range=(index, index + 1))[1]
-        decoded = pages[0] if pages else None
-    else:
-        decoded = cv2.imdecode(buffer, cv2.IMREAD_UNCHANGED)
-    if decoded is None or decoded.dtype != np.uint16 or decoded.ndim != 3:
-        raise InputError("16-bit pixels in this layout are not supported")
-    count = decoded.shape[2]
-    return np.asarray(decoded[:, :, (0, count - 1) if gray else (2, 1, 0, 3)[:count]])
-
-
-def _is_beyond_pillow(image: Image.Image) -> bool:
-    """Whether it is a page of a TIFF that neither Pillow nor OpenCV decodes: 16-bit gray with alpha, or in planes."""
-    if image.format != "TIFF" or ";16" not in _stored(image):
-        return False
-    return image.mode in ("LA", "La") or getattr(image, "tag_v2", {}).get(_PLANES) == 2
-
-
-def _decode_tiff16(data: bytes, index: int) -> Array:
-    """A page of a TIFF of 16 bits by tifffile: (H, W, C), as stored."""
-    import tifffile
-
-    with tifffile.TiffFile(io.BytesIO(data)) as file:
-        try:
-            page = file.pages[index]
-            channels = page.asarray()
-        except (ValueError, ImportError) as error:
-            if "imagecodecs" not in str(error) and not isinstance(error, ImportError):
-                raise
-            raise InputError(
-                f"16-bit gray with alpha, or in planes, and {page.compression.name} compression: "
-                "save it with Deflate, or pip install imagecodecs"
-            ) from error
-    return np.moveaxis(channels, 0, -1) if page.planarconfig == 2 else channels
-
-
-def _straight(channels: Array) -> Array:
-    """Colours that were multiplied by their alpha, the last of 16-bit channels, as they were before."""
-    values = channels.astype(np.float64)
-    values[..., :-1] *= 65535 / np.maximum(values[..., -1:], 1)
-    return np.asarray(np.rint(values.clip(0, 65535)), np.uint16)
-
-
-def _is_deep_heif(image: Image.Image) -> bool:
-    return image.format == "HEIF" and int(image.info.get("bit_depth", 8)) > 8
+def _from_cmyk_samples(channels: Array, icc: bytes | None) -> tuple[Array, None, _Notes]:
+    """(H, W, 4), or 5 with alpha, as RGB, or RGBA: in 16 bits by the plain formula, by a profile in 8."""
+    inks, alpha, notes = channels[..., :4], channels[..., 4:], _NONE
+    if channels.dtype == np.uint16 and icc is None:
+        rest = np.float32(1) - to_float(inks)
+        return np.dstack([from_float(rest[..., :3] * rest[..., 3:], 16), alpha]), None, ()
+    if channels.dtype == np.uint16:
+        inks, alpha = (np.rint(values / 257).astype(np.uint8) for values in (inks, alpha))
+        notes = ("its 16 bits of CMYK are read as 8, for its profile",)
+    image = Image.frombytes("CMYK", (inks.shape[1], inks.shape[0]), np.ascontiguousarray(inks).tobytes())
+    return np.dstack([np.asarray(_from_cmyk(image, icc)), alpha]), None, notes
 
 
 def _decode_heif(data: bytes) -> Array:
@@ -506,9 +904,22 @@ def _decode_heif(data: bytes) -> Array:
     return np.asarray(np.rint(values * (65535 / ((1 << bits) - 1))), np.uint16)
 
 
-def _frames(image: Image.Image) -> int:
-    """How many pages or frames; of the images of a HEIC file, which are no sequence, the main one counts."""
-    return 1 if image.format == "HEIF" else int(getattr(image, "n_frames", 1))
+def _frames(image: Image.Image) -> tuple[int, int]:
+    """The first of the pages or frames, and how many there are.
+
+    Of the images of a HEIC file, which are no sequence, the main one counts; of a JPEG with a gain map or previews too.
+    """
+    count = int(getattr(image, "n_frames", 1))
+    if image.format == "HEIF" or (image.format == "MPO" and (_has_gain_map(image) or _has_previews(image))):
+        return 0, 1
+    # What programs show that know no animations.
+    return (1, count - 1) if image.info.get("default_image") and count > 1 else (0, count)
+
+
+def _has_previews(image: Image.Image) -> bool:
+    entries = getattr(image, "mpinfo", {}).get(0xB002, ())
+    kinds = [str(entry.get("Attribute", {}).get("MPType", "")) for entry in entries[1:]]
+    return bool(kinds) and all("Thumbnail" in kind for kind in kinds)
 
 
 def _upright(channels: Array, orientation: int) -> Array:
@@ -530,33 +941,3 @@ def _upright(channels: Array, orientation: int) -> Array:
             return np.rot90(channels, 1)
         case _:
             return channels
-
-
-def _kept_exif(exif: Image.Exif) -> bytes | None:
-    kept = Image.Exif()
-    for tag in _KEPT_TAGS:
-        if tag in exif:
-            kept[tag] = exif[tag]
-    for ifd in (_EXIF_IFD, _GPS_IFD):
-        values = {tag: value for tag, value in exif.get_ifd(ifd).items() if tag not in _STALE_EXIF_TAGS}
-        if values:
-            kept[ifd] = values
-    if not len(kept):
-        return None
-    try:
-        return kept.tobytes()
-    except Exception:
-        # Values of a type that the tag doesn't have: the picture is worth more than its EXIF.
-        return None
-
-
-def _dpi(image: Image.Image) -> tuple[float, float] | None:
-    try:
-        x, y = (float(value) for value in image.info["dpi"])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return None
-    return (x, y) if 1 <= x < 1e5 and 1 <= y < 1e5 else None
-
-
-def _xmp(xmp: object) -> bytes | None:
-    return fresh_xmp(xmp) if isinstance(xmp, bytes) and xmp.strip(b"\0 \n") else None

@@ -24,6 +24,7 @@ from xml.sax.saxutils import escape, quoteattr
 from PIL import Image
 
 from pdd_cli import __version__
+from pdd_cli.xmp import serialised
 
 SOFTWARE = f"pdd {__version__}"
 
@@ -53,8 +54,6 @@ _EMPTY_XMP = (
 _SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 # An image that a generator made stays one.
 _GENERATED = ("rainedAlgorithmicMedia", "algorithmicMedia", "compositeSynthetic", "virtualRecording", "dataDriven")
-# In attributes, a line end or tab that isn't escaped is read as a space.
-_ATTRIBUTE_WHITESPACE = {"\t": "\ue009", "\n": "\ue00a", "\r": "\ue00d"}
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def stamped_xmp(xmp: bytes | None, made: Provenance, software: str | None) -> by
     history = entries and f"<xmpMM:History><rdf:Seq>{entries}</rdf:Seq></xmpMM:History>"
     text = " ".join(f"{key}={quoteattr(_plain(value))}" for key, value in attributes.items())
     _append(root, f'<rdf:Description rdf:about="" {text}>{history}</rdf:Description>')
-    return _serialised(document)
+    return serialised(document)
 
 
 def append_to_bmp(path: Path, made: Provenance) -> None:
@@ -231,17 +230,6 @@ def _append(parent: minidom.Element, text: str) -> None:
 def _plain(text: str) -> str:
     """`text` without what XML can't hold."""
     return re.sub(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
-
-
-def _serialised(document: minidom.Document) -> bytes:
-    for element in document.getElementsByTagName("*"):
-        for attribute in element.attributes.values():
-            for character, stand_in in _ATTRIBUTE_WHITESPACE.items():
-                attribute.value = attribute.value.replace(character, stand_in)
-    text = "".join(node.toxml() for node in document.childNodes)
-    for character, stand_in in _ATTRIBUTE_WHITESPACE.items():
-        text = text.replace(stand_in, f"&#{ord(character)};")
-    return text.encode()
 
 
 # --- the seal ---------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from pdd_cli.encoding import (
     FORMATS,
     STREAMED,
     Encoding,
-    Metadata,
     Sheet,
     check_lossless,
     check_size,
@@ -39,6 +38,7 @@ from pdd_cli.images import Array, Picture, decode_pages, find_images, is_image, 
 from pdd_cli.inference.clips import CONTAINERS, check_video_name, is_video, video_pixels
 from pdd_cli.inference.manifest import NAME, Manifest
 from pdd_cli.inference.upscaler import OnTile, Upscaler
+from pdd_cli.metadata import Metadata
 from pdd_cli.provenance import Provenance, made_by_pdd, source_of
 from pdd_cli.weights.sources import file_sha256
 from pdd_cli.weights.store import read_card

@@ -283,7 +283,8 @@ class Upscaling:
         self.tiles = upscaler.tiles(picture.width, picture.height)
         width, height = upscaler.output_size(picture.width, picture.height)
         layout = replace(picture.layout, width=width, height=height)
-        self.sheet = Sheet(layout, self._bands(picture, layout), picture.metadata, picture.duration)
+        metadata = picture.metadata.resized((picture.width, picture.height), (width, height))
+        self.sheet = Sheet(layout, self._bands(picture, layout), metadata, picture.duration)
 
     def _bands(self, picture: Picture, layout: Layout) -> Iterator[Array]:
         """The rows of the output, in the picture's depth, colours first, alpha last."""
@@ -433,7 +434,7 @@ def _picture(whole: Array, sheet: Sheet, source: Picture) -> Picture:
     """The output as a picture with the metadata of `source`."""
     alpha = np.ascontiguousarray(whole[..., -1]) if sheet.layout.alpha else None
     pixels = np.ascontiguousarray(whole[..., : sheet.layout.channels])
-    return replace(source, pixels=pixels, alpha=alpha, frames=1)
+    return replace(source, pixels=pixels, alpha=alpha, frames=1, metadata=sheet.metadata)
 
 
 def _weigh(tile: FloatArray, down: Weights, across: Weights) -> None:
