@@ -305,9 +305,8 @@ def left_out(path: Path, sheet: Sheet, *, count: int = 1) -> tuple[str, ...]:
     Raises InputError for colours that it can't hold.
     """
     names = sheet.metadata.held_by(format_of(path), gray=sheet.layout.channels == 1, animated=count > 1)[1]
-    stored = stored_layout(path, sheet.layout)
-    names += ("alpha (laid on white)",) if sheet.layout.alpha and not stored.alpha else ()
-    return names + ((f"{sheet.layout.bits} bits (written as 8)",) if stored.bits < sheet.layout.bits else ())
+    is_reduced = stored_layout(path, sheet.layout).bits < sheet.layout.bits
+    return (*names, f"all but 8 of {sheet.layout.bits} bits") if is_reduced else names
 
 
 def _on_white(band: Array) -> Array:

@@ -422,6 +422,7 @@ def _file_document(result: Result) -> dict[str, object]:
         "output": result.job.target,
         "status": result.status,
         "problem": result.problem,
+        "left_out": result.left_out,
         "size_in": result.size_in,
         "size_out": result.size_out,
         "tiles": result.tiles,

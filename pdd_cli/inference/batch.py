@@ -19,6 +19,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
+
 from pdd_cli.device import usable_cpus
 from pdd_cli.distributed import World
 from pdd_cli.encoding import (
@@ -30,7 +32,9 @@ from pdd_cli.encoding import (
     check_size,
     format_of,
     keeps_frames,
+    left_out,
     load_plugin,
+    stored_layout,
     write_sheets,
 )
 from pdd_cli.errors import InputError, PddError, ResourceError
@@ -92,7 +96,8 @@ class Output:
 class Result:
     """What became of one job. Sizes are (width, height); `problem` says why it failed, or what to know of it.
 
-    `memory` (peak of the process, bytes) and `seconds` are estimates where the status is "planned".
+    `left_out`: names of what the input has and the output hasn't, which are in `problem`, too. `memory` (peak of the
+    process, bytes) and `seconds` are estimates where the status is "planned".
     """
 
     job: Job
@@ -105,6 +110,7 @@ class Result:
     model_seconds: float = 0.0
     memory: int = 0
     frames: int = 0  # of a video
+    left_out: tuple[str, ...] = ()
 
 
 def results_to_json(results: Sequence[Result]) -> str:
@@ -118,7 +124,8 @@ def results_from_json(text: str) -> list[Result]:
     for values in json.loads(text):
         job = Job(*(Path(path) for path in values.pop("job")))
         sizes = [size and tuple(size) for size in (values.pop("size_in"), values.pop("size_out"))]
-        found.append(Result(job, size_in=sizes[0], size_out=sizes[1], **values))
+        left_out = tuple(values.pop("left_out"))
+        found.append(Result(job, size_in=sizes[0], size_out=sizes[1], left_out=left_out, **values))
     return found
 
 
@@ -525,7 +532,7 @@ def preview_jobs(
         yield Result(
             job,
             "planned",
-            _about_frames(job, header.frames),
+            "; ".join(_about_frames(job, header.frames)),
             header.size,
             size_out,
             upscaler.tiles(width, height) * frames,
@@ -638,9 +645,11 @@ def _compute(
                 channel.put(sheet, future)
                 for band in sheet.bands:
                     channel.put(band, future)
+                left = dict.fromkeys((*done.left_out, *_left_out(job, picture, sheet, count)))
                 done = replace(
                     done,
-                    problem=_about_frames(job, picture.frames),
+                    problem="; ".join([*picture.notes, *_about_frames(job, picture.frames), *_as_line(left)]),
+                    left_out=tuple(left),
                     size_in=done.size_in or (picture.width, picture.height),
                     size_out=done.size_out or (sheet.layout.width, sheet.layout.height),
                     tiles=done.tiles + run.tiles,
@@ -708,10 +717,23 @@ def _reason(job: Job, error: PddError | MemoryError) -> str:
     return reason if str(job.source) in reason or str(job.target) in reason else f"{job.source}: {reason}"
 
 
-def _about_frames(job: Job, frames: int) -> str:
+def _about_frames(job: Job, frames: int) -> list[str]:
     if frames == 1 or keeps_frames(job.target):
-        return ""
-    return f"only the first of {frames} frames is kept: {format_of(job.target)} holds one"
+        return []
+    return [f"only the first of {frames} frames is kept: {format_of(job.target)} holds one"]
+
+
+def _left_out(job: Job, picture: Picture, sheet: Sheet, count: int) -> tuple[str, ...]:
+    """Names of what the output can't have of `picture`. Raises InputError for colours that it can't have."""
+    names = left_out(job.target, sheet, count=count)
+    alpha = picture.alpha
+    if alpha is None or stored_layout(job.target, sheet.layout).alpha or (alpha == np.iinfo(alpha.dtype).max).all():
+        return names
+    return (*names, "transparency (laid on white)")
+
+
+def _as_line(left: Iterable[str]) -> list[str]:
+    return [f"left out: {', '.join(left)}"] if left else []
 
 
 class _Abandoned(Exception):  # noqa: N818 - not a failure of its own
