@@ -14,7 +14,7 @@ from pdd_cli.commands.adapt import adapt
 from pdd_cli.commands.evaluate import evaluate
 from pdd_cli.commands.fetch_weights import fetch_weights
 from pdd_cli.commands.upscale import upscale
-from pdd_cli.console import Console
+from pdd_cli.console import Console, prepare_streams
 from pdd_cli.distributed import World
 from pdd_cli.errors import PddError
 
@@ -51,6 +51,7 @@ def _global(
 def main() -> NoReturn:
     """Run `pdd` on sys.argv and exit with its code (see docs/cli.md)."""
     signal.signal(signal.SIGTERM, _interrupt)
+    prepare_streams()
     world = World.from_environment()
     try:
         with world.one_voice():

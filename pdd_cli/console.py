@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Mapping
@@ -21,6 +22,13 @@ from rich.progress import (
 from rich.table import Table
 
 from pdd_cli.errors import PddError
+
+
+def prepare_streams() -> None:
+    """Let stdout and stderr take every character: what their encoding (cp1252, ASCII) lacks is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class Console:
@@ -53,7 +61,10 @@ class Console:
     def result(self, document: Mapping[str, object]) -> None:
         """The JSON document of the command; printed with `--json` only."""
         if self.json:
-            sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=2, default=str, allow_nan=False) + "\n")
+            # Escaped where the encoding of stdout may not have a character.
+            ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+            text = json.dumps(document, ensure_ascii=ascii_only, indent=2, default=str, allow_nan=False)
+            sys.stdout.write(text + "\n")
             sys.stdout.flush()
 
     def progress(self, *, transient: bool = False) -> Progress:

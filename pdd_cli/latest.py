@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from pdd_cli.files import write_text
 from pdd_cli.weights.store import home
@@ -37,14 +38,15 @@ class LatestUpscale(BaseModel):
 def latest_upscale() -> LatestUpscale | None:
     """The latest run; None where there was none, or its record can't be read."""
     try:
-        return LatestUpscale.model_validate_json(_path().read_bytes())
-    except (OSError, ValidationError):
+        return LatestUpscale.model_validate(json.loads(_path().read_bytes()))
+    except (OSError, ValueError):  # of JSON and of pydantic
         return None
 
 
 def remember_upscale(run: LatestUpscale) -> None:
     """Make `run` the latest one."""
-    write_text(_path(), run.model_dump_json(indent=2))
+    # Not by pydantic, whose JSON has no names that aren't UTF-8.
+    write_text(_path(), json.dumps(run.model_dump(mode="json"), indent=2))
 
 
 def _path() -> Path:

@@ -138,7 +138,7 @@ def append_to_bmp(path: Path, made: Provenance) -> None:
     """Put the line behind the pixels of a BMP, whose header says how long the file is."""
     with path.open("rb+") as file:
         file.seek(0, io.SEEK_END)
-        file.write(b"\0" + sealed_text(made).encode() + b"\0")
+        file.write(b"\0" + sealed_text(made).encode(errors="replace") + b"\0")
         size = file.tell()
         file.seek(2)
         file.write(struct.pack("<I", size))

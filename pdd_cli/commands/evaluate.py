@@ -165,10 +165,10 @@ def evaluate(
         list(loaded), main, baselines, settings.crop_border, {**skipped, **lost}, failures, luma=settings.luma
     )
     _show(report, console)
-    if settings.output is not None:
+    console.result(report.as_document())
+    if settings.output is not None:  # last: where it can't be written, the scores are shown all the same
         write_report(settings.output, report)
         console.say(f"report written to {settings.output}")
-    console.result(report.as_document())
     if interrupted:
         raise KeyboardInterrupt
     _conclude(report, settings, console, list(lacking.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pdd_cli.console import Console
-from pdd_cli.errors import Interrupted, PartialFailure
+from pdd_cli.errors import Interrupted, PartialFailure, PddError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -202,9 +203,14 @@ def upscale(
         results = _run(share, upscalers, files, manifest, recipe, settings.log, console)
     results = _of_all(results, jobs, meeting)
     if world.is_first and not dry_run:
-        if folder is not None and world.size > 1:
-            Manifest(folder, recipe).tidy()
-        _remember(results, settings, upscaler.scale)
+        try:
+            _remember(results, settings, upscaler.scale)
+            if folder is not None and world.size > 1:
+                Manifest(folder, recipe).tidy()
+        except PddError as error:  # all outputs are there
+            console.warn(
+                f"{error.message}. The outputs are complete, but this run is not remembered for `pdd evaluate`."
+            )
     if dry_run:
         _show_preview(results, console)
     console.result(_document(results, plan, settings, upscalers))
@@ -343,7 +349,9 @@ def _run(
                     append_line(log, _log_line(result))
                 progress.update(total, advance=1)
                 if result.status == "failed":
-                    console.warn(f"{result.job.source}: failed, going on")
+                    console.warn(f"{result.job.source}: failed; the batch continues")
+                if result.traceback and "--debug" in sys.argv:
+                    console.say(result.traceback)
         except KeyboardInterrupt:
             finished = sum(job.target.exists() for job in jobs)
             raise Interrupted(

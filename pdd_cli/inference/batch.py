@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -97,7 +98,8 @@ class Result:
     """What became of one job. Sizes are (width, height); `problem` says why it failed, or what to know of it.
 
     `left_out`: names of what the input has and the output hasn't, which are in `problem`, too. `memory` (peak of the
-    process, bytes) and `seconds` are estimates where the status is "planned".
+    process, bytes) and `seconds` are estimates where the status is "planned". `traceback`: of an error that nobody
+    expected.
     """
 
     job: Job
@@ -111,6 +113,7 @@ class Result:
     memory: int = 0
     frames: int = 0  # of a video
     left_out: tuple[str, ...] = ()
+    traceback: str = ""
 
 
 def results_to_json(results: Sequence[Result]) -> str:
@@ -391,7 +394,7 @@ def _pixels(source: Path) -> int:
         if is_video(source):
             return video_pixels(source)
         header = probe(source, most_pixels=2**62)
-    except PddError:
+    except Exception:  # which the job itself will name
         return 0
     return header.size[0] * header.size[1] * header.frames
 
@@ -525,8 +528,8 @@ def preview_jobs(
             _check_target(job, size_out, output)
             estimate = upscaler.estimate(header.layout, streamed=format_of(job.target) in STREAMED)
             upscaler.check_memory(estimate.memory)
-        except PddError as error:
-            yield Result(job, "failed", _reason(job, error))
+        except Exception as error:
+            yield failed(job, error, time.perf_counter())
             continue
         frames = header.frames if keeps_frames(job.target) else 1
         yield Result(
@@ -574,9 +577,8 @@ def _load(job: Job, upscaler: Upscaler, output: Output, manifest: Manifest | Non
         if header.layout.bytes <= _MOST_AHEAD:
             pages = itertools.chain([next(pages)], pages)
         return _Loaded(job, None, data, digest, key, pages)
-    except (PddError, MemoryError) as error:
-        seconds = time.perf_counter() - started
-        return _Loaded(job, Result(job, "failed", _reason(job, error), size_in=size_in, seconds=seconds))
+    except Exception as error:
+        return _Loaded(job, failed(job, error, started, Result(job, "failed", size_in=size_in)))
 
 
 def skipped(job: Job, key: str, output: Output, manifest: Manifest | None) -> Result | None:
@@ -664,11 +666,11 @@ def _compute(
             if isinstance(error, MemoryError | RuntimeError) and picture is not None:
                 try:
                     upscaler.shrink_after(error, picture)
-                except ResourceError as out_of_memory:
-                    return _settled(failed(job, out_of_memory, started, done))
+                except Exception as final:
+                    return _settled(failed(job, final, started, done))
                 pages = decode_pages(job.source, loaded.data, most_pixels=upscaler.most_pixels)
                 continue
-            if isinstance(error, PddError | MemoryError):
+            if isinstance(error, Exception) and not isinstance(error, _WriterFailed | _Abandoned):
                 return _settled(failed(job, error, started, done))
             if not isinstance(error, _WriterFailed):  # its own reason comes with the future
                 raise
@@ -698,22 +700,27 @@ def _finished(job: Job, future: Future[None] | None, started: float, done: Resul
         future.result()
     except ResourceError:
         raise
-    except (PddError, MemoryError) as error:
+    except Exception as error:
         return failed(job, error, started, done)
     return replace(done, seconds=time.perf_counter() - started)
 
 
-def failed(job: Job, error: PddError | MemoryError, started: float, done: Result | None = None) -> Result:
+def failed(job: Job, error: Exception, started: float, done: Result | None = None) -> Result:
     """That a job, begun at `started`, came to `error`; `done`: what was known of it."""
     size = done.size_in if done else None
-    return Result(job, "failed", _reason(job, error), size_in=size, seconds=time.perf_counter() - started)
+    shown = "" if isinstance(error, PddError | MemoryError) else "".join(traceback.format_exception(error))
+    seconds = time.perf_counter() - started
+    return Result(job, "failed", _reason(job, error), size_in=size, seconds=seconds, traceback=shown)
 
 
-def _reason(job: Job, error: PddError | MemoryError) -> str:
+def _reason(job: Job, error: Exception) -> str:
     """Why `job` failed, with its file."""
-    reason = "out of memory: the image is too large"
     if isinstance(error, PddError):
         reason = f"{error.message}. {error.hint}" if error.hint else error.message
+    elif isinstance(error, MemoryError):
+        reason = "out of memory: the image is too large"
+    else:
+        reason = f"a bug in pdd: {type(error).__name__}: {error}. Please report it with the output of `pdd --debug`"
     return reason if str(job.source) in reason or str(job.target) in reason else f"{job.source}: {reason}"
 
 

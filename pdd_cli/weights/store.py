@@ -6,6 +6,7 @@ Card and tensors share a file so that an entry is replaced in one rename, and ke
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from pdd_cli.errors import InputError
 from pdd_cli.files import atomic_write
@@ -133,7 +134,8 @@ class Store:
         card = card.model_copy(update={"tensors": len(tensors), "parameters": sum(t.numel() for t in tensors.values())})
         path = self.path(card.name)
         with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata={_CARD_KEY: card.model_dump_json(), "format": "pt"})
+            text = json.dumps(card.model_dump(mode="json"))
+            save_file(tensors, temporary, metadata={_CARD_KEY: text, "format": "pt"})
         return Entry(card.name, path, card)
 
 
@@ -147,6 +149,6 @@ def read_card(path: Path) -> Card | None:
     except (SafetensorError, OSError):
         return None
     try:
-        return Card.model_validate_json(text) if text else None
-    except ValidationError:
+        return Card.model_validate(json.loads(text)) if text else None
+    except ValueError:  # of JSON and of pydantic
         return None
