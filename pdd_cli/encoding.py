@@ -305,6 +305,8 @@ def left_out(path: Path, sheet: Sheet, *, count: int = 1) -> tuple[str, ...]:
     Raises InputError for colours that it can't hold.
     """
     names = sheet.metadata.held_by(format_of(path), gray=sheet.layout.channels == 1, animated=count > 1)[1]
+    if count > 1 and format_of(path) == "TIFF" and sheet.duration:
+        names += ("times of the frames",)
     is_reduced = stored_layout(path, sheet.layout).bits < sheet.layout.bits
     return (*names, f"all but 8 of {sheet.layout.bits} bits") if is_reduced else names
 

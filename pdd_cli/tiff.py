@@ -105,6 +105,8 @@ def describe(page: Any) -> Page:
     if colours is None or (photometric == CMYK and page.tags.valueof(_INK_SET, 1) != 1):
         name = "inks other than CMYK" if colours else _OTHER_COLOURS.get(photometric, f"kind {photometric}")
         raise InputError(f"a TIFF whose colours are {name} is not supported", "Save it as RGB.")
+    if photometric in (_YCBCR, _LAB) and bits != 8:
+        raise InputError(f"a TIFF of {bits}-bit Lab or YCbCr is not supported", "Save it as RGB.")
     if page.samplesperpixel < colours:
         raise ValueError(f"{page.samplesperpixel} samples per pixel, where {colours} are needed")
     behind = page.samplesperpixel - colours

@@ -13,6 +13,7 @@ _PANORAMA = "http://ns.google.com/photos/1.0/panorama/"
 _DIMENSIONS, _AREA = "http://ns.adobe.com/xap/1.0/sType/Dimensions#", "http://ns.adobe.com/xmp/sType/Area#"
 _MICROSOFT = "http://ns.microsoft.com/photo/1.2/t/Region#"
 _IPTC = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+_DECLARATIONS = "http://www.w3.org/2000/xmlns/"
 _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 _CAMERA = "http://ns.google.com/photos/1.0/camera/"
 # (namespace, name; "" is any) of what is gone, and how that is called.
@@ -104,7 +105,8 @@ def upright(packet: bytes, orientation: int, size: tuple[int, int]) -> tuple[byt
         for value in list(_values(document)):
             namespace, name = value.key
             for gone, prefix, called in _GONE:
-                if namespace == gone and name.startswith(prefix):
+                declares = namespace == _DECLARATIONS and not prefix and value.text == gone
+                if declares or (namespace == gone and name.startswith(prefix)):
                     value.remove()
                     lost.append(called)
             if value.key == (_TIFF, "Orientation"):
