@@ -17,6 +17,7 @@ from pdd_cli.commands.upscale import upscale
 from pdd_cli.console import Console, prepare_streams
 from pdd_cli.distributed import World
 from pdd_cli.errors import PddError
+from pdd_cli.system import wait_without_spinning
 
 app = typer.Typer(
     name="pdd",
@@ -52,6 +53,7 @@ def main() -> NoReturn:
     """Run `pdd` on sys.argv and exit with its code (see docs/cli.md)."""
     signal.signal(signal.SIGTERM, _interrupt)
     prepare_streams()
+    wait_without_spinning()
     world = World.from_environment()
     try:
         with world.one_voice():

@@ -266,6 +266,29 @@ def test_a_thread_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) ->
         network(np.zeros((16, 16, 3), np.float32))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="there a thread that waits only leaves its core to others")
+def test_a_thread_that_waits_for_another_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spinning it would take the core from programs beside it, and from the very thread that it waits for."""
+    state, kernel = state_of("compact"), winograd_kernel.kernel()
+    assert kernel is not None
+    network = winograd.Network(arrays(state), scale_of(state), kernel, threads=2)
+    lr = np.random.default_rng(0).random((16, 16, 3), np.float32)
+    expected = network(lr).copy()
+    compute, numbers, used = winograd_kernel.Kernel.__call__, iter(range(2)), []
+
+    def one_is_late(self: winograd_kernel.Kernel, *arguments: int) -> None:
+        if next(numbers) == 1:
+            time.sleep(1)
+        before = time.thread_time()
+        compute(self, *arguments)
+        used.append(time.thread_time() - before)
+
+    monkeypatch.setattr(winograd_kernel.Kernel, "__call__", one_is_late)
+    np.testing.assert_array_equal(network(lr), expected)
+    assert len(used) == 2
+    assert max(used) < 0.3  # seconds of a core
+
+
 @pytest.mark.parametrize("content", [b"", b"broken", bytes(32) + b"not what the digest is of"], ids=len)
 def test_a_kept_kernel_that_is_broken_is_made_anew(content: bytes, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     triple, features = llvm.get_process_triple(), llvm.get_host_cpu_features()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -236,8 +235,6 @@ def _load(
     from pdd_cli.weights.fetch import ensure
     from pdd_cli.weights.store import Store
 
-    # Told before PyTorch is loaded: its threads don't wait long for one another on cores that could decode and encode.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     runtimes = [choose_runtime(name, settings.precision) for name in world.devices(settings.device)]
     if world.local_rank != 0:
         meeting.gather("fetched")

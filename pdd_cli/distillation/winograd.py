@@ -31,7 +31,7 @@ from pdd_cli.distillation.winograd_kernel import (
     TRANSFORM,
     TrainingEmitter,
 )
-from pdd_cli.inference.winograd_kernel import GAP, PLACES, TILE, Kernel, kernel, yield_address
+from pdd_cli.inference.winograd_kernel import GAP, PLACES, TILE, Kernel, kernel, pause_address
 from pdd_cli.models.rrdbnet import ActivatedConv2d, ResidualDenseBlock
 
 _SCRATCH = 1 << 19  # bytes that the transformed tiles of a thread may take: they should stay in its cache
@@ -341,7 +341,7 @@ class _Machine:
         self._given = {
             "scratch": self._scratch.data_ptr(),
             "scratch_bytes": 4 * self._scratch.stride(0),
-            "yield": yield_address(),
+            "pause": pause_address(),
             "thread_number": ctypes.cast(library.omp_get_thread_num, pointer).value or 0,
             "thread_count": ctypes.cast(library.omp_get_num_threads, pointer).value or 0,
         }

@@ -36,7 +36,7 @@ in all, and how many are transformed together; the bits of `share`; floats from 
 next; floats from a tap of the weights to the one below, to its right, and to the next channel: that of the inputs where
 weights are read (their outputs are neighbours), that of the outputs where gradients are written."""
 
-TEAM = ("program", "steps", "sync", "scratch", "scratch_bytes", "yield", "thread_number", "thread_count")
+TEAM = ("program", "steps", "sync", "scratch", "scratch_bytes", "pause", "thread_number", "thread_count")
 """What `team` is given, a 64-bit integer each; the last three are addresses of functions."""
 
 
@@ -69,7 +69,7 @@ class TrainingEmitter(Emitter):
             [
                 b.inttoptr(values["program"], I64.as_pointer()), values["steps"],
                 b.inttoptr(values["sync"], I64.as_pointer()), b.inttoptr(scratch, FLOAT.as_pointer()), threads,
-                values["yield"],
+                values["pause"],
             ],
         )  # fmt: skip
         b.ret_void()

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pdd_cli.device import usable_cpus
-from pdd_cli.inference.winograd_kernel import BLOCK, FIELDS, GAP, PLACES, TILE, Kernel, yield_address
+from pdd_cli.inference.winograd_kernel import BLOCK, FIELDS, GAP, PLACES, TILE, Kernel, pause_address
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -309,7 +309,7 @@ class Network:
         sync = np.zeros(1 + 2 * len(one.program), np.int64)
         arguments = (one.program.ctypes.data, len(one.program), sync.ctypes.data)
         work = [
-            self._pool.submit(self._kernel, *arguments, scratch.ctypes.data, self._threads, yield_address())
+            self._pool.submit(self._kernel, *arguments, scratch.ctypes.data, self._threads, pause_address())
             for scratch in self._scratch
         ]
         try:

@@ -32,6 +32,10 @@ TILE, PIECE = 4, 6  # sides of what comes out of a tile and of what goes into it
 PLACES = PIECE**2
 GAP = 48  # floats between places, which would share the cache's sets else
 _DIGEST = hashlib.sha256().digest_size
+_LOOKS = 2000  # of a thread that waits for others, before it sleeps: some 50 microseconds
+_FUTEX = {"x86_64": 202, "aarch64": 98}  # Linux' number of that call
+_FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # within this process
+_PATIENCE = 50_000_000  # nanoseconds that a thread sleeps before it looks whether it was told to stop
 
 _POINTERS = ("x", "weight", "bias", "slope", "near", "far", "out")
 _NUMBERS = (
@@ -83,10 +87,11 @@ class Emitter:
 
     def __init__(self, shape: Shape, triple: str) -> None:
         self.shape = shape
+        self.futex_number = _FUTEX.get(triple.split("-")[0], 0) if "linux" in triple else 0
         self.module = ir.Module("winograd")
         self.module.triple = triple
         integers = I64.as_pointer()
-        # The program, its length, [stop, then for each layer tiles taken and threads done], scratch, threads, yield.
+        # The program, its length, [stop, then for each layer tiles taken and threads done], scratch, threads, pause.
         signature = ir.FunctionType(VOID, [integers, I64, integers, FLOAT.as_pointer(), I64, I64])
         self.run = ir.Function(self.module, signature, "run")
         self.begin(self.run)
@@ -94,6 +99,12 @@ class Emitter:
         self.fma_ = ir.Function(
             self.module, ir.FunctionType(self.vector, [self.vector] * 3), f"llvm.fma.v{shape.lanes}f32"
         )
+        is_x86 = triple.startswith("x86_64-")
+        self.spin = ir.Function(self.module, ir.FunctionType(VOID, []), "llvm.x86.sse2.pause") if is_x86 else None
+        time = ir.ArrayType(I64, 2)  # seconds, nanoseconds
+        self.patience = ir.GlobalVariable(self.module, time, "patience")
+        self.patience.initializer = ir.Constant(time, [0, _PATIENCE])
+        self.patience.global_constant, self.patience.linkage = True, "internal"
 
     # Small words of the language.
 
@@ -367,27 +378,44 @@ class Emitter:
         return self.at(layer[name], self.channels(channel, layer[f"{name}_plane"]), offset)
 
     def meet(self, stop: Any, done: Any, threads: Any, pause: Any, leave: Any) -> None:
-        """Wait until all threads are `done`; leave at once when told to stop."""
+        """Wait until all threads are `done`; leave when told to stop."""
         b = self.b
-        b.atomic_rmw("add", done, integer(1), "acq_rel")
-        before, look, ask, rest, go_on = (self.block(name) for name in ("meet", "look", "ask", "rest", "go_on"))
-        b.branch(before)
+        before, look, ask, rest, wake, go_on = (
+            self.block(name) for name in ("meet", "look", "ask", "rest", "wake", "go_on")
+        )
+        arrived = b.add(b.atomic_rmw("add", done, integer(1), "acq_rel"), integer(1))
+        b.cbranch(b.icmp_signed("==", arrived, threads), wake, before)
         b.position_at_end(before)
         b.branch(look)
         b.position_at_end(look)
         looks = b.phi(I64)
         looks.add_incoming(integer(0), before)
-        met = b.icmp_signed("==", b.load_atomic(done, "acquire", 8), threads)
-        b.cbranch(met, go_on, ask)
+        seen = b.load_atomic(done, "acquire", 8)
+        b.cbranch(b.icmp_signed("==", seen, threads), go_on, ask)
         b.position_at_end(ask)
-        # At first only looked, which is fastest; then with the cores left to others, who may be those waited for.
+        # At first only looked, which is fastest; then the core is left to others, who may be those waited for.
+        if self.spin is not None:
+            b.call(self.spin, [])
         looks.add_incoming(b.add(looks, integer(1)), ask)
-        b.cbranch(b.icmp_signed("<", looks, integer(200)), look, rest)
+        b.cbranch(b.icmp_signed("<", looks, integer(_LOOKS)), look, rest)
         b.position_at_end(rest)
-        b.call(b.inttoptr(pause, ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
+        self.futex(pause, done, _FUTEX_WAIT, seen)
         looks.add_incoming(looks, rest)
         b.cbranch(b.icmp_signed("==", b.load_atomic(stop, "monotonic", 8), integer(0)), look, leave)
+        b.position_at_end(wake)
+        self.futex(pause, done, _FUTEX_WAKE, threads)
+        b.branch(go_on)
         b.position_at_end(go_on)
+
+    def futex(self, pause: Any, done: Any, operation: int, value: Any) -> None:
+        """Sleep while `done` has that value, or wake as many sleepers; without futexes wait for a moment."""
+        b = self.b
+        if self.futex_number:
+            given = [integer(self.futex_number), b.ptrtoint(done, I64), integer(operation), value,
+                     b.ptrtoint(self.patience, I64), integer(0), integer(0)]  # fmt: skip
+            b.call(b.inttoptr(pause, ir.FunctionType(I64, [I64] * len(given)).as_pointer()), given)
+        elif operation == _FUTEX_WAIT:
+            b.call(b.inttoptr(pause, ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
 
     def _to_weight(self, g: Sequence[Any]) -> list[Any]:
         """G g."""
@@ -507,10 +535,12 @@ def kernel(emitter: type[Emitter] = Emitter) -> Kernel | None:
 
 
 @functools.lru_cache(maxsize=1)
-def yield_address() -> int:
-    """The address of what leaves this core to other threads."""
+def pause_address() -> int:
+    """The address of what leaves this core to other threads: on Linux of what asks the system for anything."""
     if sys.platform == "win32":
         function = ctypes.windll.kernel32.SwitchToThread
+    elif sys.platform == "linux":
+        function = ctypes.CDLL(None).syscall
     else:
         function = ctypes.CDLL(None).sched_yield
     return ctypes.cast(function, ctypes.c_void_p).value or 0
