@@ -245,7 +245,7 @@ class UpscaleConfig(Settings):
     height: Side | None = None
     long_side: Side | None = None
     fit: Annotated[str, Field(pattern=r"^[1-9]\d{0,6}x[1-9]\d{0,6}$")] | None = None
-    strength: Fraction = 1.0
+    strength: Fraction | None = None  # None: as the weights' card recommends
     color_correction: Literal["none", "mean-std", "low-frequency"] = "none"
     format: Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl", "mp4", "mov", "mkv", "webm"] = (
         "keep"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from pdd_cli.console import Console
-from pdd_cli.errors import Interrupted, PartialFailure, PddError
+from pdd_cli.errors import DownloadError, InputError, Interrupted, PartialFailure, PddError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,7 +45,8 @@ def upscale(
     long_side: Annotated[int | None, typer.Option(help="Longer side of the output in pixels.")] = None,
     fit: Annotated[str | None, typer.Option(help="WxH: the largest output inside this box.", metavar="WxH")] = None,
     strength: Annotated[
-        float | None, typer.Option(help="Of adapted weights: from 0, their base, to 1, the adapted. [default: 1]")
+        float | None,
+        typer.Option(help="Of adapted weights: 0 is their base, 1 the adapted. [default: as pdd adapt says]"),
     ] = None,
     color_correction: Annotated[
         Literal["none", "mean-std", "low-frequency"] | None,
@@ -165,7 +167,8 @@ def upscale(
     if folder is None:
         check_own(jobs[0].target)
     meeting = Meeting(world)
-    upscalers, provenance = _load(settings, world, meeting, console)
+    loaded = _load(settings, world, meeting, console, dry_run=dry_run)
+    upscalers, provenance = loaded.upscalers, loaded.provenance
     upscaler = upscalers[0]
     files = Output(
         Encoding(settings.quality, settings.lossless),
@@ -198,6 +201,8 @@ def upscale(
         check_writable(settings.log)
     if dry_run:
         results = _preview(share, upscaler, files, manifest, recipe)
+        if loaded.to_fetch and settings.weights in loaded.to_fetch:  # tiles, memory and time depend on the model
+            results = [replace(result, tiles=0, memory=0, seconds=0.0, model_seconds=0.0) for result in results]
     else:
         results = _run(share, upscalers, files, manifest, recipe, settings.log, console)
     results = _of_all(results, jobs, meeting)
@@ -212,7 +217,7 @@ def upscale(
             )
     if dry_run:
         _show_preview(results, console)
-    console.result(_document(results, plan, settings, upscalers))
+    console.result(_document(results, plan, settings, loaded))
     _tell(results, plan, settings, time.perf_counter() - started, console, dry_run=dry_run)
     # torchrun ends the others as soon as one exits with a failure: not before the first has told of it.
     meeting.gather("told")
@@ -220,41 +225,81 @@ def upscale(
     _judge(results, plan, dry_run=dry_run)
 
 
-def _load(
-    settings: UpscaleConfig, world: World, meeting: Meeting, console: Console
-) -> tuple[list[Upscaler], Provenance]:
-    """An upscaler for each device, and what outputs say of it; the weights are fetched by one process a machine."""
+@dataclass(frozen=True)
+class _Loaded:
+    """An upscaler for each device, and what outputs say of it; `to_fetch`: weights that a dry run didn't fetch."""
+
+    upscalers: list[Upscaler]
+    provenance: Provenance
+    strength: float
+    to_fetch: Sequence[str]
+
+
+def _load(settings: UpscaleConfig, world: World, meeting: Meeting, console: Console, *, dry_run: bool) -> _Loaded:
+    """The models; the weights are fetched by one process on each machine, by a dry run not at all."""
     from pdd_cli.commands._fetching import fetch_progress
     from pdd_cli.device import choose_runtime, resident_memory
     from pdd_cli.inference.batch import provenance_of
     from pdd_cli.inference.compiled import fingerprint
     from pdd_cli.inference.engines import open_engine
     from pdd_cli.inference.resizing import SizeRequest
-    from pdd_cli.inference.strength import at_strength, files_at_strength
+    from pdd_cli.inference.strength import at_strength, files_at_strength, recommended
     from pdd_cli.inference.upscaler import Upscaler
+    from pdd_cli.provenance import Provenance
     from pdd_cli.weights.fetch import ensure
     from pdd_cli.weights.store import Store
 
     runtimes = [choose_runtime(name, settings.precision) for name in world.devices(settings.device)]
+    to_fetch: list[str] = []
+    path, weights = None, None
+    strength = 1.0 if settings.strength is None else settings.strength
     if world.local_rank != 0:
         meeting.gather("fetched")
     with fetch_progress(console) as on_event:
 
         def find(name: str) -> Path:
-            return ensure(name, store=Store.default(), offline=settings.offline, on_event=on_event)
+            try:
+                return ensure(name, store=Store.default(), offline=settings.offline or dry_run, on_event=on_event)
+            except DownloadError:
+                if dry_run and not settings.offline and name not in to_fetch:
+                    to_fetch.append(name)
+                raise
 
-        path = find(settings.weights)
-        weights = fingerprint(files_at_strength(path, settings.strength, find), settings.strength)
+        try:
+            path = find(settings.weights)
+        except DownloadError:
+            if not to_fetch:
+                raise
+        if path is not None:
+            recommendation = recommended(path)
+            if recommendation.rejected:
+                console.warn(f"pdd adapt rejected the weights {settings.weights}: {recommendation.rejected}")
+            if settings.strength is None and recommendation.strength != 1:
+                strength = recommendation.strength
+                console.say(f"{settings.weights}: strength {strength:g}, as pdd adapt recommends (--strength 1: all)")
+            files = files_at_strength(path, strength, find)
+            strength = 1.0 if to_fetch else strength  # which changes nothing that a dry run shows
+            weights = fingerprint(files, strength)
     if world.local_rank == 0:
         meeting.gather("fetched")
+    for name in to_fetch:
+        console.say(f"dry run: the weights {name} are not installed; the run would fetch them ({_published(name)})")
 
     def load() -> SRModel:
-        from pdd_cli.models.loading import load_sr_model
+        from pdd_cli.models.loading import load_sr_model, stand_in
 
-        return at_strength(load_sr_model(path), settings.strength, name=settings.weights, find=find)
+        if path is None:
+            return stand_in(settings.weights)
+        try:
+            return at_strength(load_sr_model(path), strength, name=settings.weights, find=find)
+        except InputError as error:
+            if settings.strength is None and strength != 1:
+                error.hint += " Or give --strength 1, which needs no base."
+            raise
 
     free = settings.precision == "auto"
-    engines = [open_engine(load, weights, runtime, settings.engine, free=free) for runtime in runtimes]
+    engine_choice = settings.engine if path is not None else "torch"
+    engines = [open_engine(load, weights, runtime, engine_choice, free=free) for runtime in runtimes]
     places = "; ".join(f"{engine.runtime}, {engine.name}" for engine in engines)
     processes = f", {world.size} processes" if world.size > 1 else ""
     model = engines[0].model
@@ -280,7 +325,20 @@ def _load(
         )
         for engine in engines
     ]
-    return upscalers, provenance_of(path, model.scale, settings.strength, settings.color_correction)
+    if path is None:
+        provenance = Provenance(settings.weights, "")
+    else:
+        provenance = provenance_of(path, model.scale, strength, settings.color_correction)
+    return _Loaded(upscalers, provenance, strength, to_fetch)
+
+
+def _published(name: str) -> str:
+    """The file and first source of weights in the catalogue."""
+    from pdd_cli.weights.catalog import find
+
+    entry = find(name)
+    size = f", {entry.size / 1e6:.0f} MB" if entry.size else ""
+    return f"{entry.file}{size}, from {entry.sources[0]}"
 
 
 def _of_all(results: Sequence[Result], jobs: Sequence[Job], meeting: Meeting) -> list[Result]:
@@ -398,9 +456,8 @@ def _remember(results: Sequence[Result], settings: UpscaleConfig, scale: int) ->
         )
 
 
-def _document(
-    results: Sequence[Result], plan: Plan, settings: UpscaleConfig, upscalers: Sequence[Upscaler]
-) -> dict[str, object]:
+def _document(results: Sequence[Result], plan: Plan, settings: UpscaleConfig, loaded: _Loaded) -> dict[str, object]:
+    upscalers = loaded.upscalers
     engine = upscalers[0].engine
     return {
         "input": settings.input[0] if len(settings.input) == 1 else settings.input,
@@ -408,6 +465,8 @@ def _document(
         "weights": settings.weights,
         "architecture": engine.model.architecture,
         "scale": upscalers[0].scale,
+        "strength": loaded.strength,
+        **({"to_fetch": loaded.to_fetch} if loaded.to_fetch else {}),
         "engine": engine.name,
         "device": ",".join(str(upscaler.engine.runtime.place) for upscaler in upscalers),
         "precision": engine.runtime.precision,
@@ -448,7 +507,7 @@ def _show_preview(results: Sequence[Result], console: Console) -> None:
         sizes = ["{}x{}".format(*size) if size else "" for size in (result.size_in, result.size_out)]
         note = result.problem or ("made already, skipped" if result.status == "skipped" else "")
         memory = f"{result.memory / 2**30:.1f} GiB" if result.memory else ""
-        seconds = f"{result.seconds:.0f} s" if result.status == "planned" else ""
+        seconds = f"{result.seconds:.0f} s" if result.memory else ""
         tiles = str(result.tiles) if result.tiles else ""
         names = [escape(str(path)) for path in (result.job.source, result.job.target)]
         table.add_row(*names, *sizes, tiles, memory, seconds, escape(note))

@@ -311,6 +311,12 @@ def _target_of_file(source: Path, output: str, format: FormatChoice, suffix: str
     if format != "keep" and (format in _VIDEO_FORMATS) != is_video(source):
         raise InputError(f"--format {format} isn't one for {source}", "Leave it out, or name another format.")
     if _is_folder_name(output):
+        if not _is_input(source) and format == "keep":
+            probe(source, most_pixels=2**62)  # which fails for what pdd doesn't read
+            raise InputError(
+                f"{source}: pdd reads it, but writes no files named {source.suffix or 'without a suffix'}",
+                "Add --format png, or name the output file.",
+            )
         target = _named(path / source.name, format, suffix)
         check(target)
         return target

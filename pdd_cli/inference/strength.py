@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,26 @@ from pdd_cli.weights.store import read_card
 
 if TYPE_CHECKING:
     from pdd_cli.models.loading import SRModel
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What `pdd adapt` says of weights: the `strength` to use, 1 where it says nothing, and why it `rejected` them."""
+
+    strength: float = 1.0
+    rejected: str = ""
+
+
+def recommended(path: Path) -> Recommendation:
+    """What the card of the weights at `path` recommends."""
+    card = read_card(path)
+    adapted = card.adapted if card is not None and card.adapted is not None else {}
+    strength = adapted.get("strength")
+    if adapted.get("verdict") == "reject":
+        return Recommendation(rejected=str(adapted.get("reason") or "the base is better"))
+    if adapted.get("verdict") == "keep" and isinstance(strength, float | int) and 0 < strength < 1:
+        return Recommendation(float(strength))
+    return Recommendation()
 
 
 def files_at_strength(path: Path, strength: float, find: Callable[[str], Path]) -> list[Path]:

@@ -96,6 +96,20 @@ def model_from_state(state: Mapping[str, Tensor], *, origin: str, card: Card | N
     )
 
 
+def stand_in(name: str) -> SRModel:
+    """A model with the scale of catalogue weights that aren't installed, which only repeats pixels."""
+    from torch import nn, zeros
+
+    from pdd_cli.weights.catalog import find
+
+    entry = find(name)
+    module = nn.Upsample(scale_factor=entry.scale or 1)
+    module.register_parameter("unused", nn.Parameter(zeros(1)))  # of which the device is taken
+    return SRModel(
+        module=module, scale=entry.scale or 1, in_channels=3, out_channels=3, architecture=entry.architecture
+    )
+
+
 def interpolated(base: Mapping[str, Tensor], adapted: Mapping[str, Tensor], strength: float) -> dict[str, Tensor]:
     """base + strength · (adapted − base) for every tensor of floating point; others are the adapted ones."""
     return {
