@@ -416,6 +416,27 @@ def test_too_small_an_image_is_told_with_the_smallest_size(tmp_path: Path, name:
 
 
 @needs_data
+def test_a_flat_image_gets_no_impossible_value(tmp_path: Path, hub: Path) -> None:
+    """pyiqa says cw_ssim 1000000 of two black images, and "linalg.svd … non-finite values" for niqe."""
+    run("fetch-weights", "--metrics", "niqe", "--from", DATA / "iqa" / "niqe_modelparameters.mat")
+    for folder in ("sr", "gt"):
+        save(tmp_path / folder / "black.png", np.zeros((200, 200, 3), np.uint8))
+        save(tmp_path / folder / "photo.png", photo(200, 200))
+    code, out, err, _ = run(
+        *("evaluate", tmp_path / "sr", "--gt-dir", tmp_path / "gt", "--offline", "--json"),
+        *("--metrics", "psnr,cw_ssim,niqe"),
+    )
+    assert code == 3
+    report = json.loads(out)
+    scores = {image["name"]: set(image["scores"]) for image in report["images"]}
+    assert scores == {"black.png": {"psnr"}, "photo.png": {"psnr", "cw_ssim", "niqe"}}
+    means = {metric["name"]: metric["mean"] for metric in report["metrics"]}
+    assert means["cw_ssim"] == pytest.approx(1, abs=1e-6)  # of photo.png with itself
+    assert "black.png: all pixels are the same; cw_ssim has no value for such an image" in err
+    assert "black.png: all pixels are the same; niqe has no value for such an image" in err
+
+
+@needs_data
 def test_niqe_does_not_rest_on_a_block_or_two(tmp_path: Path, hub: Path) -> None:
     run("fetch-weights", "--metrics", "niqe", "--from", DATA / "iqa" / "niqe_modelparameters.mat")
     for height, width in ((191, 400), (192, 192), (96, 96), (200, 64)):

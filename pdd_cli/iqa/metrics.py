@@ -63,6 +63,15 @@ class MetricInfo:
         """The better side: lower or higher."""
         return "lower" if self.lower_better else "higher"
 
+    def rules_out(self, value: float) -> bool:
+        """Whether `value` is impossible: beyond the stated range by more than its width. Ranges are stated roughly."""
+        low, _, high = self.value_range.partition(", ")
+        try:
+            bottom, top = float(low), float(high)
+        except ValueError:  # "~0, ~1": no bounds
+            return False
+        return not 2 * bottom - top <= value <= 2 * top - bottom
+
     @property
     def arrow(self) -> str:
         """↓ where lower is better, ↑ where higher is."""
@@ -230,6 +239,12 @@ class _Opened:
     border: int = 0
     troubles: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def compared(self) -> list[tuple[Path, Tensor]]:
+        """The image, and the ground truth where there is one, with their files."""
+        pairs = ((self.item.image, self.image), (self.item.reference, self.reference))
+        return [(path, tensor) for path, tensor in pairs if path is not None and tensor is not None]
+
 
 def _open(item: Item, border: int, enlarged: bool) -> _Opened:
     try:
@@ -335,19 +350,27 @@ def _scored(opened: _Opened, metrics: Mapping[MetricInfo, Any], sizes: _Sizes) -
                     values[info.name] = _value(metric, opened.image, opened.reference)
                 case "lr":
                     values[info.name] = float(metric(opened.whole, opened.lr))
+            if info.rules_out(values[info.name]):
+                value = values.pop(info.name)
+                raise PddError(f"the metric gives {value:g}, far outside its range {info.value_range}")
         except PddError as error:
             smallest = sizes.smallest(info, metric) if min(height, width) < _LARGEST_TRIED else 0
-            problems[info.name] = (
-                _too_small(opened, info, smallest)
-                if min(height, width) < smallest
-                else f"{opened.item.image}: {info.name}: {error.message}"
-            )
+            reason = f"{opened.item.image}: {info.name}: {error.message}"
+            if min(height, width) < smallest:
+                reason = _too_small(opened, info, smallest)
+            elif flat := next((path for path, tensor in opened.compared if _is_flat(tensor)), None):
+                reason = f"{flat}: all pixels are the same; {info.name} has no value for such an image"
+            problems[info.name] = reason
         except ValueError as error:  # an LR that can't be the one
             problems[info.name] = f"{opened.item.image}, {opened.item.lr}: {error}"
         except Exception as error:
             _log.debug("%s of %s", info.name, opened.item, exc_info=True)
             problems[info.name] = f"{opened.item.image}: {info.name}: {_reason(error)}"
     return ImageScores(opened.item, values, problems)
+
+
+def _is_flat(image: Tensor) -> bool:
+    return bool((image == image[..., :1, :1]).all())
 
 
 def _too_small(opened: _Opened, info: MetricInfo, smallest: int) -> str:
