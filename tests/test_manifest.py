@@ -99,7 +99,16 @@ def test_a_log_has_a_line_for_each_input(pdd, ground: Path, tmp_path: Path) -> N
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits")
 def test_a_disk_that_is_full_for_the_manifest_ends_the_run(pdd, ground: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = ("upscale", ground / "realLR", out, "--weights", ground / "base.safetensors", "--engine", "torch")
+    command = (
+        "upscale",
+        ground / "realLR",
+        out,
+        "--weights",
+        ground / "base.safetensors",
+        "--engine",
+        "torch",
+        "--json",
+    )
     out.mkdir()
     record = {"output": "x", "key": "k", "done": True, "padding": "x" * 199_000}
     (out / NAME).write_text(json.dumps(record) + "\n")
@@ -112,6 +121,7 @@ def test_a_disk_that_is_full_for_the_manifest_ends_the_run(pdd, ground: Path, tm
     assert found.code == ResourceError.exit_code
     assert "no space left on the disk" in found.err
     assert NAME in found.err
+    assert json.loads(found.out)["failed"] == 0  # what was done until then is shown
     for path in out.glob("[0-9].png"):
         assert read_image(path).width == 160
     assert pdd(*command).code == 0

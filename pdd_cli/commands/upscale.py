@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pdd_cli.console import Console
-from pdd_cli.errors import DownloadError, InputError, Interrupted, PartialFailure, PddError
+from pdd_cli.errors import DownloadError, InputError, Interrupted, PartialFailure, PddError, ResourceError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -166,6 +166,8 @@ def upscale(
     folder = manifest_folder(settings.input, settings.output, jobs, strip=settings.strip_metadata)
     if folder is None:
         check_own(jobs[0].target)
+    if settings.log is not None and not dry_run:
+        check_writable(settings.log)
     meeting = Meeting(world)
     loaded = _load(settings, world, meeting, console, dry_run=dry_run)
     upscalers, provenance = loaded.upscalers, loaded.provenance
@@ -197,14 +199,13 @@ def upscale(
     meeting.gather("planned")
     share = share_of(jobs, world)
     started = time.perf_counter()
-    if settings.log is not None and not dry_run:
-        check_writable(settings.log)
+    stopped = None
     if dry_run:
         results = _preview(share, upscaler, files, manifest, recipe)
         if loaded.to_fetch and settings.weights in loaded.to_fetch:  # tiles, memory and time depend on the model
             results = [replace(result, tiles=0, memory=0, seconds=0.0, model_seconds=0.0) for result in results]
     else:
-        results = _run(share, upscalers, files, manifest, recipe, settings.log, console)
+        results, stopped = _run(share, upscalers, files, manifest, recipe, settings.log, console)
     results = _of_all(results, jobs, meeting)
     if world.is_first and not dry_run:
         try:
@@ -222,6 +223,8 @@ def upscale(
     # torchrun ends the others as soon as one exits with a failure: not before the first has told of it.
     meeting.gather("told")
     meeting.end()
+    if stopped is not None:
+        raise stopped
     _judge(results, plan, dry_run=dry_run)
 
 
@@ -371,7 +374,8 @@ def _run(
     recipe: Mapping[str, object],
     log: Path | None,
     console: Console,
-) -> list[Result]:
+) -> tuple[list[Result], ResourceError | None]:
+    """The results; and what ended the run before all jobs were done, a full disk."""
     from functools import partial
     from itertools import chain
 
@@ -401,7 +405,11 @@ def _run(
             ):
                 results.append(result)
                 if log is not None:
-                    append_line(log, _log_line(result))
+                    try:
+                        append_line(log, _log_line(result))
+                    except PddError as error:
+                        console.warn(f"{error.message}. The log ends here; the batch continues.")
+                        log = None
                 progress.update(total, advance=1)
                 if result.status == "failed":
                     console.warn(f"{result.job.source}: failed; the batch continues")
@@ -413,7 +421,10 @@ def _run(
                 f"interrupted: {finished} of {len(jobs)} outputs are there, whole",
                 "The same command again goes on from there.",
             ) from None
-    return results
+        except ResourceError as error:
+            error.hint += " The same command again makes what is missing."
+            return results, error
+    return results, None
 
 
 def _log_line(result: Result) -> str:
