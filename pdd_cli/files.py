@@ -7,7 +7,7 @@ import errno
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from pdd_cli.errors import InputError, PddError, ResourceError
@@ -48,16 +48,40 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def told(path: Path) -> Iterator[None]:
+def told(path: Path, hint: str = "Choose a folder that you may write to.") -> Iterator[None]:
     """Whatever keeps `path` from being written, as a ResourceError (a full disk) or InputError that names it."""
     try:
         yield
     except OSError as error:
-        raise _explain(error, path) from error
+        raise _explain(error, path, hint) from error
     except Exception as error:
         if isinstance(error, PddError) or not _is_of_full_disk(error):
             raise
-        raise _explain(OSError(errno.ENOSPC, ""), path) from error
+        raise _explain(OSError(errno.ENOSPC, ""), path, hint) from error
+
+
+@contextlib.contextmanager
+def locked(path: Path, on_wait: Callable[[], None], hint: str) -> Iterator[bool]:
+    """Hold the lock file `path`, one process at a time; `on_wait` is called before waiting for another process.
+
+    Yields whether it had to wait: what the block is for may be done by now. Raises as `told` does.
+    """
+    from filelock import FileLock, Timeout
+
+    with told(path, hint):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        waited = False
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waited = True
+            on_wait()
+            lock.acquire()
+    try:
+        yield waited
+    finally:
+        lock.release()
 
 
 def remove_leftovers(folders: Iterable[Path]) -> None:
@@ -127,7 +151,7 @@ def _is_of_full_disk(error: BaseException | None) -> bool:
     return False
 
 
-def _explain(error: OSError, path: Path) -> InputError | ResourceError:
+def _explain(error: OSError, path: Path, hint: str) -> InputError | ResourceError:
     if error.errno in FULL_DISK:
         return ResourceError(f"no space left on the disk while writing {path}", "Free some space and run it again.")
-    return InputError(f"can't write {path}: {error.strerror or error}", "Choose a folder that you may write to.")
+    return InputError(f"can't write {path}: {error.strerror or error}", hint)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -24,6 +24,14 @@ class Server:
     requests: list[tuple[str, str | None]] = field(default_factory=list)
     html: set[str] = field(default_factory=set)
     ranges: bool = True
+    tags: bool = True  # says which version of a file it sends
+    status: dict[str, int] = field(default_factory=dict)  # path → what it answers instead of the file
+    redirects: dict[str, str] = field(default_factory=dict)  # path → address
+    linked: bool = False  # says the file's sha256 as the Hugging Face Hub does: this one, or the right one
+    linked_as: str = ""
+    silent: set[str] = field(default_factory=set)  # paths that get no answer
+    after_break: Callable[[], None] = lambda: None
+    stopped: threading.Event = field(default_factory=threading.Event)
 
 
 @contextlib.contextmanager
@@ -41,13 +49,26 @@ def serving() -> Iterator[Server]:
             path = self.path.split("?")[0].split("#")[0]
             asked = self.headers.get("Range")
             state.requests.append((path, asked))
-            if path not in state.files:
-                self.send_response(404)
+            if path in state.silent:
+                state.stopped.wait(60)
+                self.close_connection = True
+                return
+            if path in state.redirects:
+                self.send_response(302)
+                self.send_header("Location", state.redirects[path])
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            if path in state.status or path not in state.files:
+                self.send_response(state.status.get(path, 404))
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
             content = state.files[path]
+            tag = f'"{hashlib.sha256(content).hexdigest()}"'
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and state.ranges else 0
+            if self.headers.get("If-Range", tag) != tag:
+                start = 0
             if start >= len(content) > 0:
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{len(content)}")
@@ -61,7 +82,10 @@ def serving() -> Iterator[Server]:
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content) - start))
             # What the Hugging Face Hub's client wants to know of a file.
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            if state.tags:
+                self.send_header("ETag", tag)
+            if state.linked:
+                self.send_header("X-Linked-ETag", state.linked_as or tag)
             self.send_header("X-Repo-Commit", "0" * 40)
             self.end_headers()
             if not body:
@@ -73,6 +97,7 @@ def serving() -> Iterator[Server]:
                 self.wfile.flush()
                 self.close_connection = True
                 self.connection.close()
+                state.after_break()
                 return
             self.wfile.write(piece)
 
@@ -87,5 +112,6 @@ def serving() -> Iterator[Server]:
     try:
         yield state
     finally:
+        state.stopped.set()
         server.shutdown()
         server.server_close()

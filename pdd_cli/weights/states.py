@@ -49,6 +49,10 @@ _KINDS: tuple[tuple[re.Pattern[bytes], str, str], ...] = tuple(
 )  # fmt: skip
 
 
+class HoldsObjectsError(InputError):
+    """A pickled file that holds more than tensors: to read it would be to run its code."""
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of the network in a weights file, without running any code from it.
 
@@ -75,10 +79,47 @@ def read_state(path: Path) -> dict[str, Tensor]:
         return _network(_read_safetensors(path), path)
     if head.startswith((b"PK\x03\x04", b"\x80")):
         return _network(_read_pickled(path, head), path)
-    for pattern, what, hint in _KINDS:
-        if pattern.match(head):
-            raise InputError(f"{path} is {what}, not a weights file", hint)
+    other = other_kind(head)
+    if other is not None:
+        raise InputError(f"{path} is {other[0]}, not a weights file", other[1])
     raise InputError(f"{path} is not a weights file, or its beginning is damaged", f"{_AGAIN} {_PYTORCH}")
+
+
+def other_kind(head: bytes) -> tuple[str, str] | None:
+    """What a file that begins with `head` is, and what to do, where that is no file of weights; else None."""
+    return next(((what, hint) for pattern, what, hint in _KINDS if pattern.match(head)), None)
+
+
+def damage(path: Path) -> str:
+    """What is wrong with the container of a file of weights of any kind, read to its end; empty where nothing is.
+
+    Kinds that pdd does not know are not judged.
+    """
+    with path.open("rb") as opened:
+        head = opened.read(512)
+    other = other_kind(head)
+    if not head or other is not None:
+        return f"it is {other[0] if other else 'empty'}"
+    try:
+        if head.startswith(b"PK\x03\x04"):
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            return f"{broken} in it is damaged" if broken else ""
+        if head[8:9] == b"{":
+            _read_safetensors(path)
+        elif head.startswith(b"MATLAB 5.0"):
+            import scipy.io
+
+            scipy.io.loadmat(path)
+        elif head.startswith(b"\x80"):
+            _read_pickled(path, head)
+    except HoldsObjectsError:
+        return ""  # whole, as far as that can be told without running it
+    except InputError as error:
+        return error.message
+    except Exception as error:  # zipfile's and scipy's are many
+        return f"it is damaged or incomplete ({type(error).__name__})"
+    return ""
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
@@ -105,7 +146,7 @@ def _read_pickled(path: Path, head: bytes) -> Any:
         found = re.search(r"GLOBAL (\S+) was not an allowed global|Unsupported (?:global|class) (\S+)", str(error))
         if found is not None or "weights_only" in str(error):
             what = f" ({found[1] or found[2]})" if found else ""
-            raise InputError(
+            raise HoldsObjectsError(
                 f"{path} holds Python objects{what}, more than tensors",
                 "pdd never runs code from a weights file. Where it was made, save the tensors alone: "
                 "torch.save(model.state_dict(), FILE)",

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,13 @@ import platformdirs
 from pydantic import BaseModel, ConfigDict
 
 from pdd_cli.errors import InputError
-from pdd_cli.files import atomic_write
+from pdd_cli.files import atomic_write, locked, told
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _CARD_KEY = "pdd_card"
+_ELSEWHERE = "Set PDD_HOME to a folder that you may write to."
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -89,16 +90,17 @@ class Store:
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
         """A folder for the time of the block, on the store's disk. Raises InputError where none can be made."""
-        try:
+        with told(self.downloads, _ELSEWHERE):
             self.downloads.mkdir(parents=True, exist_ok=True)
             folder = tempfile.TemporaryDirectory(dir=self.downloads, prefix="scratch-")
-        except OSError as error:
-            raise InputError(
-                f"can't write into {self.downloads}: {error.strerror or error}",
-                "Set PDD_HOME to a folder that you may write to.",
-            ) from error
         with folder as path:
             yield Path(path)
+
+    @contextlib.contextmanager
+    def locked(self, name: str, on_wait: Callable[[], None]) -> Iterator[bool]:
+        """Hold what is fetched as `name` against other processes; see `files.locked`."""
+        with locked(self.downloads / f"{name}.lock", on_wait, _ELSEWHERE) as waited:
+            yield waited
 
     def path(self, name: str) -> Path:
         """Where the entry `name` is or would be. Raises InputError for a name that can't be a file name."""
