@@ -453,6 +453,25 @@ def test_a_full_disk_is_told_and_leaves_nothing_half(server: Server, tmp_path: P
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize("command", [["fetch-weights", "realesrgan"], ["fetch-weights", "--metrics", "brisque"]])
+def test_a_place_that_cannot_be_written_is_named(server: Server, tmp_path: Path, command: list[str]) -> None:
+    # Below a file no folder can be made, whoever the user is; root may write into read-only folders.
+    (tmp_path / "file").write_text("")
+    home = str(tmp_path / "file" / "home")
+    done = pdd(tmp_path, *command, PDD_HOME=home, TORCH_HOME=home, PDD_MIRROR=server.address)
+    assert done.returncode == 2, done.stderr
+    assert f"can't write {home}" in done.stderr
+    assert ("Set TORCH_HOME" if "--metrics" in command else "Set PDD_HOME") in done.stderr
+    assert server.requests == []  # before anything is downloaded
+
+
+def test_what_could_be_fetched_is_in_the_json_beside_what_could_not(server: Server, tmp_path: Path) -> None:
+    Store(tmp_path / "home/weights").add(Card(name="realesrgan", architecture="RRDBNet", source="x", created=""), STATE)
+    done = pdd(tmp_path, "fetch-weights", "realesrgan", "bsrgan", "--offline", "--json")
+    assert done.returncode == 4
+    assert [entry["name"] for entry in json.loads(done.stdout)["weights"]] == ["realesrgan"]
+
+
 def test_ctrl_c_keeps_what_has_come(server: Server, tmp_path: Path) -> None:
     server.files["/RealESRGAN_x4plus.pth"] = bytes(67_040_989)
     process = subprocess.Popen(

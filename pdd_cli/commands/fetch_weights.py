@@ -87,18 +87,20 @@ def fetch_weights(
         from pdd_cli.weights.metrics import check_names
 
         check_names(settings.metrics)
-    entries = _fetch(chosen, settings, store, console, overwrite=overwrite)
-    console.result({"weights": [_described(entry) for entry in entries], "metrics": list(settings.metrics)})
+    entries, metrics_here, failures = _fetch(chosen, settings, store, console, overwrite=overwrite)
+    console.result({"weights": [_described(entry) for entry in entries], "metrics": metrics_here})
+    if failures:
+        raise DownloadError("\n".join(error.message for error in failures), failures[0].hint)
 
 
 def _fetch(
     wanted: list[CatalogEntry], settings: FetchConfig, store: Store, console: Console, *, overwrite: bool
-) -> list[Entry]:
-    """Fetch names and metrics; what fails doesn't stop the others and is told at the end."""
+) -> tuple[list[Entry], list[str], list[DownloadError]]:
+    """Fetch names and metrics: what is installed now, and what failed, which doesn't stop the others."""
     from pdd_cli.commands._fetching import fetch_progress
     from pdd_cli.weights.fetch import fetch
 
-    entries, failures = [], []
+    entries, metrics, failures = [], [], []
     with fetch_progress(console) as on_event:
         for known in wanted:
             there = _installed(store, known.name)
@@ -123,13 +125,10 @@ def _fetch(
 
             try:
                 fetch_metric_weights([name], offline=settings.offline, from_path=settings.from_path, on_event=on_event)
+                metrics.append(name)
             except DownloadError as error:
                 failures.append(error)
-    if len(failures) == 1:
-        raise failures[0]
-    if failures:
-        raise DownloadError("\n".join(error.message for error in failures), failures[0].hint)
-    return entries
+    return entries, metrics, failures
 
 
 def _installed(store: Store, name: str) -> Entry | None:

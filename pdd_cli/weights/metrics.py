@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlparse
 
 from pdd_cli.errors import DownloadError, InputError, PddError
-from pdd_cli.files import atomic_write, locked
+from pdd_cli.files import atomic_write, locked, told
 from pdd_cli.weights import sources
 from pdd_cli.weights.catalog import Package
 from pdd_cli.weights.fetch import FetchEvent, OnEvent
@@ -395,10 +395,14 @@ def _numpys_classes() -> list[Any]:
 
 
 class _OsWith:
-    """The module `os`, except that `exists` decides what exists."""
+    """The module `os`, except that `exists` decides what exists, and a folder that can't be made is an InputError."""
 
     def __init__(self, exists: Callable[[Path], bool]) -> None:
         self.path = _PathWith(exists)
+
+    def makedirs(self, name: str, exist_ok: bool) -> None:
+        with told(Path(name), _ELSEWHERE):
+            os.makedirs(name, exist_ok=exist_ok)  # noqa: PTH103 - in the place of this very function
 
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
