@@ -517,7 +517,7 @@ def test_a_missing_package_is_named_and_loses_no_other_score(
     assert isinstance(error, InputError)
     assert code == 2
     assert "pip install bitsandbytes" in err
-    assert json.loads(out)["skipped"] == {"ssim": "lacks a Python package"}
+    assert json.loads(out)["skipped"] == {"ssim": "could not be loaded"}
     assert all(set(image["scores"]) == {"psnr"} for image in json.loads(out)["images"])
 
 
@@ -739,6 +739,21 @@ def test_code_in_a_metric_file_is_never_run(
     code, _, err, _ = run("fetch-weights", "--metrics", "brisque")
     assert code == 4, err
     assert not (tmp_path / "danger").exists()
+
+
+def test_a_place_for_metric_files_that_cannot_be_written_is_named(
+    folders: tuple[Path, Path], tmp_path: Path, published: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("pyiqa.utils.download_util.DEFAULT_CACHE_DIR", str(tmp_path / "file/pyiqa"))
+    code, _, err, _ = run("fetch-weights", "--metrics", "brisque")
+    assert code == 2
+    assert f"can't write {tmp_path / 'file/pyiqa'}" in err
+    assert "TORCH_HOME" in err
+    sr, gt = folders
+    code, out, err, _ = run("evaluate", sr, "--gt-dir", gt, "--metrics", "brisque,psnr", "--json")
+    assert code == 2
+    assert all(set(image["scores"]) == {"psnr"} for image in json.loads(out)["images"])
 
 
 @needs_data

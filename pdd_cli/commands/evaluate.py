@@ -156,7 +156,7 @@ def evaluate(
     if not loaded:
         raise _summed(lacking.values())
     lost = {
-        info.name: "lacks its weights" if isinstance(error, DownloadError) else "lacks a Python package"
+        info.name: "lacks its weights" if isinstance(error, DownloadError) else "could not be loaded"
         for info, error in lacking.items()
     }
     failures = list(inputs.problems)
