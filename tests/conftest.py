@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -81,11 +82,29 @@ def ground(tmp_path_factory):
     return folder
 
 
-def wait_for_lines(file: Path, count: int) -> None:
-    """Until another process has written so many lines; two minutes at the most."""
-    deadline = time.monotonic() + 120
-    while not (file.exists() and file.read_text().count("\n") >= count) and time.monotonic() < deadline:
-        time.sleep(0.01)
+class Hold:
+    """A moment at which `pdd`, started with `command` for "-m pdd_cli", waits to be let go; by `tests/held.py`."""
+
+    def __init__(self, folder: Path, name: str, count: int) -> None:
+        self.folder = folder
+        folder.mkdir()
+        self.command = ["-m", "tests.held", name, str(count), str(folder)]
+        self.path = os.pathsep.join((str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")))  # PYTHONPATH
+
+    def wait(self, process: subprocess.Popen[str]) -> None:
+        """Until it is there."""
+        while not (self.folder / "held").exists():
+            assert process.poll() is None, "it ended before"
+            time.sleep(0.01)
+
+    def let_go(self) -> None:
+        (self.folder / "go").touch()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """What a test draws doesn't depend on those before it, some of which only some CPUs can run."""
+    torch.manual_seed(0)
 
 
 @dataclass(frozen=True)

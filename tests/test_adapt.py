@@ -20,7 +20,7 @@ from spandrel import ModelLoader
 from pdd_cli.distillation.generalist import ema_update
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.weights.store import Store
-from tests.conftest import wait_for_lines
+from tests.conftest import Hold
 
 STEPS = 12
 
@@ -48,12 +48,16 @@ def run(ground, folder, *more, steps=STEPS):
     return finish(command(ground, *more, steps=steps), folder)
 
 
-def start(ground, folder, *, steps=STEPS):
-    """A run in the background, and its log."""
+def start(ground, folder, *, lines, steps=STEPS):
+    """A run in the background that has logged so many lines and is held there, and its log."""
+    hold = Hold(folder / "hold", "log.jsonl", lines + 1)
     process = subprocess.Popen(
-        command(ground, steps=steps), cwd=folder, env=environment(folder), stderr=subprocess.PIPE, text=True
-    )
-    return process, folder / "runs" / "realLR" / "log.jsonl"
+        [sys.executable, *hold.command, *command(ground, steps=steps)[3:]],
+        cwd=folder, env=environment(folder) | {"PYTHONPATH": hold.path},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    hold.wait(process)
+    return process, folder / "runs" / "realLR" / "log.jsonl", hold
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +106,14 @@ def test_the_resolved_config_repeats_the_run(ground, finished, tmp_path):
 
 def test_ctrl_c_saves_and_resume_equals_an_undisturbed_run(ground, finished, tmp_path):
     undisturbed, _ = finished
-    process, log = start(ground, tmp_path)
-    wait_for_lines(log, 2)
+    process, log, hold = start(ground, tmp_path, lines=2)
     process.send_signal(signal.SIGINT)
+    hold.let_go()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "--resume" in errors
     done = log.read_text().count("\n")
-    assert 2 <= done < STEPS
+    assert done == 3
     assert Store(tmp_path / "home" / "weights").get("realLR") is None
     assert f"stopped after step {done} of {STEPS}" in (log.parent / "report.html").read_text()
 
@@ -122,9 +126,9 @@ def test_ctrl_c_saves_and_resume_equals_an_undisturbed_run(ground, finished, tmp
 
 
 def test_sigterm_saves_too(ground, tmp_path):
-    process, log = start(ground, tmp_path, steps=1000)
-    wait_for_lines(log, 2)
+    process, log, hold = start(ground, tmp_path, lines=2)
     process.terminate()
+    hold.let_go()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "--resume" in errors
@@ -133,12 +137,11 @@ def test_sigterm_saves_too(ground, tmp_path):
 
 def test_resume_after_a_kill_loses_only_what_came_after_the_checkpoint(ground, finished, tmp_path):
     undisturbed, _ = finished
-    process, log = start(ground, tmp_path)
-    wait_for_lines(log, 6)
+    process, log, _ = start(ground, tmp_path, lines=6)
     process.kill()
     process.communicate(timeout=60)
     saved = torch.load(log.parent / "checkpoint.pt", weights_only=True)["step"]
-    assert saved >= log.read_text().count("\n") - 4  # at most one interval is lost
+    assert (saved, log.read_text().count("\n")) == (4, 6)  # at most one interval is lost
     resumed = run(ground, tmp_path, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert_equal_weights(undisturbed, tmp_path)

@@ -196,7 +196,7 @@ def test_batches_made_ahead_are_those_of_their_steps() -> None:
 
     ahead = Ahead(make)
     found = {step: ahead(step) for step in (0, 1)}
-    assert third.wait(10), "nothing is made before it is asked for"
+    assert third.wait(120), "nothing is made before it is asked for"
     again = ahead(1)  # after a rollback
     for step, batch in [*found.items(), (1, again)]:
         for ours, expected in zip(astuple(batch), astuple(domain.batch(step, 2)), strict=True):

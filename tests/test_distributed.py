@@ -22,7 +22,7 @@ from pdd_cli.distributed import ALONE, World
 from pdd_cli.errors import InputError
 from pdd_cli.models.rrdbnet import RRDBNet
 from tests import distributed_worker
-from tests.conftest import wait_for_lines
+from tests.conftest import Hold
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12
@@ -143,11 +143,13 @@ def test_what_is_not_finite_in_one_process_is_skipped_in_all(outcomes: tuple[Pat
 def test_one_interrupted_process_stops_all_after_one_step_and_one_process_goes_on(
     ground: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    process = torchrun(*adapt(ground), folder=tmp_path)
+    hold = Hold(tmp_path / "hold", "log.jsonl", 3)
+    process = torchrun(*hold.command, *adapt(ground)[2:], folder=tmp_path)
     log = tmp_path / "runs" / "realLR" / "log.jsonl"
-    wait_for_lines(log, 2)
+    hold.wait(process)  # the first process, for which the other soon waits
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGINT)
+    hold.let_go()
     _, errors = finish(process)
     assert process.returncode != 0
     assert "exitcode: 130" in errors

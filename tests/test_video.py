@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -36,6 +35,7 @@ from pdd_cli.inference.video import PART_FRAMES, run_videos
 from pdd_cli.inference.yuv import Coding, from_rgb, to_rgb
 from pdd_cli.latest import latest_upscale
 from pdd_cli.models.loading import load_sr_model
+from tests.conftest import Hold
 
 WIDTH, HEIGHT = 32, 24
 MATRICES = {1: (0.2126, 0.0722), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}  # BT.709, 601, 2020, by H.273's numbers
@@ -497,11 +497,11 @@ def test_a_killed_run_goes_on_and_gives_the_same(tmp_path: Path, weights: Path) 
     source = write_video(tmp_path / "in.mkv", packed, codec="ffv1", pix_fmt="bgr0", audio="aac")
     out = tmp_path / "out.mkv"
     options = [source, out, "--weights", weights, "--lossless"]
-    command = [sys.executable, "-m", "pdd_cli", "upscale", *options, "--engine", "torch", "--precision", "fp32"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ.copy())
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".pdd-*/000000.mkv")) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.005)
+    hold = Hold(tmp_path / "hold", "000001.mkv", 1)  # about to complete the second part
+    command = [sys.executable, *hold.command, "upscale", *options, "--engine", "torch", "--precision", "fp32"]
+    variables = {**os.environ, "PYTHONPATH": hold.path}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, text=True, env=variables)
+    hold.wait(process)
     process.kill()
     process.wait()
     assert not out.exists()
