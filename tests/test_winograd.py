@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -269,6 +272,36 @@ def test_a_thread_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(winograd_kernel.Kernel, "__call__", one_fails)
     with pytest.raises(MemoryError, match="no thread"):
         network(np.zeros((16, 16, 3), np.float32))
+
+
+def test_threads_outlive_an_impatient_interruption_with_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second Ctrl-C ends the wait for threads that compute still: what they write to must not be freed."""
+    kernel, go_on, ended = winograd_kernel.kernel(), threading.Event(), threading.Event()
+    assert kernel is not None
+
+    def slow(self: winograd_kernel.Kernel, *arguments: int) -> None:
+        go_on.wait()
+        ended.set()
+
+    def interrupted(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    def twice_interrupted() -> weakref.ref[winograd.Network]:
+        state = state_of("compact")
+        network = winograd.Network(arrays(state), scale_of(state), kernel, threads=2)
+        with contextlib.suppress(KeyboardInterrupt):
+            network(np.zeros((16, 16, 3), np.float32))
+        return weakref.ref(network)
+
+    monkeypatch.setattr(winograd_kernel.Kernel, "__call__", slow)
+    monkeypatch.setattr(winograd, "wait", interrupted)
+    network = twice_interrupted()
+    gc.collect()
+    try:
+        assert network() is not None
+        assert not ended.is_set()
+    finally:
+        go_on.set()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there a thread that waits only leaves its core to others")

@@ -307,11 +307,13 @@ class Network:
 
     def _compute(self, one: _Pass) -> None:
         sync = np.zeros(1 + 2 * len(one.program), np.int64)
-        arguments = (one.program.ctypes.data, len(one.program), sync.ctypes.data)
-        work = [
-            self._pool.submit(self._kernel, *arguments, scratch.ctypes.data, self._threads, pause_address())
-            for scratch in self._scratch
-        ]
+
+        def compute(scratch: FloatArray) -> None:
+            # It holds all memory that it computes in, even where an interrupted caller has let go of it.
+            addresses = (one.program.ctypes.data, len(one.program), sync.ctypes.data, scratch.ctypes.data)
+            self._kernel(*addresses, self._threads, pause_address())
+
+        work = [self._pool.submit(compute, scratch) for scratch in self._scratch]
         try:
             # In small waits, between which Python answers Ctrl-C.
             waiting = set(work)
