@@ -123,6 +123,7 @@ class Manifest:
             "output_sha256": file_sha256(target),
             "weights": made.model if made else None,
             "weights_sha256": made.sha256 if made else None,
+            "how": made.how if made else None,
             "settings": {name: value for name, value in self._recipe.items() if name != "weights"},
             "pdd": __version__,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
