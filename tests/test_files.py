@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -103,3 +104,16 @@ def test_without_the_kernels_list_the_instructions_are_llvms(monkeypatch: pytest
             name in known for name in ("sse2", "avx2", "fma")
         ]
     assert by_llvm
+
+
+@pytest.mark.parametrize("own", [None, "7"])
+def test_idle_threads_do_not_spin_for_long(own: str | None) -> None:
+    """OpenMP reads how long as PyTorch is loaded: it is set before, and not where the user has set it."""
+    script = (
+        "import os, sys\nfrom pdd_cli import cli\n"
+        "cli.app = lambda standalone_mode: print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)\ncli.main()"
+    )
+    variables = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    variables |= {} if own is None else {"GOMP_SPINCOUNT": own}
+    done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [own or "10000", "False"]
