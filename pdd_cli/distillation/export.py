@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -9,51 +15,112 @@ import torch
 from pdd_cli.errors import InputError, PddError
 from pdd_cli.files import atomic_write
 from pdd_cli.models.loading import SRModel
+from pdd_cli.models.rrdbnet import rrdbnet_from_state
 
 _WORST_DB = 60.0  # of the exported ONNX graph against PyTorch
+_LR_SIDES = ((32, 33), (33, 32), (17, 70), (70, 17), (64, 48))  # height, width of the images it is checked with
 
 
-def export_pth(path: Path, model: SRModel) -> None:
-    """Write `params` and `params_ema` as Real-ESRGAN's scripts, chaiNNer and spandrel read them.
+def check_export(forms: Sequence[str]) -> None:
+    """Raise InputError where a package that one of `forms` needs isn't installed."""
+    if "onnx" not in forms:
+        return
+    missing = [package for package in ("onnx", "onnxruntime") if find_spec(package) is None]
+    if missing:
+        raise InputError(
+            f"--export onnx needs a package that isn't installed: {', '.join(missing)}",
+            "Run: pip install 'pdd-cli[onnx]'",
+        )
 
-    Both are the chosen weights: programs take either the one or the other.
+
+def export(path: Path, model: SRModel) -> None:
+    """Write `model` in the form of `path`'s suffix, `.pth` or `.onnx`.
+
+    `model` must be as loaded from a file: layers that training has replaced by faster ones can't be traced.
+    Raises PddError where the graph can't be made, or computes something else than the model.
+    """
+    (_export_pth if path.suffix == ".pth" else _export_onnx)(path, model)
+
+
+def _export_pth(path: Path, model: SRModel) -> None:
+    """`params` and `params_ema` as Real-ESRGAN's scripts, chaiNNer and spandrel read them.
+
+    Both are the chosen weights: programs take either the one or the other. An RRDBNet has the keys of BasicSR's.
     """
     state = {key: value.detach().cpu().clone() for key, value in model.module.state_dict().items()}
-    with atomic_write(path) as temporary, temporary.open("wb") as file:  # torch tells a file's errors, not a path's
+    network = rrdbnet_from_state(state)
+    if network is not None:
+        state = network.state_dict()
+    with atomic_write(path) as temporary, temporary.open("wb") as file:  # torch names no file in its own errors
         torch.save({"params": state, "params_ema": state}, file)
 
 
-def export_onnx(path: Path, model: SRModel) -> None:
-    """Write an ONNX graph (1, C, h, w) to (1, C, h*scale, w*scale) of any h and w, and compare it with PyTorch.
+def _export_onnx(path: Path, model: SRModel) -> None:
+    """A graph (1, C, h, w) to (1, C, h*scale, w*scale) of any h and w, compared with PyTorch at several sizes."""
+    import onnxruntime
 
-    Raises InputError where the packages for it lack, PddError where the graph computes something else.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise InputError("--export onnx needs more packages", "Run: pip install 'pdd-cli[onnx]'") from error
     module = model.module.eval().cpu()
-    side = max(32, model.size_minimum)
-    side = -(-side // model.size_multiple) * model.size_multiple
-    example = torch.rand(1, model.in_channels, side, side + model.size_multiple)
+    multiple = model.size_multiple
+    sizes = [tuple(max(side, model.size_minimum) // multiple * multiple + multiple for side in s) for s in _LR_SIDES]
+    generator = torch.Generator().manual_seed(0)
+    examples = [torch.rand(1, model.in_channels, *size, generator=generator) for size in sizes]
     axes = {2: "height", 3: "width"}
     with atomic_write(path) as temporary:
-        torch.onnx.export(
-            module,
-            (example,),
-            str(temporary),
-            input_names=["lr"],
-            output_names=["sr"],
-            dynamic_axes={"lr": axes, "sr": axes},
-            opset_version=17,
-            dynamo=False,
-            do_constant_folding=True,
-        )
-        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
-        for lr in (example, torch.rand(1, model.in_channels, side + 2 * model.size_multiple, side)):
+        with _failing_as_one(path, model.architecture), _quiet():
+            torch.onnx.export(
+                module,
+                (examples[0],),
+                str(temporary),
+                input_names=["lr"],
+                output_names=["sr"],
+                dynamic_axes={"lr": axes, "sr": axes},
+                opset_version=17,
+                dynamo=False,
+                do_constant_folding=True,
+            )
+        for lr in examples:
             with torch.inference_mode():
                 expected = module(lr)
-            (found,) = session.run(None, {"lr": lr.numpy()})
-            deviation = float((torch.from_numpy(found) - expected).square().mean())
+            with _failing_as_one(path, model.architecture):
+                options = onnxruntime.SessionOptions()
+                options.log_severity_level = 4  # what it would print is in the exception as well
+                session = onnxruntime.InferenceSession(
+                    str(temporary), options, providers=["CPUExecutionProvider"]
+                )
+                (found,) = session.run(None, {"lr": lr.numpy()})
+            deviation = float((torch.from_numpy(found) - expected).square().mean()) if found.shape == expected.shape else 1
             if not deviation <= 10 ** (-_WORST_DB / 10):
-                raise PddError(f"{path}: the ONNX graph doesn't compute what the model does; it was not written")
+                raise PddError(
+                    f"{path}: the ONNX graph of {model.architecture} computes another image than the model for an "
+                    f"image of {lr.shape[3]}x{lr.shape[2]} pixels; it was not written",
+                    "Export it as pth: --export pth.",
+                )
+
+
+@contextlib.contextmanager
+def _failing_as_one(path: Path, architecture: str) -> Iterator[None]:
+    """Whatever the exporter or onnxruntime raises, as a PddError; errors of the file are left to `atomic_write`."""
+    try:
+        yield
+    except (PddError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise PddError(
+            f"{path}: {architecture} can't be exported as ONNX ({type(error).__name__}: {why})",
+            "Export it as pth: --export pth.",
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracer's warnings: that sizes are constants in the graph is what the comparison finds out."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

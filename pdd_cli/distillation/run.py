@@ -26,7 +26,7 @@ from pdd_cli.device import Runtime, is_out_of_memory
 from pdd_cli.distillation.bases import check_rgb, check_trainable
 from pdd_cli.distillation.board import Board, check_board
 from pdd_cli.distillation.checkpoint import TrainState, checkpoint_settings, load_checkpoint, save_checkpoint
-from pdd_cli.distillation.export import export_onnx, export_pth
+from pdd_cli.distillation.export import check_export, export
 from pdd_cli.distillation.pictures import centre, sheet, to_rgb8, upscaled
 from pdd_cli.distillation.report import RunReport, Shot, as_page
 from pdd_cli.distillation.trainer import StepReport, new_state, place, train
@@ -425,12 +425,10 @@ class Run:
 
     def export(self) -> list[Path]:
         """Write the best weights in the forms that the settings name; `runs/NAME/NAME.pth` and the like."""
-        model = replace(self.base, module=copy.deepcopy(self.base.module))
-        model.module.load_state_dict(read_state(self.folder.best))
         written = []
         for form in self.config.export:
             path = self.folder.path / f"{self.name}.{form}"
-            (export_pth if form == "pth" else export_onnx)(path, model)
+            export(path, load_sr_model(self.folder.best))
             written.append(path)
         return written
 
@@ -560,6 +558,7 @@ def check_inputs(config: AdaptConfig, folder: RunFolder, *, resume: bool, overwr
         images_below(images, option)
     if config.tensorboard:
         check_board()
+    check_export(config.export)
 
 
 def check_folder(folder: RunFolder, config: AdaptConfig, *, resume: bool, overwrite: bool) -> None:
