@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import signal
 import sys
+import traceback
 from typing import Annotated, NoReturn
 
 import typer
@@ -16,7 +16,9 @@ from pdd_cli.commands.fetch_weights import fetch_weights
 from pdd_cli.commands.upscale import upscale
 from pdd_cli.console import Console, prepare_streams
 from pdd_cli.distributed import World
-from pdd_cli.errors import PddError
+from pdd_cli.errors import Interrupted, PddError
+from pdd_cli.interruption import EXIT_CODE as INTERRUPTED
+from pdd_cli.interruption import ignore_signals, raise_on_signals, was_raised
 from pdd_cli.system import wait_without_spinning
 
 app = typer.Typer(
@@ -51,20 +53,28 @@ def _global(
 
 def main() -> NoReturn:
     """Run `pdd` on sys.argv and exit with its code (see docs/cli.md)."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    raise_on_signals()
     prepare_streams()
     wait_without_spinning()
     world = World.from_environment()
+    code: int | str | None
     try:
         with world.one_voice():
-            # Typer answers its own usage errors with exit 2, and `--help` with 0.
+            # Typer answers its own usage errors with exit 2, `--help` with 0, and exits with 130 for KeyboardInterrupt.
             code = app(standalone_mode=True)
+    except SystemExit as left:
+        ignore_signals()
+        code = left.code
+        if code == INTERRUPTED and was_raised():
+            world.tell_once(functools.partial(_tell, KeyboardInterrupt()))
     except BrokenPipeError:
         code = 0
     except (Exception, KeyboardInterrupt) as error:
+        ignore_signals()  # torchrun's, where another process has failed, too
         if "--debug" in sys.argv:
-            raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, where another process has failed, too
+            traceback.print_exception(error)
+        if was_raised() and not isinstance(error, Interrupted):
+            error = KeyboardInterrupt()  # what a library has made of it
         world.tell_once(functools.partial(_tell, error))
         code = _exit_code(error)
     sys.exit(code)
@@ -73,7 +83,7 @@ def main() -> NoReturn:
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, PddError):
         return error.exit_code
-    return 130 if isinstance(error, KeyboardInterrupt) else 5 if isinstance(error, MemoryError) else 1
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 5 if isinstance(error, MemoryError) else 1
 
 
 def _tell(error: BaseException) -> None:
@@ -91,10 +101,6 @@ def _tell(error: BaseException) -> None:
                 "Please report it with the output of the same command after `pdd --debug`.",
             )
         )
-
-
-def _interrupt(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -351,21 +351,43 @@ def resolve(
     options: Mapping[str, object],
     overrides: Sequence[str] = (),
     file: Path | None = None,
+    stored: Path | None = None,
 ) -> T:
     """The settings of one command, from all places they may be given in.
 
     `options`: dotted key → value from the command line; None means not given. `overrides`: `key.path=value` texts, the
-    value read as YAML. `file`: a YAML file; without it `./pdd.yaml` is read where it exists.
+    value read as YAML. `file`: a YAML file; without it `./pdd.yaml` is read where it exists. `stored`: the file of an
+    earlier run, whose settings take the place of `./pdd.yaml` and of the defaults.
 
     Raises InputError that names the key, the value and what is allowed.
     """
     values: dict[str, Any] = {}
-    origin = f"--config {file}"
-    if file is not None or DEFAULT_FILE.exists():
-        path = _expanded(file or DEFAULT_FILE)
-        origin = str(path)
+    if stored is not None:
+        values = _read_section(stored, section)
+        _check(model, values, str(stored), partial=True)
+    _merge(values, given(model, section, options=options, overrides=overrides, file=file, default=stored is None))
+    return _check(model, values, "")
+
+
+def given(
+    model: type[T],
+    section: Section,
+    *,
+    options: Mapping[str, object],
+    overrides: Sequence[str] = (),
+    file: Path | None = None,
+    default: bool = True,
+) -> dict[str, Any]:
+    """What is set by `options`, `overrides` and `file` (see `resolve`), without the defaults, not yet complete.
+
+    `default`: whether `./pdd.yaml` counts.
+    """
+    values: dict[str, Any] = {}
+    path = file or (DEFAULT_FILE if default and DEFAULT_FILE.exists() else None)
+    if path is not None:
+        path = _expanded(path)
         values = _read_section(path, section)
-        _check(model, values, origin, partial=True)
+        _check(model, values, str(path), partial=True)
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator or not key.strip():
@@ -374,7 +396,7 @@ def resolve(
     for key, option in options.items():
         if option is not None:
             _put(values, key, option)
-    return _check(model, values, "")
+    return values
 
 
 def as_yaml(settings: Settings) -> str:
@@ -405,6 +427,15 @@ def _yaml(text: str, origin: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise InputError(f"{origin}{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+
+
+def _merge(values: dict[str, Any], over: Mapping[str, Any]) -> None:
+    """Let `over` win, key by key."""
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(values.get(key), dict):
+            _merge(values[key], value)
+        else:
+            values[key] = value
 
 
 def _put(values: dict[str, Any], key: str, value: object) -> None:

@@ -54,6 +54,11 @@ class Console:
         if error.hint:
             self.err.print(f"       {escape(error.hint)}", soft_wrap=True)
 
+    def leave(self, text: str) -> None:
+        """The last line before the process ends with a progress bar on the screen (stderr)."""
+        self.say(text)
+        self.err.show_cursor(True)
+
     def table(self, table: Table) -> None:
         """A result table for people: stdout, or stderr beside `--json`."""
         (self.err if self.json else self._out).print(table)

@@ -61,18 +61,18 @@ def test_a_faithful_model_is_told_from_a_shifted_and_a_blurred_one() -> None:
     assert shifted.drift > good.drift + 3
     assert shifted.consistency < good.consistency - 3
     assert blurred.texture < 0.5 * good.texture
-    assert good.score(good) == 0
-    assert shifted.score(good) < 0
-    assert blurred.score(good) < 0
+    assert good.score(good, 4) == 0
+    assert shifted.score(good, 4) < 0
+    assert blurred.score(good, 4) < 0
 
 
 def test_sabotaged_models_are_rejected_and_better_ones_kept() -> None:
     base = judge(model(shift=0.01, grain=0.01), images(), CPU)
     for faults in ({"shift": 0.08}, {"blur": True}, {"grain": 0.2}):
-        verdict = decide({1.0: judge(model(**faults), images(), CPU)}, base)
+        verdict = decide({1.0: judge(model(**faults), images(), CPU)}, base, 4)
         assert not verdict.keep, faults
         assert "the base is better" in verdict.reason
-    verdict = decide({1.0: judge(model(grain=0.01), images(), CPU)}, base)
+    verdict = decide({1.0: judge(model(grain=0.01), images(), CPU)}, base, 4)
     assert verdict.keep
     assert verdict.strength == 1
 
@@ -82,14 +82,14 @@ def test_the_best_strength_is_recommended() -> None:
     judgements = {0.5: Judgement(32.0, 1.0, 9.0, 3.6), 1.0: Judgement(32.5, 1.0, 6.5, 2.6)}
     for found in judgements.values():
         expected = found.consistency - 30 + 6 * math.log2(found.texture / 10)
-        assert found.score(base) == pytest.approx(expected)
-    assert decide(judgements, base).strength == 0.5
+        assert found.score(base, 4) == pytest.approx(expected)
+    assert decide(judgements, base, 4).strength == 0.5
     # Less than half a decibel is no gain that a few images could tell.
-    assert not decide({1.0: Judgement(30.4, 1.0, 10.0, 4.0)}, base).keep
-    assert "no clear gain" in decide({1.0: Judgement(30.4, 1.0, 10.0, 4.0)}, base).reason
-    assert decide({1.0: Judgement(30.6, 1.0, 10.0, 4.0)}, base).keep
+    assert not decide({1.0: Judgement(30.4, 1.0, 10.0, 4.0)}, base, 4).keep
+    assert "no clear gain" in decide({1.0: Judgement(30.4, 1.0, 10.0, 4.0)}, base, 4).reason
+    assert decide({1.0: Judgement(30.6, 1.0, 10.0, 4.0)}, base, 4).keep
     # Below 0.6 of the base's texture no gain counts.
-    assert not decide({1.0: Judgement(45.0, 1.0, 5.9, 4.0)}, base).keep
+    assert not decide({1.0: Judgement(45.0, 1.0, 5.9, 4.0)}, base, 4).keep
 
 
 class Sharpener(nn.Module):
@@ -120,10 +120,10 @@ def test_detail_is_told_from_grain() -> None:
     assert grainy.grain == pytest.approx(0.04 * 255 * 20**0.5, rel=0.1)
     gained = grainy.consistency - base.consistency - 0.5 * (grainy.drift - base.drift)
     detail, grain = (math.log2(a / b) for a, b in ((grainy.texture, base.texture), (grainy.grain, base.grain)))
-    assert grainy.score(base) == pytest.approx(gained + 6 * (min(detail, 0.5) - (grain - detail)))
-    assert not decide({1.0: grainy}, base).keep
+    assert grainy.score(base, 4) == pytest.approx(gained + 6 * (min(detail, 0.5) - (grain - detail)))
+    assert not decide({1.0: grainy}, base, 4).keep
     # Grain that can't be seen isn't held against a model.
-    assert Judgement(32.0, 1.0, 10.0, 1.9).score(Judgement(32.0, 1.0, 10.0, 0.1)) == 0
+    assert Judgement(32.0, 1.0, 10.0, 1.9).score(Judgement(32.0, 1.0, 10.0, 0.1), 4) == 0
 
 
 def test_interpolation_is_linear() -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pdd_cli.console import Console
 from pdd_cli.errors import DownloadError, InputError, PddError
@@ -15,21 +15,149 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from pdd_cli.config import AdaptConfig
+    from pdd_cli.distillation.folder import RunFolder
     from pdd_cli.distillation.rehearsal import Rehearsal, Space
-    from pdd_cli.distillation.run import Run, Source, WeightFiles
+    from pdd_cli.distillation.run import Run, WeightFiles
+    from pdd_cli.distillation.sources import Source
     from pdd_cli.weights.store import Store
 
 
 def check_name(name: str, store: Store, *, replace: bool) -> None:
-    """Refuse a name that would hide other weights."""
-    from pdd_cli.weights.catalog import CATALOG
+    """Refuse a name that `upscale --weights NAME` would not find, or that would hide other weights."""
+    from pdd_cli.weights.store import name_from, name_problem
 
-    store.path(name)
-    if any(entry.name == name for entry in CATALOG):
-        raise InputError(f"--name {name}: pdd fetches weights of that name", "Choose another --name.")
+    if problem := name_problem(name):
+        raise InputError(f"--name {name}: {problem}", f"Choose another --name, such as {name_from(name)}.")
     if not replace and store.get(name) is not None:
         raise InputError(
             f"weights '{name}' exist already in the store", "Choose another --name, or replace them with --overwrite."
+        )
+
+
+def derived_name(real_dir: Path, console: Console) -> str:
+    """The name of a run that was given none: that of the folder of its images, as far as it can be one."""
+    from pdd_cli.weights.store import name_from
+
+    folder = real_dir.resolve().name
+    name = name_from(folder)
+    if name != folder:
+        console.say(f"the run and its weights are named '{name}', for '{folder}' can't be a name (--name: another)")
+    return name
+
+
+def stored_run(given: Mapping[str, Any]) -> RunFolder:
+    """The folder of the run that `--resume` means, by what is given beside it.
+
+    Raises InputError where that doesn't say which.
+    """
+    from pdd_cli.config import AdaptConfig
+    from pdd_cli.distillation.folder import RunFolder
+    from pdd_cli.weights.store import name_from
+
+    runs = Path(given.get("runs_dir") or AdaptConfig.model_fields["runs_dir"].default).expanduser()
+    if given.get("name"):
+        named = Path(given["name"]).expanduser()
+        return RunFolder(named if len(named.parts) > 1 else runs / named)
+    if given.get("real_dir"):
+        return RunFolder(runs / name_from(Path(given["real_dir"]).expanduser().resolve().name))
+    found = sorted(path.parent for path in runs.glob("*/checkpoint.pt"))
+    if len(found) == 1:
+        return RunFolder(found[0])
+    raise InputError(
+        "--resume: which run goes on? Give its --name",
+        f"In {runs}: {', '.join(path.name for path in found)}." if found else f"There is no run in {runs}.",
+    )
+
+
+def finish(run: Run, store: Store, console: Console, losses: Mapping[str, float]) -> None:
+    """Judge what was trained, register the weights, write the report and the exports, and say all that.
+
+    Each of these may fail without the others. Raises PartialFailure or ResourceError at the end where one did.
+    """
+    from pdd_cli.distillation.run import memory_told
+    from pdd_cli.distillation.verdict import Verdict
+    from pdd_cli.errors import Interrupted, PartialFailure, ResourceError
+
+    failures: list[PddError] = []
+
+    @contextlib.contextmanager
+    def kept() -> Iterator[None]:
+        try:
+            with memory_told(run.config):
+                yield
+        except PddError as error:
+            failures.append(error)
+        except Exception as error:
+            failures.append(PddError(f"a bug in pdd: {type(error).__name__}: {error}", "--debug shows where."))
+
+    verdict = Verdict(None, "it could not be judged", 1.0)
+    conclusion = weights = report = None
+    exported: list[Path] = []
+    try:
+        if run.state.step < run.config.steps:
+            console.say(
+                f"stopped early after step {run.state.step} of {run.config.steps}: the last "
+                f"{run.config.early_stopping} judgements brought nothing better "
+                f"({run.resume_command} --set early_stopping=off goes on)"
+            )
+        console.say("judging the trained weights")
+        with kept():
+            conclusion = run.conclude()
+            verdict = conclusion.verdict
+            (console.warn if verdict.keep is False else console.say)(f"verdict: {verdict.word}. {verdict.reason}")
+            if text := conclusion.truth_in_words():
+                console.say(text)
+            run.write_verdict(conclusion)
+        try:
+            with memory_told(run.config):
+                weights = run.register(store, verdict)
+            console.say(f"done: weights '{run.name}' in {weights.path}")
+        except PddError as error:
+            failures.append(error)
+            with kept():
+                weights = run.register(Store(run.folder.path), verdict)
+                console.say(f"the weights are not registered; they are kept in {weights.path}")
+        with kept():
+            report = run.write_report(conclusion)
+            console.say(f"report: {report}")
+        for form in run.config.export:
+            with kept():
+                exported.append(run.export(form))
+                console.say(f"exported: {exported[-1]}")
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped; all {run.state.step} steps are done and saved in {run.folder.path}",
+            f"To finish: {run.resume_command}",
+        ) from None
+    if weights is not None and verdict.keep is not False:
+        strength = f" --strength {verdict.strength:g}" if verdict.strength < 1 else ""
+        reference = run.name if weights.path.parent == store.root else weights.path
+        console.say(f"next: pdd upscale IN OUT --weights {reference}{strength}")
+    else:
+        console.say("Look at the report before you use it. More images of one look, or --hr-dir, may help.")
+    console.result(
+        {
+            "name": run.name,
+            "weights": weights and weights.path,
+            "run": run.folder.path,
+            "report": report,
+            "exported": exported,
+            "steps": run.state.step,
+            "features": run.features_name,
+            "losses": losses,
+            "verdict": {"keep": verdict.keep, "reason": verdict.reason, "strength": verdict.strength},
+            "truth": conclusion and conclusion.truth_document(),
+            "card": weights and weights.card.model_dump(),
+            "failures": [{"message": failure.message, "hint": failure.hint} for failure in failures],
+        }
+    )
+    if failures:
+        for failure in failures[1:]:
+            console.fail(failure)
+        kind = ResourceError if any(isinstance(failure, ResourceError) for failure in failures) else PartialFailure
+        raise kind(
+            failures[0].message,
+            f"{failures[0].hint} The trained weights are in {run.folder.best}; to try again: {run.resume_command}",
         )
 
 
@@ -61,8 +189,11 @@ def dry_adapt(
 ) -> None:
     """Say what the run would do and take. Raises what the run would fail of; of several failures the first."""
     from pdd_cli.device import choose_runtime, keep_freed_memory
+    from pdd_cli.distillation.export import check_export
+    from pdd_cli.distillation.folder import RunFolder
     from pdd_cli.distillation.rehearsal import check_places, rehearse
-    from pdd_cli.distillation.run import RunFolder, check_folder, memory_told, prepare_run, read_sources
+    from pdd_cli.distillation.run import check_folder, memory_told, prepare_run
+    from pdd_cli.distillation.sources import read_sources
     from pdd_cli.weights.fetch import ensure
 
     problems: list[PddError] = []
@@ -89,6 +220,8 @@ def dry_adapt(
         check_name(name, store, replace=resume or overwrite)
     with collected():
         check_folder(folder, settings, resume=resume, overwrite=overwrite)
+    with collected():
+        check_export(settings.export)
     goes_on = resume and not problems
     with collected():
         runtime = choose_runtime(settings.device, settings.precision)
@@ -100,17 +233,18 @@ def dry_adapt(
             if not missing:
                 raise
         if weights is None:
-            found.sources = read_sources(settings, _scale_of(settings.base), console.warn)[2]
+            found.sources = read_sources(settings, _scale_of(settings.base), console.warn, console.say).sources
         else:
             with memory_told(settings):
                 run = prepare_run(
-                    settings, weights, runtime, name=name, resume=goes_on, overwrite=True, notify=console.warn
-                )
+                    settings, weights, runtime,
+                    name=name, resume=goes_on, overwrite=True, notify=console.warn, say=console.say,
+                )  # fmt: skip
             found.run, found.sources = run, run.sources
             with collected():
                 found.spaces = check_places(run, store)
             with memory_told(settings):
-                found.rehearsal = rehearse(run)
+                found.rehearsal = rehearse(run, console.say)
     found.to_fetch = missing
     found.problems = problems
     console.table(_table(found))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -75,50 +74,52 @@ def adapt(
     """Adapt a model to your own real images, without ground truth (Pairwise Distance Distillation).
 
     Writes runs/NAME/ (settings, log, previews, checkpoint) and registers the weights NAME for `pdd upscale`.
-    Ctrl-C saves a checkpoint; the same command with --resume goes on.
+    Ctrl-C saves a checkpoint; `pdd adapt --resume --name NAME` goes on.
     """
-    from pdd_cli.commands._adapting import check_name, dry_adapt, weight_files
+    from pdd_cli.commands._adapting import check_name, derived_name, dry_adapt, finish, stored_run, weight_files
     from pdd_cli.commands._fetching import fetch_progress
-    from pdd_cli.config import AdaptConfig, resolve
+    from pdd_cli.config import AdaptConfig, given, resolve
     from pdd_cli.weights.fetch import ensure
 
     console = Console(json=json)
-    settings = resolve(
-        AdaptConfig,
-        "adapt",
-        options={
-            "real_dir": real_dir,
-            "base": base,
-            "hr_dir": hr_dir,
-            "generalist.mode": mode,
-            "generalist.weights": generalist,
-            "name": name,
-            "runs_dir": runs_dir,
-            "steps": steps,
-            "batch_size": batch_size,
-            "seed": seed,
-            "features.network": features,
-            "features.weights": feature_weights,
-            "losses.intra": intra_weight,
-            "losses.inter": inter_weight,
-            "val_lr": val_lr,
-            "val_hr": val_hr,
-            "export": tuple(part.strip() for part in export.split(",") if part.strip()) if export else None,
-            "device": device,
-            "precision": precision,
-            "offline": offline,
-        },
-        overrides=set_ or (),
-        file=config,
-    )
+    options: dict[str, object] = {
+        "real_dir": real_dir,
+        "base": base,
+        "hr_dir": hr_dir,
+        "generalist.mode": mode,
+        "generalist.weights": generalist,
+        "name": name,
+        "runs_dir": runs_dir,
+        "steps": steps,
+        "batch_size": batch_size,
+        "seed": seed,
+        "features.network": features,
+        "features.weights": feature_weights,
+        "losses.intra": intra_weight,
+        "losses.inter": inter_weight,
+        "val_lr": val_lr,
+        "val_hr": val_hr,
+        "export": tuple(part.strip() for part in export.split(",") if part.strip()) if export else None,
+        "device": device,
+        "precision": precision,
+        "offline": offline,
+    }
+    stored = None
+    if resume:
+        folder = stored_run(given(AdaptConfig, "adapt", options=options, overrides=set_ or (), file=config))
+        options |= {"runs_dir": folder.path.parent, "name": folder.path.name}
+        stored = folder.config if folder.config.exists() else None
+    settings = resolve(AdaptConfig, "adapt", options=options, overrides=set_ or (), file=config, stored=stored)
 
     from pdd_cli.device import choose_runtime, keep_freed_memory
+    from pdd_cli.distillation.folder import RunFolder
     from pdd_cli.distillation.rehearsal import check_places
-    from pdd_cli.distillation.run import RunFolder, WeightFiles, check_inputs, memory_told, prepare_run
+    from pdd_cli.distillation.run import WeightFiles, check_inputs, memory_told, prepare_run
+    from pdd_cli.interruption import Interruption
     from pdd_cli.weights.store import Store
 
     store = Store.default()
-    run_name = settings.name or settings.real_dir.resolve().name
+    run_name = settings.name or derived_name(settings.real_dir, console)
     if dry_run:
         dry_adapt(settings, store, console, name=run_name, resume=resume, overwrite=overwrite)
         return
@@ -143,7 +144,7 @@ def adapt(
     with memory_told(settings):
         run = prepare_run(
             settings, weights, runtime,
-            name=run_name, resume=resume, overwrite=overwrite, notify=console.warn, world=world,
+            name=run_name, resume=resume, overwrite=overwrite, notify=console.warn, say=console.say, world=world,
         )  # fmt: skip
     if world.is_first:
         check_places(run, store)
@@ -153,7 +154,11 @@ def adapt(
         + (f", {world.size} processes" if world.size > 1 else "")
     )
 
-    with console.progress() as progress, _Interruption() as interruption:
+    interruption = Interruption(
+        on_first=lambda: console.say("stopping after this step; press Ctrl-C again to stop at once"),
+        on_second=lambda: console.leave(f"stopped at once; {run.resume_command} goes on from the last checkpoint"),
+    )
+    with console.progress() as progress, interruption:
         task = progress.add_task("adapt", total=settings.steps, completed=run.state.step, note="")
         losses: dict[str, float] = {}
         for report in run.train(interruption.requested):
@@ -173,67 +178,8 @@ def adapt(
             run.write_report(None)
         raise Interrupted(
             f"stopped after step {run.state.step} of {settings.steps}; the state is saved in {run.folder.checkpoint}",
-            "Run the same command with --resume to go on.",
+            f"To go on: {run.resume_command}",
         )
     if not world.is_first:
         return
-    if run.state.step < settings.steps:
-        console.say(
-            f"stopped early after step {run.state.step} of {settings.steps}: the last {settings.early_stopping} "
-            "judgements brought nothing better (--resume --set early_stopping=off goes on)"
-        )
-    with memory_told(settings):
-        conclusion = run.conclude()
-        verdict = conclusion.verdict
-        entry = run.register(store, verdict)
-        report_file = run.write_report(conclusion)
-        exported = run.export()
-    console.say(f"done: report in {report_file}, weights '{run_name}' in {entry.path}")
-    for path in exported:
-        console.say(f"exported: {path}")
-    if verdict.keep:
-        console.say(f"verdict: keep. {verdict.reason}")
-        strength = f" --strength {verdict.strength:g}" if verdict.strength < 1 else ""
-        console.say(f"next: pdd upscale IN OUT --weights {run_name}{strength}")
-    else:
-        console.warn(f"verdict: reject. {verdict.reason}")
-        console.say("Look at the report before you use it. More images of one look, or --hr-dir, may help.")
-    if told := conclusion.truth_in_words():
-        console.say(told)
-    console.result(
-        {
-            "name": run_name,
-            "weights": entry.path,
-            "run": run.folder.path,
-            "report": report_file,
-            "steps": run.state.step,
-            "features": run.features_name,
-            "losses": losses,
-            "verdict": {"keep": verdict.keep, "reason": verdict.reason, "strength": verdict.strength},
-            "truth": conclusion.truth_document(),
-            "card": entry.card.model_dump(),
-        }
-    )
-
-
-class _Interruption:
-    """Ctrl-C or SIGTERM asks the run to stop after its step; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self._asked = False
-
-    def __enter__(self) -> _Interruption:
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def requested(self) -> bool:
-        return self._asked
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
+    finish(run, store, console, losses)

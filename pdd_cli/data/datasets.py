@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pdd_cli.data.degradations import Degradation, downsample
 from pdd_cli.errors import InputError
-from pdd_cli.images import find_images, read_image
+from pdd_cli.images import decode_pages, find_images, read_bytes
 
 RGB = NDArray[np.uint8]  # (H, W, 3)
 
@@ -96,17 +96,27 @@ def read_folder(folder: Path, option: str, on_unreadable: Callable[[str], None])
 
     Raises InputError, naming `option`, where the folder doesn't exist or no image in it can be read.
     """
+    return read_images(images_below(folder, option), folder, option, on_unreadable)[0]
+
+
+def read_images(
+    paths: Sequence[Path], folder: Path, option: str, on_unreadable: Callable[[str], None]
+) -> tuple[list[RGB], dict[str, str]]:
+    """The images at `paths`, found below `folder`, as `read_folder` gives them, and the sha256 of each by its name."""
     found: list[RGB] = []
-    for path in images_below(folder, option):
+    content: dict[str, str] = {}
+    for path in paths:
         try:
-            found.append(_as_rgb8(read_image(path).to_float()))
+            data = read_bytes(path)
+            found.append(_as_rgb8(next(decode_pages(path, data)).to_float()))
+            content[path.relative_to(folder).as_posix()] = hashlib.sha256(data).hexdigest()
         except InputError as error:
             on_unreadable(error.message)
     if not found:
         raise InputError(
             f"{option} {folder}: no readable image in it", "Give a folder of PNG, JPEG, WebP, TIFF or BMP."
         )
-    return found
+    return found, content
 
 
 def texture(crop: RGB) -> float:

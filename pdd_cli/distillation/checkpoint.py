@@ -38,15 +38,18 @@ class TrainState:
     discriminator: nn.Module
     optimizer: torch.optim.Optimizer
     discriminator_optimizer: torch.optim.Optimizer
+    warmup_steps: int  # at the start, in which only the discriminator learns; a run that is made longer keeps them
     step: int = 0  # steps done
     guard: Guard = field(default_factory=Guard)
 
 
-def save_checkpoint(path: Path, state: TrainState, settings: dict[str, Any]) -> None:
-    """Write `state` and the run's settings to `path`, whole or not at all."""
+def save_checkpoint(path: Path, state: TrainState, settings: dict[str, Any], inputs: dict[str, Any]) -> None:
+    """Write `state`, the run's settings and checksums of its `inputs` to `path`, whole or not at all."""
     content = {
         "version": _VERSION,
         "step": state.step,
+        "warmup_steps": state.warmup_steps,
+        "inputs": inputs,
         "guard": asdict(state.guard),
         "settings": settings,
         "specialist": state.specialist.state_dict(),
@@ -79,6 +82,8 @@ def load_checkpoint(path: Path, state: TrainState, world: World = ALONE) -> None
         if content["rng"]["cuda"] and torch.cuda.device_count() == len(content["rng"]["cuda"]):
             torch.cuda.set_rng_state_all(content["rng"]["cuda"])
         state.step = content["step"]
+        before = content["settings"]  # a file without its own count is of a run that was never made longer
+        state.warmup_steps = content.get("warmup_steps", round(before["discriminator_warmup"] * before["steps"]))
         state.guard = Guard(**content["guard"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path} doesn't fit this run: {error}", "Start anew under another --name.") from error
@@ -87,6 +92,11 @@ def load_checkpoint(path: Path, state: TrainState, world: World = ALONE) -> None
 def checkpoint_settings(path: Path) -> dict[str, Any]:
     """The settings of the run that wrote `path`."""
     return dict(_read(path, path)["settings"])
+
+
+def checkpoint_inputs(path: Path) -> dict[str, Any] | None:
+    """Checksums of what the run that wrote `path` was given; None in an older file."""
+    return _read(path, path).get("inputs")
 
 
 def _read(path: Path, source: Path | io.BytesIO) -> dict[str, Any]:

@@ -84,11 +84,11 @@ def _export_onnx(path: Path, model: SRModel) -> None:
             with _failing_as_one(path, model.architecture):
                 options = onnxruntime.SessionOptions()
                 options.log_severity_level = 4  # what it would print is in the exception as well
-                session = onnxruntime.InferenceSession(
-                    str(temporary), options, providers=["CPUExecutionProvider"]
-                )
+                session = onnxruntime.InferenceSession(str(temporary), options, providers=["CPUExecutionProvider"])
                 (found,) = session.run(None, {"lr": lr.numpy()})
-            deviation = float((torch.from_numpy(found) - expected).square().mean()) if found.shape == expected.shape else 1
+            deviation = (
+                float((torch.from_numpy(found) - expected).square().mean()) if found.shape == expected.shape else 1
+            )
             if not deviation <= 10 ** (-_WORST_DB / 10):
                 raise PddError(
                     f"{path}: the ONNX graph of {model.architecture} computes another image than the model for an "

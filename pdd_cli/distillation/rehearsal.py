@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,17 +49,19 @@ class Space:
     free: int
 
 
-def rehearse(run: Run) -> Rehearsal:
+def rehearse(run: Run, say: Callable[[str], None]) -> Rehearsal:
     """Judge the base and do a few whole steps. `run.state` isn't that of a run any more afterwards."""
+    say("judging the base")
     config, state = run.config, run.state
     started = time.perf_counter()
     run.judge(run.base)
     seconds_per_judgement = time.perf_counter() - started
+    say(f"computing {_STEPS} steps on a throw-away state")
     left = config.steps - state.step
     judgements = _judgements(run)
 
     # From the last step before the distillation: it moves the specialist away from its generalist.
-    state.step = max(state.step, config.discriminator_warmup_steps + config.generalist.warmup_steps - 1)
+    state.step = max(state.step, state.warmup_steps + config.generalist.warmup_steps - 1)
     reports: list[StepReport] = []
     for report in train(
         config, state, run.base, run.generalist, run.domains, run.features, run.runtime,

@@ -84,7 +84,7 @@ def as_page(report: RunReport) -> str:
 def _outcome(report: RunReport) -> str:
     if report.verdict is None:
         return f"stopped after step {report.steps} of {report.most_steps}"
-    return "keep" if report.verdict["keep"] else "reject"
+    return {True: "keep", False: "reject", None: "not judged"}[report.verdict["keep"]]
 
 
 def _summary(report: RunReport) -> str:
@@ -100,7 +100,7 @@ def _summary(report: RunReport) -> str:
     told = "".join(f'<p class="verdict">{escape(line)}</p>' for line in lines)
     if report.verdict is None:
         return told
-    if report.verdict["keep"]:
+    if report.verdict["keep"] is not False:
         strength = report.verdict["strength"]
         more = f" --strength {strength:g}" if strength < 1 else ""
         told += f"<p>Use it: <code>pdd upscale IN OUT --weights {escape(report.name)}{more}</code></p>"

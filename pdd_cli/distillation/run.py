@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -20,20 +20,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pdd_cli.config import AdaptConfig
-from pdd_cli.data.datasets import RGB, Domains, downscaled, hr_from_real, images_below, read_folder
+from pdd_cli.data.datasets import RGB, Domains, downscaled, hr_from_real, images_below
 from pdd_cli.data.degradations import Degradation
 from pdd_cli.device import Runtime, is_out_of_memory
 from pdd_cli.distillation.bases import check_rgb, check_trainable
 from pdd_cli.distillation.board import Board, check_board
-from pdd_cli.distillation.checkpoint import TrainState, checkpoint_settings, load_checkpoint, save_checkpoint
+from pdd_cli.distillation.checkpoint import (
+    TrainState,
+    checkpoint_settings,
+    load_checkpoint,
+    save_checkpoint,
+)
 from pdd_cli.distillation.export import check_export, export
+from pdd_cli.distillation.folder import RunFolder
 from pdd_cli.distillation.pictures import centre, sheet, to_rgb8, upscaled
 from pdd_cli.distillation.report import RunReport, Shot, as_page
-from pdd_cli.distillation.trainer import StepReport, new_state, place, train
+from pdd_cli.distillation.resuming import absolute, check_inputs_are_same, check_settings
+from pdd_cli.distillation.sources import Source, read_sources
+from pdd_cli.distillation.trainer import StepReport, new_state, place, scheduled_rate, train
 from pdd_cli.distillation.truth import Pairs, Truth, read_pairs
-from pdd_cli.distillation.verdict import STRENGTHS, Judgement, Verdict, decide, held_out, judge, stalled
+from pdd_cli.distillation.verdict import STRENGTHS, Judgement, Verdict, decide, held_out, judge, stalled, too_little
 from pdd_cli.distributed import ALONE, World
-from pdd_cli.errors import InputError, ResourceError
+from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.files import append_line, atomic_write, is_within, remove_leftovers, told, write_text
 from pdd_cli.iqa.html import window
 from pdd_cli.models.features import FeatureNetwork, feature_network
@@ -41,86 +49,18 @@ from pdd_cli.models.loading import SRModel, interpolated, load_sr_model, state_s
 from pdd_cli.weights.states import read_state
 from pdd_cli.weights.store import Card, Entry, Store
 
-# What a resumed run may change: these don't alter what is learnt, or (steps) only how long.
-_CHANGEABLE = {
-    "steps", "runs_dir", "checkpoint_every", "preview_every", "export", "device", "precision", "offline",
-    "val_lr", "val_hr", "early_stopping", "tensorboard",
-}  # fmt: skip
-
 # What may differ between the machines of one run.
 _OF_A_MACHINE = {
     "real_dir", "hr_dir", "base", "name", "runs_dir", "features", "export", "device", "offline", "val_lr", "val_hr",
 }  # fmt: skip
 
+# Of a x1 base's synthetic domain, where none is set: a moderate camera, saved once or twice.
+_X1_DEGRADATION = {"noise": (0.0, 15.0), "jpeg": (40.0, 95.0)}
+
 PREVIEW_IMAGES = 4
 PREVIEW_SIZE = 64  # LR pixels
 _REPORT_IMAGES = 6
 _REPORT_SIZE = 128
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """The files of one run, `runs/NAME/`."""
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.path / "checkpoint.pt"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.jsonl"
-
-    @property
-    def best(self) -> Path:
-        """The best weights so far, by the judgements."""
-        return self.path / "best.safetensors"
-
-    @property
-    def judgements(self) -> Path:
-        """A line for each judgement: step, which weights, what was measured."""
-        return self.path / "judgements.jsonl"
-
-    @property
-    def verdict(self) -> Path:
-        return self.path / "verdict.json"
-
-    @property
-    def report(self) -> Path:
-        """What there is to look at and to know of the run, as one page."""
-        return self.path / "report.html"
-
-    @property
-    def board(self) -> Path:
-        """Events for TensorBoard, where they are asked for."""
-        return self.path / "tensorboard"
-
-    @property
-    def previews(self) -> Path:
-        return self.path / "previews"
-
-    @property
-    def holds_run(self) -> bool:
-        """Whether a run of pdd has begun here."""
-        try:
-            content = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            return False
-        return isinstance(content, dict) and isinstance(content.get("adapt"), dict) and "real_dir" in content["adapt"]
-
-    def clear(self) -> None:
-        """Delete the files that a run writes, and nothing else. Raises InputError where that is not permitted."""
-        files = [self.config, self.checkpoint, self.log, self.best, self.judgements, self.verdict, self.report]
-        files += [self.path / f"{self.path.name}.{form}" for form in ("pth", "onnx")]
-        files += [*self.previews.glob("step_*.png"), *self.board.glob("events.out.tfevents.*")]
-        with told(self.path):
-            for file in files:
-                file.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -131,19 +71,6 @@ class WeightFiles:
     generalist: Path | None  # static mode only
     feature_network: str
     features: Path
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a folder of images gave. Sizes are width, height in pixels."""
-
-    option: str
-    folder: Path
-    used: int
-    smallest: tuple[int, int]
-    largest: tuple[int, int]
-    small: int  # how many are smaller than a crop
-    left_out: tuple[str, ...]  # which, and why
 
 
 @dataclass(frozen=True)
@@ -181,7 +108,8 @@ class Conclusion:
         if ours is None or base is None:
             return ""
         text = f"by the ground truth, at strength {self.strength:g}: {ours.told(base)}"
-        if (ours.psnr > base.psnr) == (ours.distance < base.distance) != self.verdict.keep:
+        better = ours.psnr > base.psnr
+        if self.verdict.keep is not None and better == (ours.distance < base.distance) != self.verdict.keep:
             text += ". That speaks against the verdict: trust the ground truth, if the pairs look as your images do"
         return text
 
@@ -206,6 +134,8 @@ class Run:
     state: TrainState
     runtime: Runtime
     world: World
+    inputs: dict[str, Any]  # checksums of all that is trained on and from
+    notify: Callable[[str], None]
 
     def train(self, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
         """Train to the last step, or until `should_stop()`; writes log, checkpoints and previews on the way.
@@ -217,7 +147,7 @@ class Run:
                 yield from self._train(should_stop)
         except ResourceError as error:
             if self.folder.checkpoint.exists():
-                error.hint += " The last checkpoint is whole: with the same settings, --resume goes on from it."
+                error.hint += f" The last checkpoint is whole: {self.resume_command} goes on from it."
             raise
 
     def _train(self, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
@@ -231,7 +161,7 @@ class Run:
         if self.world.any(self.finished):
             return
         base_panels = [self._picture(self.base, lr) for lr in self._preview_crops()]
-        board = Board(self.folder.board if self.config.tensorboard else None)
+        board = Board(self.folder.board if self.config.tensorboard else None, self.notify)
         board.begin(self.state.step)
         with contextlib.closing(board):
             for report in self._steps(
@@ -277,23 +207,29 @@ class Run:
         An interruption doesn't judge: the run that goes on from there is to be the one that wasn't interrupted, and
         torchrun gives it but 30 s to end. Whether the run has stalled is returned.
         """
-        if judge:
-            candidates = {"specialist": self.state.specialist}
-            if self.config.generalist.mode == "ema":
-                candidates["ema"] = self.state.generalist
-            best = max((line["score"] for line in _read_lines(self.folder.judgements)), default=float("-inf"))
-            for which, module in candidates.items():
-                found = self.judge(replace(self.base, module=module))
-                score = found.judgement.score(self.base_judged.judgement)
-                if score > best or not self.folder.best.exists():
-                    best = score
-                    with atomic_write(self.folder.best) as temporary:
-                        save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, temporary)
-                line = {"step": self.state.step, "which": which, "score": score, **found.as_document()}
-                append_line(self.folder.judgements, json.dumps(line))
-                board.scalars(_tags(line), self.state.step)
-        save_checkpoint(self.folder.checkpoint, self.state, self._settings())
+        try:
+            if judge:
+                self._judge_candidates(board)
+        finally:  # what was learnt stays, whatever went wrong in judging it
+            save_checkpoint(self.folder.checkpoint, self.state, self._settings(), self.inputs)
         return self.stopped_early
+
+    def _judge_candidates(self, board: Board) -> None:
+        """Judge the weights of this step, and keep the best so far."""
+        candidates = {"specialist": self.state.specialist}
+        if self.config.generalist.mode == "ema":
+            candidates["ema"] = self.state.generalist
+        best = max((line["score"] for line in _read_lines(self.folder.judgements)), default=float("-inf"))
+        for which, module in candidates.items():
+            found = self.judge(replace(self.base, module=module))
+            score = found.judgement.score(self.base_judged.judgement, self.base.scale)
+            if score > best or not self.folder.best.exists():
+                best = score
+                with atomic_write(self.folder.best) as temporary:
+                    save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, temporary)
+            line = {"step": self.state.step, "which": which, "score": score, **found.as_document()}
+            append_line(self.folder.judgements, json.dumps(line))
+            board.scalars(_tags(line), self.state.step)
 
     @property
     def stopped_early(self) -> bool:
@@ -327,8 +263,20 @@ class Run:
             trial.module.load_state_dict(interpolated(base_state, best, strength))
             judged[strength] = self.judge(trial)
         base = self.base_judged
-        verdict = decide({strength: found.judgement for strength, found in judged.items()}, base.judgement)
-        document = {
+        if reason := too_little(self.judged_on, self.domains.real):
+            verdict = Verdict(None, f"too little to judge: {reason}", max(STRENGTHS))
+        else:
+            by_strength = {strength: found.judgement for strength, found in judged.items()}
+            verdict = decide(by_strength, base.judgement, self.base.scale)
+        return Conclusion(verdict, base, judged)
+
+    def write_verdict(self, conclusion: Conclusion) -> None:
+        """Write verdict.json."""
+        write_text(self.folder.verdict, json.dumps(self._verdict_document(conclusion), indent=2) + "\n")
+
+    def _verdict_document(self, conclusion: Conclusion) -> dict[str, Any]:
+        verdict, base = conclusion.verdict, conclusion.base
+        return {
             "keep": verdict.keep,
             "reason": verdict.reason,
             "strength": verdict.strength,
@@ -336,16 +284,17 @@ class Run:
             "pairs": self.pairs.found if self.pairs else 0,
             "base": base.as_document(),
             "adapted": [
-                {"strength": strength, "score": found.judgement.score(base.judgement), **found.as_document()}
-                for strength, found in judged.items()
+                {
+                    "strength": strength,
+                    "score": found.judgement.score(base.judgement, self.base.scale),
+                    **found.as_document(),
+                }
+                for strength, found in conclusion.adapted.items()
             ],
         }
-        write_text(self.folder.verdict, json.dumps(document, indent=2) + "\n")
-        return Conclusion(verdict, base, judged)
 
     def write_report(self, conclusion: Conclusion | None) -> Path:
         """Write the page; without a conclusion one without verdict and pictures, which takes no time."""
-        verdict = json.loads(self.folder.verdict.read_text(encoding="utf-8")) if conclusion else None
         page = as_page(
             RunReport(
                 name=self.name,
@@ -362,7 +311,7 @@ class Run:
                 log=_read_lines(self.folder.log),
                 judgements=_read_lines(self.folder.judgements),
                 base=self.base_judged.as_document(),
-                verdict=verdict,
+                verdict=self._verdict_document(conclusion) if conclusion else None,
                 truth=conclusion.truth_in_words() if conclusion else "",
                 shots=self._shots(conclusion.strength) if conclusion else (),
             )
@@ -406,7 +355,7 @@ class Run:
             licence=base_card.licence if base_card else "that of the base weights",
             source=f"pdd adapt, {self.state.step} steps from {self.config.base}",
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            base=self.config.base,
+            base=absolute(self.config).base,
             base_sha256=self.base_sha256,
             adapted={
                 "steps": self.state.step,
@@ -415,7 +364,7 @@ class Run:
                 "hr_images": self.sources[-1].used if self.config.hr_dir else len(self.domains.real),
                 "hr_from": "hr_dir" if self.config.hr_dir else "the real images, downscaled",
                 "precision": self.runtime.precision,
-                "verdict": "keep" if verdict.keep else "reject",
+                "verdict": verdict.word,
                 "reason": verdict.reason,
                 "strength": verdict.strength,
                 "settings": self._settings(),
@@ -423,17 +372,21 @@ class Run:
         )
         return store.add(card, weights)
 
-    def export(self) -> list[Path]:
-        """Write the best weights in the forms that the settings name; `runs/NAME/NAME.pth` and the like."""
-        written = []
-        for form in self.config.export:
-            path = self.folder.path / f"{self.name}.{form}"
-            export(path, load_sr_model(self.folder.best))
-            written.append(path)
-        return written
+    def export(self, form: str) -> Path:
+        """Write the best weights in a form for other programs; `runs/NAME/NAME.pth` and the like."""
+        path = self.folder.path / f"{self.name}.{form}"
+        export(path, load_sr_model(self.folder.best))
+        return path
 
     def _settings(self) -> dict[str, Any]:
-        return self.config.model_dump(mode="json")
+        return absolute(self.config.model_copy(update={"name": self.name})).model_dump(mode="json")
+
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with this run."""
+        runs = self.folder.path.parent
+        where = "" if runs == AdaptConfig.model_fields["runs_dir"].default else f" --runs-dir {shlex.quote(str(runs))}"
+        return f"pdd adapt --resume --name {self.name}{where}"
 
     def _preview_crops(self) -> list[RGB]:
         return [centre(image, PREVIEW_SIZE) for image in self.domains.real[:PREVIEW_IMAGES]]
@@ -450,8 +403,11 @@ class Run:
         ]
         path = self.folder.previews / f"step_{self.state.step:06d}.png"
         picture = sheet(rows, ("LR", "base", f"adapted, step {self.state.step}"))
-        with atomic_write(path) as temporary:
-            picture.save(temporary, "PNG")
+        try:
+            with atomic_write(path) as temporary:
+                picture.save(temporary, "PNG")
+        except PddError as error:
+            self.notify(f"no preview of step {self.state.step}: {error.message}")
         board.picture("preview", picture, self.state.step)
 
 
@@ -478,9 +434,10 @@ def prepare_run(
     resume: bool,
     overwrite: bool,
     notify: Callable[[str], None],
+    say: Callable[[str], None] = lambda text: None,
     world: World = ALONE,
 ) -> Run:
-    """Check and load all that a run needs; nothing is written. `notify` is told, in words, what the user should know.
+    """Check and load all that a run needs; nothing is written. `notify` is given warnings, `say` what is being done.
 
     Raises InputError for images, weights or a run folder that can't be used.
     """
@@ -502,12 +459,21 @@ def prepare_run(
     features = feature_network(weights.feature_network, read_state(weights.features), origin=str(weights.features))
     place(features, runtime)
 
-    real, hr, sources = read_sources(config, base.scale, notify)
+    images = read_sources(config, base.scale, notify, say)
+    real, hr = images.real, images.hr
     kept_out = held_out(len(real), config.held_out)
     judged_on = [real[index] for index in kept_out] or real
     real = [image for index, image in enumerate(real) if index not in kept_out]
+    if reason := too_little(judged_on, real):
+        notify(f"there is too little to judge the result on: {reason}")
     hr_crop = config.crop * base.scale
     synthetic = config.synthetic
+    if base.scale == 1 and not (synthetic.blur or synthetic.noise or synthetic.jpeg):
+        synthetic = synthetic.model_copy(update=_X1_DEGRADATION)
+        notify(
+            f"{config.base} restores images at their size: noise and JPEG compression are added to the synthetic "
+            "domain, which has nothing to restore otherwise (synthetic.noise, .jpeg and .blur choose others)"
+        )
     domains = Domains(
         real,
         downscaled(hr or hr_from_real(real, hr_crop), synthetic.hr_scales, hr_crop),
@@ -527,19 +493,35 @@ def prepare_run(
     if world.is_first and config.val_lr is not None and config.val_hr is not None:
         pairs = read_pairs(config.val_lr, config.val_hr, base.scale, features)
 
+    base_sha256 = state_sha256(base.module.state_dict())
+    inputs = {
+        "base": base_sha256,
+        "generalist": None if generalist is base else state_sha256(generalist.module.state_dict()),
+        "features": state_sha256(features.state_dict()),
+        **{source.option: dict(source.content) for source in images.sources},
+    }
     state = new_state(config, base, generalist, domains, features, runtime)
     if resume and world.is_first:
+        check_inputs_are_same(folder.checkpoint, inputs)
         load_checkpoint(folder.checkpoint, state)
+        before = AdaptConfig.model_validate(checkpoint_settings(folder.checkpoint))
+        if before.steps != config.steps:
+            now, then = (scheduled_rate(one, state.step) for one in (config, before))
+            notify(
+                f"{config.steps} steps instead of {before.steps}: the learning rate is that of a run of "
+                f"{config.steps}, {now:g} of the first at step {state.step} (it was {then:g}); "
+                f"the warm-up of {state.warmup_steps} steps is not repeated"
+            )
     place(base.module, runtime)
     return Run(
         name=name,
         config=config,
         folder=folder,
         resumed=resume,
-        sources=sources,
+        sources=images.sources,
         base=base,
         generalist=generalist,
-        base_sha256=state_sha256(base.module.state_dict()),
+        base_sha256=base_sha256,
         features_name=weights.feature_network,
         features=features,
         domains=domains,
@@ -548,6 +530,8 @@ def prepare_run(
         state=state,
         runtime=runtime,
         world=world,
+        inputs=inputs,
+        notify=notify,
     )
 
 
@@ -582,14 +566,7 @@ def check_folder(folder: RunFolder, config: AdaptConfig, *, resume: bool, overwr
         return
     if not folder.checkpoint.exists():
         raise InputError(f"--resume: there is no checkpoint in {folder.path}", "Leave --resume out to start a run.")
-    before = AdaptConfig.model_validate(checkpoint_settings(folder.checkpoint)).model_dump(mode="json")
-    now = config.model_dump(mode="json")
-    changed = sorted(key for key in now if key not in _CHANGEABLE and now[key] != before[key])
-    if changed:
-        told = "; ".join(f"{key} was {before[key]}, is {now[key]}" for key in changed)
-        raise InputError(
-            f"--resume: the settings differ from those of {folder.path}: {told}", "Give them as they were."
-        )
+    check_settings(folder.checkpoint, config)
 
 
 def _image_folders(config: AdaptConfig) -> dict[str, Path]:
@@ -605,37 +582,6 @@ def _image_folders(config: AdaptConfig) -> dict[str, Path]:
 
 def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
-
-
-def read_sources(
-    config: AdaptConfig, scale: int, notify: Callable[[str], None]
-) -> tuple[list[RGB], list[RGB], list[Source]]:
-    """The real images, the HR images (none where they are to be made of the real ones), and what there is to say.
-
-    Raises InputError for a folder without a readable image.
-    """
-    folders = [("--real-dir", config.real_dir, config.crop)]
-    if config.hr_dir is not None:
-        folders.append(("--hr-dir", config.hr_dir, config.crop * scale))
-    else:
-        notify(
-            "no --hr-dir given: the synthetic domain's HR is made from your own images by downscaling; "
-            "a folder of sharp photographs as --hr-dir gives better results"
-        )
-    found: list[list[RGB]] = []
-    sources = []
-    for option, folder, crop in folders:
-        left_out: list[str] = []
-        images = read_folder(folder, option, left_out.append)
-        by_size = sorted(((image.shape[1], image.shape[0]) for image in images), key=math.prod)
-        small = sum(min(size) < crop for size in by_size)
-        for reason in left_out:
-            notify(f"left out: {reason}")
-        if small:
-            notify(f"{small} of {len(images)} images of {option} are smaller than a crop of {crop} pixels: mirrored")
-        found.append(images)
-        sources.append(Source(option, folder, len(images), by_size[0], by_size[-1], small, tuple(left_out)))
-    return found[0], found[1] if len(found) > 1 else [], sources
 
 
 def _tags(judged: Mapping[str, Any]) -> dict[str, float]:

@@ -38,6 +38,7 @@ _WINDOW = 8  # steps whose mean loss is watched
 _SPIKE = 3.0  # … and how far it may rise above its best
 _MOST_SKIPPED = 3  # in a row
 _MOST_ROLLBACKS = 4
+_SAVE_SECONDS = 180  # a checkpoint is written at least as often
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def new_state(
         discriminator_optimizer=torch.optim.Adam(
             discriminator.parameters(), rates.discriminator_learning_rate, betas, fused=True
         ),
+        warmup_steps=config.discriminator_warmup_steps,
     )
 
 
@@ -111,8 +113,8 @@ def train(
     """Train `state` from the step that it is at to `config.steps`, yielding a report a step.
 
     `save(judge)` is called before the first step, every `checkpoint_every` steps and at the end (both with True), and
-    when `should_stop` says so after a step, which ends the iteration early; so does True from `save`. `base` and
-    `generalist` give their networks' scale and size needs.
+    with False every few minutes and when `should_stop` says so after a step, which ends the iteration early; so does
+    True from `save`. `base` and `generalist` give their networks' scale and size needs.
 
     A step whose loss or gradient isn't finite is skipped. After several in a row, or when the supervised loss has
     risen far above its best, `restore` puts the last checkpoint back into `state`, and the rate is halved. Raises
@@ -137,11 +139,12 @@ def train(
         save(False)
     if world.size > 1:
         restore()  # all begin where the first does
+    saved = time.monotonic()
     while state.step < config.steps:
         started = time.perf_counter()
         learning_rate = _set_learning_rates(config, state)
-        only_discriminator = state.step < config.discriminator_warmup_steps
-        distilling = state.step >= config.discriminator_warmup_steps + config.generalist.warmup_steps
+        only_discriminator = state.step < state.warmup_steps
+        distilling = state.step >= state.warmup_steps + config.generalist.warmup_steps
         losses: dict[str, Tensor] = {}
         healthy = True
 
@@ -223,7 +226,11 @@ def train(
         stop, last = world.any(should_stop()), state.step == config.steps
         due = state.step % config.checkpoint_every == 0 and healthy  # what a rollback returns to must be sound
         if stop or due or last:
-            stop = world.any(save(due or last)) or stop
+            stop = world.any(save(due or last) or should_stop()) or stop
+            saved = time.monotonic()
+        elif world.is_first and healthy and time.monotonic() - saved > _SAVE_SECONDS:
+            save(False)
+            saved = time.monotonic()
         if state.step % config.preview_every == 0 or last:
             preview()
         if stop:
@@ -246,10 +253,15 @@ class Ahead:
         return coming[1].result()
 
 
+def scheduled_rate(config: AdaptConfig, step: int) -> float:
+    """The part of the learning rate at `step`: halved at each fraction of the run that lies behind."""
+    halvings = sum(step >= fraction * config.steps for fraction in config.optimizer.halve_at)
+    return float(0.5**halvings)
+
+
 def _set_learning_rates(config: AdaptConfig, state: TrainState) -> float:
-    """The rates of the coming step: halved at each fraction of the run that lies behind."""
-    halvings = sum(state.step >= fraction * config.steps for fraction in config.optimizer.halve_at)
-    factor = state.guard.rate_factor * 0.5**halvings
+    """Set and return the rates of the coming step."""
+    factor = state.guard.rate_factor * scheduled_rate(config, state.step)
     for optimizer, rate in (
         (state.optimizer, config.optimizer.learning_rate),
         (state.discriminator_optimizer, config.optimizer.discriminator_learning_rate),

@@ -32,6 +32,10 @@ _WORST_TEXTURE = 0.6  # of the base's, below which the result is a blur whatever
 _WORST_DRIFT = 1.0  # more than the base's, CIELAB ΔE
 _FLAT = 0.1  # the share of an LR image that counts as flat
 _UNSEEN_GRAIN = 2.0  # 8-bit levels of the Laplacian, below which noise isn't seen
+_SMALLEST = 16  # LR pixels a side of an image that is judged on
+_LEAST_CONTRAST = 2.0  # 8-bit levels, standard deviation; below it an image is flat
+_ALIKE = 0.98  # the correlation of two images, made small, above which they show the same
+_FEWEST = 3  # distinct images that a verdict rests on
 _LEAST_GAIN = 0.5  # dB of the score, below which a few images can't tell it from none
 
 
@@ -47,14 +51,17 @@ class Judgement:
     texture: float
     grain: float
 
-    def score(self, base: Judgement) -> float:
-        """How much better than the base, in dB of consistency; 0 is the base itself."""
+    def score(self, base: Judgement, scale: int) -> float:
+        """How much better than the base, in dB of consistency; 0 is the base itself.
+
+        A x1 model removes noise and artefacts of its input: being nearer to the input than the base is no merit there.
+        """
         detail = _octaves(self.texture, base.texture, least=1e-6)
         grain = _octaves(self.grain, base.grain, least=_UNSEEN_GRAIN)
         gained = min(detail, 0.5) - max(0, grain - max(0, detail))  # as far as it grows alike everywhere, it is detail
+        faithful = self.consistency - base.consistency
         return (
-            self.consistency
-            - base.consistency
+            (min(faithful, 0) if scale == 1 else faithful)
             + _DECIBELS_PER_HALVING * gained
             - _DECIBELS_PER_DELTA_E * (self.drift - base.drift)
         )
@@ -64,9 +71,14 @@ class Judgement:
 class Verdict:
     """Whether to use the adapted weights, why, and how strongly they should be mixed with the base's."""
 
-    keep: bool
+    keep: bool | None  # None: it can't be said
     reason: str
     strength: float
+
+    @property
+    def word(self) -> str:
+        """The verdict in one word or two."""
+        return {True: "keep", False: "reject", None: "not judged"}[self.keep]
 
 
 def held_out(count: int, share: float) -> tuple[int, ...]:
@@ -95,18 +107,50 @@ def judge(model: SRModel, images: Sequence[RGB], runtime: Runtime) -> Judgement:
     return Judgement(*(float(value) for value in np.mean(found, axis=0)))
 
 
-def decide(judgements: Mapping[float, Judgement], base: Judgement) -> Verdict:
+def too_little(judged_on: Sequence[RGB], trained_on: Sequence[RGB]) -> str:
+    """Why these images are too few or too plain for a verdict; "" where they are enough."""
+    tiny = flat = copies = 0
+    looks: list[NDArray[np.float32]] = []
+    for number, image in enumerate((*judged_on, *trained_on), 1):
+        if min(image.shape[:2]) < _SMALLEST:
+            tiny += 1
+        elif image.std() < _LEAST_CONTRAST:
+            flat += 1
+        elif any(float(np.mean(_look(image) * other)) > _ALIKE for other in looks):
+            copies += 1
+        else:
+            looks.append(_look(image))
+        if number == len(judged_on) and not looks:
+            break  # what is judged on shows nothing
+        if number >= len(judged_on) and len(looks) >= _FEWEST:
+            return ""
+    kinds = ((tiny, f"smaller than {_SMALLEST} pixels"), (flat, "flat"), (copies, "like another"))
+    found = ", ".join(f"{count} {what}" for count, what in kinds if count)
+    if not looks:
+        return f"the images to judge on show nothing ({found})"
+    plural = "" if len(looks) == 1 else "s"
+    return f"{len(looks)} distinct real image{plural}{f' ({found})' if found else ''}; {_FEWEST} are needed"
+
+
+def _look(image: RGB) -> NDArray[np.float32]:
+    """What an image shows, whatever its size, brightness and compression: (32, 32) of mean 0 and deviation 1."""
+    small = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (32, 32), interpolation=cv2.INTER_AREA)
+    centred = small.astype(np.float32) - small.mean()
+    return np.asarray(centred / max(float(centred.std()), 1e-6))
+
+
+def decide(judgements: Mapping[float, Judgement], base: Judgement, scale: int) -> Verdict:
     """The verdict from the judgements of the adapted weights at several strengths."""
     sound = {
         strength: found
         for strength, found in judgements.items()
         if found.texture >= _WORST_TEXTURE * base.texture and found.drift <= base.drift + _WORST_DRIFT
     }
-    best = max(sound, key=lambda strength: sound[strength].score(base), default=None)
-    if best is None or sound[best].score(base) <= 0:
+    best = max(sound, key=lambda strength: sound[strength].score(base, scale), default=None)
+    if best is None or sound[best].score(base, scale) <= 0:
         found = judgements[max(judgements)]
         return Verdict(False, f"the base is better on the held-out images: {_compared(found, base)}", 0.0)
-    if sound[best].score(base) < _LEAST_GAIN:
+    if sound[best].score(base, scale) < _LEAST_GAIN:
         return Verdict(False, f"no clear gain on the held-out images: {_compared(sound[best], base)}", 0.0)
     return Verdict(True, f"better than the base on the held-out images: {_compared(sound[best], base)}", best)
 

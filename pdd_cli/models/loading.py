@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from pdd_cli.errors import InputError
 from pdd_cli.models.rrdbnet import RRDBNet, rrdbnet_from_state
 from pdd_cli.models.traits import Traits
-from pdd_cli.weights.states import read_state
+from pdd_cli.weights.states import read_state, state_sha256
 from pdd_cli.weights.store import Card, read_card
 
 
@@ -116,16 +115,6 @@ def interpolated(base: Mapping[str, Tensor], adapted: Mapping[str, Tensor], stre
         key: torch.lerp(base[key].float(), value.float(), strength) if value.is_floating_point() else value
         for key, value in adapted.items()
     }
-
-
-def state_sha256(state: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes and fp32 values: equal for equal weights, in whatever file they are."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        tensor = state[key].detach().float().cpu().contiguous()
-        digest.update(f"{key}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _spandrel_version() -> str:

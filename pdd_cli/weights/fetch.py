@@ -22,7 +22,7 @@ from pdd_cli.weights.catalog import (
     SourceKind,
     find,
 )
-from pdd_cli.weights.states import SUFFIXES, read_state
+from pdd_cli.weights.states import SUFFIXES, names_file, read_state
 from pdd_cli.weights.store import Card, Entry, Store
 
 if TYPE_CHECKING:
@@ -51,15 +51,14 @@ def ensure(reference: str, *, store: Store, offline: bool, on_event: OnEvent) ->
     Raises InputError for an unknown name or missing file, DownloadError where the name can't be fetched.
     """
     path = Path(reference).expanduser()
-    names_file = path.suffix.lower() in SUFFIXES or len(path.parts) > 1
-    installed = None if names_file else store.get(reference)
+    installed = None if names_file(reference) else store.get(reference)
     if installed is not None:
         return installed.path
     if path.is_file():
         return path
-    if path.is_dir() and names_file:
+    if path.is_dir() and names_file(reference):
         raise InputError(f"{reference} is a folder, not a weights file", "Name the file in it.")
-    if names_file:
+    if names_file(reference):
         raise InputError(f"no such weights file: {reference}")
     return fetch(_known(reference, store), store=store, offline=offline, on_event=on_event).path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -51,6 +52,22 @@ _KINDS: tuple[tuple[re.Pattern[bytes], str, str], ...] = tuple(
 
 class HoldsObjectsError(InputError):
     """A pickled file that holds more than tensors: to read it would be to run its code."""
+
+
+def names_file(reference: str) -> bool:
+    """Whether a reference to weights is the path of a file, and not a name."""
+    path = Path(reference)
+    return path.suffix.lower() in SUFFIXES or len(path.parts) > 1
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes and fp32 values: equal for equal weights, in whatever file they are."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].detach().float().cpu().contiguous()
+        digest.update(f"{key}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 from pydantic import BaseModel, ConfigDict
 
+from pdd_cli import __version__
 from pdd_cli.errors import InputError
 from pdd_cli.files import atomic_write, locked, told
+from pdd_cli.weights.states import SUFFIXES, state_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
 _CARD_KEY = "pdd_card"
 _ELSEWHERE = "Set PDD_HOME to a folder that you may write to."
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# A name with one of these ends would be taken for a file.
+_FILE_ENDS = (*SUFFIXES, ".bin", ".param", ".onnx", ".zip")
+# Windows keeps them for devices, whatever follows after a dot.
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
 
 
 class Card(BaseModel):
@@ -44,7 +51,9 @@ class Card(BaseModel):
     tensors: int = 0
     parameters: int = 0
     created: str  # UTC, ISO 8601
-    base: str | None = None  # adapted models: the store name or file of the weights they started from
+    pdd_version: str | None = None  # that wrote the card
+    content_sha256: str | None = None  # over the tensors (see `state_sha256`)
+    base: str | None = None  # adapted models: the store name or absolute path of the weights they started from
     base_sha256: str | None = None  # … and the sha256 over its tensors (see `state_sha256`)
     adapted: dict[str, Any] | None = None  # adapted models: settings and features that made them
 
@@ -56,6 +65,32 @@ class Entry:
     name: str
     path: Path
     card: Card
+
+
+def name_problem(name: str) -> str:
+    """Why `name` can't be that of new weights; "" where it can."""
+    from pdd_cli.weights.catalog import CATALOG
+
+    if not _NAME.fullmatch(name):
+        return "a name consists of letters, digits, '.', '_' and '-', the first a letter or digit"
+    if name.lower().endswith(_FILE_ENDS):
+        return f"a name that ends with {Path(name).suffix} is taken for a file"
+    if name.endswith(".") or name.split(".")[0].lower() in _DEVICES:
+        return "not every system allows a file of that name"
+    if name.lower() in {entry.name.lower() for entry in CATALOG}:
+        return "pdd fetches weights of that name"
+    return ""
+
+
+def name_from(text: str) -> str:
+    """The weights name nearest to `text`, which may be any folder's name; `text` itself where it can be one."""
+    if not name_problem(text):
+        return text
+    plain = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")[:64].rstrip("-._")
+    if name_problem(name):
+        name = f"{name}-adapted" if name else "adapted"
+    return name
 
 
 def home() -> Path:
@@ -133,7 +168,14 @@ class Store:
         from safetensors.torch import save_file
 
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-        card = card.model_copy(update={"tensors": len(tensors), "parameters": sum(t.numel() for t in tensors.values())})
+        card = card.model_copy(
+            update={
+                "tensors": len(tensors),
+                "parameters": sum(tensor.numel() for tensor in tensors.values()),
+                "pdd_version": __version__,
+                "content_sha256": state_sha256(tensors),
+            }
+        )
         path = self.path(card.name)
         with atomic_write(path) as temporary:
             text = json.dumps(card.model_dump(mode="json"))

@@ -1,0 +1,137 @@
+"""Which images of a folder are LR and which HR, by the names and folders that published data sets give them.
+
+RealSR: Canon/Train/4/Canon_001_LR4.png beside Canon_001_HR.png. DRealSR: Train_x4/train_LR, train_HR. NTIRE 2020:
+Corrupted-tr-x, DIV2K_train_HR. DF2K: DIV2K_train_HR, DIV2K_train_LR_bicubic/X4. Others have folders
+LR and HR, lq and gt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pdd_cli.errors import InputError
+from pdd_cli.images import image_size
+
+Side = Literal["LR", "HR"]
+
+_SIDES: dict[str, Side] = {"LR": "LR", "LQ": "LR", "HR": "HR", "HQ": "HR", "GT": "HR"}
+_LABEL = re.compile(r"(?i)(?<![a-z])(LR|LQ|HR|HQ|GT)(?:x?(\d+))?(?![a-z\d])")
+_SCALE = re.compile(r"(?i)(?<![a-z])x(\d+)(?![a-z\d])")
+_PARTS = (("test", r"test|testing|valid|validation|val|va"), ("train", r"train|training|tr"))
+_SHOWN = 3
+
+
+def wanted_of(
+    paths: Sequence[Path], folder: Path, side: Side, scale: int, notify: Callable[[str], None]
+) -> tuple[list[Path], list[str]]:
+    """Those of `paths`, found below `folder`, to be used as `side`, and a line for each kind of image left out.
+
+    Only what has a counterpart of the other side is left out; of images whose names or sizes merely look as if they
+    were of the other side, `notify` says so. With LR for several scales those for `scale` are taken, and with training
+    and test images those for training.
+    """
+    other: Side = "HR" if side == "LR" else "LR"
+    labels = {path: _label(path, folder) for path in paths}
+    of_other = [path for path in paths if labels[path] == other]
+    keys = {_key(path) for path in paths if labels[path] != other}
+    left_out: list[str] = []
+    kept = list(paths)
+    if any(_key(path) in keys for path in of_other):
+        kept = [path for path in paths if labels[path] != other]
+        left_out.append(_line(of_other, folder, f"{other} images of a data set"))
+    elif of_other:
+        notify(
+            f"{len(of_other)} of {len(paths)} images are {other} by their names ({_names(of_other, folder)}); "
+            f"{side} images belong here"
+        )
+    if side == "LR" and any(labels[path] == "LR" for path in kept):
+        scales = {path: _scale(path, folder) for path in kept}
+        if scale in scales.values():
+            others = [path for path in kept if scales[path] not in (scale, None)]
+            if others:
+                kept = [path for path in kept if path not in set(others)]
+                left_out.append(_line(others, folder, f"LR images of another scale than x{scale}"))
+    parts = {path: _part(path, folder) for path in kept}
+    if {"train", "test"} <= set(parts.values()):
+        tests = [path for path in kept if parts[path] == "test"]
+        kept = [path for path in kept if parts[path] != "test"]
+        left_out.append(_line(tests, folder, "test images of a data set"))
+    if side == "LR":
+        enlarged = _enlarged(kept)
+        if enlarged:
+            notify(
+                f"{len(enlarged)} of {len(kept)} images are exactly 2, 3, 4 or 8 times as large as another of the same "
+                f"name ({_names(enlarged, folder)}): HR images do not belong here"
+            )
+    return kept, left_out
+
+
+def _label(path: Path, folder: Path) -> Side | None:
+    """What the name of the image, else of the nearest folder, says."""
+    for part in reversed(_names_of(path, folder)):
+        found = _LABEL.findall(part)
+        if found:
+            return _SIDES[found[-1][0].upper()]
+    return None
+
+
+def _scale(path: Path, folder: Path) -> int | None:
+    for part in reversed(_names_of(path, folder)):
+        found = [scale for _, scale in _LABEL.findall(part) if scale] or _SCALE.findall(part)
+        if found:
+            return int(found[-1])
+    return None
+
+
+def _part(path: Path, folder: Path) -> str | None:
+    """Whether the image is for training or for testing, by its folders below `folder`."""
+    for name in reversed(path.relative_to(folder).parts[:-1]):
+        for part, words in _PARTS:
+            if re.search(rf"(?i)(?<![a-z])({words})(?![a-z])", name):
+                return part
+    return None
+
+
+def _names_of(path: Path, folder: Path) -> list[str]:
+    """`folder`'s name, the names of the folders below it, and the image's without its suffix."""
+    *folders, name = path.relative_to(folder).parts
+    return [folder.resolve().name, *folders, Path(name).stem]
+
+
+def _key(path: Path) -> str:
+    """What images of both sides have in common."""
+    stem = _SCALE.sub("", _LABEL.sub("", re.sub(r"(?i)(\d)(x\d+)$", r"\1_\2", path.stem)))
+    return re.sub(r"[_.-]+", "_", stem).strip("_").lower()
+
+
+def _enlarged(paths: Sequence[Path]) -> list[Path]:
+    """Images that are a whole multiple of another of the same name in size."""
+    groups: dict[str, list[Path]] = {}
+    for path in paths:
+        groups.setdefault(_key(path), []).append(path)
+    found = []
+    for group in groups.values():
+        if len(group) == 1:
+            continue
+        sizes = {}
+        for path in group:
+            try:
+                sizes[path] = image_size(path)
+            except InputError:
+                continue  # said where it is read
+        for path, (width, height) in sizes.items():
+            if any((width, height) == (w * n, h * n) for w, h in sizes.values() for n in (2, 3, 4, 8)):
+                found.append(path)
+    return found
+
+
+def _line(paths: Sequence[Path], folder: Path, what: str) -> str:
+    return f"{len(paths)} {what} ({_names(paths, folder)})"
+
+
+def _names(paths: Sequence[Path], folder: Path) -> str:
+    shown = ", ".join(path.relative_to(folder).as_posix() for path in paths[:_SHOWN])
+    return shown + (", …" if len(paths) > _SHOWN else "")

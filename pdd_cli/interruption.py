@@ -1,0 +1,87 @@
+"""Ctrl-C and SIGTERM: answered at once, also while a library computes for minutes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+EXIT_CODE = 130
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SAME = 0.5  # seconds: a terminal and torchrun send a signal each for one Ctrl-C
+
+_received: list[int] = []
+
+
+def raise_on_signals() -> None:
+    """From now on Ctrl-C and SIGTERM raise KeyboardInterrupt."""
+    for number in _SIGNALS:
+        signal.signal(number, _raise)
+
+
+def ignore_signals() -> None:
+    """From now on Ctrl-C and SIGTERM do nothing: the process is ending."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def was_raised() -> bool:
+    """Whether a signal has raised KeyboardInterrupt, whatever a library has made of that."""
+    return bool(_received)
+
+
+def _raise(number: int, frame: FrameType | None) -> NoReturn:
+    _received.append(number)
+    raise KeyboardInterrupt
+
+
+class Interruption:
+    """Within the block the first signal asks to stop (`requested`), the second ends the process with EXIT_CODE.
+
+    `on_first` and `on_second` say so, at once, in a thread of their own: Python's handlers wait for the library that
+    the main thread is in. Data that are being written are written to a temporary file, so that ending is safe.
+    """
+
+    def __init__(self, on_first: Callable[[], None], on_second: Callable[[], None]) -> None:
+        self._on_first, self._on_second = on_first, on_second
+        self._asked: float | None = None
+
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self._asked is not None
+
+    def __enter__(self) -> Interruption:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, lambda number, frame: None) for number in _SIGNALS}
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._fd_before)
+        self._writer.close()
+        self._thread.join()
+        self._reader.close()
+
+    def _listen(self) -> None:
+        while received := self._reader.recv(1):
+            if received[0] not in _SIGNALS:
+                continue
+            if self._asked is None:
+                self._asked = time.monotonic()
+                self._on_first()
+            elif time.monotonic() - self._asked > _SAME:
+                self._on_second()
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(EXIT_CODE)
