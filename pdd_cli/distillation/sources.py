@@ -14,6 +14,8 @@ from pdd_cli.data.layouts import Side, wanted_of
 from pdd_cli.distillation.folder import RunFolder
 from pdd_cli.errors import InputError, ResourceError
 from pdd_cli.images import image_size
+from pdd_cli.inference.manifest import recorded
+from pdd_cli.provenance import made_by_pdd
 from pdd_cli.system import free_memory
 
 Notify = Callable[[str], None]
@@ -87,13 +89,16 @@ def _read(
 def _without_own(paths: Sequence[Path], folder: Path) -> tuple[list[Path], list[str]]:
     """`paths` without what pdd has made: the pictures in run folders, and upscaled images."""
     holds_run = functools.cache(lambda parent: RunFolder(parent).holds_run)
-    of_runs = {
+    outputs = functools.cache(recorded)
+    of_runs = {path for path in paths if any(holds_run(parent) for parent in path.parents)}
+    upscaled = {
         path
         for path in paths
-        if any(holds_run(parent) for parent in path.parents if parent == folder or folder in parent.parents)
+        if path not in of_runs and (any(path in outputs(parent) for parent in path.parents) or made_by_pdd(path))
     }
-    kept = [path for path in paths if path not in of_runs]
-    return kept, [f"{len(of_runs)} images in run folders of pdd"] if of_runs else []
+    kinds = ((of_runs, "in run folders of pdd"), (upscaled, "that pdd has upscaled"))
+    left_out = [f"{len(found)} images {kind}" for found, kind in kinds if found]
+    return [path for path in paths if path not in of_runs | upscaled], left_out
 
 
 def _check_memory(paths: Sequence[Path], option: str, folder: Path, copies: float) -> None:

@@ -47,6 +47,13 @@ def key_of(digest: str, recipe: Mapping[str, object]) -> str:
     return f"{digest}-{made_by[:16]}"
 
 
+def recorded(folder: Path) -> set[Path]:
+    """The outputs that the manifest in `folder`, if there is one, knows."""
+    if not (folder / NAME).is_file():
+        return set()
+    return {folder / name for name in Manifest(folder, {}).outputs}
+
+
 class Manifest:
     """The records of the outputs in one folder: one line of JSON each, appended when an output is begun and done.
 
@@ -76,6 +83,11 @@ class Manifest:
         # Parts are there during a run of several processes, or after one that died: newer than the whole.
         for path in (self._whole, *self._parts()):
             self._read(path)
+
+    @property
+    def outputs(self) -> list[str]:
+        """The outputs, by their paths below the folder."""
+        return list(self._records)
 
     def key(self, digest: str) -> str:
         """What an output made now of an input with this SHA-256 would be known by."""
