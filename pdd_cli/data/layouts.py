@@ -34,7 +34,7 @@ def wanted_of(
     and test images those for training.
     """
     other: Side = "HR" if side == "LR" else "LR"
-    labels = {path: _label(path, folder) for path in paths}
+    labels = _labels(paths, folder)
     of_other = [path for path in paths if labels[path] == other]
     keys = {_key(path) for path in paths if labels[path] != other}
     left_out: list[str] = []
@@ -67,6 +67,17 @@ def wanted_of(
                 f"name ({_names(enlarged, folder)}): HR images do not belong here"
             )
     return kept, left_out
+
+
+def _labels(paths: Sequence[Path], folder: Path) -> dict[Path, Side | None]:
+    """The side of each image; one that says nothing is the counterpart of those of its name that say it."""
+    labels = {path: _label(path, folder) for path in paths}
+    keys = {side: {_key(path) for path in paths if labels[path] == side} for side in ("LR", "HR")}
+    for path in [path for path in paths if labels[path] is None]:
+        in_lr, in_hr = (_key(path) in keys[side] for side in ("LR", "HR"))
+        if in_lr != in_hr:
+            labels[path] = "HR" if in_lr else "LR"
+    return labels
 
 
 def _label(path: Path, folder: Path) -> Side | None:

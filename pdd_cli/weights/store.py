@@ -89,7 +89,7 @@ def name_from(text: str) -> str:
     plain = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")[:64].rstrip("-._")
     if name_problem(name):
-        name = f"{name}-adapted" if name else "adapted"
+        name = f"{name.replace('.', '-')}-adapted" if name else "adapted"
     return name
 
 
