@@ -563,7 +563,11 @@ def test_inputs_beyond_the_limit_against_bombs_need_max_memory(tmp_path: Path, h
             file.write(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)))
     command = (tmp_path / "a.png", tmp_path / "b.png", "--weights", weights, "--dry-run")
     for options, status, words in (
-        ((), "failed", "too large (20000x10000 pixels; at most 179 megapixels; --max-memory may allow more)"),
+        (
+            (),
+            "failed",
+            "(20000x10000 pixels; at most 179 megapixels). Only pdd upscale reads larger ones, with --max-memory",
+        ),
         (("--max-memory", "1G"), "failed", "too large (20000x10000 pixels; at most"),
         (("--max-memory", "16G"), "planned", ""),
     ):
