@@ -495,9 +495,11 @@ def _pillow_pages(data: bytes, most_pixels: int, notes: _Notes = ()) -> Iterator
         first, frames = _frames(image)
         # Asked before it is loaded, and then has no tiles any more.
         deep = ";16" in _stored(image)
+        played = _played(chunks.pixels, image.size) if chunks and frames > 1 else None
         for index in range(first, first + frames):
-            image.seek(index)
-            _check_pixels(image.size, most_pixels)
+            if played is None:
+                image.seek(index)
+                _check_pixels(image.size, most_pixels)
             exif, orientation, damage = _exif(image, chunks)
             icc = image.info.get("icc_profile")
             if deep and frames == 1:
@@ -506,6 +508,8 @@ def _pillow_pages(data: bytes, most_pixels: int, notes: _Notes = ()) -> Iterator
                 channels = _decode_png16(chunks)
             elif _is_deep(image, data) and frames == 1:
                 channels = _decode_heif(data) if image.format == "HEIF" else _decode_avif(data)
+            elif played is not None:
+                channels, image.info["duration"] = next(played)
             else:
                 try:
                     image.load()
@@ -516,7 +520,7 @@ def _pillow_pages(data: bytes, most_pixels: int, notes: _Notes = ()) -> Iterator
                     return
                 plain, icc = _plain_mode(image) if frames == 1 or image.format == "MPO" else _frame(image)
                 channels = np.asarray(plain)
-                if chunks is not None and chunks.key is not None:  # 16 bits of gray, or frames
+                if chunks is not None and chunks.key is not None:  # 16 bits of gray
                     channels = _with_key(channels, chunks.key)
             if image.format == "HEIF" and channels.shape[-1] == 4 and "chroma" not in image.info:
                 channels = _without_copies(channels)  # libheif gives gray with alpha as RGBA
@@ -546,6 +550,36 @@ def _with_end(data: bytes) -> bytes:
     if not np.array_equal(found[0], found[1]):
         raise OSError("image file is truncated")
     return body + b"\xff\xd9"
+
+
+def _played(pixels: bytes, size: tuple[int, int]) -> Iterator[tuple[Array, float]]:
+    """The frames of an animated PNG as they are shown: (H, W, 3), or (H, W, 4) where there is alpha; and how long.
+
+    Pillow blends the alpha of a frame like a colour, which makes holes, and restores nothing below the first frame.
+    """
+    stored = list(png.frames(pixels))
+    canvas = Image.new("RGBA", size)
+    with_alpha = any(frame.disposal == 1 for frame in stored[:-1])
+    for frame in stored:
+        if frame.left + frame.width > size[0] or frame.top + frame.height > size[1]:
+            raise ValueError("a frame that is larger than the image")
+        with Image.open(io.BytesIO(frame.file), formats=("PNG",)) as image:
+            plain = _plain_mode(image)[0]
+            with_alpha = with_alpha or plain.mode in ("LA", "RGBA")
+            if plain.mode == "I;16":
+                plain = Image.fromarray((np.asarray(plain) >> 8).astype(np.uint8))
+            colours = plain.convert("RGBA")
+        before, place = canvas.copy(), (frame.left, frame.top)
+        if frame.is_over:
+            canvas.alpha_composite(colours, place)
+        else:
+            canvas.paste(colours, place)
+        yield np.asarray(canvas if with_alpha else canvas.convert("RGB")), frame.duration
+        if frame.disposal == 1:
+            canvas.paste((0, 0, 0, 0), (*place, frame.left + frame.width, frame.top + frame.height))
+        elif frame.disposal == 2:
+            canvas = before
+    raise ValueError("fewer frames than it announces")
 
 
 def _frame(image: Image.Image) -> tuple[Image.Image, object]:

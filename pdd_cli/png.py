@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -81,3 +82,47 @@ def inflate(content: bytes) -> bytes:
     if stream.unconsumed_tail or not stream.eof:
         raise ValueError("a decompression bomb, or cut short")
     return found
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame of an animation as it is stored: `file`, a PNG of its own, and where and how it is put on the canvas.
+
+    `is_over`: blended with what is there, else in place of it. `disposal`: what becomes of its rectangle when the next
+    one comes: 0 it stays, 1 it is cleared, 2 it is what it was before. `duration` in milliseconds.
+    """
+
+    file: bytes
+    left: int
+    top: int
+    width: int
+    height: int
+    disposal: int
+    is_over: bool
+    duration: float
+
+
+def frames(pixels: bytes) -> Iterator[Frame]:
+    """The frames of an animated PNG (PNG, third edition, 11.3.7), without an image that isn't part of it."""
+    at = len(SIGNATURE)
+    header, shared, control, content = b"", b"", b"", b""
+    while at + 8 <= len(pixels):
+        length, kind = int.from_bytes(pixels[at : at + 4], "big"), pixels[at + 4 : at + 8]
+        body = pixels[at + 8 : at + 8 + length]
+        at += 12 + length
+        match kind:
+            case b"IHDR":
+                header = body
+            case b"PLTE" | b"tRNS":
+                shared += chunk(kind, body)
+            case b"IDAT":
+                content += body if control else b""
+            case b"fdAT":
+                content += body[4:]
+            case b"fcTL" | b"IEND":
+                if control:
+                    _, width, height, left, top, delay, unit, disposal, blending = struct.unpack(">5I2H2B", control)
+                    start = SIGNATURE + chunk(b"IHDR", control[4:12] + header[8:]) + shared
+                    file = start + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+                    yield Frame(file, left, top, width, height, disposal, blending == 1, 1000 * delay / (unit or 100))
+                control, content = body, b""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 import pillow_heif
@@ -17,6 +20,7 @@ import tifffile
 from PIL import Image, ImageCms, ImageOps
 
 from benchmarks.fuzz import handmade
+from pdd_cli import png
 from pdd_cli.encoding import Encoding, Layout, Sheet, check_size, from_float, write_sheets
 from pdd_cli.errors import InputError, PddError
 from pdd_cli.images import MOST_PIXELS, Picture, decode_pages, find_images, image_size, read_image, write_image
@@ -483,6 +487,66 @@ def test_frames_of_an_animation(tmp_path: Path, suffix: str) -> None:
             image.load()
             assert image.info["duration"] == (40, 80, 120)[index]
             np.testing.assert_array_equal(np.asarray(image.convert("RGB")), np.asarray(frame))
+
+
+def animation(ops: list[tuple[int, int]], *, hidden: bool, colour: int, bits: int = 8) -> bytes:
+    """An animated PNG of three frames, the second half transparent if `colour` has alpha; `hidden`: after a still."""
+    samples = {0: 1, 2: 3, 4: 2, 6: 4}[colour]
+    layers = [(np.full((12, 16, samples), 200), 0, 0), (np.full((4, 5, samples), 128), 3, 2)]
+    layers += [(np.full((3, 3, samples), 60), 10, 6)]
+    if colour in (4, 6):
+        layers[0][0][..., -1] = layers[2][0][..., -1] = 255
+    content = [png.SIGNATURE, png.chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 12, bits, colour, 0, 0, 0))]
+    content += [png.chunk(b"acTL", struct.pack(">II", 3, 0))]
+
+    def packed(pixels: np.ndarray) -> bytes:
+        stored = pixels.astype(np.uint8) if bits == 8 else (pixels * 257).astype(">u2")
+        return zlib.compress(b"".join(b"\0" + row.tobytes() for row in stored))
+
+    if hidden:
+        content.append(png.chunk(b"IDAT", packed(np.full((12, 16, samples), 7))))
+    number = 0
+    for (pixels, left, top), (disposal, blending) in zip(layers, ops, strict=True):
+        height, width = pixels.shape[:2]
+        place = struct.pack(">5I2H2B", number, width, height, left, top, 1, 10, disposal, blending)
+        content.append(png.chunk(b"fcTL", place))
+        if number == 0 and not hidden:
+            content.append(png.chunk(b"IDAT", packed(pixels)))
+        else:
+            number += 1
+            content.append(png.chunk(b"fdAT", struct.pack(">I", number) + packed(pixels)))
+        number += 1
+    return b"".join([*content, png.chunk(b"IEND", b"")])
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("ops", [[(0, 0), (0, 1), (0, 1)], [(0, 0), (1, 1), (0, 1)], [(0, 0), (2, 1), (0, 0)]])
+@pytest.mark.parametrize("colour", [2, 4, 6])
+def test_frames_are_blended_as_ffmpeg_does(
+    tmp_path: Path, ops: list[tuple[int, int]], hidden: bool, colour: int
+) -> None:
+    """Pillow mixes the alpha of a half transparent frame like a colour: opaque pixels become holes."""
+    data = animation(ops, hidden=hidden, colour=colour)
+    with av.open(io.BytesIO(data), format="apng") as container:
+        expected = [frame.to_ndarray(format="rgba") for frame in container.decode(video=0)]
+    assert len(expected) == 3
+    for picture, shown in zip(decode_pages(tmp_path / "a.png", data), expected, strict=True):
+        assert picture.frames == 3
+        assert picture.duration == 100
+        pixels = np.broadcast_to(picture.pixels, (12, 16, 3)).astype(int)
+        alpha = np.full((12, 16), 255) if picture.alpha is None else picture.alpha.astype(int)
+        assert colour == 2 or np.abs(alpha - shown[..., 3]).max() <= 1  # FFmpeg clears RGB to black
+        assert np.abs(pixels - shown[..., :3])[shown[..., 3] > 0].max() <= 1
+
+
+@pytest.mark.parametrize("colour", [0, 2, 6])
+def test_an_animation_of_16_bits_has_the_same_pixels_in_8(tmp_path: Path, colour: int) -> None:
+    ops = [(0, 0), (0, 1), (0, 1)]
+    deep, plain = (
+        [p.pixels for p in decode_pages(tmp_path / "a.png", animation(ops, hidden=False, colour=colour, bits=bits))]
+        for bits in (16, 8)
+    )
+    np.testing.assert_array_equal(deep, plain)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
