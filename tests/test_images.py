@@ -648,3 +648,261 @@ def test_a_file_that_lacks_an_image_or_a_row_is_no_output(tmp_path: Path, suffix
         with pytest.raises((PddError, ValueError)):
             write_sheets(path, sheets, count=3)
         assert not list(tmp_path.iterdir())
+
+
+# --- kinds of files that others write ---------------------------------------------------------------------------
+
+
+def with_chunk(data: bytes, kind: bytes, content: bytes, *, damaged: bool = False) -> bytes:
+    """The PNG `data` with a chunk more, behind its header."""
+    checksum = zlib.crc32(kind + content) ^ damaged
+    return data[:33] + struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum) + data[33:]
+
+
+def encoded(pixels: np.ndarray, format: str, **options: object) -> bytes:
+    target = io.BytesIO()
+    Image.fromarray(pixels).save(target, format, **options)
+    return target.getvalue()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("alpha", [False, True])
+@pytest.mark.parametrize("compression", [None, "zlib", "packbits"])
+def test_white_may_be_zero(tmp_path: Path, dtype: type, planar: str, alpha: bool, compression: str | None) -> None:
+    gray = random_pixels(9, 6, dtype=dtype)
+    clear = random_pixels(9, 6, dtype=dtype)
+    stored = np.iinfo(dtype).max - gray
+    options: dict[str, object] = {}
+    if alpha:
+        stored = np.stack([stored, clear], axis=0 if planar == "separate" else -1)
+        options = {"planarconfig": planar, "extrasamples": ["unassalpha"]}
+    tifffile.imwrite(tmp_path / "a.tif", stored, photometric="miniswhite", compression=compression, **options)
+    picture = read_image(tmp_path / "a.tif")
+    np.testing.assert_array_equal(picture.pixels[..., 0], gray)
+    if alpha:
+        np.testing.assert_array_equal(picture.alpha, clear)
+
+
+def test_one_bit_where_white_is_zero(tmp_path: Path) -> None:
+    bits = random_pixels(9, 16) > 127
+    for compression in (None, "group4", "tiff_lzw"):
+        options = {} if compression is None else {"compression": compression}
+        Image.fromarray(bits).save(tmp_path / "a.tif", tiffinfo={262: 0}, **options)
+        with Image.open(tmp_path / "a.tif") as image:
+            expected = np.asarray(image.convert("L"))
+        np.testing.assert_array_equal(read_image(tmp_path / "a.tif").pixels[..., 0], expected)
+
+
+def test_extra_bands_are_no_alpha_and_named(tmp_path: Path) -> None:
+    values = random_pixels(9, 6, 5)
+    for count, extra, alpha in ((4, ["unspecified"], None), (5, ["unspecified", "unassalpha"], 4), (4, None, 3)):
+        options = {} if extra is None else {"extrasamples": extra}
+        tifffile.imwrite(tmp_path / "a.tif", values[..., :count], photometric="rgb", **options)
+        if extra is None:  # as old programs have it: without the tag
+            data = (tmp_path / "a.tif").read_bytes().replace(struct.pack("<H", 338), struct.pack("<H", 32999))
+            (tmp_path / "a.tif").write_bytes(data)
+        picture = read_image(tmp_path / "a.tif")
+        np.testing.assert_array_equal(picture.pixels, values[..., :3])
+        assert (picture.alpha is None) == (alpha is None)
+        if alpha is not None:
+            np.testing.assert_array_equal(picture.alpha, values[..., alpha])
+        assert any("bands" in name for name in picture.metadata.lost) == (extra is not None)
+
+
+def test_cmyk_of_16_bits_is_that_of_8(tmp_path: Path) -> None:
+    inks = random_pixels(9, 6, 4)
+    tifffile.imwrite(tmp_path / "a.tif", inks.astype(np.uint16) * 257, photometric="separated")
+    expected = np.asarray(Image.frombytes("CMYK", (6, 9), inks.tobytes()).convert("RGB"))
+    picture = read_image(tmp_path / "a.tif")
+    assert picture.bits == 16
+    np.testing.assert_allclose(picture.pixels / 257, expected, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reason"), [(np.float32, "floating-point"), (np.int16, "signed"), (np.uint32, "32-bit integers")]
+)
+@pytest.mark.parametrize("shape", [(9, 6), (9, 6, 3)])
+def test_values_without_a_white_are_refused_for_that(
+    tmp_path: Path, dtype: type, reason: str, shape: tuple[int, ...]
+) -> None:
+    photometric = "rgb" if len(shape) == 3 else "minisblack"
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros(shape, dtype), photometric=photometric)
+    for read in (read_image, image_size):
+        with pytest.raises(InputError, match=reason) as caught:
+            read(tmp_path / "a.tif")
+        assert "16-bit" in caught.value.hint
+
+
+def test_reduced_copies_are_no_pages(tmp_path: Path) -> None:
+    large = random_pixels(64, 64, 3)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        writer.write(large, photometric="rgb", subifds=1)
+        writer.write(large[::2, ::2], photometric="rgb", subfiletype=1)
+        writer.write(large[::4, ::4], photometric="rgb", subfiletype=1)
+        writer.write(large[:9], photometric="rgb")
+    pages = list(decode_pages(tmp_path / "a.tif", (tmp_path / "a.tif").read_bytes()))
+    assert [(page.height, page.frames) for page in pages] == [(64, 2), (9, 2)]
+    assert any("reduced copies" in name for name in pages[0].metadata.lost)
+
+
+def test_camera_raw_is_refused_by_content_and_by_name(tmp_path: Path) -> None:
+    thumbnail = random_pixels(12, 16, 3)
+    for kind, tags in ((32803, [(50706, 1, 4, (1, 4, 0, 0), True)]), (32803, []), (34892, [])):
+        with tifffile.TiffWriter(tmp_path / "photo.tif") as writer:  # as DNG, NEF, PEF and others are made
+            writer.write(thumbnail, photometric="rgb", subifds=1, subfiletype=1, extratags=tags)
+            writer.write(random_pixels(48, 64, dtype=np.uint16), photometric=kind, subfiletype=0)
+        for read in (read_image, image_size):
+            with pytest.raises(InputError, match="camera RAW") as caught:
+                read(tmp_path / "photo.tif")
+            assert "Develop" in caught.value.hint
+    heads = {"cr2": b"II*\0\x10\0\0\0CR\2\0", "rw2": b"IIU\0\x08\0\0\0", "orf": b"IIRO\x08\0\0\0"}
+    heads |= {"raf": b"FUJIFILMCCD-RAW 0201", "cr3": b"\0\0\0\x18ftypcrx ", "nef": encoded(thumbnail, "TIFF")}
+    for suffix, head in heads.items():
+        for name in (f"photo.{suffix}", "photo.jpg"):
+            if name != "photo.jpg" or suffix != "nef":  # this one is a plain TIFF but for its name
+                (tmp_path / name).write_bytes(head + bytes(500))
+                with pytest.raises(InputError, match="camera RAW"):
+                    read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_transparent_colour_of_16_bits(tmp_path: Path, channels: int) -> None:
+    pixels = random_pixels(9, 6, channels, dtype=np.uint16)
+    pixels[:4, :3] = (1234, 5678, 9012)[:channels]
+    pixels[5, 5] = 1234  # of RGB one channel alone is another colour
+    write_image(tmp_path / "a.png", Picture(pixels))
+    key = struct.pack(f">{channels}H", *(1234, 5678, 9012)[:channels])
+    (tmp_path / "a.png").write_bytes(with_chunk((tmp_path / "a.png").read_bytes(), b"tRNS", key))
+    picture = read_image(tmp_path / "a.png")
+    np.testing.assert_array_equal(picture.pixels, pixels)
+    clear = (pixels == np.array((1234, 5678, 9012)[:channels])).all(axis=2)
+    np.testing.assert_array_equal(picture.alpha, np.where(clear, 0, 65535))
+    assert clear.sum() == 12 + (channels == 1)
+
+
+@pytest.mark.parametrize(
+    ("bits", "masks"),
+    [
+        (16, (0xF800, 0x07E0, 0x001F, 0)),
+        (16, (0x7C00, 0x03E0, 0x001F, 0x8000)),
+        (16, (0x0F00, 0x00F0, 0x000F, 0xF000)),
+        (32, (0x000000FF, 0x0000FF00, 0x00FF0000, 0xFF000000)),
+        (32, (0x3FF00000, 0x000FFC00, 0x000003FF, 0xC0000000)),
+    ],
+)
+@pytest.mark.parametrize("header", [40, 108, 124])
+@pytest.mark.parametrize("top_down", [False, True])
+def test_bit_fields_of_a_bmp(tmp_path: Path, bits: int, masks: tuple[int, ...], header: int, top_down: bool) -> None:
+    if header == 40 and masks[3]:
+        masks = (*masks[:3], 0)  # which it has no place for
+    values = RNG.integers(0, 2**bits, (5, 7), np.uint32)
+    rows = np.zeros((5, -(-7 * bits // 32) * 32 // bits), f"<u{bits // 8}")
+    rows[:, :7] = values if top_down else values[::-1]
+    start = 14 + header + (12 if header == 40 else 0)
+    info = struct.pack("<IiiHHIIiiII", header, 7, -5 if top_down else 5, 1, bits, 3, rows.nbytes, 0, 0, 0, 0)
+    info += struct.pack("<4I", *masks)[: 12 if header == 40 else 16]
+    body = info.ljust(start - 14, b"\0") + rows.tobytes()
+    (tmp_path / "a.bmp").write_bytes(struct.pack("<2sIHHI", b"BM", 14 + len(body), 0, 0, start) + body)
+    picture = read_image(tmp_path / "a.bmp")
+    assert image_size(tmp_path / "a.bmp") == (7, 5)
+    for channel, mask in enumerate(masks):
+        if mask:
+            lowest = mask & -mask
+            expected = np.rint((values & mask) // lowest * (255 / (mask // lowest)))
+            found = picture.alpha if channel == 3 else picture.pixels[..., channel]
+            np.testing.assert_array_equal(found, expected)
+    (tmp_path / "a.bmp").write_bytes((tmp_path / "a.bmp").read_bytes()[:-3])
+    with pytest.raises(InputError, match="truncated"):
+        read_image(tmp_path / "a.bmp")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_may_lack_its_end_mark_but_no_pixels(tmp_path: Path, mode: str, progressive: bool) -> None:
+    target = io.BytesIO()
+    Image.fromarray(random_pixels(40, 40, 3)).convert(mode).save(target, "JPEG", progressive=progressive)
+    data, path = target.getvalue(), tmp_path / "a.jpg"
+    path.write_bytes(data)
+    whole = read_image(path)
+    assert whole.notes == ()
+    for end in (-1, -2):
+        path.write_bytes(data[:end])
+        picture = read_image(path)
+        np.testing.assert_array_equal(picture.pixels, whole.pixels)
+        assert picture.notes == ("its end mark is missing",)
+    for missing in (5, 8, 20, 100, len(data) // 2):
+        path.write_bytes(data[:-missing])
+        with pytest.raises(InputError, match="truncated"):
+            read_image(path)
+
+
+def test_damage_beside_the_pixels_of_a_png_is_noted(tmp_path: Path) -> None:
+    pixels = random_pixels(40, 40, 3)
+    data, path = encoded(pixels, "PNG"), tmp_path / "a.png"
+    large = zlib.compress(SRGB + bytes(1_500_000))
+    for changed, note in (
+        (with_chunk(data, b"tEXt", b"Comment\0hello", damaged=True), "tEXt"),
+        (with_chunk(data, b"zTXt", b"Comment\0\0nothing compressed"), "zTXt"),
+        (with_chunk(data, b"iCCP", b"name\0\0nothing compressed"), "colour profile"),
+        (with_chunk(data, b"eXIf", b"garbage!garbage!"), "EXIF"),
+        (with_chunk(data, b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * 2_000_000)), ""),
+        (with_chunk(data, b"tEXt", b"workflow\0" + b"x" * 2_000_000), ""),
+        (with_chunk(data, b"iCCP", b"name\0\0" + large), ""),
+        (data[:-12], "end mark"),
+        (data + b"garbage" * 50, ""),
+    ):
+        path.write_bytes(changed)
+        picture = read_image(path)
+        np.testing.assert_array_equal(picture.pixels, pixels)
+        assert (note in " ".join(picture.notes)) if note else picture.notes == ()
+        assert image_size(path) == (40, 40)
+    at = data.index(b"IDAT") + 100
+    for changed in (data[:-40], data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]):
+        path.write_bytes(changed)
+        with pytest.raises(InputError, match="damaged"):
+            read_image(path)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP", "PNG"])
+def test_garbage_for_exif_is_noted(tmp_path: Path, format: str) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(random_pixels(20, 20, 3), format, exif=b"Exif\0\0garbage!garbage!"))
+    assert read_image(path).notes == ("its EXIF is damaged and left out",)
+
+
+def test_the_content_decides_whatever_the_name(tmp_path: Path) -> None:
+    pixels = random_pixels(20, 24, 3)
+    for format in ("PNG", "WEBP", "BMP", "TIFF", "JXL", "GIF"):
+        options = {"lossless": True} if format in ("WEBP", "JXL") else {}
+        stored = np.zeros_like(pixels) if format == "GIF" else pixels
+        for name in ("a.jpg", "a.tif", "a.heic", "a"):
+            (tmp_path / name).write_bytes(encoded(stored, format, **options))
+            np.testing.assert_array_equal(read_image(tmp_path / name).pixels, stored)
+            assert image_size(tmp_path / name) == (24, 20)
+    names = ("a.jfif", "b.jpe", "c.JIF", "d.apng", "e.dib", "f.hif", "g.avifs")
+    for name in names:
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        (tmp_path / "sub" / name).touch()
+    assert [path.name for path in find_images(tmp_path / "sub")] == list(names)
+
+
+@pytest.mark.parametrize("depth", [10, 12])
+def test_avif_of_more_than_8_bits_keeps_them_and_its_colours(tmp_path: Path, depth: int) -> None:
+    levels = np.linspace(0, (1 << depth) - 1, 64 * 48).astype(np.uint16).reshape(48, 64, 1).repeat(3, axis=2)
+    data = cv2.imencode(".avif", levels, [cv2.IMWRITE_AVIF_QUALITY, 100, cv2.IMWRITE_AVIF_DEPTH, depth])[1].tobytes()
+    at = data.index(b"colrnclx")
+    path = tmp_path / "a.avif"
+    path.write_bytes(data[: at + 8] + struct.pack(">HH", 9, 16) + data[at + 12 :])  # BT.2020 and PQ
+    picture = read_image(path)
+    assert (picture.bits, picture.metadata.cicp) == (16, (9, 16, 0, 1))
+    np.testing.assert_allclose(picture.to_float(), levels / ((1 << depth) - 1), atol=0.004)
+    assert len(np.unique(picture.pixels)) > 600
+    for suffix in ("png", "heic"):
+        write_image(tmp_path / f"b.{suffix}", picture)
+        again = read_image(tmp_path / f"b.{suffix}")
+        assert (again.bits, again.metadata.cicp) == (16, (9, 16, 0, 1))
+        np.testing.assert_allclose(again.to_float(), picture.to_float(), atol=0.004)
+    for suffix in ("avif", "jpg", "webp", "tif", "jxl", "bmp"):
+        with pytest.raises(InputError, match="PQ"):
+            write_image(tmp_path / f"b.{suffix}", picture)
