@@ -668,7 +668,7 @@ def encoded(pixels: np.ndarray, format: str, **options: object) -> bytes:
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("planar", ["contig", "separate"])
 @pytest.mark.parametrize("alpha", [False, True])
-@pytest.mark.parametrize("compression", [None, "zlib", "packbits"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
 def test_white_may_be_zero(tmp_path: Path, dtype: type, planar: str, alpha: bool, compression: str | None) -> None:
     gray = random_pixels(9, 6, dtype=dtype)
     clear = random_pixels(9, 6, dtype=dtype)
@@ -751,7 +751,8 @@ def test_camera_raw_is_refused_by_content_and_by_name(tmp_path: Path) -> None:
     for kind, tags in ((32803, [(50706, 1, 4, (1, 4, 0, 0), True)]), (32803, []), (34892, [])):
         with tifffile.TiffWriter(tmp_path / "photo.tif") as writer:  # as DNG, NEF, PEF and others are made
             writer.write(thumbnail, photometric="rgb", subifds=1, subfiletype=1, extratags=tags)
-            writer.write(random_pixels(48, 64, dtype=np.uint16), photometric=kind, subfiletype=0)
+            shape = (48, 64) if kind == 32803 else (48, 64, 3)
+            writer.write(random_pixels(*shape, dtype=np.uint16), photometric=kind, subfiletype=0)
         for read in (read_image, image_size):
             with pytest.raises(InputError, match="camera RAW") as caught:
                 read(tmp_path / "photo.tif")
@@ -833,7 +834,7 @@ def test_a_jpeg_may_lack_its_end_mark_but_no_pixels(tmp_path: Path, mode: str, p
         assert picture.notes == ("its end mark is missing",)
     for missing in (5, 8, 20, 100, len(data) // 2):
         path.write_bytes(data[:-missing])
-        with pytest.raises(InputError, match="truncated"):
+        with pytest.raises(InputError, match="damaged"):
             read_image(path)
 
 
@@ -875,7 +876,7 @@ def test_the_content_decides_whatever_the_name(tmp_path: Path) -> None:
     pixels = random_pixels(20, 24, 3)
     for format in ("PNG", "WEBP", "BMP", "TIFF", "JXL", "GIF"):
         options = {"lossless": True} if format in ("WEBP", "JXL") else {}
-        stored = np.zeros_like(pixels) if format == "GIF" else pixels
+        stored = np.full_like(pixels, (10, 200, 30)) if format == "GIF" else pixels
         for name in ("a.jpg", "a.tif", "a.heic", "a"):
             (tmp_path / name).write_bytes(encoded(stored, format, **options))
             np.testing.assert_array_equal(read_image(tmp_path / name).pixels, stored)
