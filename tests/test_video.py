@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -27,6 +29,7 @@ from pdd_cli.device import Runtime
 from pdd_cli.distributed import World
 from pdd_cli.encoding import Encoding
 from pdd_cli.errors import InputError, PartialFailure, PddError
+from pdd_cli.inference import clips
 from pdd_cli.inference.batch import Job, Output, plan_jobs, share_of
 from pdd_cli.inference.engines import TorchEngine
 from pdd_cli.inference.manifest import NAME as MANIFEST
@@ -35,6 +38,7 @@ from pdd_cli.inference.video import PART_FRAMES, run_videos
 from pdd_cli.inference.yuv import Coding, from_rgb, to_rgb
 from pdd_cli.latest import latest_upscale
 from pdd_cli.models.loading import load_sr_model
+from pdd_cli.provenance import made_by_pdd, source_of
 from tests.conftest import Hold
 
 WIDTH, HEIGHT = 32, 24
@@ -98,19 +102,24 @@ def write_video(
     audio: str = "",
     subtitles: bool = False,
     kept: bool = False,
+    options: dict[str, str] | None = None,
+    blocks: int = 30,
     **context: Any,
 ) -> Path:
-    """A video of RGB arrays or frames; `kept`: with a rotation, pixel aspect, chapters and tags."""
+    """A video of RGB arrays or frames; `kept`: with a rotation, pixel aspect, chapters and tags.
+
+    `options` of its encoder; `blocks` of audio, 21 ms each.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
-        stream = out.add_stream(codec, rate=25)
+        stream = out.add_stream(codec, rate=25, options=options)
         first = frames[0]
         size = (first.width, first.height) if isinstance(first, av.VideoFrame) else (first.shape[1], first.shape[0])
         stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
         stream.codec_context.time_base = time_base
         for key, value in context.items():
             setattr(stream.codec_context, key, value)
-        sound = out.add_stream(audio, rate=48_000) if audio else None
+        sound = out.add_stream(audio, rate=48_000, bit_rate=128_000) if audio else None
         text = None
         if subtitles:
             (path.parent / "s.srt").write_text(SUBTITLES, encoding="utf-8")
@@ -129,8 +138,8 @@ def write_video(
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
         if sound is not None:
-            wave = np.sin(np.arange(1024 * 30) / 20).astype(np.float32)
-            for number in range(30):
+            wave = np.sin(np.arange(1024 * blocks) / 20).astype(np.float32)
+            for number in range(blocks):
                 block = wave[None, number * 1024 : (number + 1) * 1024].repeat(2, axis=0)
                 tone = av.AudioFrame.from_ndarray(block, format="fltp", layout="stereo")
                 tone.sample_rate, tone.pts = 48_000, number * 1024
@@ -211,6 +220,35 @@ def test_halved_chroma_stays_where_it_is() -> None:
         assert (plane == 1 << 15).all()
 
 
+@pytest.mark.parametrize("factors", [(2, 2), (2, 1), (4, 1), (1, 2)])
+@pytest.mark.parametrize("site", [(0, 0.5), (0.5, 0.5), (0, 0), (0.5, 0), (0, 1), (0.5, 1)])
+def test_chroma_is_read_where_it_lies(site: tuple[float, float], factors: tuple[int, int]) -> None:
+    coding = Coding(*MATRICES[1], 16, True)
+    x, y = (np.arange(64 // factor) * factor + at * (factor - 1) for factor, at in zip(factors, site, strict=True))
+    ramp = 20_000 + 150.0 * x + 250.0 * y[:, None]
+    neutral = np.full_like(ramp, 1 << 15)
+    luma = np.full((64, 64), 30_000, np.uint16)
+    rgb = to_rgb([luma, ramp.astype(np.uint16), neutral.astype(np.uint16)], coding, site).astype(float)
+    blue = (rgb[..., 2] - 30_000) / (2 * (1 - MATRICES[1][1])) + (1 << 15)
+    expected = 20_000 + 150.0 * np.arange(64) + 250.0 * np.arange(64)[:, None]
+    assert np.abs(blue - expected)[8:-8, 8:-8].max() < 2  # half a sample aside would be 75
+
+
+def test_the_chroma_site_of_a_file_is_heeded(tmp_path: Path, weights: Path) -> None:
+    y = np.arange(0, HEIGHT, 2)
+    plane = np.repeat((100 + 3 * y)[:, None], WIDTH // 2, axis=1).astype(np.uint8)
+    planes = [np.full((HEIGHT, WIDTH), 120, np.uint8), plane, np.full_like(plane, 128)]
+    made = {}
+    for site, options in (("topleft", {"chroma_sample_location": "topleft"}), ("left", {})):
+        frames = [put_planes(av.VideoFrame(WIDTH, HEIGHT, "yuv420p"), planes)]
+        source = write_video(tmp_path / f"{site}.mkv", frames, options={"qp": "0", **options})
+        run_upscale(source, tmp_path / f"out/{site}.mkv", "--weights", weights, "--lossless")
+        made[site] = frames_of(tmp_path / f"out/{site}.mkv")[0].to_ndarray(format="rgb24")[::2, 8, 2].astype(float)
+    # Sited half a row higher, the same samples are those of half a row further up.
+    step = np.diff(made["left"])[4:-4].mean()
+    assert (made["left"] - made["topleft"])[4:-4].mean() == pytest.approx(-step / 2, abs=0.4)
+
+
 @pytest.mark.parametrize("pix_fmt", ["yuv444p", "yuv420p", "yuv422p10le"])
 @pytest.mark.parametrize(("matrix", "codes"), [(1, 1), (6, 1), (6, 2), (9, 1)])
 def test_colours_of_a_video_stay(tmp_path: Path, weights: Path, pix_fmt: str, matrix: int, codes: int) -> None:
@@ -256,6 +294,15 @@ def test_gray_stays_gray_and_lossless_is(tmp_path: Path, weights: Path) -> None:
         _, cb, cr = get_planes(frame)
         assert (cb == 128).all()
         assert (cr == 128).all()
+    # Without a tag gray has all codes: black is 0, white 255.
+    levels = np.tile(np.linspace(0, 255, WIDTH).astype(np.uint8), (HEIGHT, 1))
+    write_video(
+        tmp_path / "levels.mkv", [av.VideoFrame.from_ndarray(levels, format="gray")], codec="ffv1", pix_fmt="gray"
+    )
+    run_upscale(tmp_path / "levels.mkv", tmp_path / "exact.mkv", "--weights", weights, "--lossless")
+    np.testing.assert_array_equal(
+        frames_of(tmp_path / "exact.mkv")[0].to_ndarray(format="rgb24")[..., 0], twice(levels)
+    )
 
     rgb = rgb_frames(5)
     packed = [av.VideoFrame.from_ndarray(frame).reformat(format="bgr0") for frame in rgb]
@@ -334,7 +381,9 @@ def test_everything_but_the_frames_is_kept(tmp_path: Path, weights: Path, suffix
         video, audio = after.streams.video[0], after.streams.audio[0]
         assert (video.width, video.height) == (2 * WIDTH, 2 * HEIGHT)
         assert video.codec_context.name == "h264"
-        assert video.sample_aspect_ratio == before.streams.video[0].sample_aspect_ratio == Fraction(40, 33)
+        # Matroska says it by the display size, in whole pixels.
+        rounding = 1 / (2 * HEIGHT) if suffix == ".mkv" else 0
+        assert float(video.sample_aspect_ratio or 0) == pytest.approx(40 / 33, rel=rounding)
         assert abs(after.duration - before.duration) <= 25_000  # Matroska's last audio block has no length of its own
         if suffix != ".mkv":
             assert after.duration == before.duration
@@ -370,6 +419,7 @@ def test_what_a_container_cannot_hold_is_told(tmp_path: Path, weights: Path) -> 
     document, error = run_upscale(source, tmp_path / "out.mp4", "--weights", weights)
     assert error is None
     assert "subtitle (subrip) is not kept: .mp4 can't hold it, .mkv can" in document["files"][0]["problem"]
+    assert document["files"][0]["left_out"] == ["subtitle (subrip)"]
     assert packets_of(tmp_path / "out.mp4", "audio")[3][1] == packets_of(source, "audio")[3][1]
     # Sound is never lost.
     document, error = run_upscale(source, tmp_path / "out.webm", "--weights", weights)
@@ -379,6 +429,182 @@ def test_what_a_container_cannot_hold_is_told(tmp_path: Path, weights: Path) -> 
     assert not (tmp_path / "out.webm").exists()
     document, error = run_upscale(source, tmp_path / "out.webm", "--weights", weights, "--dry-run")
     assert isinstance(error, PartialFailure)
+
+
+@pytest.mark.parametrize(
+    ("codec", "name"),
+    [
+        ("tta", "in.mkv"),
+        ("wavpack", "in.mkv"),
+        ("wmav2", "in.wmv"),
+        ("adpcm_ms", "in.avi"),
+    ],
+)
+def test_audio_that_a_container_refuses_is_known_before_the_work(
+    tmp_path: Path, weights: Path, codec: str, name: str
+) -> None:
+    video = "libx264" if name == "in.mkv" else "msmpeg4"
+    source = write_video(tmp_path / name, rgb_frames(3), codec=video, audio=codec)
+    for more in (["--dry-run"], []):
+        document, error = run_upscale(source, tmp_path / "out.mp4", "--weights", weights, *more)
+        assert isinstance(error, PartialFailure)
+        assert f"can't hold the audio of {source} ({codec})" in document["files"][0]["problem"]
+        assert "Use .mkv." in document["files"][0]["problem"]
+        assert document["files"][0]["tiles"] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {name, weights.name}
+
+
+@pytest.mark.parametrize(("codec", "name"), [("wmav2", "in.wmv"), ("wmav1", "in.avi"), ("adpcm_ms", "in.avi")])
+def test_audio_that_matroska_holds_by_its_windows_number(tmp_path: Path, weights: Path, codec: str, name: str) -> None:
+    source = write_video(tmp_path / name, rgb_frames(3), codec="msmpeg4", audio=codec)
+    document, error = run_upscale(source, tmp_path / "in [x].mkv", "--weights", weights)
+    assert error is None, document
+    assert document["files"][0]["problem"] == ""
+    made = packets_of(tmp_path / "in [x].mkv", "audio")
+    assert [data for _, data in made] == [data for _, data in packets_of(source, "audio")]
+    with av.open(str(tmp_path / "in [x].mkv")) as container:
+        assert container.streams.audio[0].codec_context.name == codec
+
+
+def test_a_stream_without_a_decoder_is_named(tmp_path: Path, weights: Path) -> None:
+    # As an iPhone's second sound track, of a codec that FFmpeg doesn't know.
+    data = bytearray(write_video(tmp_path / "in.mov", rgb_frames(3), audio="aac").read_bytes())
+    start = data.rfind(b"stsd")
+    end = data.find(b"stts", start)
+    data[start:end] = bytes(data[start:end]).replace(b"mp4a", b"apac").replace(b"esds", b"dapa")
+    (tmp_path / "in.mov").write_bytes(data)
+    document, error = run_upscale(tmp_path / "in.mov", tmp_path / "out.mov", "--weights", weights)
+    assert error is None, document
+    assert document["files"][0]["problem"] == "its audio (apac) is not kept: nothing here knows it"
+    assert len(frames_of(tmp_path / "out.mov")) == 3
+
+
+@pytest.mark.parametrize("kind", ["gif", "tiff", "bmp", "webp", "jpeg"])
+def test_covers_and_fonts_are_kept(tmp_path: Path, weights: Path, kind: str) -> None:
+    Image.fromarray(rgb_frames(1)[0]).save(tmp_path / f"art.{kind}")
+    picture, font = (tmp_path / f"art.{kind}").read_bytes(), bytes(range(256))
+    plain = write_video(tmp_path / "plain.mkv", rgb_frames(3), audio="aac")
+    with av.open(str(plain)) as before, av.open(str(tmp_path / "in.mkv"), "w") as after:
+        streams = [after.add_stream_from_template(stream, opaque=True) for stream in before.streams]
+        after.add_attachment(f"art.{kind}", f"image/{kind}", picture)
+        after.add_attachment("a.ttf", "font/ttf", font)
+        for packet in before.demux():
+            if packet.size:
+                packet.stream = streams[packet.stream_index]
+                after.mux(packet)
+    document, error = run_upscale(tmp_path / "in.mkv", tmp_path / "out.mkv", "--weights", weights)
+    assert error is None, document
+    assert document["files"][0]["problem"] == ""
+    made = (tmp_path / "out.mkv").read_bytes()
+    for content in (picture, font, f"art.{kind}".encode(), f"image/{kind}".encode(), b"a.ttf", b"font/ttf"):
+        assert content in made
+    document, error = run_upscale(tmp_path / "in.mkv", tmp_path / "out.mp4", "--weights", weights)
+    assert error is None, document
+    assert "its attachment (a.ttf) is not kept: .mp4 can't hold it, .mkv can" in document["files"][0]["problem"]
+
+
+def test_data_and_other_videos_are_kept_or_named(tmp_path: Path, weights: Path) -> None:
+    # A camera's positions, in GoPro's track, and a second video.
+    plain = write_video(tmp_path / "plain.mp4", rgb_frames(3), audio="aac")
+    with av.open(str(plain)) as before, av.open(str(tmp_path / "in.mp4"), "w") as after:
+        streams = [after.add_stream_from_template(stream, opaque=True) for stream in before.streams]
+        second = after.add_stream_from_template(before.streams.video[0], opaque=True)
+        data = after.add_data_stream("bin_data")
+        data.time_base = Fraction(1, 1000)
+        for packet in before.demux():
+            if packet.size:
+                copy = av.Packet(bytes(packet))
+                copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+                packet.stream = streams[packet.stream_index]
+                after.mux(packet)
+                if packet.stream is streams[0]:
+                    copy.stream = second
+                    after.mux(copy)
+        for number in range(3):
+            point = av.Packet(b"DEVC" + bytes([number]) * 20)
+            point.stream, point.time_base = data, data.time_base
+            point.pts, point.dts, point.duration = 40 * number, 40 * number, 40
+            after.mux(point)
+    assert len(packets_of(tmp_path / "in.mp4", "data")) == 3
+    for name, lost in (("out.mp4", ""), ("out.mkv", "; its data (gpmd) is not kept: .mkv can't hold it")):
+        dry, _ = run_upscale(tmp_path / "in.mp4", tmp_path / name, "--weights", weights, "--dry-run")
+        document, error = run_upscale(tmp_path / "in.mp4", tmp_path / name, "--weights", weights)
+        assert error is None, document
+        problem = document["files"][0]["problem"]
+        assert problem == dry["files"][0]["problem"]
+        assert problem.startswith("its other video (h264) is not kept")
+        assert ("gpmd" in problem) == bool(lost)
+    assert packets_of(tmp_path / "out.mp4", "data") == packets_of(tmp_path / "in.mp4", "data")
+
+
+def test_hdr10_is_kept_and_other_side_data_named(tmp_path: Path, weights: Path) -> None:
+    display = "G(13250,34500)B(7500,3000)R(34000,16000)WP(15635,16450)L(10000000,50)"
+    params = f"log-level=none:repeat-headers=1:hdr10=1:master-display={display}:max-cll=1000,400"
+    planes = [np.full((64, 64), 400, np.uint16), *[np.full((32, 32), 512, np.uint16)] * 2]
+    frames = [put_planes(av.VideoFrame(64, 64, "yuv420p10le"), planes) for _ in range(3)]
+    tags = {"colorspace": 9, "color_range": 1, "color_primaries": 9, "color_trc": 16}
+    source = write_video(
+        tmp_path / "in.mp4", frames, codec="libx265", pix_fmt="yuv420p10le", options={"x265-params": params}, **tags
+    )
+
+    def hdr(path: Path) -> dict[str, list[float]]:
+        found = {data.type.name: bytes(data) for data in frames_of(path)[0].side_data}  # type: ignore[attr-defined]
+        display, light = found["MASTERING_DISPLAY_METADATA"], found["CONTENT_LIGHT_LEVEL"]
+        numbers = np.frombuffer(display, "<i4")[:20].reshape(-1, 2).astype(float)
+        return {"display": list(numbers[:, 0] / numbers[:, 1]), "light": list(np.frombuffer(light, "<u4")[:2])}
+
+    for name in ("out.mp4", "out.mkv", "out.webm"):
+        document, error = run_upscale(source, tmp_path / name, "--weights", weights)
+        assert error is None, document
+        assert document["files"][0]["problem"] == ""
+        np.testing.assert_allclose(hdr(tmp_path / name)["display"], hdr(source)["display"], rtol=1e-3, atol=1e-4)
+        assert hdr(tmp_path / name)["light"] == hdr(source)["light"] == [1000, 400]
+    document, _ = run_upscale(source, tmp_path / "exact.mkv", "--weights", weights, "--lossless")
+    assert "not kept of its frames: the mastering display, the content light level" in document["files"][0]["problem"]
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.mov", "out.mkv", "out.webm", "out.3gp"])
+def test_an_output_says_how_it_was_made(tmp_path: Path, weights: Path, name: str) -> None:
+    plain = write_video(tmp_path / "plain.mkv", rgb_frames(2))
+    with av.open(str(plain)) as before, av.open(str(tmp_path / "in.mkv"), "w") as after:
+        stream = after.add_stream_from_template(before.streams.video[0], opaque=True)
+        after.metadata["comment"] = "Filmed in June"
+        for packet in before.demux():
+            if packet.size:
+                packet.stream = stream
+                after.mux(packet)
+    run_upscale(tmp_path / "in.mkv", tmp_path / name, "--weights", weights)
+    with av.open(str(tmp_path / name)) as container:
+        said = "\n".join(container.metadata.values())
+    if name == "out.3gp":  # whose tags FFmpeg writes and doesn't read
+        said = (tmp_path / name).read_bytes().decode("latin-1")
+    assert f"upscaled with {weights.name}" in said
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() in said
+    assert "Filmed in June" in said
+    assert made_by_pdd(tmp_path / name)
+    assert source_of(tmp_path / name) == hashlib.sha256((tmp_path / "in.mkv").read_bytes()).hexdigest()
+    run_upscale(tmp_path / "in.mkv", tmp_path / f"bare{name}", "--weights", weights, "--strip-metadata")
+    assert b"upscaled with" not in (tmp_path / f"bare{name}").read_bytes()
+
+
+def test_the_shape_of_pixels_in_matroska_and_webm(tmp_path: Path, weights: Path) -> None:
+    for number, aspect in enumerate([Fraction(40, 33), Fraction(8, 9), Fraction(1)]):
+        source = write_video(tmp_path / f"{number}.mp4", rgb_frames(2), sample_aspect_ratio=aspect)
+        for suffix in ("mkv", "webm"):
+            target = tmp_path / f"{number}.{suffix}"
+            document, error = run_upscale(source, target, "--weights", weights)
+            assert error is None, document
+            width, height = 2 * WIDTH, 2 * HEIGHT
+            shown = (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
+            made = target.read_bytes()
+            for element, side in zip((b"\x54\xb0", b"\x54\xba"), shown, strict=True):
+                assert element + b"\x84" + side.to_bytes(4, "big") in made
+            assert b"\x54\xb2\x81\x04" not in made  # the display size isn't known
+            with av.open(str(target)) as container:
+                found = container.streams.video[0].sample_aspect_ratio
+                assert abs(float(found or 1) / float(aspect) - 1) < 0.01
+                assert "title" not in {key.lower() for key in container.streams.video[0].metadata}
+            assert len(frames_of(target)) == 2
 
 
 def test_webm(tmp_path: Path, weights: Path) -> None:
@@ -503,7 +729,7 @@ def test_a_killed_run_goes_on_and_gives_the_same(tmp_path: Path, weights: Path) 
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, text=True, env=variables)
     hold.wait(process)
     process.kill()
-    process.wait()
+    process.communicate()
     assert not out.exists()
     document, error = run_upscale(*options)
     assert error is None, document
@@ -514,6 +740,85 @@ def test_a_killed_run_goes_on_and_gives_the_same(tmp_path: Path, weights: Path) 
     assert times_of(out) == times_of(source)
     assert packets_of(out, "audio") == packets_of(source, "audio")
     assert not list(tmp_path.glob(".pdd-*"))
+
+
+def started(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """`pdd upscale` as a process of its own; what it says comes on its standard error."""
+    settings = ["--engine", "torch", "--precision", "fp32"]
+    command = [sys.executable, "-X", "faulthandler", "-m", "pdd_cli", "upscale", *map(str, arguments), *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **options)
+
+
+def wait_for_a_part(folder: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not list(folder.glob(".pdd-*/000000.mkv")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process")
+@pytest.mark.parametrize("options", [["out.mkv", "--lossless"], ["out.mp4"], ["out.webm"]])
+def test_a_full_disk_keeps_the_finished_parts(tmp_path: Path, weights: Path, options: list[str]) -> None:
+    import resource
+
+    # The first part is of frames that an encoder makes small, the second of noise.
+    noise = np.random.default_rng(0).integers(0, 256, (30, HEIGHT, WIDTH, 3), np.uint8)
+    frames = [*[np.full_like(noise[0], 128)] * PART_FRAMES, *noise]
+    source = write_video(tmp_path / "in.mkv", frames)
+    name, *rest = options
+    most = 25_000
+    command = [source, tmp_path / name, "--weights", weights, *rest]
+    full = started(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)))
+    _, said = full.communicate(timeout=120)
+    assert full.returncode == 5, said
+    assert "no space left on the disk" in said
+    assert not (tmp_path / name).exists()
+    assert not list(tmp_path.rglob(".pdd-tmp-*"))
+    document, error = run_upscale(*command)
+    assert error is None, document
+    assert document["files"][0]["tiles"] == len(noise)
+    assert len(frames_of(tmp_path / name)) == len(frames)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("times", [1, 4])
+def test_an_interrupted_run_ends_well_and_goes_on(tmp_path: Path, weights: Path, times: int) -> None:
+    count = PART_FRAMES + 200
+    source = write_video(tmp_path / "in.mp4", rgb_frames(count))
+    command = [source, tmp_path / "out.mkv", "--weights", weights, "--lossless"]
+    process = started(*command)
+    wait_for_a_part(tmp_path, process)
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "interrupted" in said
+    assert "Fatal Python error" not in said
+    assert not (tmp_path / "out.mkv").exists()
+    document, error = run_upscale(*command)
+    assert error is None, document
+    assert document["files"][0]["tiles"] <= count - PART_FRAMES
+    assert len(frames_of(tmp_path / "out.mkv")) == count
+    assert not list(tmp_path.glob(".pdd-*"))
+
+
+def test_a_surprise_is_the_job_s_own(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / "in" / name, rgb_frames(3))
+    pixels = clips._pixels
+
+    def broken(frame: av.VideoFrame, clip: Any) -> np.ndarray:
+        if clip.path.name == "a.mp4":
+            raise AttributeError("no such thing")
+        return pixels(frame, clip)
+
+    monkeypatch.setattr(clips, "_pixels", broken)
+    document, error = run_upscale(tmp_path / "in", tmp_path / "out", "--weights", weights)
+    assert isinstance(error, PartialFailure)
+    assert [file["status"] for file in document["files"]] == ["failed", "done"]
+    assert "AttributeError: no such thing" in document["files"][0]["problem"]
+    assert "--debug" in document["files"][0]["problem"]
 
 
 def test_frames_that_are_computed_together_are_the_same(
@@ -604,6 +909,47 @@ def test_videos_that_change_midway_fail(tmp_path: Path, weights: Path) -> None:
         assert reason in document["files"][0]["problem"]
         assert not (tmp_path / "out.mkv").exists()
         assert not list(tmp_path.glob(".pdd-*"))
+
+
+@pytest.mark.parametrize(("codec", "suffix"), [("libx264", "avi"), ("mpeg4", "avi"), ("libx264", "h264")])
+def test_times_of_files_that_have_those_of_decoding_or_none(
+    tmp_path: Path, weights: Path, codec: str, suffix: str
+) -> None:
+    source = write_video(tmp_path / f"in.{suffix}", rgb_frames(20), codec=codec, max_b_frames=2, options={"bf": "2"})
+    assert any(frame.pict_type == 3 for frame in frames_of(source))  # B
+    document, error = run_upscale(source, tmp_path / "out.mkv", "--weights", weights)
+    assert error is None, document
+    note = "it has no timestamps: 25 frames a second are assumed" if suffix == "h264" else ""
+    assert document["files"][0]["problem"] == note
+    assert times_of(tmp_path / "out.mkv") == [Fraction(n, 25) for n in range(20)]
+
+
+def test_sound_that_is_longer_than_the_picture_is_no_damage(tmp_path: Path, weights: Path) -> None:
+    source = write_video(tmp_path / "in.flv", rgb_frames(10), audio="aac", blocks=150)
+    document, error = run_upscale(source, tmp_path / "out.mkv", "--weights", weights)
+    assert error is None, document
+    assert document["files"][0]["problem"] == ""
+    assert packets_of(tmp_path / "out.mkv", "audio")[-1][0] > 3
+
+
+def test_frames_that_are_interlaced_later_are_told(tmp_path: Path, weights: Path) -> None:
+    graph = av.filter.Graph()
+    graph.link_nodes(
+        graph.add_buffer(width=WIDTH, height=HEIGHT, format="yuv420p", time_base=Fraction(1, 25)),
+        graph.add("setfield", "tff"),
+        graph.add("buffersink"),
+    ).configure()
+    fields = []
+    for array in rgb_frames(5):
+        graph.push(av.VideoFrame.from_ndarray(array).reformat(format="yuv420p"))
+        fields.append(graph.pull())
+    first = write_video(tmp_path / "a.m2v", rgb_frames(5), codec="mpeg2video")
+    second = write_video(tmp_path / "b.m2v", fields, codec="mpeg2video", flags=0x20040000)  # interlaced ME and DCT
+    assert frames_of(second)[0].interlaced_frame
+    (tmp_path / "in.m2v").write_bytes(first.read_bytes() + second.read_bytes())
+    document, error = run_upscale(tmp_path / "in.m2v", tmp_path / "out.mkv", "--weights", weights)
+    assert error is None, document
+    assert "5 of its frames are interlaced" in document["files"][0]["problem"]
 
 
 def test_a_clock_that_starts_anywhere_starts_at_zero(tmp_path: Path, weights: Path) -> None:

@@ -10,9 +10,12 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,13 +24,24 @@ from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.files import write_text
 from pdd_cli.images import Array, Picture
 from pdd_cli.inference.batch import Job, Output, Result, check_name, failed, skipped
-from pdd_cli.inference.clips import Clip, Frame, FrameReader, check_video_name, library_versions, read_clip
+from pdd_cli.inference.clips import (
+    Clip,
+    Frame,
+    FrameReader,
+    check_video_name,
+    library_versions,
+    read_clip,
+    side_data_names,
+)
 from pdd_cli.inference.manifest import Manifest, key_of
-from pdd_cli.inference.muxing import Codec, PartWriter, assemble, check_streams, choose_codec
+from pdd_cli.inference.muxing import Codec, Extras, PartWriter, Target, assemble, choose_codec, choose_extras
 from pdd_cli.inference.upscaler import OnTile, Upscaled, Upscaler
+from pdd_cli.provenance import sealed_text
 
 PART_FRAMES = 96
 """Frames of a part: what is lost at most when a run is cut off."""
+
+_T = TypeVar("_T")
 
 # Frames that wait to be upscaled, and that wait to be encoded.
 _AHEAD, _BEHIND = 2, 2
@@ -42,8 +56,11 @@ class _Plan:
 
     clip: Clip
     codec: Codec
+    target: Target
+    extras: Extras
     size: tuple[int, int]
     notes: tuple[str, ...]
+    left_out: tuple[str, ...]
     memory: int
     seconds: float
 
@@ -72,19 +89,20 @@ def run_videos(
         started = time.perf_counter()
         parts = _parts_folder(job.target)
         try:
-            key = key_of(_digest(job.source), recipe)
+            digest = _digest(job.source)
+            key = key_of(digest, recipe)
             result = skipped(job, key, output, manifest)
             if result is not None:
                 shutil.rmtree(parts, ignore_errors=True)  # of a run that was cut off just before it was done
                 yield result
                 continue
             on_start(job)
-            plan = _plan(job, upscaler, output, timed=False)
+            plan = _plan(job, digest, upscaler, output, timed=False)
             _check_memory(plan, upscaler)
             result = _upscale(job, plan, upscaler, _Parts(parts, job.target, plan, key), key, output, manifest, on_tile)
         except ResourceError:
             raise
-        except (PddError, MemoryError) as error:
+        except Exception as error:
             yield failed(job, error, started)
         else:
             yield replace(result, seconds=time.perf_counter() - started)
@@ -103,9 +121,10 @@ def preview_videos(
     """What `run_videos` would do, from the first frame of each video."""
     for job in jobs:
         try:
-            result = skipped(job, key_of(_digest(job.source), recipe), output, manifest)
+            digest = _digest(job.source)
+            result = skipped(job, key_of(digest, recipe), output, manifest)
             if result is None:
-                plan = _plan(job, upscaler, output, timed=True)
+                plan = _plan(job, digest, upscaler, output, timed=True)
                 _check_memory(plan, upscaler)
                 result = Result(
                     job,
@@ -118,16 +137,19 @@ def preview_videos(
                     plan.clip.frames * plan.seconds,
                     plan.memory,
                     plan.clip.frames,
+                    plan.left_out,
                 )
             yield result
-        except PddError as error:
+        except Exception as error:
             yield failed(job, error, time.perf_counter())
         finally:
             upscaler.reserved = 0
 
 
-def _plan(job: Job, upscaler: Upscaler, output: Output, *, timed: bool) -> _Plan:
+def _plan(job: Job, digest: str, upscaler: Upscaler, output: Output, *, timed: bool) -> _Plan:
     """What becomes of a video, found out before any work, and the memory for its encoder reserved.
+
+    `digest`: the input's SHA-256.
 
     Raises InputError where it can't be done.
     """
@@ -146,11 +168,25 @@ def _plan(job: Job, upscaler: Upscaler, output: Output, *, timed: bool) -> _Plan
     # Measured at 1920x1080: 4.2 bytes a pixel and frame for 8 bits (x264), 5.5 for 10 (x265).
     upscaler.reserved = _HELD_FRAMES * width * height * (5 if codec.bits == 8 else 6)
     estimate = upscaler.estimate(Layout(*clip.upright, 3, bits=16), streamed=False, timed=timed)
+    made = ""
+    if output.provenance is not None and not output.strip:
+        made = sealed_text(replace(output.provenance, source_sha256=digest))
+    target = Target(job.target, output.strip, made)
+    extras, left_out = choose_extras(clip, codec, target)
+    if clip.alpha:
+        left_out["transparency"] = "the output has none"
+    lost = side_data_names(clip.side - codec.kept_side_data)
+    if lost:
+        notes.append(f"not kept of its frames: {', '.join(lost)}")
+    notes += [f"its {name} is not kept: {why}" for name, why in left_out.items()]
     return _Plan(
         clip,
         codec,
+        target,
+        extras,
         size,
-        (*clip.notes, *notes, *check_streams(clip, job.target)),
+        (*clip.notes, *notes),
+        (*lost, *left_out),
         estimate.memory,
         estimate.seconds,
     )
@@ -178,6 +214,7 @@ class _Parts:
             self.paths.append(self._next())
         self._open: PartWriter | None = None
         self._count = 0
+        self._abandoned = False
 
     @property
     def frames(self) -> int:
@@ -185,12 +222,18 @@ class _Parts:
         return len(self.paths) * PART_FRAMES
 
     def add(self, time: int, pixels: Array) -> None:
-        """Encode the next frame."""
+        """Encode the next frame, unless an earlier one has failed."""
+        if self._abandoned:
+            return
         if self._open is None:
             plan = self._plan
             self._open = PartWriter(self._next(), self._target, plan.clip, plan.codec, plan.size)
             self._count = 0
-        self._open.add(time, pixels)
+        try:
+            self._open.add(time, pixels)
+        except BaseException:
+            self.abandon()
+            raise
         self._count += 1
         if self._count == PART_FRAMES:
             self.finish()
@@ -204,7 +247,8 @@ class _Parts:
             self.paths.append(path)
 
     def abandon(self) -> None:
-        """Drop the part that is being written."""
+        """Drop the part that is being written; none is begun after it."""
+        self._abandoned = True
         if self._open is not None:
             self._open.abandon()
             self._open = None
@@ -216,6 +260,37 @@ class _Parts:
 
     def _next(self) -> Path:
         return self._folder / f"{len(self.paths):06d}.mkv"
+
+
+class _Worker:
+    """A thread that does what it is given, in turn.
+
+    When its block ends early, what hasn't begun is dropped; and it ends only when the thread is idle, however often it
+    is interrupted meanwhile: files that the thread reads or writes must not be closed under it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._pool = ThreadPoolExecutor(1, name)
+        self._futures: deque[Future[object]] = deque()
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def submit(self, function: Callable[..., _T], *arguments: object) -> Future[_T]:
+        """Have `function` called."""
+        while self._futures and self._futures[0].done():
+            self._futures.popleft()
+        future = self._pool.submit(function, *arguments)
+        self._futures.append(future)  # type: ignore[arg-type]
+        return future
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        while running := [future for future in self._futures if not future.done()]:
+            with suppress(KeyboardInterrupt):
+                wait(running)
 
 
 def _upscale(
@@ -230,11 +305,11 @@ def _upscale(
 ) -> Result:
     clip = plan.clip
     reader = FrameReader(clip, skip=parts.frames)
+    frames = iter(reader)
     done = tiles = 0
     model_seconds = 0.0
     try:
-        with ThreadPoolExecutor(1, "decode") as decoder, ThreadPoolExecutor(1, "encode") as encoder:
-            frames = iter(reader)
+        with _Worker("decode") as decoder, _Worker("encode") as encoder:
             together = upscaler.batch(*clip.upright)
             ahead = deque(decoder.submit(next, frames, None) for _ in range(_AHEAD + together - 1))
             waiting: deque[Future[None]] = deque()
@@ -269,11 +344,11 @@ def _upscale(
     except BaseException:
         parts.abandon()
         raise
+    finally:
+        frames.close()
     if manifest is not None:
         manifest.record(job.target, key, source=job.source, done=False)
-    assemble(
-        clip, plan.codec, job.target, parts.paths, reader.times, reader.end, length=PART_FRAMES, strip=output.strip
-    )
+    assemble(clip, plan.codec, plan.target, plan.extras, parts.paths, reader.times, reader.end, length=PART_FRAMES)
     if manifest is not None:
         manifest.record(job.target, key, source=job.source, done=True)
     parts.remove()
@@ -286,6 +361,7 @@ def _upscale(
         tiles,
         model_seconds=model_seconds,
         frames=done,
+        left_out=(*plan.left_out, *reader.left_out),
     )
 
 

@@ -58,18 +58,19 @@ class Coding:
         return (1 << self.bits) - 1 if self.full else 224 << self.bits - 8
 
 
-def to_rgb(planes: Sequence[Array], coding: Coding, *, left: bool = True) -> Array:
+def to_rgb(planes: Sequence[Array], coding: Coding, site: tuple[float, float] = (0.0, 0.5)) -> Array:
     """(h, w, 3) in 0..65535 from Y' (h, w), and Cb and Cr of that size or smaller; from Y' alone, gray.
 
-    `left`: chroma is sited on the left of the luma samples it covers (MPEG-2 and later), else amid them (JPEG). It is
-    interpolated by a cubic filter.
+    `site`: where a chroma sample lies, across and down, from 0, at the first luma sample that it covers, to 1, at the
+    last: (0, 0.5) is MPEG-2's and later ones' on the left, (0.5, 0.5) JPEG's amid them, (0, 0) the top left of HDR10.
+    It is interpolated by a cubic filter.
     """
     luma = (planes[0].astype(np.float32) - coding.black) / coding.luma_codes
     if len(planes) == 1:
         rgb = np.repeat(luma[:, :, None], 3, axis=2)
     else:
         cb, cr = (
-            _enlarged((plane.astype(np.float32) - coding.neutral) / coding.chroma_codes, luma.shape, left)
+            _enlarged((plane.astype(np.float32) - coding.neutral) / coding.chroma_codes, luma.shape, site)
             for plane in planes[1:3]
         )
         from_cr, from_cb = 2 * (1 - coding.red), 2 * (1 - coding.blue)
@@ -81,8 +82,8 @@ def to_rgb(planes: Sequence[Array], coding: Coding, *, left: bool = True) -> Arr
 def from_rgb(pixels: Array, coding: Coding, chroma: tuple[int, int]) -> list[Array]:
     """Y', Cb, Cr from (H, W, 3) in 0..255 or 0..65535; `chroma`: luma samples per chroma sample, across and down.
 
-    Cb and Cr are sited on the left (`to_rgb`); their filter is 1 2 1 across, a mean down. `chroma` is 1 or 2 each way
-    and divides the size.
+    Cb and Cr are sited on the left, halfway down (`to_rgb`); their filter is 1 2 1 across, a mean down. `chroma` is 1
+    or 2 each way and divides the size.
     """
     import cv2
 
@@ -114,12 +115,12 @@ def from_rgb(pixels: Array, coding: Coding, chroma: tuple[int, int]) -> list[Arr
     return [*planes, both[..., 0], both[..., 1]]
 
 
-def _enlarged(plane: FloatArray, shape: tuple[int, ...], left: bool) -> FloatArray:
+def _enlarged(plane: FloatArray, shape: tuple[int, ...], site: tuple[float, float]) -> FloatArray:
     """A chroma plane at the luma's size (h, w); each of its samples covers 1, 2 or 4 of them each way."""
     if plane.shape == shape:
         return plane
     across, down = -(-shape[1] // plane.shape[1]), -(-shape[0] // plane.shape[0])
-    shift = 0.5 - 0.5 / across if left else 0.0
+    x, y = (_PAD + 0.5 - (at * (factor - 1) + 0.5) / factor for at, factor in zip(site, (across, down), strict=True))
     image = Image.fromarray(np.pad(plane, _PAD, mode="edge"))
-    box = (_PAD + shift, _PAD, _PAD + shift + shape[1] / across, _PAD + shape[0] / down)
+    box = (x, y, x + shape[1] / across, y + shape[0] / down)
     return np.asarray(image.resize((shape[1], shape[0]), Image.Resampling.BICUBIC, box), np.float32)
