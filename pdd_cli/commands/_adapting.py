@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +115,7 @@ def finish(run: Run, store: Store, console: Console, losses: Mapping[str, float]
         except PddError as error:
             failures.append(error)
             with kept():
-                weights = run.register(Store(run.folder.path), verdict)
+                weights = run.register(replace(store, root=run.folder.path), verdict)
                 console.say(f"the weights are not registered; they are kept in {weights.path}")
         with kept():
             report = run.write_report(conclusion)
