@@ -98,6 +98,11 @@ class Metadata:
     software: str | None = None
     lost: tuple[str, ...] = ()
 
+    @property
+    def stripped(self) -> Metadata:
+        """What is needed to show the pixels as they are meant: their colour space, and how often they are played."""
+        return Metadata(icc=self.icc, colour=self.colour, cicp=self.cicp, plays=self.plays)
+
     def resized(self, before: Size, after: Size) -> Metadata:
         """What is true of the image of the (width, height) `after`."""
         if before == after:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors.torch import save_file
 from spandrel import ModelLoader
 from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
@@ -766,6 +766,18 @@ def test_a_single_output_is_recognised(tmp_path: Path, home: Path, name: str, mo
     _, error = run_upscale(*command, "--overwrite")
     assert error is not None
     assert (tmp_path / name).read_bytes() == before
+
+
+def test_stripped_outputs_keep_their_colours(tmp_path: Path, home: Path) -> None:
+    weights = saved(tmp_path, compact())
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image = Image.fromarray(picture(8, 8).pixels)
+    image.save(tmp_path / "a.png", icc_profile=profile, dpi=(300, 300))
+    run_upscale(tmp_path / "a.png", tmp_path / "b.png", "--weights", weights, "--strip-metadata")
+    with Image.open(tmp_path / "b.png") as made:
+        assert made.info["icc_profile"] == profile
+        assert "dpi" not in made.info
+        assert not made.getexif()
 
 
 def test_a_pattern_takes_what_matches(tmp_path: Path, home: Path) -> None:

@@ -68,7 +68,8 @@ def upscale(
         bool | None, typer.Option("--lossless", help="Refuse lossy formats; WebP, JPEG XL and .mkv lossless.")
     ] = None,
     strip_metadata: Annotated[
-        bool | None, typer.Option("--strip-metadata", help="Keep no profile, EXIF, XMP, dpi or tags.")
+        bool | None,
+        typer.Option("--strip-metadata", help="Keep no EXIF, XMP, text, dpi or tags; only the colour profile."),
     ] = None,
     suffix: Annotated[str | None, typer.Option(help="Text to put behind each output's name. [default: none]")] = None,
     recursive: Annotated[

@@ -43,7 +43,6 @@ from pdd_cli.images import Array, Picture, decode_pages, find_images, is_image, 
 from pdd_cli.inference.clips import CONTAINERS, check_video_name, is_video, video_pixels
 from pdd_cli.inference.manifest import NAME, Manifest
 from pdd_cli.inference.upscaler import OnTile, Upscaler
-from pdd_cli.metadata import Metadata
 from pdd_cli.provenance import Provenance, made_by_pdd, source_of
 from pdd_cli.weights.sources import file_sha256
 from pdd_cli.weights.store import read_card
@@ -647,7 +646,7 @@ def _compute(
                 if index == count:
                     break
                 run = upscaler.start(picture, on_tile)
-                sheet = replace(run.sheet, metadata=Metadata()) if output.strip else run.sheet
+                sheet = replace(run.sheet, metadata=run.sheet.metadata.stripped) if output.strip else run.sheet
                 if future is None:
                     future = encoder.submit(_write, loaded, channel, count, output, manifest)
                 channel.put(sheet, future)
