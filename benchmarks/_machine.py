@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pdd_cli.device import available_cpus, cpu_computes_bf16_fast
+from pdd_cli.runtime import available_cpus, cpu_computes_bf16_fast
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 _SIDE = 2048

@@ -32,15 +32,15 @@ from torch import Tensor, nn
 
 from benchmarks._controls import network
 from benchmarks._machine import describe, show, summary, wait
+from pdd_cli.adaptation.checkpoint import TrainState
+from pdd_cli.adaptation.loop import train
+from pdd_cli.adaptation.run import Run, WeightFiles, prepare_run
 from pdd_cli.config import AdaptConfig, resolve
 from pdd_cli.data.datasets import Batch
-from pdd_cli.device import choose_runtime, keep_freed_memory, winograd_pays
-from pdd_cli.distillation import winograd
-from pdd_cli.distillation.checkpoint import TrainState
-from pdd_cli.distillation.run import Run, WeightFiles, prepare_run
-from pdd_cli.distillation.trainer import train
-from pdd_cli.distillation.winograd_kernel import TrainingEmitter
-from pdd_cli.inference.winograd_kernel import AVX2, Kernel
+from pdd_cli.engines.winograd import training as winograd
+from pdd_cli.engines.winograd.kernel import AVX2, Kernel
+from pdd_cli.engines.winograd.training_kernel import TrainingEmitter
+from pdd_cli.runtime import choose_runtime, keep_freed_memory, winograd_pays
 from pdd_cli.weights.states import read_state
 
 # The paper's objective (METHOD: layers by VGG-19's names; VGG-16's third convolution is its stage's last).
@@ -230,7 +230,7 @@ def main() -> None:
         control = PaperStyle(arguments.base, features, run.state.discriminator, config.generalist.warmup_steps)
         trainings = {"pdd": _our_steps(run)}
         if winograd_pays(runtime):
-            with patch("pdd_cli.distillation.trainer.winograd_pays", lambda runtime: False):
+            with patch("pdd_cli.adaptation.loop.winograd_pays", lambda runtime: False):
                 plain = prepare_run(config, files, runtime, name="plain", resume=False, overwrite=True, notify=print)
             trainings[_PLAIN] = _our_steps(plain)
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in (*trainings, "paper's")}

@@ -23,16 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pdd_cli.adaptation.run import Run, WeightFiles, prepare_run
 from pdd_cli.config import AdaptConfig, resolve
 from pdd_cli.data.datasets import texture
-from pdd_cli.device import Runtime, choose_runtime
-from pdd_cli.distillation.run import Run, WeightFiles, prepare_run
-from pdd_cli.images import find_images, read_image
+from pdd_cli.imaging.decode import find_images, read_image
 from pdd_cli.iqa.feature_distance import feature_distance, unit_features
 from pdd_cli.iqa.pairing import pair
+from pdd_cli.iqa.pyiqa_adapter import load_metric
 from pdd_cli.models.features import FeatureNetwork, feature_network
 from pdd_cli.models.loading import SRModel, interpolated
-from pdd_cli.weights.metrics import load_metric
+from pdd_cli.runtime import Runtime, choose_runtime
 from pdd_cli.weights.states import read_state
 
 # Settings that make each variant; all others are the defaults.

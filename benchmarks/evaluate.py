@@ -22,8 +22,8 @@ import pyiqa
 import torch
 from PIL import Image
 
-from pdd_cli.device import resident_memory
 from pdd_cli.iqa.metrics import Item, load_metrics, metric_infos, score
+from pdd_cli.runtime import resident_memory
 
 
 def make_pairs(folder: Path, count: int, side: int) -> list[Item]:

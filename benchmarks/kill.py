@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from pdd_cli.inference.manifest import NAME as MANIFEST
+from pdd_cli.upscaling.manifest import NAME as MANIFEST
 
 
 def visible(folder: Path) -> dict[str, bytes]:

@@ -25,11 +25,13 @@ import torch
 from PIL import Image, ImageCms
 from torch import nn
 
-from pdd_cli.device import Runtime
-from pdd_cli.inference.batch import Output, plan_jobs, run_jobs
-from pdd_cli.inference.engines import TorchEngine
-from pdd_cli.inference.upscaler import Upscaler
+from pdd_cli.batch.plan import plan_jobs
+from pdd_cli.engines.select import TorchEngine
 from pdd_cli.models.loading import SRModel
+from pdd_cli.runtime import Runtime
+from pdd_cli.upscaling.jobs import Output
+from pdd_cli.upscaling.pipeline import run_jobs
+from pdd_cli.upscaling.upscaler import Upscaler
 
 RNG = np.random.default_rng(0)
 SCALE = 2

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from spandrel import ModelLoader
 
-from pdd_cli.device import choose_runtime
-from pdd_cli.images import Picture, read_image
-from pdd_cli.inference.engines import choose_engine
-from pdd_cli.inference.tiling import Span, TilePlan
-from pdd_cli.inference.upscaler import Upscaler
+from pdd_cli.engines.select import choose_engine
+from pdd_cli.imaging.decode import Picture, read_image
 from pdd_cli.models.loading import load_sr_model
+from pdd_cli.runtime import choose_runtime
+from pdd_cli.upscaling.tiling import Span, TilePlan
+from pdd_cli.upscaling.upscaler import Upscaler
 from pdd_cli.weights.states import read_state
 
 # LR pixels of a side of the blocks that are judged one by one.

@@ -41,9 +41,9 @@ from torch import Tensor
 
 from benchmarks import _controls
 from benchmarks._machine import Timing, describe, in_turn, show, summary
-from pdd_cli.device import choose_runtime
-from pdd_cli.inference.engines import Engine, EngineChoice, choose_engine
+from pdd_cli.engines.select import Engine, EngineChoice, choose_engine
 from pdd_cli.models.loading import load_sr_model
+from pdd_cli.runtime import choose_runtime
 
 REFERENCE = "PyTorch fp32 NCHW"
 _SCRIPT = Path(__file__).with_name("_openvino_script.py")
@@ -172,8 +172,8 @@ def _avx2(arguments: argparse.Namespace, lr: Tensor) -> Callable[[], Tensor]:
     """Winograd's algorithm as a CPU without AVX-512 computes it, as most laptops' are."""
     import llvmlite.binding as llvm
 
-    from pdd_cli.inference.winograd import Network
-    from pdd_cli.inference.winograd_kernel import AVX2, Kernel
+    from pdd_cli.engines.winograd.inference import Network
+    from pdd_cli.engines.winograd.kernel import AVX2, Kernel
 
     model = load_sr_model(arguments.weights)
     state = {key: value.detach().numpy() for key, value in model.module.state_dict().items()}

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 from benchmarks.adapt_domains import Pairs, load_pairs, score
+from pdd_cli.adaptation.run import Run, WeightFiles, prepare_run
 from pdd_cli.config import AdaptConfig, resolve
 from pdd_cli.data.datasets import RGB, Batch, Domains, read_folder
-from pdd_cli.device import Runtime, choose_runtime
-from pdd_cli.distillation.run import Run, WeightFiles, prepare_run
 from pdd_cli.errors import PddError
 from pdd_cli.models.loading import interpolated
+from pdd_cli.runtime import Runtime, choose_runtime
 from pdd_cli.weights.states import read_state
 
 RUNS = ("sound", "sound, seed 1", "rate x30", "another domain", "tinted HR", "blurred HR", "noisy HR")

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
+from pdd_cli.adaptation.losses import INTER_LAYERS, inter_loss
+from pdd_cli.adaptation.run import Run, WeightFiles, prepare_run
 from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import Batch, Domains
-from pdd_cli.device import Runtime
-from pdd_cli.distillation.losses import INTER_LAYERS, inter_loss
-from pdd_cli.distillation.run import Run, WeightFiles, prepare_run
 from pdd_cli.distributed import World
+from pdd_cli.runtime import Runtime
 from tests.test_guard import Disturbed
 
 # The inter-model distance weighs so much that a wrong gradient of it shows in the weights. These rates keep rounding

@@ -16,7 +16,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 def main(folder: Path) -> None:
     """Each network of `folder`/*.pt on `folder`/lr.npz's images, in turn: *.npz."""
-    from pdd_cli.inference.fused import fused
+    from pdd_cli.engines.triton_conv import fused
     from pdd_cli.models.loading import model_from_state
 
     images = np.load(folder / "lr.npz")

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from spandrel import ModelLoader
 
-from pdd_cli.distillation.generalist import ema_update
+from pdd_cli.adaptation.generalist import ema_update
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.weights.store import Store
 from tests.conftest import Hold

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from spandrel import ModelLoader
 from torch import Tensor, nn
 
-from pdd_cli.distillation.bases import check_trainable
+from pdd_cli.adaptation.trainable import check_trainable
 from pdd_cli.errors import InputError
 from pdd_cli.models.loading import SRModel
 from pdd_cli.models.rrdbnet import RRDBNet

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pdd_cli.inference.colour import bleed, correct
+from pdd_cli.upscaling.colour import bleed, correct
 
 RNG = np.random.default_rng(0)
 

@@ -22,10 +22,10 @@ from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 from pdd_cli.errors import CheckFailed, InputError, PartialFailure
 from pdd_cli.iqa.compare import bootstrap_interval, compare, in_words
 from pdd_cli.iqa.consistency import colour_drift, downscale_consistency, lab
+from pdd_cli.iqa.datasets import DatasetName, find_dataset
 from pdd_cli.iqa.metrics import Item, metric_infos, score
-from pdd_cli.iqa.presets import DatasetName, find_dataset
-from pdd_cli.latest import LatestUpscale, UpscaledPair, remember_upscale
-from pdd_cli.weights.metrics import weights_here
+from pdd_cli.iqa.pyiqa_adapter import weights_here
+from pdd_cli.last_run import LatestUpscale, UpscaledPair, remember_upscale
 from tests.test_evaluate import evaluate, hub, photo, pixels, psnr, run, save
 
 __all__ = ["hub"]  # the fixture applies to every test here, too

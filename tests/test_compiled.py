@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pdd_cli.device import Runtime
-from pdd_cli.images import Picture, read_image, write_image
-from pdd_cli.inference import compiled, winograd_kernel
-from pdd_cli.inference.engines import TorchEngine, choose_engine, open_engine
+from pdd_cli.engines import cache as compiled
+from pdd_cli.engines.select import TorchEngine, choose_engine, open_engine
+from pdd_cli.engines.winograd import kernel as winograd_kernel
+from pdd_cli.imaging.decode import Picture, read_image, write_image
 from pdd_cli.models.loading import SRModel, load_sr_model, state_sha256
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.models.traits import Traits
+from pdd_cli.runtime import Runtime
 
 pytest.importorskip("openvino")
 

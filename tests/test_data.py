@@ -10,9 +10,9 @@ import scipy.ndimage
 import torch
 from PIL import Image
 
+from pdd_cli.adaptation.loop import Ahead
 from pdd_cli.data.datasets import Batch, Domains, downscaled, hr_from_real, read_folder, texture
 from pdd_cli.data.degradations import Degradation, downsample, gaussian_blur, jpeg
-from pdd_cli.distillation.trainer import Ahead
 from pdd_cli.errors import InputError
 
 

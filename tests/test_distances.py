@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pdd_cli.distillation.distances import inter_model_distance, intra_model_distance
-from pdd_cli.distillation.losses import (
+from pdd_cli.adaptation.distances import inter_model_distance, intra_model_distance
+from pdd_cli.adaptation.losses import (
     ALL_LAYERS,
     INTER_LAYERS,
     INTRA_LAYERS,

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from pdd_cli.adaptation.judge import stalled
+from pdd_cli.adaptation.run import Run, WeightFiles, prepare_run
 from pdd_cli.config import AdaptConfig, resolve
-from pdd_cli.device import Runtime
-from pdd_cli.distillation.run import Run, WeightFiles, prepare_run
-from pdd_cli.distillation.verdict import stalled
 from pdd_cli.errors import InputError
+from pdd_cli.runtime import Runtime
 from tests.conftest import Outcome
 from tests.test_adapt import command
 

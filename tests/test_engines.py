@@ -10,10 +10,10 @@ from spandrel.architectures.DAT import DAT
 from spandrel.architectures.RCAN import RCAN
 from torch import Tensor, nn
 
-from pdd_cli.device import Runtime, available_cpus, choose_runtime, usable_cpus
-from pdd_cli.inference.engines import TorchEngine
+from pdd_cli.engines.select import TorchEngine
 from pdd_cli.models.loading import SRModel, model_from_state
 from pdd_cli.models.rrdbnet import RRDBNet
+from pdd_cli.runtime import Runtime, available_cpus, choose_runtime, usable_cpus
 
 BF16 = Runtime("cpu", "bf16")
 LR = np.random.default_rng(0).random((2, 3, 17, 30), np.float32)

@@ -30,12 +30,13 @@ from typer.testing import CliRunner
 
 from pdd_cli.cli import app
 from pdd_cli.errors import DownloadError, InputError, PartialFailure, PddError
-from pdd_cli.images import Picture, write_image
+from pdd_cli.imaging.decode import Picture, write_image
 from pdd_cli.iqa import metrics as metrics_module
 from pdd_cli.iqa.metrics import Item, metric_infos, score
 from pdd_cli.iqa.pairing import pair, plain_stem
-from pdd_cli.iqa.report import Report, ScoredSet, write_report
-from pdd_cli.latest import LatestUpscale, UpscaledPair, remember_upscale
+from pdd_cli.iqa.report import Report, ScoredSet
+from pdd_cli.last_run import LatestUpscale, UpscaledPair, remember_upscale
+from pdd_cli.reporting.evaluation import write_report
 from pdd_cli.weights import sources
 from tests.server import Server, serving
 

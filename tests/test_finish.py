@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from spandrel import ModelLoader
 from torch import Tensor
 
-from pdd_cli.distillation.export import export
-from pdd_cli.distillation.verdict import too_little
+from pdd_cli.adaptation.export import export
+from pdd_cli.adaptation.judge import too_little
 from pdd_cli.errors import PddError
 from pdd_cli.models.loading import load_sr_model, model_from_state
 from pdd_cli.models.rrdbnet import RRDBNet
@@ -147,7 +147,7 @@ def test_each_late_step_fails_without_the_others(pdd: Callable[..., Outcome], gr
 def test_weights_that_cannot_be_registered_stay_in_the_run_folder(
     pdd: Callable[..., Outcome], ground: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pdd_cli.distillation.run import Run
+    from pdd_cli.adaptation.run import Run
 
     conclude = Run.conclude
 
@@ -173,7 +173,7 @@ def test_weights_that_cannot_be_registered_stay_in_the_run_folder(
 def test_a_judgement_that_fails_leaves_checkpoint_and_weights(
     pdd: Callable[..., Outcome], ground: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pdd_cli.distillation.run.decide", lambda *_: 1 / 0)
+    monkeypatch.setattr("pdd_cli.adaptation.run.decide", lambda *_: 1 / 0)
     done = adapt(pdd, ground, "--json")
     assert done.code == 3, done.err
     document = json.loads(done.out)
@@ -461,13 +461,13 @@ def test_an_interruption_before_and_after_training_exits_with_130(ground: Path, 
 def test_a_checkpoint_is_written_by_time(
     pdd: Callable[..., Outcome], ground: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pdd_cli.distillation import run as runs
+    from pdd_cli.adaptation import run as runs
 
     saved: list[int] = []
     save = runs.save_checkpoint
     monkeypatch.setattr(
         runs, "save_checkpoint", lambda path, state, *more: (saved.append(state.step), save(path, state, *more))
     )
-    monkeypatch.setattr("pdd_cli.distillation.trainer._SAVE_SECONDS", 0)
+    monkeypatch.setattr("pdd_cli.adaptation.loop._SAVE_SECONDS", 0)
     assert adapt(pdd, ground, "--set", "checkpoint_every=100").code == 0
     assert saved == list(range(STEPS + 1))

@@ -16,10 +16,10 @@ from spandrel import ModelLoader
 from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 from torch import Tensor, nn
 
-from pdd_cli.device import Runtime
-from pdd_cli.inference.engines import TorchEngine
+from pdd_cli.engines.select import TorchEngine
 from pdd_cli.models.loading import SRModel
 from pdd_cli.models.rrdbnet import RRDBNet
+from pdd_cli.runtime import Runtime
 from tests.test_upscale import psnr
 
 pytest.importorskip("triton")
@@ -93,7 +93,7 @@ class Card:
 def test_the_kernels_compile_for_cards_that_are_not_here(architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime import driver
 
-    from pdd_cli.inference import fused
+    from pdd_cli.engines import triton_conv as fused
 
     if architecture != 90:  # elsewhere one way to divide the work suffices
         fitting = fused._fitting
@@ -134,7 +134,7 @@ class Mean(nn.Module):
 
 @pytest.mark.parametrize("other", ["faster", "slower", "wrong", "raising", "none"])
 def test_another_form_is_taken_where_it_is_right_and_faster(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pdd_cli.inference.engines.time.perf_counter", lambda: Mean.clock)
+    monkeypatch.setattr("pdd_cli.engines.select.time.perf_counter", lambda: Mean.clock)
 
     def model(module: nn.Module) -> SRModel:
         return SRModel(module=module.eval(), scale=1, in_channels=3, out_channels=3, architecture="test")

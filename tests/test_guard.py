@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from pdd_cli.adaptation.run import Run, WeightFiles, prepare_run
 from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import Batch, Domains
-from pdd_cli.device import Runtime
-from pdd_cli.distillation.run import Run, WeightFiles, prepare_run
 from pdd_cli.errors import PddError, ResourceError
 from pdd_cli.files import append_line, atomic_write
 from pdd_cli.models.rrdbnet import RRDBNet
+from pdd_cli.runtime import Runtime
 from tests.test_models import efficientnet_state
 
 

@@ -20,11 +20,11 @@ import tifffile
 from PIL import Image, ImageCms, ImageOps
 
 from benchmarks.fuzz import handmade
-from pdd_cli import png
-from pdd_cli.encoding import Encoding, Layout, Sheet, check_size, from_float, write_sheets
 from pdd_cli.errors import InputError, PddError
-from pdd_cli.images import MOST_PIXELS, Picture, decode_pages, find_images, image_size, read_image, write_image
-from pdd_cli.metadata import Metadata
+from pdd_cli.imaging import png
+from pdd_cli.imaging.decode import MOST_PIXELS, Picture, decode_pages, find_images, image_size, read_image, write_image
+from pdd_cli.imaging.encode import Encoding, Layout, Sheet, check_size, from_float, write_sheets
+from pdd_cli.imaging.metadata import Metadata
 
 pillow_heif.register_heif_opener()  # pillow_jxl registers itself
 RNG = np.random.default_rng(0)

@@ -14,8 +14,8 @@ from PIL import Image
 
 from pdd_cli import __version__
 from pdd_cli.errors import ResourceError
-from pdd_cli.images import read_image
-from pdd_cli.inference.manifest import NAME
+from pdd_cli.imaging.decode import read_image
+from pdd_cli.upscaling.manifest import NAME
 
 
 def sha256(path: Path) -> str:

@@ -20,10 +20,11 @@ import pytest
 import tifffile
 from PIL import Image, ImageCms, PngImagePlugin
 
-from pdd_cli.encoding import Layout, Sheet, write_sheets
-from pdd_cli.images import read_image
-from pdd_cli.inference.batch import Job, Result, run_jobs
-from pdd_cli.metadata import GeoTag, Metadata
+from pdd_cli.imaging.decode import read_image
+from pdd_cli.imaging.encode import Layout, Sheet, write_sheets
+from pdd_cli.imaging.metadata import GeoTag, Metadata
+from pdd_cli.upscaling.jobs import Job, Result
+from pdd_cli.upscaling.pipeline import run_jobs
 from tests.test_upscale import repeating, upscaler
 
 pillow_heif.register_heif_opener()

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pdd_cli.batch.plan import plan_jobs
 from pdd_cli.config import AdaptConfig, EvaluateConfig, UpscaleConfig, resolve
-from pdd_cli.inference.batch import plan_jobs
-from pdd_cli.inference.manifest import NAME
+from pdd_cli.upscaling.manifest import NAME
 
 
 @pytest.fixture

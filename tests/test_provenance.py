@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from pdd_cli import __version__
-from pdd_cli.encoding import FORMATS, Layout, Metadata, Sheet, write_sheets
-from pdd_cli.images import read_image
-from pdd_cli.provenance import Provenance, made_by_pdd, source_of
+from pdd_cli.imaging.decode import read_image
+from pdd_cli.imaging.encode import FORMATS, Layout, Metadata, Sheet, write_sheets
+from pdd_cli.imaging.provenance import Provenance, made_by_pdd, source_of
 
 MADE = Provenance("realsr", "ab" * 32, "x4, strength 0.5", "cd" * 32)
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)

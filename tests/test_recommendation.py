@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from pdd_cli.images import read_image
+from pdd_cli.imaging.decode import read_image
 from pdd_cli.models.loading import load_sr_model, state_sha256
 from pdd_cli.weights.store import Card, Store
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pdd_cli.inference.resizing import SizeRequest, from_linear, passes, resize_bands, to_linear
+from pdd_cli.upscaling.resizing import SizeRequest, from_linear, passes, resize_bands, to_linear
 
 RNG = np.random.default_rng(0)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from pdd_cli.errors import InputError
-from pdd_cli.inference import batch
-from pdd_cli.inference.manifest import NAME
-from pdd_cli.latest import latest_upscale
+from pdd_cli.last_run import latest_upscale
+from pdd_cli.upscaling import pipeline as batch
+from pdd_cli.upscaling.manifest import NAME
 from pdd_cli.weights.store import Card, Store
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="names that are any bytes")
@@ -135,7 +135,7 @@ def test_an_error_that_nobody_expected_is_one_jobs_failure(
     pdd, ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     if where == "compute":  # of the second image
-        from pdd_cli.inference.upscaler import Upscaler
+        from pdd_cli.upscaling.upscaler import Upscaler
 
         original = Upscaler.start
         calls: list[int] = []

@@ -15,15 +15,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdd_cli.batch.devices import run_on_devices, share_of
 from pdd_cli.distributed import World
 from pdd_cli.errors import InputError, PartialFailure
-from pdd_cli.images import write_image
-from pdd_cli.inference.batch import Job, Result, results_from_json, results_to_json, run_jobs, run_on_devices, share_of
-from pdd_cli.inference.manifest import NAME as MANIFEST
-from pdd_cli.inference.manifest import Manifest
-from pdd_cli.latest import latest_upscale
+from pdd_cli.imaging.decode import write_image
+from pdd_cli.last_run import latest_upscale
 from pdd_cli.meeting import Meeting
 from pdd_cli.models.loading import load_sr_model
+from pdd_cli.upscaling.jobs import Job, Result, results_from_json, results_to_json
+from pdd_cli.upscaling.manifest import NAME as MANIFEST
+from pdd_cli.upscaling.manifest import Manifest
+from pdd_cli.upscaling.pipeline import run_jobs
 from tests.test_upscale import compact, picture, run_upscale, saved, upscaler
 
 
@@ -115,7 +117,7 @@ def test_a_process_takes_its_own_of_several_devices() -> None:
 def test_shares_are_whole_disjoint_and_balanced(sides: list[int], count: int) -> None:
     jobs = [Job(Path(f"{index}-{side}"), Path(f"out/{index}")) for index, side in enumerate(sides)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pdd_cli.inference.batch._pixels", lambda source: int(source.name.split("-")[1]) ** 2)
+        patch.setattr("pdd_cli.batch.devices._pixels", lambda source: int(source.name.split("-")[1]) ** 2)
         shares = [share_of(jobs, World(index, count)) for index in range(count)]
     assert sorted((job for share in shares for job in share), key=jobs.index) == jobs
     assert all(share == sorted(share, key=jobs.index) for share in shares)

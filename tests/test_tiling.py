@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdd_cli.inference.tiling import Span, feather, fit_tile, plan_tiles
+from pdd_cli.upscaling.tiling import Span, feather, fit_tile, plan_tiles
 
 SIDES = st.integers(1, 300)
 TILES = st.integers(1, 120)

@@ -23,19 +23,21 @@ from spandrel.architectures.ESRGAN.__arch.RRDB import RRDBNet as SpandrelRRDBNet
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from pdd_cli.batch.plan import plan_jobs
 from pdd_cli.cli import app
-from pdd_cli.device import Runtime
-from pdd_cli.encoding import Encoding
+from pdd_cli.engines.select import OpenVINOEngine, TorchEngine, WinogradEngine, bytes_per_pixel, choose_engine
+from pdd_cli.engines.winograd import kernel as winograd_kernel
 from pdd_cli.errors import InputError, PartialFailure, PddError, ResourceError
-from pdd_cli.images import Picture, read_image, write_image
-from pdd_cli.inference import winograd_kernel
-from pdd_cli.inference.batch import Job, Output, plan_jobs, run_jobs
-from pdd_cli.inference.engines import OpenVINOEngine, TorchEngine, WinogradEngine, bytes_per_pixel, choose_engine
-from pdd_cli.inference.manifest import NAME as MANIFEST
-from pdd_cli.inference.resizing import SizeRequest
-from pdd_cli.inference.upscaler import Upscaler
-from pdd_cli.latest import latest_upscale
+from pdd_cli.imaging.decode import Picture, read_image, write_image
+from pdd_cli.imaging.encode import Encoding
+from pdd_cli.last_run import latest_upscale
 from pdd_cli.models.loading import SRModel, load_sr_model
+from pdd_cli.runtime import Runtime
+from pdd_cli.upscaling.jobs import Job, Output
+from pdd_cli.upscaling.manifest import NAME as MANIFEST
+from pdd_cli.upscaling.pipeline import run_jobs
+from pdd_cli.upscaling.resizing import SizeRequest
+from pdd_cli.upscaling.upscaler import Upscaler
 from tests.conftest import Hold
 
 CPU = Runtime(torch.device("cpu"), "fp32")
@@ -303,7 +305,7 @@ def test_automatic_tile_follows_the_memory(tmp_path: Path, monkeypatch: pytest.M
     model = load_sr_model(saved(tmp_path, new_esrgan()))
     # 8 features at 4x: 8 * 16 floats in and out of the last convolutions, twice.
     assert bytes_per_pixel(model) == 2 * 2 * 8 * 16 * 4
-    monkeypatch.setattr("pdd_cli.inference.upscaler.available_memory", lambda device: 3 * 2048 * 100 * 100)
+    monkeypatch.setattr("pdd_cli.upscaling.upscaler.available_memory", lambda device: 3 * 2048 * 100 * 100)
     worker = upscaler(model, tile="auto")
     assert len(worker.plan(100, 100)) == 1
     assert worker.plan(200, 200).tile_size[0] <= 100

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from pdd_cli.device import Runtime
-from pdd_cli.distillation.verdict import Judgement, decide, held_out, judge
+from pdd_cli.adaptation.judge import Judgement, decide, held_out, judge
 from pdd_cli.models.loading import SRModel, interpolated
+from pdd_cli.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), "fp32")
 

@@ -24,21 +24,23 @@ from safetensors.torch import save_file
 from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 from typer.testing import CliRunner
 
+from pdd_cli.batch.devices import share_of
+from pdd_cli.batch.plan import plan_jobs
 from pdd_cli.cli import app
-from pdd_cli.device import Runtime
 from pdd_cli.distributed import World
-from pdd_cli.encoding import Encoding
+from pdd_cli.engines.select import TorchEngine
 from pdd_cli.errors import InputError, PartialFailure, PddError
-from pdd_cli.inference import clips
-from pdd_cli.inference.batch import Job, Output, plan_jobs, share_of
-from pdd_cli.inference.engines import TorchEngine
-from pdd_cli.inference.manifest import NAME as MANIFEST
-from pdd_cli.inference.upscaler import Upscaler
-from pdd_cli.inference.video import PART_FRAMES, run_videos
-from pdd_cli.inference.yuv import Coding, from_rgb, to_rgb
-from pdd_cli.latest import latest_upscale
+from pdd_cli.imaging.encode import Encoding
+from pdd_cli.imaging.provenance import made_by_pdd, source_of
+from pdd_cli.last_run import latest_upscale
 from pdd_cli.models.loading import load_sr_model
-from pdd_cli.provenance import made_by_pdd, source_of
+from pdd_cli.runtime import Runtime
+from pdd_cli.upscaling.jobs import Job, Output
+from pdd_cli.upscaling.manifest import NAME as MANIFEST
+from pdd_cli.upscaling.upscaler import Upscaler
+from pdd_cli.video import decode as clips
+from pdd_cli.video.pipeline import PART_FRAMES, run_videos
+from pdd_cli.video.yuv import Coding, from_rgb, to_rgb
 from tests.conftest import Hold
 
 WIDTH, HEIGHT = 32, 24

@@ -23,13 +23,14 @@ from spandrel import ModelLoader
 from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 from torch import nn
 
-from pdd_cli.device import Runtime
-from pdd_cli.distillation.winograd_kernel import TrainingEmitter
+from pdd_cli.engines.select import TorchEngine, WinogradEngine, choose_engine
+from pdd_cli.engines.winograd import inference as winograd
+from pdd_cli.engines.winograd import kernel as winograd_kernel
+from pdd_cli.engines.winograd.training_kernel import TrainingEmitter
 from pdd_cli.errors import InputError
-from pdd_cli.inference import winograd, winograd_kernel
-from pdd_cli.inference.engines import TorchEngine, WinogradEngine, choose_engine
 from pdd_cli.models.loading import SRModel, model_from_state
 from pdd_cli.models.rrdbnet import RRDBNet
+from pdd_cli.runtime import Runtime
 from pdd_cli.weights.store import cache_home
 
 CPU, BF16 = Runtime("cpu", "fp32"), Runtime("cpu", "bf16")
@@ -168,7 +169,7 @@ def test_auto_takes_it_for_fp32_and_where_bf16_is_no_faster(monkeypatch: pytest.
     assert choose_engine(model, CPU, "auto").name == "winograd"
     assert choose_engine(model, BF16, "auto").name != "winograd"  # asked for
     for amx in (True, False):
-        monkeypatch.setattr("pdd_cli.device.cpu_has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr("pdd_cli.runtime.cpu_has_amx", lambda amx=amx: amx)
         engine = choose_engine(model, BF16, "auto", free=True)
         assert (engine.name == "winograd") == (not amx)
         assert engine.runtime.precision == ("bf16" if amx else "fp32")

@@ -14,14 +14,14 @@ import torch
 from spandrel.architectures.ESRGAN.__arch.RRDB import RRDBNet as SpandrelRRDBNet
 from torch import Tensor, nn
 
-from pdd_cli.device import Runtime
-from pdd_cli.distillation import winograd
-from pdd_cli.distillation.trainer import place
-from pdd_cli.distillation.winograd_kernel import CONVOLVE, CORRELATE, FIELDS, TrainingEmitter
-from pdd_cli.inference.winograd_kernel import AVX2, AVX512, Kernel
+from pdd_cli.adaptation.loop import place
+from pdd_cli.engines.winograd import training as winograd
+from pdd_cli.engines.winograd.kernel import AVX2, AVX512, Kernel
+from pdd_cli.engines.winograd.training_kernel import CONVOLVE, CORRELATE, FIELDS, TrainingEmitter
 from pdd_cli.models.discriminator import UNetDiscriminator
 from pdd_cli.models.features import VGG
 from pdd_cli.models.rrdbnet import ActivatedConv2d, RRDBNet
+from pdd_cli.runtime import Runtime
 
 CPUS = {"skylake-avx512": (AVX512, "avx512f"), "haswell": (AVX2, "avx2")}
 
@@ -217,7 +217,7 @@ def test_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         (Runtime("cpu", "bf16"), False, True),
         (Runtime("cpu", "bf16"), True, False),
     ):
-        monkeypatch.setattr("pdd_cli.device.cpu_has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr("pdd_cli.runtime.cpu_has_amx", lambda amx=amx: amx)
         network = RRDBNet(blocks=1)
         place(network, runtime)
         assert isinstance(network.conv_body, winograd.WinogradConv2d) == expected

@@ -1,0 +1,1 @@
+"""One file a command: settings, one call, and what is shown of the result."""

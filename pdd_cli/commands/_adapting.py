@@ -14,11 +14,11 @@ from pdd_cli.errors import DownloadError, InputError, PddError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from pdd_cli.adaptation.estimate import Rehearsal, Space
+    from pdd_cli.adaptation.folder import RunFolder
+    from pdd_cli.adaptation.run import Run, WeightFiles
+    from pdd_cli.adaptation.sources import Source
     from pdd_cli.config import AdaptConfig
-    from pdd_cli.distillation.folder import RunFolder
-    from pdd_cli.distillation.rehearsal import Rehearsal, Space
-    from pdd_cli.distillation.run import Run, WeightFiles
-    from pdd_cli.distillation.sources import Source
     from pdd_cli.weights.store import Store
 
 
@@ -50,8 +50,8 @@ def stored_run(given: Mapping[str, Any]) -> RunFolder:
 
     Raises InputError where that doesn't say which.
     """
+    from pdd_cli.adaptation.folder import RunFolder
     from pdd_cli.config import AdaptConfig
-    from pdd_cli.distillation.folder import RunFolder
     from pdd_cli.weights.store import name_from
 
     runs = Path(given.get("runs_dir") or AdaptConfig.model_fields["runs_dir"].default).expanduser()
@@ -74,8 +74,8 @@ def finish(run: Run, store: Store, console: Console, losses: Mapping[str, float]
 
     Each of these may fail without the others. Raises PartialFailure or ResourceError at the end where one did.
     """
-    from pdd_cli.distillation.run import memory_told
-    from pdd_cli.distillation.verdict import Verdict
+    from pdd_cli.adaptation.judge import Verdict
+    from pdd_cli.adaptation.run import memory_told
     from pdd_cli.errors import Interrupted, PartialFailure, ResourceError
 
     failures: list[PddError] = []
@@ -163,7 +163,7 @@ def finish(run: Run, store: Store, console: Console, losses: Mapping[str, float]
 
 def weight_files(settings: AdaptConfig, have: Callable[[str], Path], warn: Callable[[str], None]) -> WeightFiles:
     """The files of base, generalist and features; `have` gives the file of a name or path, or raises DownloadError."""
-    from pdd_cli.distillation.run import WeightFiles
+    from pdd_cli.adaptation.run import WeightFiles
 
     base = have(settings.base)
     generalist = have(settings.generalist.weights) if settings.generalist.mode == "static" else None
@@ -188,12 +188,12 @@ def dry_adapt(
     settings: AdaptConfig, store: Store, console: Console, *, name: str, resume: bool, overwrite: bool
 ) -> None:
     """Say what the run would do and take. Raises what the run would fail of; of several failures the first."""
-    from pdd_cli.device import choose_runtime, keep_freed_memory
-    from pdd_cli.distillation.export import check_export
-    from pdd_cli.distillation.folder import RunFolder
-    from pdd_cli.distillation.rehearsal import check_places, rehearse
-    from pdd_cli.distillation.run import check_folder, memory_told, prepare_run
-    from pdd_cli.distillation.sources import read_sources
+    from pdd_cli.adaptation.estimate import check_places, rehearse
+    from pdd_cli.adaptation.export import check_export
+    from pdd_cli.adaptation.folder import RunFolder
+    from pdd_cli.adaptation.run import check_folder, memory_told, prepare_run
+    from pdd_cli.adaptation.sources import read_sources
+    from pdd_cli.runtime import choose_runtime, keep_freed_memory
     from pdd_cli.weights.fetch import ensure
 
     problems: list[PddError] = []

@@ -111,11 +111,11 @@ def adapt(
         stored = folder.config if folder.config.exists() else None
     settings = resolve(AdaptConfig, "adapt", options=options, overrides=set_ or (), file=config, stored=stored)
 
-    from pdd_cli.device import choose_runtime, keep_freed_memory
-    from pdd_cli.distillation.folder import RunFolder
-    from pdd_cli.distillation.rehearsal import check_places
-    from pdd_cli.distillation.run import WeightFiles, check_inputs, memory_told, prepare_run
+    from pdd_cli.adaptation.estimate import check_places
+    from pdd_cli.adaptation.folder import RunFolder
+    from pdd_cli.adaptation.run import WeightFiles, check_inputs, memory_told, prepare_run
     from pdd_cli.interruption import Interruption
+    from pdd_cli.runtime import choose_runtime, keep_freed_memory
     from pdd_cli.weights.store import Store
 
     store = Store.default()

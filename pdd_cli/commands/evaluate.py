@@ -15,11 +15,11 @@ from pdd_cli.errors import CheckFailed, DownloadError, InputError, PartialFailur
 
 if TYPE_CHECKING:
     from pdd_cli.config import EvaluateConfig
-    from pdd_cli.inference.batch import Job
+    from pdd_cli.iqa.datasets import Dataset
     from pdd_cli.iqa.inputs import ImageSet, Inputs
     from pdd_cli.iqa.metrics import ImageScores, MetricInfo
-    from pdd_cli.iqa.presets import Dataset
     from pdd_cli.iqa.report import Report, ScoredSet
+    from pdd_cli.upscaling.jobs import Job
 
 _ROWS = 60  # of the table on screen; the rest is in --output
 
@@ -121,9 +121,10 @@ def evaluate(
         _list_metrics(console)
         return
 
-    from pdd_cli.device import choose_runtime
     from pdd_cli.iqa.metrics import LUMA_METRICS, load_metrics, metric_infos
-    from pdd_cli.iqa.report import Report, check_format, write_report
+    from pdd_cli.iqa.report import Report
+    from pdd_cli.reporting.evaluation import check_format, write_report
+    from pdd_cli.runtime import choose_runtime
 
     # What can be wrong with the options is told before anything is upscaled or fetched.
     if settings.output is not None:
@@ -200,7 +201,7 @@ def _gathered(settings: EvaluateConfig) -> Inputs:
 
 
 def _dataset(settings: EvaluateConfig) -> Dataset | None:
-    from pdd_cli.iqa.presets import find_dataset
+    from pdd_cli.iqa.datasets import find_dataset
 
     if settings.dataset is None or settings.root is None:
         return None
@@ -210,13 +211,14 @@ def _dataset(settings: EvaluateConfig) -> Dataset | None:
 def _upscaled(settings: EvaluateConfig, console: Console) -> Inputs:
     """The sets that --weights make; the last named is the one that is judged."""
     from pdd_cli.commands._fetching import fetch_progress
-    from pdd_cli.device import choose_runtime
-    from pdd_cli.inference.batch import Output, provenance_of, run_jobs
-    from pdd_cli.inference.compiled import fingerprint
-    from pdd_cli.inference.engines import open_engine
-    from pdd_cli.inference.upscaler import Upscaler
+    from pdd_cli.engines.cache import fingerprint
+    from pdd_cli.engines.select import open_engine
     from pdd_cli.iqa.inputs import Inputs, folders_as_dataset, upscaled_sets
     from pdd_cli.models.loading import load_sr_model
+    from pdd_cli.runtime import choose_runtime
+    from pdd_cli.upscaling.jobs import Output, provenance_of
+    from pdd_cli.upscaling.pipeline import run_jobs
+    from pdd_cli.upscaling.upscaler import Upscaler
     from pdd_cli.weights.fetch import ensure
     from pdd_cli.weights.store import Store
 
@@ -253,7 +255,8 @@ def _upscaled(settings: EvaluateConfig, console: Console) -> Inputs:
 
 def _planned(settings: EvaluateConfig, dataset: Dataset) -> dict[str, list[Job]]:
     """What --weights makes of the LR images, a folder a model. Raises InputError where it would replace images."""
-    from pdd_cli.inference.batch import Job, refuse_collisions
+    from pdd_cli.batch.plan import refuse_collisions
+    from pdd_cli.upscaling.jobs import Job
 
     planned = {}
     for weights in settings.weights:
@@ -437,7 +440,7 @@ def _list_metrics(console: Console) -> None:
     from rich.table import Column, Table
 
     from pdd_cli.iqa.metrics import CONSISTENCY, DRIFT, metric_infos
-    from pdd_cli.weights.metrics import metric_names, weights_here
+    from pdd_cli.iqa.pyiqa_adapter import metric_names, weights_here
 
     kinds = {"none": "no reference", "full": "ground truth", "lr": "LR input"}
     here = weights_here()

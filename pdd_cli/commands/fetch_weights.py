@@ -84,7 +84,7 @@ def fetch_weights(
     if settings.from_path is not None and settings.from_path.is_file() and len(wanted) + len(settings.metrics) != 1:
         raise InputError("--from FILE is for one name", "For several: --from FOLDER.")
     if settings.metrics:
-        from pdd_cli.weights.metrics import check_names
+        from pdd_cli.iqa.pyiqa_adapter import check_names
 
         check_names(settings.metrics)
     entries, metrics_here, failures = _fetch(chosen, settings, store, console, overwrite=overwrite)
@@ -121,7 +121,7 @@ def _fetch(
             )
             entries.append(entry)
         for name in settings.metrics:
-            from pdd_cli.weights.metrics import fetch_metric_weights
+            from pdd_cli.iqa.pyiqa_adapter import fetch_metric_weights
 
             try:
                 fetch_metric_weights([name], offline=settings.offline, from_path=settings.from_path, on_event=on_event)

@@ -16,14 +16,15 @@ from pdd_cli.errors import DownloadError, InputError, Interrupted, PartialFailur
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from pdd_cli.batch.plan import Plan
     from pdd_cli.config import UpscaleConfig
     from pdd_cli.distributed import World
-    from pdd_cli.inference.batch import Job, Output, Plan, Result
-    from pdd_cli.inference.manifest import Manifest
-    from pdd_cli.inference.upscaler import Upscaler
+    from pdd_cli.imaging.provenance import Provenance
     from pdd_cli.meeting import Meeting
     from pdd_cli.models.loading import SRModel
-    from pdd_cli.provenance import Provenance
+    from pdd_cli.upscaling.jobs import Job, Output, Result
+    from pdd_cli.upscaling.manifest import Manifest
+    from pdd_cli.upscaling.upscaler import Upscaler
 
 
 def upscale(
@@ -150,10 +151,12 @@ def upscale(
         file=config,
     )
 
-    from pdd_cli.encoding import Encoding
+    from pdd_cli.batch.devices import share_of
+    from pdd_cli.batch.plan import manifest_folder, plan_jobs
     from pdd_cli.files import check_writable, remove_leftovers
-    from pdd_cli.inference.batch import Output, check_own, manifest_folder, plan_jobs, share_of
-    from pdd_cli.inference.manifest import Manifest
+    from pdd_cli.imaging.encode import Encoding
+    from pdd_cli.upscaling.jobs import Output, check_own
+    from pdd_cli.upscaling.manifest import Manifest
 
     # What can be wrong with the paths is told before a model is fetched and loaded.
     plan = plan_jobs(
@@ -242,14 +245,14 @@ class _Loaded:
 def _load(settings: UpscaleConfig, world: World, meeting: Meeting, console: Console, *, dry_run: bool) -> _Loaded:
     """The models; the weights are fetched by one process on each machine, by a dry run not at all."""
     from pdd_cli.commands._fetching import fetch_progress
-    from pdd_cli.device import choose_runtime, resident_memory
-    from pdd_cli.inference.batch import provenance_of
-    from pdd_cli.inference.compiled import fingerprint
-    from pdd_cli.inference.engines import open_engine
-    from pdd_cli.inference.resizing import SizeRequest
-    from pdd_cli.inference.strength import at_strength, files_at_strength, recommended
-    from pdd_cli.inference.upscaler import Upscaler
-    from pdd_cli.provenance import Provenance
+    from pdd_cli.engines.cache import fingerprint
+    from pdd_cli.engines.select import open_engine
+    from pdd_cli.imaging.provenance import Provenance
+    from pdd_cli.runtime import choose_runtime, resident_memory
+    from pdd_cli.upscaling.jobs import provenance_of
+    from pdd_cli.upscaling.resizing import SizeRequest
+    from pdd_cli.upscaling.strength import at_strength, files_at_strength, recommended
+    from pdd_cli.upscaling.upscaler import Upscaler
     from pdd_cli.weights.fetch import ensure
     from pdd_cli.weights.store import Store
 
@@ -347,7 +350,7 @@ def _published(name: str) -> str:
 
 def _of_all(results: Sequence[Result], jobs: Sequence[Job], meeting: Meeting) -> list[Result]:
     """The results of all processes, in the order of the jobs."""
-    from pdd_cli.inference.batch import results_from_json, results_to_json
+    from pdd_cli.upscaling.jobs import results_from_json, results_to_json
 
     found = [result for text in meeting.gather("done", results_to_json(results)) for result in results_from_json(text)]
     place = {job: index for index, job in enumerate(jobs)}
@@ -357,8 +360,8 @@ def _of_all(results: Sequence[Result], jobs: Sequence[Job], meeting: Meeting) ->
 def _preview(
     jobs: Sequence[Job], upscaler: Upscaler, files: Output, manifest: Manifest | None, recipe: Mapping[str, object]
 ) -> list[Result]:
-    from pdd_cli.inference.batch import preview_jobs
-    from pdd_cli.inference.video import preview_videos
+    from pdd_cli.upscaling.pipeline import preview_jobs
+    from pdd_cli.video.pipeline import preview_videos
 
     images, videos = _by_kind(jobs)
     return [
@@ -380,9 +383,10 @@ def _run(
     from functools import partial
     from itertools import chain
 
+    from pdd_cli.batch.devices import run_on_devices
     from pdd_cli.files import append_line
-    from pdd_cli.inference.batch import run_jobs, run_on_devices
-    from pdd_cli.inference.video import run_videos
+    from pdd_cli.upscaling.pipeline import run_jobs
+    from pdd_cli.video.pipeline import run_videos
 
     images, videos = _by_kind(jobs)
     results: list[Result] = []
@@ -439,7 +443,7 @@ def _log_line(result: Result) -> str:
 
 def _by_kind(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
     """The images and the videos."""
-    from pdd_cli.inference.clips import is_video
+    from pdd_cli.video.decode import is_video
 
     return [job for job in jobs if not is_video(job.source)], [job for job in jobs if is_video(job.source)]
 
@@ -447,8 +451,8 @@ def _by_kind(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
 def _remember(results: Sequence[Result], settings: UpscaleConfig, scale: int) -> None:
     from datetime import datetime, timezone
 
-    from pdd_cli.inference.clips import is_video
-    from pdd_cli.latest import LatestUpscale, UpscaledPair, remember_upscale
+    from pdd_cli.last_run import LatestUpscale, UpscaledPair, remember_upscale
+    from pdd_cli.video.decode import is_video
 
     pairs = tuple(
         UpscaledPair(lr=result.job.source.absolute(), sr=result.job.target.absolute())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pdd_cli.data.degradations import Degradation, downsample
 from pdd_cli.errors import InputError
-from pdd_cli.images import decode_pages, find_images, read_bytes
+from pdd_cli.imaging.decode import decode_pages, find_images, read_bytes
 
 RGB = NDArray[np.uint8]  # (H, W, 3)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from pdd_cli.errors import InputError
-from pdd_cli.images import image_size
+from pdd_cli.imaging.decode import image_size
 
 Side = Literal["LR", "HR"]
 

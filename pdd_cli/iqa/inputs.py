@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdd_cli.errors import InputError
-from pdd_cli.images import find_images
+from pdd_cli.imaging.decode import find_images
+from pdd_cli.iqa.datasets import Dataset
 from pdd_cli.iqa.metrics import Item
 from pdd_cli.iqa.pairing import Pairing, pair
-from pdd_cli.iqa.presets import Dataset
-from pdd_cli.latest import latest_upscale
+from pdd_cli.last_run import latest_upscale
 
 
 @dataclass(frozen=True)

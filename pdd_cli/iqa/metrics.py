@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pdd_cli.device import available_memory, is_out_of_memory
 from pdd_cli.errors import InputError, PddError
-from pdd_cli.images import Picture, image_size, read_image, write_image
+from pdd_cli.imaging.decode import Picture, image_size, read_image, write_image
 from pdd_cli.iqa.consistency import Array, colour_drift, downscale_consistency
 from pdd_cli.iqa.filtering import FastFilters
+from pdd_cli.iqa.pyiqa_adapter import check_names, is_of_folders, load_metric, metric_config, quiet, sample_pair
+from pdd_cli.runtime import available_memory, is_out_of_memory
 from pdd_cli.weights.fetch import OnEvent
-from pdd_cli.weights.metrics import check_names, is_of_folders, load_metric, metric_config, quiet, sample_pair
 
 _log = logging.getLogger(__name__)
 

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from pdd_cli import __version__
-from pdd_cli.errors import InputError
-from pdd_cli.files import write_text
 from pdd_cli.iqa.compare import Comparison, compare, in_words
 from pdd_cli.iqa.metrics import LUMA_METRICS, ImageScores, Luma, MetricInfo
-
-FORMATS = (".csv", ".json", ".html")
 
 
 @dataclass(frozen=True)
@@ -208,24 +202,3 @@ def _as_values(scores: ImageScores) -> dict[str, Any]:
         "scores": scores.values,
         "problems": scores.problems,
     }
-
-
-def check_format(path: Path) -> None:
-    """Raises InputError for a suffix that no report is written in."""
-    if path.suffix.lower() not in FORMATS:
-        raise InputError(f"--output {path}: not a kind of report", f"Its name must end with {', '.join(FORMATS)}.")
-
-
-def write_report(path: Path, report: Report) -> None:
-    """Write `report` in the format of the suffix, whole or not at all."""
-    check_format(path)
-    match path.suffix.lower():
-        case ".csv":
-            text = report.as_csv()
-        case ".json":
-            text = json.dumps(report.as_document(), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-        case _:
-            from pdd_cli.iqa.page import as_page
-
-            text = as_page(report)
-    write_text(path, text)

@@ -1,0 +1,143 @@
+"""What a run would take: time and memory by a few of its steps, whose results are thrown away, disk by arithmetic."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from pdd_cli.adaptation.judge import STRENGTHS
+from pdd_cli.adaptation.loop import StepReport, train
+from pdd_cli.adaptation.run import PREVIEW_IMAGES, PREVIEW_SIZE, Run
+from pdd_cli.errors import InputError, ResourceError
+from pdd_cli.runtime import available_memory, peak_memory
+from pdd_cli.weights.store import Store
+
+_STEPS = 3  # the first one warms up
+_OTHER_FILES = 4 << 20  # bytes: logs, verdict, report
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """`steps` and `judgements` are those that a run has still to do, at the most."""
+
+    steps: int
+    judgements: int
+    seconds_per_step: float
+    seconds_per_judgement: float
+    memory: int  # the most bytes held: on the GPU, where the run uses one; 0: not known
+    free_memory: int  # beside those
+    events: tuple[str, ...]  # what went wrong in the steps
+
+    @property
+    def seconds(self) -> float:
+        return self.steps * self.seconds_per_step + self.judgements * self.seconds_per_judgement
+
+
+@dataclass(frozen=True)
+class Space:
+    """What would be written into a folder, and what room its disk has, in bytes."""
+
+    folder: Path
+    needed: int
+    free: int
+
+
+def rehearse(run: Run, say: Callable[[str], None]) -> Rehearsal:
+    """Judge the base and do a few whole steps. `run.state` isn't that of a run any more afterwards."""
+    say("judging the base")
+    config, state = run.config, run.state
+    started = time.perf_counter()
+    run.judge(run.base)
+    seconds_per_judgement = time.perf_counter() - started
+    say(f"computing {_STEPS} steps on a throw-away state")
+    left = config.steps - state.step
+    judgements = _judgements(run)
+
+    # From the last step before the distillation: it moves the specialist away from its generalist.
+    state.step = max(state.step, state.warmup_steps + config.generalist.warmup_steps - 1)
+    reports: list[StepReport] = []
+    for report in train(
+        config, state, run.base, run.generalist, run.domains, run.features, run.runtime,
+        save=lambda judge: False, restore=_nothing, preview=_nothing, should_stop=lambda: len(reports) == _STEPS,
+    ):  # fmt: skip
+        reports.append(report)
+    return Rehearsal(
+        steps=left,
+        judgements=judgements,
+        seconds_per_step=min((report.seconds for report in reports[1:] or reports), default=0.0),
+        seconds_per_judgement=seconds_per_judgement,
+        memory=peak_memory(run.runtime.device),
+        free_memory=available_memory(run.runtime.device),
+        events=tuple(report.event for report in reports if report.event),
+    )
+
+
+def check_places(run: Run, store: Store) -> list[Space]:
+    """What the run would write, by folder. Raises InputError where it may not, ResourceError where it hasn't room."""
+    folder = run.folder.path
+    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # replaced or gone on with
+    needed = {
+        folder: max(0, _run_bytes(run) - present),
+        store.root: _bytes(run.base.module.state_dict().values()),
+    }
+    spaces = []
+    for target, size in needed.items():
+        place = _existing(target)
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise InputError(f"can't write into {place}", "Choose a folder that you may write to.")
+        spaces.append(Space(target, size, shutil.disk_usage(place).free))
+    disks: dict[int, list[Space]] = {}
+    for space in spaces:
+        disks.setdefault(_existing(space.folder).stat().st_dev, []).append(space)
+    for together in disks.values():
+        total = sum(space.needed for space in together)
+        if total > together[0].free:
+            raise ResourceError(
+                f"no space for the run: {together[0].folder} needs about {total / 2**20:.0f} MiB, "
+                f"{together[0].free / 2**20:.0f} MiB are free",
+                "Free some space, or choose another disk: --runs-dir.",
+            )
+    return spaces
+
+
+def _judgements(run: Run) -> int:
+    """Of the base, at each checkpoint, and at the end at each strength; the report's pictures take as long."""
+    config = run.config
+    candidates = 2 if config.generalist.mode == "ema" else 1
+    checkpoints = math.ceil((config.steps - run.state.step) / config.checkpoint_every)
+    return 2 + candidates * checkpoints + 2 * len(STRENGTHS)
+
+
+def _run_bytes(run: Run) -> int:
+    """The files of a run, and once more the checkpoint, for a file is replaced by a whole one."""
+    state, config = run.state, run.config
+    networks = (state.specialist, state.generalist, state.discriminator)
+    trained: tuple[nn.Module, ...] = (state.specialist, state.discriminator)
+    checkpoint = sum(_bytes(network.state_dict().values()) for network in networks)
+    checkpoint += 2 * sum(_bytes(network.parameters()) for network in trained)  # Adam's two moments
+    weights = _bytes(state.specialist.state_dict().values())
+    preview = 3 * PREVIEW_IMAGES * (PREVIEW_SIZE * run.base.scale) ** 2 * 3
+    previews = math.ceil(config.steps / config.preview_every) * preview
+    return 2 * checkpoint + weights * (1 + len(config.export)) + previews + _OTHER_FILES
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _nothing() -> None:
+    """What is written on the way of a real run."""

@@ -1,0 +1,99 @@
+"""The whole objective: two distillation losses, three supervised ones. All are computed in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pdd_cli.adaptation.distances import inter_model_distance, intra_model_distance
+from pdd_cli.distributed import ALONE, World
+from pdd_cli.iqa.feature_distance import at_unit_length, feature_distance
+
+Features = Mapping[str, Tensor]  # layer -> (N, C, H, W), before the ReLU
+
+# Weights of the layers (paper, section 4.1), by VGG-19's names; models/features.py names other networks' equivalents.
+INTER_LAYERS = {"conv2_1": 0.25, "conv3_1": 0.25, "conv4_1": 0.25, "conv5_1": 0.25}
+INTRA_LAYERS = {"conv2_2": 0.1, "conv3_4": 0.3, "conv4_4": 1.0, "conv5_4": 1.0}
+PERCEPTUAL_LAYERS = {"conv1_2": 0.1, "conv2_2": 0.1, "conv3_4": 1.0, "conv4_4": 1.0, "conv5_4": 1.0}
+# Where the feature discriminator looks: from fine texture to objects' parts.
+DISCRIMINATOR_LAYERS = ("conv2_2", "conv3_4", "conv4_4")
+ALL_LAYERS = tuple(sorted({*INTER_LAYERS, *INTRA_LAYERS, *PERCEPTUAL_LAYERS}))
+
+_LOG_EPSILON = 1e-6
+
+
+def inter_loss(S_s: Features, S_t: Features, G_s: Features, G_t: Features, world: World = ALONE) -> Tensor:
+    """Σ_l a_l ‖A_t − A_s‖_F, A the inter-model distance in each domain; one norm over the whole batch tensor, of
+    which each process of `world` has its share.
+
+    Its gradient is undefined where S = G exactly (A is zero in both domains).
+    """
+    norms = []
+    for layer in INTER_LAYERS:
+        A_t = inter_model_distance(S_t[layer], G_t[layer])
+        A_s = inter_model_distance(S_s[layer], G_s[layer])
+        norms.append(torch.linalg.vector_norm(A_t - A_s))
+    total = torch.zeros((), device=norms[0].device)
+    for weight, norm in zip(INTER_LAYERS.values(), world.norm(torch.stack(norms)), strict=True):
+        total = total + weight * norm
+    return total
+
+
+def intra_loss(S_s: Features, S_t: Features, G_s: Features, G_t: Features) -> Tensor:
+    """Σ_l b_l CE(B_S, B_G): cross-entropy between channel softmaxes of the intra-model distances, mean over pixels."""
+    total = torch.zeros((), device=S_s["conv2_2"].device)
+    for layer, weight in INTRA_LAYERS.items():
+        prediction = intra_model_distance(S_t[layer], S_s[layer]).softmax(1)
+        target = intra_model_distance(G_t[layer], G_s[layer]).softmax(1)
+        total = total - weight * (target * torch.log(prediction + _LOG_EPSILON)).sum(1).mean()
+    return total
+
+
+def haar(image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One level of the orthonormal Haar wavelet: (N, C, H, W), H and W even, to LL, LH, HL, HH of (N, C, H/2, W/2)."""
+    a, b = image[..., 0::2, 0::2], image[..., 0::2, 1::2]
+    c, d = image[..., 1::2, 0::2], image[..., 1::2, 1::2]
+    return (a + b + c + d) / 2, (a + b - c - d) / 2, (a - b + c - d) / 2, (a - b - c + d) / 2
+
+
+def pixel_loss(S_s: Tensor, hr_s: Tensor) -> Tensor:
+    """L1(LL) + 0.1 L1(LH and HL, concatenated) + 0.01 L1(HH) of the Haar wavelet; images (N, C, H, W) in 0..1."""
+    ll, lh, hl, hh = haar(S_s.float() - hr_s.float())
+    return ll.abs().mean() + 0.1 * torch.cat((lh, hl), 1).abs().mean() + 0.01 * hh.abs().mean()
+
+
+def perceptual_loss(S_s: Features, hr_s: Features) -> Tensor:
+    """Σ_l c_l L1(φ_l(S_s), φ_l(hr_s))."""
+    total = torch.zeros((), device=S_s["conv1_2"].device)
+    for layer, weight in PERCEPTUAL_LAYERS.items():
+        total = total + weight * F.l1_loss(S_s[layer].float(), hr_s[layer].float())
+    return total
+
+
+def feature_distance_loss(S_s: Features, hr_s: Features) -> Tensor:
+    """The distance of `iqa.feature_distance` (LPIPS without learnt weights): the features' direction, not length."""
+    return feature_distance(at_unit_length(S_s, 1e-6), at_unit_length(hr_s, 1e-6))
+
+
+def consistency_loss(S_t: Tensor, lr_t: Tensor, scale: int) -> Tensor:
+    """L1 between the low frequencies of S_t, brought back to LR size, and those of its LR input.
+
+    (N, C, h*scale, w*scale) and (N, C, h, w). Both are blurred over 5 LR pixels, so that the LR's noise and blocks are
+    not asked for.
+    """
+    difference = F.avg_pool2d(S_t.float(), scale) - lr_t.float()
+    weights = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=difference.device) / 16
+    kernel = torch.outer(weights, weights).expand(difference.shape[1], 1, 5, 5)
+    return F.conv2d(difference, kernel, groups=difference.shape[1]).abs().mean()
+
+
+def adversarial_loss(logits: Sequence[Tensor], *, real: bool) -> Tensor:
+    """Vanilla GAN loss: binary cross-entropy with logits against "all real" or "all fake".
+
+    `logits`: (N, 1, h, w) of each scale or layer that is judged; mean over pixels, then over those.
+    """
+    losses = [F.softplus((-one if real else one).float()).mean() for one in logits]
+    return torch.stack(losses).mean()

@@ -1,0 +1,56 @@
+"""A model's picture of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from pdd_cli.data.datasets import RGB
+from pdd_cli.models.loading import SRModel
+from pdd_cli.runtime import Runtime
+
+
+def centre(image: RGB, side: int) -> RGB:
+    """The middle (side, side, 3) of `image`, or as much as there is."""
+    y, x = (max(0, (length - side) // 2) for length in image.shape[:2])
+    return np.array(image[y : y + side, x : x + side])
+
+
+def upscaled(model: SRModel, lr: RGB, runtime: Runtime) -> NDArray[np.float32]:
+    """(h, w, 3) to (h*scale, w*scale, 3) in 0..1, in one piece; NaN stays NaN."""
+    training = model.module.training
+    model.module.to(runtime.device).eval()
+    batch = (torch.from_numpy(np.ascontiguousarray(lr)).permute(2, 0, 1)[None].float() / 255).to(runtime.device)
+    with torch.inference_mode(), runtime.autocast():
+        sr = model.upscale(batch.contiguous(memory_format=torch.channels_last)).float()
+    model.module.train(training)
+    return np.asarray(sr[0].clamp(0, 1).permute(1, 2, 0).cpu().numpy())
+
+
+def to_rgb8(image: NDArray[np.float32]) -> RGB:
+    """(H, W, 3) in 0..1, rounded to 8 bit."""
+    return np.round(image * 255).astype(np.uint8)
+
+
+def sheet(rows: Sequence[Sequence[RGB]], titles: tuple[str, ...]) -> Image.Image:
+    """Panels in rows below their titles."""
+    gap, top = 4, 16
+    width = max(sum(panel.shape[1] + gap for panel in row) for row in rows)
+    whole = Image.new("RGB", (width, top + sum(row[0].shape[0] + gap for row in rows)), "white")
+    draw = ImageDraw.Draw(whole)
+    x = 0
+    for title, panel in zip(titles, rows[0], strict=True):
+        draw.text((x + 2, 2), title, fill="black")
+        x += panel.shape[1] + gap
+    y = top
+    for row in rows:
+        x = 0
+        for panel in row:
+            whole.paste(Image.fromarray(panel), (x, y))
+            x += panel.shape[1] + gap
+        y += row[0].shape[0] + gap
+    return whole

@@ -1,0 +1,48 @@
+"""Which models can be a base: RGB to RGB, with parameters that a gradient reaches."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+
+from pdd_cli.errors import InputError
+from pdd_cli.models.loading import SRModel
+from pdd_cli.runtime import is_out_of_memory
+
+_SIDE = 16  # LR pixels of the image that is tried
+_HINT = "It still upscales. Adapt another base, such as realesrgan."
+
+
+def check_rgb(model: SRModel, reference: str) -> None:
+    """Raise InputError unless `model`, which the user named `reference`, is from RGB to RGB."""
+    if (model.in_channels, model.out_channels) != (3, 3):
+        raise InputError(
+            f"{reference}: takes {model.in_channels} and gives {model.out_channels} channels",
+            "adapt trains models from RGB to RGB.",
+        )
+
+
+def check_trainable(model: SRModel, reference: str) -> None:
+    """Raise InputError unless `model` is from RGB to RGB and a small image brings its parameters a gradient."""
+    check_rgb(model, reference)
+    if not any(parameter.numel() for parameter in model.module.parameters()):
+        raise InputError(f"{reference}: {model.architecture} has no parameters that can be trained")
+    image = torch.linspace(0, 1, 3 * _SIDE * _SIDE).view(1, 3, _SIDE, _SIDE)
+    try:
+        trial = replace(model, module=copy.deepcopy(model.module).train().requires_grad_(True))
+        trial.upscale(image).square().mean().backward()
+    except Exception as error:  # of whatever kind the network raises
+        if is_out_of_memory(error):
+            raise
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{reference}: {model.architecture} can't be trained: a step on a small image fails ({why})", _HINT
+        ) from error
+    gradients = [parameter.grad for parameter in trial.module.parameters() if parameter.grad is not None]
+    if not any(gradient.any() for gradient in gradients):
+        raise InputError(f"{reference}: {model.architecture} can't be trained: no gradient reaches its weights", _HINT)
+    if not all(gradient.isfinite().all() for gradient in gradients):
+        why = "its gradient is not finite"
+        raise InputError(f"{reference}: {model.architecture} can't be trained: {why}", "Are its weights damaged?")

@@ -1,0 +1,268 @@
+"""Inputs → jobs: which outputs a run makes, and what it refuses."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from pdd_cli.errors import InputError
+from pdd_cli.imaging.decode import find_images, is_image, probe
+from pdd_cli.imaging.encode import (
+    FORMATS,
+    format_of,
+    load_plugin,
+)
+from pdd_cli.imaging.provenance import source_of
+from pdd_cli.upscaling.jobs import Job
+from pdd_cli.upscaling.manifest import NAME, Manifest
+from pdd_cli.video.decode import CONTAINERS, check_video_name, is_video
+from pdd_cli.weights.sources import file_sha256
+
+FormatChoice = Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl", "mp4", "mov", "mkv", "webm"]
+_VIDEO_FORMATS = ("mp4", "mov", "mkv", "webm")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The jobs of a run, and what in the folders has none.
+
+    `others`: how many files of each other kind there are, by suffix. `outputs`: how many files are outputs of earlier
+    runs, which are no inputs beside what they were made from. `problems`: folders that can't be read.
+    """
+
+    jobs: list[Job] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    outputs: list[Path] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def plan_jobs(sources: Sequence[Path], output: str, *, format: FormatChoice, suffix: str, recursive: bool) -> Plan:
+    """The jobs of files, folders and glob patterns; nothing is read but folders.
+
+    One source: a folder goes to the same tree below `output`, a pattern too, from its first part without a wildcard
+    on. A file goes to the file `output`, or into it when it is a folder, ends with a slash or has no suffix. Several
+    sources: `output` is a folder; files and matches of patterns go into it, and a folder's tree below its own name.
+    `suffix` is put behind each name.
+
+    Raises InputError where there is nothing to do, two inputs would share an output, or an output would replace an
+    input or another file that pdd has not made.
+    """
+    if output == "-":
+        raise InputError("the output -: pdd doesn't write to a pipe", "Name a file or a folder.")
+    plan = Plan()
+    if len(sources) == 1:
+        jobs = _jobs_of(sources[0], output, format, suffix, recursive, plan)
+    else:
+        if not _is_folder_name(output):
+            raise InputError(
+                f"{len(sources)} inputs, but the output {output} is a file",
+                "Name a folder last, for example: pdd upscale *.jpg upscaled/",
+            )
+        folder = f"{output}/"
+        jobs = []
+        for source in sources:
+            below = f"{folder}{source.resolve().name}" if source.is_dir() else folder
+            jobs += _jobs_of(source, below, format, suffix, recursive, plan)
+        jobs = list({job.source.resolve(): job for job in jobs}.values())  # named twice, made once
+    refuse_collisions(jobs)
+    if format in ("heic", "jxl"):
+        load_plugin(FORMATS[f".{format}"])
+    return replace(plan, jobs=jobs)
+
+
+def _jobs_of(source: Path, output: str, format: FormatChoice, suffix: str, recursive: bool, plan: Plan) -> list[Job]:
+    """The jobs of one file, folder or pattern; `plan` gets what has none."""
+
+    def wanted(name: str) -> bool:
+        if not _is_input(name):
+            plan.others[Path(name).suffix.lower() or "without suffix"] += 1
+        return _is_input(name)
+
+    if source.is_dir():
+        found = find_images(source, recursive=recursive, wanted=wanted, problems=plan.problems)
+        return _folder_jobs(source, found, Path(output), format, suffix, plan)
+    if source.exists():
+        return [Job(source, _target_of_file(source, output, format, suffix))]
+    if glob.has_magic(str(source)):
+        root, matching = _matching(source)
+        found = [path for path in matching if wanted(path.name)]
+        return _folder_jobs(root, found, Path(output), format, suffix, plan, f"no images or videos match {source}")
+    if str(source) == "-":
+        raise InputError("the input -: pdd doesn't read from a pipe", "Name a file or a folder.")
+    raise InputError(f"{source}: no such file or folder")
+
+
+def _is_folder_name(output: str) -> bool:
+    """Whether outputs go into `output`: a folder that exists, or a name with a slash at its end or without suffix."""
+    path = Path(output)
+    return path.is_dir() or output.endswith(("/", os.sep)) or (not path.suffix and not path.exists())
+
+
+def manifest_folder(sources: Sequence[Path], output: str, jobs: Sequence[Job], *, strip: bool) -> Path | None:
+    """The folder that holds the manifest of a run; None for a single file, which says itself that pdd made it.
+
+    A file that is stripped of all metadata does not say so.
+    """
+    if len(sources) == 1 and sources[0].is_file():
+        return jobs[0].target.parent if strip else None
+    return Path(output)
+
+
+def _matching(pattern: Path) -> tuple[Path, list[Path]]:
+    """The folder before the first wildcard, and the files that match; ** goes through folders."""
+    fixed = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts)
+    root = Path(*fixed)
+    found = (Path(name) for name in glob.iglob(str(pattern), recursive=True))  # noqa: PTH207 - a pattern of any kind
+    return root, sorted(path for path in found if path.is_file())
+
+
+def _folder_jobs(
+    source: Path, found: Sequence[Path], output: Path, format: FormatChoice, suffix: str, plan: Plan, nothing: str = ""
+) -> list[Job]:
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{source} is a folder, but {output} is a file", "Name a folder for the outputs.")
+    if not output.exists() and _is_input(output):
+        raise InputError(
+            f"{source} is not a single file, but the output {output} is named like one",
+            "Name a folder for the outputs, without such a suffix.",
+        )
+    inside, outside = source.resolve(), output.resolve()
+    if inside == outside and not suffix:
+        raise InputError(
+            f"the outputs would go between the inputs in {source}",
+            "Name another folder for the outputs, or add for example --suffix _x4.",
+        )
+    if outside != inside and outside.is_relative_to(inside):
+        # What earlier runs have put there is no input.
+        found = [path for path in found if not path.resolve().is_relative_to(outside)]
+    made = _outputs_among(found, source)
+    jobs = [Job(path, _named(output / path.relative_to(source), format, suffix)) for path in found if path not in made]
+    if inside == outside:
+        outputs = {job.target.resolve() for job in jobs}
+        jobs = [job for job in jobs if job.source.resolve() not in outputs]
+    plan.outputs.extend(sorted(made))
+    if not jobs:
+        kinds = f", only {_counted(plan.others)}" if plan.others else ""
+        raise InputError(
+            "\n".join([f"{nothing or f'{source}: no images or videos in it'}{kinds}", *plan.problems]),
+            "pdd reads PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC and JPEG XL files, and videos.",
+        )
+    return jobs
+
+
+def _counted(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+
+
+def _outputs_among(found: Sequence[Path], source: Path) -> set[Path]:
+    """Those of `found` that pdd has made from another one of them, as their manifest or they themselves say."""
+    present = {path.resolve(): path for path in found}
+    by_stem: dict[str, list[Path]] = {}
+    for path in found:
+        by_stem.setdefault(path.stem, []).append(path)
+    folders = {parent for path in found for parent in path.parents if parent == source or source in parent.parents}
+    records = {
+        path.resolve(): made_from
+        for folder in folders
+        if (folder / NAME).is_file()
+        for path, made_from in Manifest(folder, {}).inputs().items()
+    }
+    digests: dict[Path, str] = {}
+
+    def is_output(path: Path) -> bool:
+        real = path.resolve()
+        made_from = records.get(real)
+        if made_from is not None:
+            return made_from.resolve() in present
+        # --suffix only adds to the name of the input.
+        stems = (path.stem[:end] for end in range(1, len(path.stem) + 1))
+        inputs = [other for stem in stems for other in by_stem.get(stem, ()) if other != path]
+        if real in records:  # of an earlier version, which didn't record the input
+            return any(other.parent == path.parent and other.resolve() not in records for other in inputs)
+        digest = source_of(path) if inputs else None
+        if digest is None:
+            return False
+        for other in inputs:
+            if other not in digests:
+                try:
+                    digests[other] = file_sha256(other)
+                except OSError:
+                    digests[other] = ""
+        return digest in (digests[other] for other in inputs)
+
+    return {path for path in found if is_output(path)}
+
+
+def _target_of_file(source: Path, output: str, format: FormatChoice, suffix: str) -> Path:
+    path = Path(output)
+    check = check_video_name if is_video(source) else format_of
+    if format != "keep" and (format in _VIDEO_FORMATS) != is_video(source):
+        raise InputError(f"--format {format} isn't one for {source}", "Leave it out, or name another format.")
+    if _is_folder_name(output):
+        if not _is_input(source) and format == "keep":
+            probe(source, most_pixels=2**62)  # which fails for what pdd doesn't read
+            raise InputError(
+                f"{source}: pdd reads it, but writes no files named {source.suffix or 'without a suffix'}",
+                "Add --format png, or name the output file.",
+            )
+        target = _named(path / source.name, format, suffix)
+        check(target)
+        return target
+    check(path)
+    if format != "keep" and not _same_format(path, format):
+        raise InputError(f"--format {format} contradicts the name {path}", "Leave one of them out.")
+    return path.with_name(path.stem + suffix + path.suffix)
+
+
+def _same_format(path: Path, format: FormatChoice) -> bool:
+    named = FORMATS.get(f".{format}", format)
+    return FORMATS.get(path.suffix.lower(), path.suffix.lower().lstrip(".")) == named
+
+
+def _named(path: Path, format: FormatChoice, suffix: str) -> Path:
+    """The name of the output for the input's; --format is of the images, or of the videos."""
+    ending = path.suffix
+    if format != "keep" and (format in _VIDEO_FORMATS) == is_video(path):
+        ending = f".{format}"
+    elif is_video(path) and ending.lower() not in CONTAINERS:
+        ending = ".mkv"  # which holds whatever there is in it
+    return path.with_name(path.stem + suffix + ending)
+
+
+def _is_input(path: Path | str) -> bool:
+    return is_image(path) or is_video(path)
+
+
+def refuse_collisions(
+    jobs: Sequence[Job], protected: Iterable[Path] = (), hint: str = "Name another output, or add --suffix _x4."
+) -> None:
+    """Raise InputError where an output would replace an input or a `protected` file, or two inputs share an output.
+
+    Files are compared as the file system does: links and other spellings of a name are seen through.
+    """
+    inputs = {_identity(path) for path in (*(job.source for job in jobs), *protected)}
+    by_target: dict[Path, Path] = {}
+    for job in jobs:
+        if _identity(job.target) in inputs:
+            raise InputError(f"the output {job.target} would replace an input", hint)
+        other = by_target.setdefault(job.target.resolve(), job.source)
+        if other != job.source:
+            raise InputError(
+                f"{other} and {job.source} would both become {job.target}",
+                "Rename one of them, or upscale them into folders of their own.",
+            )
+
+
+def _identity(path: Path) -> tuple[int, int] | Path:
+    """The same for all names of one file: its device and number, or the resolved path while it does not exist."""
+    try:
+        status = path.stat()
+    except OSError:
+        return path.resolve()
+    return (status.st_dev, status.st_ino) if status.st_ino else path.resolve()

@@ -1,0 +1,414 @@
+"""3x3 convolutions and their gradients by Winograd's algorithm, in fp32, on a CPU.
+
+`accelerate` gives a network's layers another way to compute what they compute: parameters and names stay. A residual
+dense block is one operation on one tensor, which its convolutions read the front of and write behind that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from pdd_cli.engines.winograd.kernel import GAP, PLACES, TILE, Kernel, kernel, pause_address
+from pdd_cli.engines.winograd.training_kernel import (
+    CHANNELS,
+    CONVOLVE,
+    CORRELATE,
+    FIELDS,
+    GATE,
+    TEAM,
+    TRANSFORM,
+    TrainingEmitter,
+)
+from pdd_cli.models.rrdbnet import ActivatedConv2d, ResidualDenseBlock
+from pdd_cli.runtime import usable_cpus
+
+_SCRATCH = 1 << 19  # bytes that the transformed tiles of a thread may take: they should stay in its cache
+_SHARED = 1 << 22  # bytes of a dense block's maps, of the images that go through it together
+_TOGETHER = 28  # tiles that a thread transforms at once at most
+_FEWEST_TILES = 64  # below, transforming the weights takes more time than is saved
+_MOST_CHANNELS = 512
+_ALIGNMENT = 64
+
+
+def accelerate(network: nn.Module) -> None:
+    """Let `network` compute its 3x3 convolutions by Winograd's algorithm, in place.
+
+    Nothing is changed where there is no kernel for this CPU, or PyTorch computes with threads of another kind.
+    """
+    if _machine() is None:
+        return
+    for module in network.modules():
+        if type(module) in _FASTER and _is_plain_3x3(module):
+            module.__class__ = _FASTER[type(module)]
+        elif type(module) is ResidualDenseBlock:
+            module.__class__ = WinogradDenseBlock
+
+
+def _is_plain_3x3(layer: nn.Module) -> bool:
+    assert isinstance(layer, nn.Conv2d)
+    return (
+        (layer.kernel_size, layer.stride, layer.padding, layer.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+    )
+
+
+def _has_tiles(x: Tensor) -> bool:
+    images, _, height, width = x.shape
+    return x.device.type == "cpu" and images * _tiles(height) * _tiles(width) >= _FEWEST_TILES
+
+
+class _Winograd(nn.Conv2d):
+    slope = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _has_tiles(x):
+            return super().forward(x)
+        # All in fp32, also the few that have too few channels for it: they stand beside others, at a network's ends.
+        with torch.autocast("cpu", enabled=False):
+            if not self.is_wide:
+                return super().forward(x.float())
+            bias = None if self.bias is None else _aligned(self.bias.float())
+            arguments = (_plain(x), _plain(self.weight), bias, self.slope)
+            return _Convolution.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it has the channels that the kernel computes at once."""
+        widths = (self.in_channels, self.out_channels)
+        return all(width % CHANNELS == 0 and width <= _MOST_CHANNELS for width in widths)
+
+
+class WinogradConv2d(_Winograd):
+    """nn.Conv2d of 3x3 taps."""
+
+
+class WinogradActivatedConv2d(_Winograd, ActivatedConv2d):
+    """ActivatedConv2d of 3x3 taps."""
+
+    slope = ActivatedConv2d.SLOPE
+
+
+_FASTER: dict[type, type] = {nn.Conv2d: WinogradConv2d, ActivatedConv2d: WinogradActivatedConv2d}
+
+
+class WinogradDenseBlock(ResidualDenseBlock):
+    """ResidualDenseBlock, whose maps stand in one tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = [self.conv1, self.conv2, self.conv3, self.conv4, self.conv5]
+        if not (_has_tiles(x) and all(isinstance(layer, _Winograd) and layer.is_wide for layer in layers)):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            parameters = []
+            for layer in layers:
+                assert layer.bias is not None
+                parameters += [_plain(layer.weight), _aligned(layer.bias.float())]
+            return _DenseBlock.apply(_plain(x), *parameters)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Convolution(torch.autograd.Function):
+    """(N, C, h, w), (K, C, 3, 3), (K) or None, and leaky ReLU's slope to (N, K, h, w); all fp32, channels last."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
+        out = _like(x, weight.shape[0])
+        program = _Program()
+        program.convolve(x, program.transform(weight), out, bias=bias, slope=slope)
+        program.run()
+        ctx.slope = slope
+        ctx.save_for_backward(x, weight, *([] if slope == 1 else [out]))
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *activated = ctx.saved_tensors
+        gradient = _plain(gradient)
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        found: list[Tensor | None] = [None, None, None, None]
+        program = _Program()
+        for out in activated:
+            given, gradient = gradient, torch.empty_like(gradient)
+            program.gate(out, given, gradient, ctx.slope)
+        if of_x:
+            found[0] = of_input = _like(x, x.shape[1])
+            program.convolve(gradient, program.transform_back(weight), of_input)
+        if of_weight:
+            found[1] = of_taps = torch.empty_like(weight)
+            program.correlate(x, gradient, of_taps)
+        program.run()
+        if of_bias:
+            found[2] = gradient.sum((0, 2, 3))
+        return tuple(found)
+
+
+class _DenseBlock(torch.autograd.Function):
+    """x and five pairs of weight and bias to what ResidualDenseBlock gives; all fp32, channels last.
+
+    Some images go through the whole block before the next ones: what they share is in the cache then.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        weights, biases = parameters[::2], parameters[1::2]
+        features, growth = x.shape[1], weights[0].shape[0]
+        whole, out = _like(x, features + 4 * growth), _like(x, features)
+        whole[:, :features] = x
+        program = _Program()
+        filters = [program.transform(weight) for weight in weights]
+        for images in _some_images(whole):
+            some = whole[images]
+            for index in range(4):
+                read = features + index * growth
+                grown = some[:, read : read + growth]
+                program.convolve(some[:, :read], filters[index], grown, bias=biases[index], slope=ActivatedConv2d.SLOPE)
+            program.convolve(some, filters[4], out[images], bias=biases[4], near=x[images], share=0.2)
+        program.run()
+        ctx.save_for_backward(whole, *weights)
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        whole, *weights = ctx.saved_tensors
+        growth = weights[0].shape[0]
+        features = whole.shape[1] - 4 * growth
+        reads = [slice(features + index * growth) for index in range(5)]  # the channels that each convolution reads
+        grown = [slice(read.stop, read.stop + growth) for read in reads[:4]]  # … and that the first four write
+        gradient = _plain(gradient)
+        last = gradient * 0.2
+        of_whole = torch.empty_like(whole)
+        of_weights = [torch.empty_like(weight) for weight in weights] if any(ctx.needs_input_grad[1:]) else []
+        program = _Program()
+        filters = [program.transform_back(weight) for weight in weights]
+        for images in _some_images(whole):
+            some, of_some = whole[images], of_whole[images]
+            program.convolve(last[images], filters[4], of_some)
+            for index in (3, 2, 1, 0):
+                arrived = of_some[:, grown[index]]
+                program.gate(some[:, grown[index]], arrived, arrived, ActivatedConv2d.SLOPE)
+                of_read = of_some[:, reads[index]]
+                program.convolve(arrived, filters[index], of_read, near=of_read)
+            for index, of_weight in enumerate(of_weights):
+                arrived = of_some[:, grown[index]] if index < 4 else last[images]
+                program.correlate(some[:, reads[index]], arrived, of_weight, add=images.start > 0)
+        program.run()
+        found: list[Tensor | None] = [None] * 10
+        if of_weights:
+            found[::2] = of_weights
+            found[1::2] = [*(of_whole[:, channels].sum((0, 2, 3)) for channels in grown), last.sum((0, 2, 3))]
+        return (of_whole[:, :features] + gradient, *found)
+
+
+@dataclass(frozen=True)
+class _Filter:
+    """Transformed weights, as the kernel multiplies with them."""
+
+    inputs: int
+    outputs: int
+    packed: Tensor
+
+
+class _Program:
+    """What the kernel is to do, step by step; it holds the tensors until that is done."""
+
+    def __init__(self) -> None:
+        machine = _machine()
+        assert machine is not None
+        self._machine = machine
+        self._steps: list[list[int]] = []
+        self._held: list[Tensor] = []
+
+    def transform(self, weight: Tensor) -> _Filter:
+        """The filter of a convolution with weights (K, C, 3, 3)."""
+        taps = weight.permute(2, 3, 1, 0).contiguous()
+        row, column, channel, _ = taps.stride()
+        return self._transform(taps, row, column, channel, _Filter(weight.shape[1], weight.shape[0], _packed(weight)))
+
+    def transform_back(self, weight: Tensor) -> _Filter:
+        """The filter by which the gradient by its input is a convolution of that by its output."""
+        # The taps turned round, inputs and outputs exchanged.
+        channel, _, row, column = weight.stride()
+        last = weight[:, :, 2:, 2:]
+        return self._transform(last, -row, -column, channel, _Filter(weight.shape[0], weight.shape[1], _packed(weight)))
+
+    def convolve(
+        self,
+        x: Tensor,
+        by: _Filter,
+        out: Tensor,
+        *,
+        bias: Tensor | None = None,
+        slope: float = 1.0,
+        near: Tensor | None = None,
+        share: float = 1.0,
+    ) -> None:
+        """out = leaky ReLU(conv(x) + bias); with near it is near + share times that."""
+        machine = self._machine
+        bias = machine.constants(0.0) if bias is None else bias
+        slopes = machine.constants(slope)
+        self._step(
+            CONVOLVE, x=x, out=out, near=near, share=share, residuals=int(near is not None), inputs=by.inputs,
+            outputs=by.outputs, packed=by.packed.data_ptr(), bias=bias.data_ptr(), slope=slopes.data_ptr(),
+            together=machine.together(by.inputs, by.outputs),
+        )  # fmt: skip
+        self._held += [by.packed, bias, slopes]
+
+    def correlate(self, x: Tensor, gradient: Tensor, out: Tensor, *, add: bool = False) -> None:
+        """out = the gradient by the weights; with `add` it is added to out."""
+        together = min(_TOGETHER, _SCRATCH // (4 * PLACES * 2 * CHANNELS))
+        channel, _, row, column = out.stride()
+        self._step(
+            CORRELATE, x=x, near=gradient, inputs=x.shape[1], outputs=gradient.shape[1], together=together,
+            residuals=int(add), address=out.data_ptr(), tap_row=row, tap_column=column, tap_channel=channel,
+        )  # fmt: skip
+        self._held.append(out)
+
+    def gate(self, x: Tensor, near: Tensor, out: Tensor, slope: float) -> None:
+        """out = near, times the slope where x is negative."""
+        self._step(GATE, x=x, near=near, out=out, outputs=x.shape[1], tiles=x.shape[0] * x.shape[2], share=slope)
+
+    def run(self) -> None:
+        if self._steps:
+            self._machine.run(np.array(self._steps, np.int64))
+
+    def _transform(self, taps: Tensor, row: int, column: int, channel: int, to: _Filter) -> _Filter:
+        values = {
+            "kind": TRANSFORM, "weight": taps.data_ptr(), "tap_row": row, "tap_column": column, "tap_channel": channel,
+            "inputs": to.inputs, "outputs": to.outputs, "packed": to.packed.data_ptr(),
+        }  # fmt: skip
+        self._steps.append([values.get(name, 0) for name in FIELDS])
+        self._held.append(taps)
+        return to
+
+    def _step(
+        self,
+        kind: int,
+        *,
+        x: Tensor,
+        near: Tensor | None = None,
+        out: Tensor | None = None,
+        address: int = 0,
+        share: float = 1.0,
+        **values: int,
+    ) -> None:
+        images, _, height, width = x.shape
+        columns, per_image = _tiles(width), _tiles(height) * _tiles(width)
+        values = {
+            "kind": kind, "height": height, "width": width, "columns": columns, "per_image": per_image,
+            "tiles": images * per_image, "share": int(np.float32(share).view(np.uint32)), "out": address, **values,
+        }  # fmt: skip
+        for name, found in (("x", x), ("near", near), ("out", out)):
+            if found is not None:
+                image, _, row, pixel = found.stride()
+                values |= {name: found.data_ptr(), f"{name}_image": image, f"{name}_row": row, f"{name}_pixel": pixel}
+                self._held.append(found)
+        self._steps.append([values.get(name, 0) for name in FIELDS])
+
+
+class _Machine:
+    """The kernel, PyTorch's threads, and the memory that they work in.
+
+    Other threads would have to share the cores with PyTorch's, which don't rest at once when they have nothing to do.
+    Raises OSError or AttributeError where those aren't OpenMP's.
+    """
+
+    def __init__(self, compute: Kernel) -> None:
+        self._compute = compute  # which holds the machine code
+        library = ctypes.CDLL(_openmp())
+        pointer = ctypes.c_void_p
+        prototype = ctypes.CFUNCTYPE(None, pointer, pointer, ctypes.c_uint, ctypes.c_uint)
+        self._parallel = prototype(("GOMP_parallel", library))
+        self._team = compute.address("team")
+        widest = 4 * PLACES * (2 * GAP + compute.shape.tiles * 2 * _MOST_CHANNELS)
+        own = 4 * PLACES * (3 * GAP + CHANNELS * CHANNELS)
+        self._scratch = torch.empty(usable_cpus(), (max(_SCRATCH, widest) + own) // 4 // CHANNELS * CHANNELS)
+        self._constants: dict[float, Tensor] = {}
+        self._busy = threading.Lock()
+        self._given = {
+            "scratch": self._scratch.data_ptr(),
+            "scratch_bytes": 4 * self._scratch.stride(0),
+            "pause": pause_address(),
+            "thread_number": ctypes.cast(library.omp_get_thread_num, pointer).value or 0,
+            "thread_count": ctypes.cast(library.omp_get_num_threads, pointer).value or 0,
+        }
+
+    def constants(self, value: float) -> Tensor:
+        """Equal values, one for each channel."""
+        if value not in self._constants:
+            self._constants[value] = torch.full((_MOST_CHANNELS,), value)
+        return self._constants[value]
+
+    def together(self, inputs: int, outputs: int) -> int:
+        """How many tiles a thread transforms at once: whole products, and few enough for its cache."""
+        fitting = min(_TOGETHER, _SCRATCH // (4 * PLACES * (inputs + outputs)))
+        return max(1, fitting // self._compute.shape.tiles) * self._compute.shape.tiles
+
+    def run(self, program: Any) -> None:
+        sync = np.zeros(1 + 2 * len(program), np.int64)
+        values = {"program": program.ctypes.data, "steps": len(program), "sync": sync.ctypes.data, **self._given}
+        team = np.array([values[name] for name in TEAM], np.int64)
+        with self._busy:
+            self._parallel(self._team, team.ctypes.data, min(len(self._scratch), torch.get_num_threads()), 0)
+
+
+@functools.lru_cache(maxsize=1)
+def _machine() -> _Machine | None:
+    compute = kernel(TrainingEmitter)
+    try:
+        return None if compute is None else _Machine(compute)
+    except (OSError, AttributeError):
+        return None
+
+
+def _openmp() -> str:
+    """The library that PyTorch's threads come from; other packages may have brought another. Raises OSError."""
+    loaded = Path("/proc/self/maps").read_text().split()
+    found = {path for path in loaded if re.search(r"/lib(gomp|iomp5|omp)[.-][^/]*$", path)}
+    if not found:
+        raise OSError("no OpenMP")
+    return min(found, key=lambda path: ("/torch/" not in path, path))
+
+
+def _some_images(whole: Tensor) -> Iterator[slice]:
+    """Parts of the batch that aren't too large for the cache that the cores share."""
+    count = max(1, _SHARED // (4 * whole[0].numel()))
+    for first in range(0, len(whole), count):
+        yield slice(first, first + count)
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """Room for transformed weights."""
+    return torch.empty(PLACES * weight.shape[0] * weight.shape[1])
+
+
+def _plain(x: Tensor) -> Tensor:
+    """As the kernel reads it: in fp32, channels last, at an address of whole vectors."""
+    return _aligned(x.float().contiguous(memory_format=torch.channels_last))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x.clone() if x.data_ptr() % _ALIGNMENT else x
+
+
+def _like(x: Tensor, channels: int) -> Tensor:
+    """Room for a map of as many images and pixels."""
+    images, _, height, width = x.shape
+    return torch.empty((images, channels, height, width), memory_format=torch.channels_last)
+
+
+def _tiles(side: int) -> int:
+    return -(-side // TILE)

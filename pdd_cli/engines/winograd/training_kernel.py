@@ -1,0 +1,249 @@
+"""The kernel of Winograd's algorithm for training: convolutions, and their gradients by inputs and by weights.
+
+As `kernel.py`, but for PyTorch's tensors as they are (channels last, a batch of images, no border)
+and for weights that change with every step: they are transformed just before they are used, which keeps them in the
+cache. With the transforms of that module a convolution is y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A; what its transposition gives
+for the weights is dg = Gᵀ [(Bᵀ d B) ⊙ (A dy Aᵀ)] G, summed over all tiles. Source: Lavin and Gray, Fast Algorithms for
+Convolutional Neural Networks (2016), section 4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import ir
+
+from pdd_cli.engines.winograd.kernel import FLOAT, GAP, I64, PIECE, PLACES, TILE, VOID, Emitter, Shape, integer
+
+CHANNELS = 32  # inputs and outputs come in as many, or a multiple
+TRANSFORM, CONVOLVE, GATE, CORRELATE = range(4)
+"""What a row of the program does: weights, transformed, to `packed`; x with these to out, with bias, leaky ReLU and,
+where there is near, near + share * that; near to out, times `share` where x is negative; the gradient by the weights,
+from x and near, to out, or (`residuals`) added to it."""
+
+_POINTERS = ("x", "weight", "packed", "bias", "slope", "near", "out")
+_MAPS = ("x", "near", "out")
+_NUMBERS = (
+    "kind", "height", "width", "columns", "per_image", "tiles", "together", "inputs", "outputs", "residuals", "share",
+    *(f"{name}_{step}" for name in _MAPS for step in ("image", "row", "pixel")),
+    "tap_row", "tap_column", "tap_channel",
+)  # fmt: skip
+FIELDS = (*_POINTERS, *_NUMBERS)
+"""A row of the program, a 64-bit integer each: addresses; in pixels what is computed; tiles in a row, in an image and
+in all, and how many are transformed together; the bits of `share`; floats from a map's image, row and pixel to the
+next; floats from a tap of the weights to the one below, to its right, and to the next channel: that of the inputs where
+weights are read (their outputs are neighbours), that of the outputs where gradients are written."""
+
+TEAM = ("program", "steps", "sync", "scratch", "scratch_bytes", "pause", "thread_number", "thread_count")
+"""What `team` is given, a 64-bit integer each; the last three are addresses of functions."""
+
+
+class TrainingEmitter(Emitter):
+    """Writes that kernel."""
+
+    fields, pointers = FIELDS, _POINTERS
+
+    def __init__(self, shape: Shape, triple: str) -> None:
+        super().__init__(shape, triple)
+        zeros = ir.ArrayType(FLOAT, shape.lanes)
+        self.zeros = ir.GlobalVariable(self.module, zeros, "zeros")
+        self.zeros.initializer = ir.Constant(zeros, [0.0] * shape.lanes)
+        self.zeros.global_constant, self.zeros.linkage, self.zeros.align = True, "internal", 4 * shape.lanes
+
+    def emit(self) -> ir.Module:
+        """And `team`, by which OpenMP's threads run the program: each knows its number, and how many there are."""
+        super().emit()
+        signature = ir.FunctionType(VOID, [I64.as_pointer()])
+        team = ir.Function(self.module, signature, "team")
+        b = ir.IRBuilder(team.append_basic_block("entry"))
+        values = {name: b.load(b.gep(team.args[0], [integer(place)])) for place, name in enumerate(TEAM)}
+        asked = ir.FunctionType(ir.IntType(32), []).as_pointer()
+        thread, threads = (
+            b.sext(b.call(b.inttoptr(values[name], asked), []), I64) for name in ("thread_number", "thread_count")
+        )
+        scratch = b.add(values["scratch"], b.mul(thread, values["scratch_bytes"]))
+        b.call(
+            self.run,
+            [
+                b.inttoptr(values["program"], I64.as_pointer()), values["steps"],
+                b.inttoptr(values["sync"], I64.as_pointer()), b.inttoptr(scratch, FLOAT.as_pointer()), threads,
+                values["pause"],
+            ],
+        )  # fmt: skip
+        b.ret_void()
+        return self.module
+
+    def layer(self, layer: dict[str, Any], scratch: Any, taken: Any) -> None:
+        for kind, emit in (
+            (TRANSFORM, self.transform_weights), (CONVOLVE, self.convolve), (GATE, self.gate),
+            (CORRELATE, self.correlate),
+        ):  # fmt: skip
+            with self.b.if_then(self.b.icmp_signed("==", layer["kind"], integer(kind))):
+                emit(dict(layer), scratch, taken)
+
+    def convolve(self, layer: dict[str, Any], scratch: Any, taken: Any) -> None:
+        layer |= {"weight": layer["packed"], "stored": layer["outputs"]}
+        layer |= {name.replace("near", "far"): value for name, value in layer.items() if name.startswith("near")}
+        super().layer(layer, scratch, taken)
+
+    def transform_weights(self, layer: dict[str, Any], scratch: Any, taken: Any) -> None:
+        """To (place, outputs / group, inputs, group)."""
+        b, group, lanes = self.b, self.shape.group, self.shape.lanes
+        groups = b.udiv(layer["outputs"], integer(group))
+        to_next = self.times(layer["inputs"], layer["outputs"])
+        with self.shares(taken, self.times(groups, layer["inputs"]), integer(lanes)) as first:
+            number, channel = b.udiv(first, layer["inputs"]), b.urem(first, layer["inputs"])
+            with self.loop(integer(lanes)) as more:
+                source = self.sum(self.times(b.add(channel, more), layer["tap_channel"]), self.times(number, group))
+                target = self.at(layer["packed"], self.times(b.add(first, more), group))
+                self.transform_taps(
+                    self.at(layer["weight"], source), layer["tap_row"], layer["tap_column"], target, to_next
+                )
+
+    def gate(self, layer: dict[str, Any], scratch: Any, taken: Any) -> None:
+        b, zero = self.b, self.constant(0)
+        share = self.share(layer)
+        with self.shares(taken, layer["tiles"], integer(1)) as row:
+            image, row = b.udiv(row, layer["height"]), b.urem(row, layer["height"])
+            with self.loop(layer["width"]) as column, self.loop(layer["outputs"], self.shape.lanes) as channel:
+                x, near, out = (self.where(layer, name, channel, image, row, column) for name in _MAPS)
+                value = self.load(near)
+                self.store(b.select(b.fcmp_ordered("<", self.load(x), zero), b.fmul(value, share), value), out)
+
+    def correlate(self, layer: dict[str, Any], scratch: Any, taken: Any) -> None:
+        """The gradients of 32 x 32 pairs of channels at a time: their products at each place, summed over all tiles."""
+        b, shape, lanes = self.b, self.shape, self.shape.lanes
+        to_next = b.add(self.times(layer["together"], CHANNELS), integer(GAP))
+        xs, ys = scratch, self.at(scratch, self.times(to_next, PLACES))
+        sums = self.at(scratch, self.times(to_next, 2 * PLACES))
+        to_next_sum = CHANNELS * CHANNELS + GAP
+        blocks = b.udiv(layer["inputs"], integer(CHANNELS))
+        more = b.icmp_signed("!=", layer["residuals"], integer(0))
+        with self.shares(taken, self.times(blocks, b.udiv(layer["outputs"], integer(CHANNELS))), integer(1)) as item:
+            ins, outs = (self.times(divide(item, blocks), CHANNELS) for divide in (b.urem, b.udiv))
+            with self.loop(integer(PLACES * to_next_sum), lanes) as index:
+                self.store(self.constant(0), self.at(sums, index))
+            with self.loop(layer["tiles"], layer["together"]) as first:
+                there = self.least(b.sub(layer["tiles"], first), layer["together"])
+                with self.loop(integer(CHANNELS), lanes) as channel, self.loop(there) as tile:
+                    target = b.add(self.times(tile, CHANNELS), channel)
+                    for channels, read, transform, to in (
+                        (ins, self.piece, self._to_tile, xs), (outs, self.gradient, self._to_gradient, ys),
+                    ):  # fmt: skip
+                        piece = read(layer, b.add(channels, channel), b.add(first, tile))
+                        self.store_tile(self.both(transform, piece), self.at(to, target), to_next)
+                with self.loop(integer(PLACES)) as place:
+                    x, y = (self.at(some, self.times(place, to_next)) for some in (xs, ys))
+                    with (
+                        self.loop(integer(CHANNELS), shape.vectors * lanes) as channel,
+                        self.loop(integer(CHANNELS), shape.rows) as output,
+                    ):
+                        offset = self.sum(self.times(place, to_next_sum), self.times(output, CHANNELS), channel)
+                        self.add_products(self.at(x, channel), self.at(y, output), there, self.at(sums, offset))
+            with self.loop(integer(CHANNELS)) as output, self.loop(integer(CHANNELS), lanes) as channel:
+                total = self.at(sums, self.times(output, CHANNELS), channel)
+                columns = [
+                    [self.load(self.at(total, integer((i * PIECE + j) * to_next_sum))) for i in range(PIECE)]
+                    for j in range(PIECE)
+                ]
+                place = self.sum(self.times(b.add(outs, output), layer["tap_channel"]), ins, channel)
+                for i, values in enumerate(self.both(self._from_weight, columns)):
+                    for j, value in enumerate(values):
+                        tap = self.sum(place, self.times(layer["tap_row"], i), self.times(layer["tap_column"], j))
+                        target = self.at(layer["out"], tap)
+                        self.store(b.select(more, b.fadd(value, self.load(target)), value), target)
+
+    def add_products(self, x: Any, y: Any, tiles: Any, total: Any) -> None:
+        """total[output, channel] += y[tile, output] * x[tile, channel], for some outputs and vectors of channels."""
+        b, shape = self.b, self.shape
+        targets = [
+            self.at(total, integer(row * CHANNELS + v * shape.lanes))
+            for row in range(shape.rows)
+            for v in range(shape.vectors)
+        ]
+        begun = [self.load(target) for target in targets]
+        before, head, after = b.block, self.block("products"), self.block("summed")
+        b.branch(head)
+        b.position_at_end(head)
+        tile = b.phi(I64)
+        tile.add_incoming(integer(0), before)
+        sums = [b.phi(self.vector) for _ in targets]
+        here = self.times(tile, CHANNELS)
+        factors = [self.load(self.at(x, here, integer(v * shape.lanes))) for v in range(shape.vectors)]
+        found = []
+        for row in range(shape.rows):
+            value = self.spread(b.load(self.at(y, here, integer(row))))
+            for v, factor in enumerate(factors):
+                found.append(self.fma(value, factor, sums[row * shape.vectors + v]))
+        following = b.add(tile, integer(1))
+        tile.add_incoming(following, head)
+        for phi, value, start in zip(sums, found, begun, strict=True):
+            phi.add_incoming(start, before)
+            phi.add_incoming(value, head)
+        b.cbranch(b.icmp_signed("<", following, tiles), head, after)
+        b.position_at_end(after)
+        for value, target in zip(found, targets, strict=True):
+            self.store(value, target)
+
+    # Where pixels lie.
+
+    @contextmanager
+    def each(self, channels: Any, tiles: Any) -> Iterator[tuple[Any, Any]]:
+        with self.loop(tiles) as tile, self.loop(channels, self.shape.lanes) as channel:
+            yield channel, tile
+
+    def corner(self, layer: dict[str, Any], tile: Any) -> tuple[Any, Any]:
+        return super().corner(layer, self.b.urem(tile, layer["per_image"]))
+
+    def piece(self, layer: dict[str, Any], channel: Any, tile: Any) -> list[list[Any]]:
+        return self.read(layer, "x", channel, tile, range(-1, PIECE - 1))
+
+    def gradient(self, layer: dict[str, Any], channel: Any, tile: Any) -> list[list[Any]]:
+        return self.read(layer, "near", channel, tile, range(TILE))
+
+    def read(self, layer: dict[str, Any], name: str, channel: Any, tile: Any, pixels: range) -> list[list[Any]]:
+        """Columns of the pixels around a tile, zeros beyond the image."""
+        b = self.b
+        top, left = self.corner(layer, tile)
+        rows, columns = ([b.add(start, integer(i)) for i in pixels] for start in (top, left))
+        # As unsigned numbers those before the image are beyond it, too.
+        in_rows = [b.icmp_unsigned("<", row, layer["height"]) for row in rows]
+        in_columns = [b.icmp_unsigned("<", column, layer["width"]) for column in columns]
+        zeros = b.bitcast(self.zeros, FLOAT.as_pointer())
+        return [
+            [
+                self.load(b.select(b.and_(a, c), self.pixel(layer, name, channel, tile, row, column), zeros))
+                for row, a in zip(rows, in_rows, strict=True)
+            ]
+            for column, c in zip(columns, in_columns, strict=True)
+        ]
+
+    def pixel(self, layer: dict[str, Any], name: str, channel: Any, tile: Any, row: Any, column: Any) -> Any:
+        return self.where(layer, name, channel, self.b.udiv(tile, layer["per_image"]), row, column)
+
+    def where(self, layer: dict[str, Any], name: str, channel: Any, image: Any, row: Any, column: Any) -> Any:
+        steps = ((image, "image"), (row, "row"), (column, "pixel"))
+        return self.at(layer[name], channel, *(self.times(index, layer[f"{name}_{step}"]) for index, step in steps))
+
+    # What is done to them.
+
+    def _from_weight(self, m: Sequence[Any]) -> list[Any]:
+        """Gᵀ m."""
+        b, fma = self.b, self.fma
+        near, far = b.fadd(m[1], m[2]), b.fadd(m[3], m[4])
+        near_odd, far_odd = b.fsub(m[2], m[1]), b.fsub(m[3], m[4])
+        scaled = b.fmul(near, self.constant(-1 / 6))
+        return [
+            fma(m[0], 1 / 4, fma(far, 1 / 24, scaled)),
+            fma(far_odd, 1 / 12, b.fmul(near_odd, self.constant(1 / 6))),
+            fma(far, 1 / 6, b.fadd(scaled, m[5])),
+        ]
+
+    def _to_gradient(self, y: Sequence[Any]) -> list[Any]:
+        """A y."""
+        b, fma = self.b, self.fma
+        even, odd = b.fadd(y[0], y[2]), b.fadd(y[1], y[3])
+        double, other = fma(y[2], 4, y[0]), fma(y[3], 8, b.fadd(y[1], y[1]))
+        return [y[0], b.fadd(even, odd), b.fsub(even, odd), b.fadd(double, other), b.fsub(double, other), y[3]]

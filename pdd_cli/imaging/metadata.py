@@ -1,0 +1,317 @@
+"""What a file says beside its pixels: as one value, corrected for a new size, and as far as a format holds it."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pdd_cli.errors import InputError
+from pdd_cli.imaging import icc as profiles
+from pdd_cli.imaging import xmp as packets
+
+Size = tuple[int, int]
+
+EXIF_IFD, GPS_IFD = 0x8769, 0x8825
+ORIENTATION, USER_COMMENT = 0x0112, 0x9286
+
+# Tags of the image itself that stay true when the pixels change: who, when, with what, where.
+_KEPT = {0x010D, 0x010E, 0x010F, 0x0110, 0x011D, 0x011E, 0x011F, 0x0129, 0x0131, 0x0132, 0x013B, 0x013C, 0x0150, 0x4746}
+_KEPT |= {0x4749, 0x8298, 0x9C9B, 0x9C9C, 0x9C9D, 0x9C9E, 0x9C9F, 0xC614, 0xC615, 0xC62F}
+# How the pixels are stored, and what has a place of its own here: the resolution, XMP, IPTC, the profile, the Earth.
+_STRUCTURE = {*range(0x00FE, 0x010D), *range(0x0111, 0x011D), *range(0x0120, 0x0126), 0x0128, 0x012D, 0x013D, 0x013E}
+_STRUCTURE |= {0x013F, *range(0x0140, 0x0150), *range(0x0151, 0x015C), *range(0x0200, 0x0216), 0x02BC, 0x83BB, 0x8649}
+_STRUCTURE |= {0x8773, EXIF_IFD, GPS_IFD, 0xA005, 0x1000, 0x1001, 0x1002, 0xC4A5}
+_WIDTH, _HEIGHT, _INTEROPERABILITY, _AREA, _PLACE = 0xA002, 0xA003, 0xA005, 0x9214, 0xA214
+_FOCAL_PLANE = (0xA20E, 0xA20F)
+_X_RESOLUTION, _Y_RESOLUTION, _UNIT = 0x011A, 0x011B, 0x0128
+
+PIXEL_SCALE, TIE_POINTS, TRANSFORMATION, GEO_KEYS = 33550, 33922, 34264, 34735
+GEO_TAGS = (PIXEL_SCALE, TIE_POINTS, TRANSFORMATION, GEO_KEYS, 34736, 34737, 42113)
+_RASTER_TYPE, _POINT = 1025, 2
+
+_PQ, _HLG = 16, 18
+# Of the transfer characteristics of H.273 those that are a power of so much; None is the curve of sRGB. Pictures that
+# are marked with a camera's curve (1, 6) are shown with that of sRGB by all browsers.
+_GAMMAS: dict[int, float | None] = {1: None, 2: None, 4: 2.2, 5: 2.8, 6: None, 8: 1.0, 13: None, 14: None, 15: None}
+
+# What of it each format has a place for.
+_HOLDS = {
+    "PNG": {"icc", "exif", "xmp", "dpi", "iptc", "comment", "text", "colour", "cicp", "plays"},
+    "JPEG": {"icc", "exif", "xmp", "dpi", "iptc", "comment"},
+    "TIFF": {"icc", "exif", "xmp", "dpi", "iptc", "geo"},
+    "WEBP": {"icc", "exif", "xmp", "plays"},
+    "AVIF": {"icc", "exif", "xmp"},
+    "HEIF": {"icc", "exif", "xmp", "cicp"},
+    "JXL": {"exif", "xmp"},
+    "BMP": {"dpi"},
+}
+# What one segment of a JPEG holds.
+_MOST_JPEG = {"exif": 65_533, "xmp": 65_504, "iptc": 65_490, "comment": 65_533}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text of a PNG file; one with a `language`, which may be empty, is international."""
+
+    keyword: str
+    text: str
+    language: str | None = None
+    translated: str = ""
+
+
+@dataclass(frozen=True)
+class GeoTag:
+    """A tag of GeoTIFF: its code, its data type and values as in the file."""
+
+    code: int
+    type: int
+    values: tuple[float, ...] | str
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a file says beside the pixels.
+
+    `exif` begins with "Exif\\0\\0" and is without orientation, resolution and thumbnail, `dpi` is horizontal, vertical.
+    `iptc`: records of IPTC-IIM. `comment`: that of a JPEG. `text`: of a PNG. `colour`: gAMA, cHRM, sRGB of a PNG as
+    (chunk, content). `cicp`: primaries, transfer characteristics, matrix and full range of ITU-T H.273. `geo`: of a
+    GeoTIFF. `plays`: how often an animation is shown, 0: for ever. `software`: the program that makes the file, for
+    PNG's text of that name; other formats have it in `exif`. `lost`: names of what no output can have.
+    """
+
+    icc: bytes | None = None
+    exif: bytes | None = None
+    xmp: bytes | None = None
+    dpi: tuple[float, float] | None = None
+    iptc: bytes | None = None
+    comment: bytes | None = None
+    text: tuple[Text, ...] = ()
+    colour: tuple[tuple[bytes, bytes], ...] = ()
+    cicp: tuple[int, int, int, int] | None = None
+    geo: tuple[GeoTag, ...] = ()
+    plays: int = 0
+    software: str | None = None
+    lost: tuple[str, ...] = ()
+
+    @property
+    def stripped(self) -> Metadata:
+        """What is needed to show the pixels as they are meant: their colour space, and how often they are played."""
+        return Metadata(icc=self.icc, colour=self.colour, cicp=self.cicp, plays=self.plays)
+
+    def resized(self, before: Size, after: Size) -> Metadata:
+        """What is true of the image of the (width, height) `after`."""
+        if before == after:
+            return self
+        factors = (after[0] / before[0], after[1] / before[1])
+        return replace(
+            self,
+            exif=self.exif and _resized_exif(self.exif, after, factors),
+            xmp=self.xmp and packets.resized(self.xmp, after, factors),
+            geo=_resized_geo(self.geo, factors),
+        )
+
+    def held_by(self, format: str, *, gray: bool, animated: bool = False) -> tuple[Metadata, tuple[str, ...]]:
+        """What a file of `format` holds of it, and the names of the rest.
+
+        A colour space that the format can only have as a profile becomes one. Raises InputError for HDR where the
+        format can't say so.
+        """
+        holds = _HOLDS[format]
+        kept, left = self, list(self.lost)
+        if "cicp" not in holds and self.cicp is not None:
+            kept = replace(kept, icc=kept.icc or _profile_of_cicp(self.cicp, format), cicp=None)
+        if "colour" not in holds and self.colour:
+            kept = replace(kept, icc=kept.icc or _profile_of_chunks(self.colour, gray=gray), colour=())
+        if "text" not in holds and self.text:
+            kept, rest = _with_parameters(kept, "exif" in holds)
+            left += [f"PNG text ({', '.join(dict.fromkeys(text.keyword for text in rest))})"] if rest else []
+        if self.comment and "comment" not in holds:
+            left.append("JPEG comment")
+        if self.iptc and "iptc" not in holds:
+            left.append("IPTC")
+        if self.geo and "geo" not in holds:
+            left.append("GeoTIFF tags")
+        if self.dpi and "dpi" not in holds and "exif" in holds:
+            kept = replace(kept, exif=_with_resolution(kept.exif, self.dpi))
+        left += [name.upper() for name in ("exif", "xmp") if getattr(kept, name) and name not in holds]
+        if animated and self.plays and "plays" not in holds:
+            left.append(f"that it is shown {self.plays} times only")
+        most = _MOST_JPEG if format == "JPEG" else {}
+        large = {name for name, size in most.items() if len(getattr(kept, name) or b"") > size}
+        left += [f"{name.upper()} (larger than a JPEG holds)" for name in sorted(large & holds)]
+        holds = holds - large
+        kept = replace(
+            kept,
+            exif=kept.exif if "exif" in holds else None,
+            xmp=kept.xmp if "xmp" in holds else None,
+            dpi=kept.dpi if "dpi" in holds else None,
+            iptc=kept.iptc if "iptc" in holds else None,
+            comment=kept.comment if "comment" in holds else None,
+            text=kept.text if "text" in holds else (),
+            geo=kept.geo if "geo" in holds else (),
+        )
+        return kept, tuple(dict.fromkeys(left))
+
+
+# --- EXIF -------------------------------------------------------------------------------------------------------
+
+
+def kept_exif(exif: Image.Exif, size: Size) -> tuple[bytes | None, tuple[str, ...]]:
+    """The tags that stay true for the upright image of `size`, and names of lost ones."""
+    kept, lost = Image.Exif(), []
+    turned = exif.get(ORIENTATION, 1) != 1
+    for tag in exif:
+        if tag in _KEPT and not (tag == 0x010E and _is_of_a_program(exif[tag])):
+            kept[tag] = exif[tag]
+        elif tag in _KEPT:
+            lost.append("the ImageDescription of a program")
+        elif tag not in _STRUCTURE and tag not in GEO_TAGS:
+            lost.append(f"TIFF tag {tag}")
+    for ifd in (EXIF_IFD, GPS_IFD):
+        values = {tag: value for tag, value in exif.get_ifd(ifd).items() if tag != _INTEROPERABILITY}
+        if ifd == EXIF_IFD and turned:
+            lost += ["subject area"] if {_AREA, _PLACE} & values.keys() else []
+            values = {tag: value for tag, value in values.items() if tag not in (_AREA, _PLACE)}
+        values |= {tag: side for tag, side in zip((_WIDTH, _HEIGHT), size, strict=True) if tag in values}
+        if values:
+            kept[ifd] = values
+    if not len(kept):
+        return None, tuple(lost)
+    return kept.tobytes(), tuple(lost)
+
+
+def _is_of_a_program(description: object) -> bool:
+    """Whether it is for a program, with sizes in it: tifffile's shape, OME-XML."""
+    text = str(description).lstrip()
+    return text.startswith('{"shape"') or (text.startswith("<?xml") and "<OME" in text)
+
+
+def load_exif(exif: bytes | None) -> Image.Exif:
+    """The tags of `exif`."""
+    tags = Image.Exif()
+    if exif:
+        tags.load(exif)
+        for ifd in (EXIF_IFD, GPS_IFD):
+            values = tags.get_ifd(ifd)
+            if values:
+                tags[ifd] = dict(values)
+    return tags
+
+
+def _resized_exif(exif: bytes, size: Size, factors: tuple[float, float]) -> bytes:
+    tags = load_exif(exif)
+    values = dict(tags.get_ifd(EXIF_IFD))
+    if values:
+        for tag, side in ((_WIDTH, size[0]), (_HEIGHT, size[1])):
+            if tag in values:
+                values[tag] = side
+        for tag, factor in zip(_FOCAL_PLANE, factors, strict=True):
+            if tag in values:
+                values[tag] = float(values[tag]) * factor
+        for tag in (_AREA, _PLACE):
+            if tag in values:
+                # x, y and, of an area, a diameter, or a width and a height.
+                values[tag] = tuple(
+                    min(65535, round(value * factors[index % 2])) for index, value in enumerate(values[tag])
+                )
+        tags[EXIF_IFD] = values
+    return bytes(tags.tobytes())
+
+
+def _with_resolution(exif: bytes | None, dpi: tuple[float, float]) -> bytes:
+    tags = load_exif(exif)
+    tags[_X_RESOLUTION], tags[_Y_RESOLUTION], tags[_UNIT] = dpi[0], dpi[1], 2
+    return bytes(tags.tobytes())
+
+
+def _with_parameters(metadata: Metadata, has_exif: bool) -> tuple[Metadata, list[Text]]:
+    """The `parameters` of Stable Diffusion where its programs read them in other formats; and the other texts."""
+    tags = load_exif(metadata.exif)
+    values = dict(tags.get_ifd(EXIF_IFD))
+    found = next((text for text in metadata.text if text.keyword == "parameters"), None)
+    if not has_exif or found is None or USER_COMMENT in values:
+        return metadata, list(metadata.text)
+    values[USER_COMMENT] = b"UNICODE\0" + found.text.encode("utf-16-be")
+    tags[EXIF_IFD] = values
+    return replace(metadata, exif=bytes(tags.tobytes())), [text for text in metadata.text if text != found]
+
+
+# --- colours ----------------------------------------------------------------------------------------------------
+
+
+def _profile_of_cicp(cicp: tuple[int, int, int, int], format: str) -> bytes | None:
+    primaries, transfer = cicp[:2]
+    if transfer in (_PQ, _HLG):
+        raise InputError(
+            f"its colours are HDR ({'PQ' if transfer == _PQ else 'HLG'}), which pdd can't write to {format}",
+            "Use --format png or heic.",
+        )
+    points = profiles.PRIMARIES.get(1 if primaries == 2 else primaries)
+    if points is None or transfer not in _GAMMAS:
+        raise InputError(
+            f"its colours (primaries {primaries}, transfer {transfer} of H.273) can't be written to {format}",
+            "Use --format png or heic.",
+        )
+    if points == profiles.SRGB_PRIMARIES and _GAMMAS[transfer] is None:
+        return None
+    return profiles.profile(points, _GAMMAS[transfer], gray=False)
+
+
+def _profile_of_chunks(chunks: Iterable[tuple[bytes, bytes]], *, gray: bool) -> bytes | None:
+    """A profile for gAMA and cHRM; None for what means sRGB."""
+    found = dict(chunks)
+    if b"sRGB" in found:
+        return None
+    gamma, points = None, profiles.SRGB_PRIMARIES
+    if b"gAMA" in found:
+        (value,) = struct.unpack(">I", found[b"gAMA"])
+        gamma = None if abs(value - 45455) < 100 else 100_000 / value
+    if b"cHRM" in found:
+        given = tuple(value / 100_000 for value in struct.unpack(">8I", found[b"cHRM"]))
+        if not np.allclose(given, profiles.SRGB_PRIMARIES, atol=0.002):
+            points = given
+    if gamma is None and (points == profiles.SRGB_PRIMARIES or gray):
+        return None
+    # Other primaries with the usual value mean a power, not the curve of sRGB.
+    if gamma is None and b"gAMA" in found:
+        gamma = 2.2
+    return profiles.profile(points, gamma, gray=gray)
+
+
+# --- the Earth --------------------------------------------------------------------------------------------------
+
+
+def _resized_geo(tags: tuple[GeoTag, ...], factors: tuple[float, float]) -> tuple[GeoTag, ...]:
+    """Pixels are smaller by `factors`; where places are those of their centres, the first one's moves, too."""
+    fx, fy = factors
+    centre = 0.5 if _is_of_centres(tags) else 0.0
+
+    def corrected(tag: GeoTag) -> GeoTag:
+        values: Any = tag.values
+        if tag.code == PIXEL_SCALE:
+            return replace(tag, values=(values[0] / fx, values[1] / fy, *values[2:]))
+        if tag.code == TIE_POINTS:
+            points = list(values)
+            points[0::6] = [(x + centre) * fx - centre for x in points[0::6]]
+            points[1::6] = [(y + centre) * fy - centre for y in points[1::6]]
+            return replace(tag, values=tuple(points))
+        if tag.code == TRANSFORMATION:
+            matrix = np.array(values, float).reshape(4, 4)
+            # Old pixel = (new + centre) / factor - centre.
+            step = np.eye(4)
+            step[0, 0], step[1, 1] = 1 / fx, 1 / fy
+            step[0, 3], step[1, 3] = centre / fx - centre, centre / fy - centre
+            return replace(tag, values=tuple(float(value) for value in (matrix @ step).ravel()))
+        return tag
+
+    return tuple(corrected(tag) for tag in tags)
+
+
+def _is_of_centres(tags: tuple[GeoTag, ...]) -> bool:
+    keys = next((tag.values for tag in tags if tag.code == GEO_KEYS), ())
+    return any(keys[at] == _RASTER_TYPE and keys[at + 3] == _POINT for at in range(4, len(keys) - 3, 4))

@@ -1,0 +1,284 @@
+"""That a file was upscaled by pdd: written into each output, and read back, so that pdd knows its own files.
+
+An output says it in EXIF or TIFF `Software` and in XMP (digital source type, history, and properties of pdd's own);
+what has neither, BMP, in a line of text behind its pixels. The seal in it is the SHA-256 of the file without the seal:
+a file that another program has changed since is no longer pdd's, whatever metadata it has kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import struct
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+from xml.dom import minidom
+from xml.parsers.expat import ExpatError
+from xml.sax.saxutils import escape, quoteattr
+
+from PIL import Image
+
+from pdd_cli import __version__
+from pdd_cli.imaging.xmp import serialised
+
+SOFTWARE = f"pdd {__version__}"
+
+_SEAL = b"pdd-seal-"
+_DIGITS = 64
+_UNSEALED = "0" * _DIGITS
+_BLOCK = 1 << 20
+# The source's digest stands this close to the seal, also when another program has written the XMP anew.
+_AROUND = 600
+_SOURCE = re.compile(rb"(?:SourceSHA256(?:=[\"']|>)|source sha256 )([0-9a-f]{64})")
+_SOFTWARE_TAG = 0x0131
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+_RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
+_NAMESPACES = {
+    "rdf": _RDF,
+    "xmp": "http://ns.adobe.com/xap/1.0/",
+    "xmpMM": "http://ns.adobe.com/xap/1.0/mm/",
+    "stEvt": "http://ns.adobe.com/xap/1.0/sType/ResourceEvent#",
+    "Iptc4xmpExt": "http://iptc.org/std/Iptc4xmpExt/2008-02-29/",
+    "pdd": "urn:pdd-cli:provenance",
+}
+_EMPTY_XMP = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+    f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="{_RDF}"/></x:xmpmeta><?xpacket end="w"?>'
+)
+_SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+# An image that a generator made stays one.
+_GENERATED = ("rainedAlgorithmicMedia", "algorithmicMedia", "compositeSynthetic", "virtualRecording", "dataDriven")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How an output was made: with the weights `model`, whose file has this `sha256`, and the settings `how`.
+
+    `source_sha256`: of the input file.
+    """
+
+    model: str
+    sha256: str
+    how: str = ""
+    source_sha256: str = ""
+
+    def __str__(self) -> str:
+        how = f", {self.how}" if self.how else ""
+        return f"{SOFTWARE}: upscaled with {self.model}{how} (weights sha256 {self.sha256})"
+
+
+def sealed_text(made: Provenance) -> str:
+    """One line for a file or container that holds plain text; `seal` the file when it is whole."""
+    return f"{made}; source sha256 {made.source_sha256}; {_SEAL.decode()}{_UNSEALED}"
+
+
+def stamped_exif(exif: bytes | None, made: Provenance) -> tuple[bytes, str | None]:
+    """`exif`, which begins with "Exif\\0\\0", with pdd as its Software, and the Software that it had before."""
+    tags = Image.Exif()
+    if exif:
+        tags.load(exif)
+    before = tags.get(_SOFTWARE_TAG)
+    tags[_SOFTWARE_TAG] = str(made)
+    return tags.tobytes(), before.strip("\0 ") if isinstance(before, str) else None
+
+
+def stamped_xmp(xmp: bytes | None, made: Provenance, software: str | None) -> bytes | None:
+    """`xmp` with how the image was made; all else in it is kept. What isn't XMP comes back as it is.
+
+    `software`: the program that EXIF named until now, which moves into the history.
+    """
+    try:
+        document = minidom.parseString(xmp.rstrip(b"\0 \r\n") if xmp else _EMPTY_XMP.encode())
+        root = document.getElementsByTagNameNS(_RDF, "RDF")[0]
+    except (ExpatError, IndexError, ValueError):
+        return xmp
+    known = document.toxml()
+    for prefix, space in _NAMESPACES.items():
+        if root.getAttribute(f"xmlns:{prefix}") not in ("", space):
+            return xmp
+        root.setAttribute(f"xmlns:{prefix}", space)
+    before = _take(root, "Iptc4xmpExt", "DigitalSourceType")
+    for element in root.getElementsByTagNameNS(_RDF, "Description"):
+        for name in [name for uri, name in element.attributes.keysNS() if uri == _NAMESPACES["pdd"]]:
+            element.removeAttributeNS(_NAMESPACES["pdd"], name)
+    source_type = before if any(kind in before for kind in _GENERATED) else f"{_SOURCE_TYPES}algorithmicallyEnhanced"
+    attributes = {
+        "Iptc4xmpExt:DigitalSourceType": source_type,
+        "pdd:Version": __version__,
+        "pdd:Model": made.model,
+        "pdd:ModelSHA256": made.sha256,
+        "pdd:Settings": made.how,
+        "pdd:SourceSHA256": made.source_sha256,
+        "pdd:Seal": f"{_SEAL.decode()}{_UNSEALED}",
+    }
+    if software and "CreatorTool" not in known:
+        attributes["xmp:CreatorTool"] = software
+    events = [("edited", SOFTWARE, str(made))]
+    if software and not software.startswith("pdd ") and software not in known:
+        events.insert(0, ("saved", software, ""))
+    entries = "".join(_event(*event) for event in events)
+    histories = root.getElementsByTagNameNS(_NAMESPACES["xmpMM"], "History")
+    sequences = [found for history in histories for found in history.getElementsByTagNameNS(_RDF, "Seq")]
+    if sequences:
+        _append(sequences[0], entries)
+        entries = ""
+    history = entries and f"<xmpMM:History><rdf:Seq>{entries}</rdf:Seq></xmpMM:History>"
+    text = " ".join(f"{key}={quoteattr(_plain(value))}" for key, value in attributes.items())
+    _append(root, f'<rdf:Description rdf:about="" {text}>{history}</rdf:Description>')
+    return serialised(document)
+
+
+def append_to_bmp(path: Path, made: Provenance) -> None:
+    """Put the line behind the pixels of a BMP, whose header says how long the file is."""
+    with path.open("rb+") as file:
+        file.seek(0, io.SEEK_END)
+        file.write(b"\0" + sealed_text(made).encode(errors="replace") + b"\0")
+        size = file.tell()
+        file.seek(2)
+        file.write(struct.pack("<I", size))
+
+
+def seal(path: Path) -> None:
+    """Put the SHA-256 of the file in the place that was left for it; a file without one stays as it is."""
+    with path.open("rb+") as file:
+        for at in _places(file):
+            file.seek(at)
+            if file.read(_DIGITS) != _UNSEALED.encode():
+                continue  # of the input, in what was kept of it
+            chunk = _png_chunk(file, at)
+            digest = _digest(file, at, chunk)
+            file.seek(at)
+            file.write(digest)
+            if chunk is not None:
+                start, end = chunk
+                file.seek(start)
+                crc = zlib.crc32(file.read(end - start))
+                file.write(struct.pack(">I", crc))
+            return
+
+
+def made_by_pdd(path: Path) -> bool:
+    """Whether pdd made the image or video at `path`, and nothing has changed the file since.
+
+    Of a file without provenance (--strip-metadata) only a manifest knows. False for what can't be read.
+    """
+    try:
+        with path.open("rb") as file:
+            for at in _places(file):
+                file.seek(at)
+                if file.read(_DIGITS) == _digest(file, at, _png_chunk(file, at)):
+                    return True
+    except OSError:
+        pass
+    return False
+
+
+def source_of(path: Path) -> str | None:
+    """The SHA-256 of the input that the file at `path` was upscaled from, as far as it says so."""
+    try:
+        with path.open("rb") as file:
+            for at in _places(file):
+                file.seek(max(0, at - _AROUND))
+                found = _SOURCE.search(file.read(2 * _AROUND))
+                if found:
+                    return found[1].decode()
+    except OSError:
+        pass
+    return None
+
+
+# --- XMP --------------------------------------------------------------------------------------------------------
+
+
+def _take(root: minidom.Element, prefix: str, name: str) -> str:
+    """Remove a property wherever it is, and return its value, "" where it isn't."""
+    space, value = _NAMESPACES[prefix], ""
+    for element in root.getElementsByTagNameNS(_RDF, "Description"):
+        value = element.getAttributeNS(space, name) or value
+        if element.hasAttributeNS(space, name):
+            element.removeAttributeNS(space, name)
+    for element in root.getElementsByTagNameNS(space, name):
+        value = "".join(node.data for node in element.childNodes if node.nodeType == node.TEXT_NODE) or value
+        value = element.getAttributeNS(_RDF, "resource") or value
+        if element.parentNode is not None:
+            element.parentNode.removeChild(element)
+    return value
+
+
+def _event(action: str, agent: str, parameters: str) -> str:
+    """An entry of the history; in elements, for ImageMagick 6 can't read several attributes of one."""
+    values = {"action": action, "softwareAgent": agent, "parameters": parameters}
+    content = "".join(f"<stEvt:{key}>{escape(_plain(text))}</stEvt:{key}>" for key, text in values.items() if text)
+    return f'<rdf:li rdf:parseType="Resource">{content}</rdf:li>'
+
+
+def _append(parent: minidom.Element, text: str) -> None:
+    """Put the elements of `text` at the end of `parent`, where the namespaces are declared already."""
+    declared = " ".join(f'xmlns:{prefix}="{space}"' for prefix, space in _NAMESPACES.items())
+    wrapper = minidom.parseString(f"<all {declared}>{text}</all>".encode()).documentElement
+    assert wrapper is not None
+    for element in list(wrapper.childNodes):
+        parent.appendChild(element)
+
+
+def _plain(text: str) -> str:
+    """`text` without what XML can't hold."""
+    return re.sub(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
+
+
+# --- the seal ---------------------------------------------------------------------------------------------------
+
+
+def _places(file: BinaryIO) -> list[int]:
+    """Where in the file digests begin."""
+    found, offset, held = [], 0, b""
+    file.seek(0)
+    while block := file.read(_BLOCK):
+        held += block
+        at = held.find(_SEAL)
+        while at >= 0:
+            found.append(offset + at + len(_SEAL))
+            at = held.find(_SEAL, at + 1)
+        keep = len(_SEAL) - 1
+        offset, held = offset + len(held) - min(keep, len(held)), held[-keep:]
+    return found
+
+
+def _digest(file: BinaryIO, at: int, chunk: tuple[int, int] | None) -> bytes:
+    """SHA-256 in hexadecimal digits of the file without the ones at `at` and the checksum of their PNG chunk."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    for start, end in [(at, at + _DIGITS), *([(chunk[1], chunk[1] + 4)] if chunk else [])]:
+        for block in _blocks(file, start - file.tell()):
+            digest.update(block)
+        file.seek(end)
+    for block in _blocks(file, sys.maxsize):
+        digest.update(block)
+    return digest.hexdigest().encode()
+
+
+def _blocks(file: BinaryIO, count: int) -> Iterator[bytes]:
+    """The next `count` bytes, or fewer at the end of the file."""
+    while count > 0 and (block := file.read(min(count, _BLOCK))):
+        yield block
+        count -= len(block)
+
+
+def _png_chunk(file: BinaryIO, at: int) -> tuple[int, int] | None:
+    """Where the checksummed part of the chunk around `at` begins and its checksum lies; None in other formats."""
+    file.seek(0)
+    if file.read(len(_PNG)) != _PNG:
+        return None
+    while len(head := file.read(8)) == 8:
+        start = file.tell() - 4
+        end = start + 4 + int.from_bytes(head[:4], "big")
+        if start <= at < end:
+            return start, end
+        file.seek(end + 4)
+    return None

@@ -1,0 +1,329 @@
+"""A run as one HTML page: the verdict, curves, pictures of the base and of what became of it, settings, events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from pdd_cli import __version__
+from pdd_cli.data.datasets import RGB
+from pdd_cli.reporting.html import GALLERY, apart, card, figure, lr_views, number, page, scroll, short, view
+
+_LOSSES = ("pixel", "perceptual", "adversarial", "inter", "intra", "consistency", "feature_distance")
+_POINTS = 150  # of a curve
+_MARKED = 60  # points of a curve that are also dots, which tell their value
+_TRUTH = {"psnr": "PSNR (dB), higher is better", "ssim": "SSIM, higher is better",
+          "distance": "feature distance, lower is better"}  # fmt: skip
+
+Series = Sequence[tuple[float, float]]  # (step, value)
+Line = Mapping[str, Any]  # of log.jsonl or judgements.jsonl
+
+
+@dataclass(frozen=True, eq=False)
+class Shot:
+    """One image: LR (h, w, 3), and as the base and the adapted weights upscale it; HR where it is known."""
+
+    name: str
+    group: str
+    lr: RGB
+    base: RGB
+    adapted: RGB
+    hr: RGB | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RunReport:
+    """What the page tells. `verdict` is the document verdict.json; None: the run is not at its end."""
+
+    name: str
+    steps: int  # done
+    most_steps: int
+    facts: Mapping[str, str]
+    settings: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    log: Sequence[Line]
+    judgements: Sequence[Line]
+    base: Mapping[str, Any]  # what was found of the base
+    verdict: Mapping[str, Any] | None
+    truth: str  # in words
+    shots: Sequence[Shot]
+
+
+def as_page(report: RunReport) -> str:
+    """The page; everything is in it."""
+    cards = [_card(shot, _label(report)) for shot in report.shots]
+    return page(
+        f"{report.name}: {_outcome(report)}",
+        "\n".join(
+            [
+                _summary(report),
+                _strengths(report),
+                *(["<h2>Look at them</h2>", GALLERY] if cards else ['<div id="gallery"></div>']),
+                "<h2>Curves</h2>",
+                f'<div class="plots">{"".join(_plots(report))}</div>',
+                _events(report.log),
+                "<h2>Judgements</h2>",
+                scroll("Judgements", f'<table id="all">{_judgements(report.judgements)}</table>'),
+                "<h2>Settings</h2>",
+                '<p class="note">Bold: not the default.</p>',
+                scroll("Settings", f'<table id="settings">{_settings(report)}</table>'),
+                f"<footer><p>{_about(report)}</p></footer>",
+            ]
+        ),
+        cards,
+    )
+
+
+# --- text and tables --------------------------------------------------------------------------------------------
+
+
+def _outcome(report: RunReport) -> str:
+    if report.verdict is None:
+        return f"stopped after step {report.steps} of {report.most_steps}"
+    return {True: "keep", False: "reject", None: "not judged"}[report.verdict["keep"]]
+
+
+def _summary(report: RunReport) -> str:
+    if report.verdict is None:
+        lines = [
+            f"Not finished: stopped after step {report.steps} of {report.most_steps}. "
+            "The same command with --resume goes on."
+        ]
+    else:
+        lines = [f"{_outcome(report).capitalize()}: {report.verdict['reason']}."]
+    if report.truth:
+        lines.append(f"{report.truth[0].upper()}{report.truth[1:]}.")
+    told = "".join(f'<p class="verdict">{escape(line)}</p>' for line in lines)
+    if report.verdict is None:
+        return told
+    if report.verdict["keep"] is not False:
+        strength = report.verdict["strength"]
+        more = f" --strength {strength:g}" if strength < 1 else ""
+        told += f"<p>Use it: <code>pdd upscale IN OUT --weights {escape(report.name)}{more}</code></p>"
+    else:
+        told += "<p>Look at the pictures before you use it. More images of one look, or --hr-dir, may help.</p>"
+    if report.steps < report.most_steps:
+        told += (
+            f"<p>Stopped early after step {report.steps} of {report.most_steps}: the judgements found nothing better "
+            "any more.</p>"
+        )
+    return told
+
+
+def _strengths(report: RunReport) -> str:
+    """The base and the chosen weights at each strength, a row each."""
+    if report.verdict is None:
+        return ""
+    rows = [("base", {"score": 0.0, **report.verdict["base"]})]
+    rows += [(f"strength {found['strength']:g}", found) for found in report.verdict["adapted"]]
+    columns = _columns(found for _, found in rows)
+    chosen = f"strength {report.verdict['strength']:g}"
+    body = "".join(
+        f'<tr><th scope="row">{f"<b>{name}</b>" if name == chosen else name}</th>'
+        + "".join(f"<td>{number(_value(found, key))}</td>" for key in columns)
+        + "</tr>"
+        for name, found in rows
+    )
+    head = "".join(f'<th scope="col">{title}</th>' for title in columns.values())
+    table = f'<table id="means"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
+    note = (
+        '<p class="note">Means over the held-out images: faithfulness to the LR (dB), colour drift (ΔE), fine detail '
+        "(8-bit levels); together they make the score, in dB over the base.</p>"
+    )
+    return scroll("By strength", table) + note
+
+
+def _judgements(lines: Sequence[Line]) -> str:
+    columns = _columns(lines)
+    titles = ("step", "weights", *columns.values())
+    head = "".join(f'<th scope="col"><button type="button">{title}</button></th>' for title in titles)
+    rows = "".join(
+        f'<tr><th scope="row" data-value="{line["step"]}">{line["step"]}</th>'
+        f'<td data-value="{len(line["which"])}">{_weights(line["which"])}</td>'
+        + "".join(
+            "<td>–</td>" if (value := _value(line, key)) is None else f'<td data-value="{value!r}">{number(value)}</td>'
+            for key in columns
+        )
+        + "</tr>"
+        for line in lines
+    )
+    return f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
+
+
+def _columns(lines: Iterable[Line]) -> dict[str, str]:
+    """Key → title of what the lines tell."""
+    columns = {"score": "score", "consistency": "faithfulness", "drift": "colour drift"}
+    columns |= {"texture": "fine detail", "grain": "grain"}
+    if any("truth" in line for line in lines):
+        columns |= {"psnr": "PSNR", "ssim": "SSIM", "distance": "feature distance"}
+    return columns
+
+
+def _value(line: Line, key: str) -> float | None:
+    value = line.get("truth", {}).get(key) if key in _TRUTH else line.get(key)
+    return None if value is None else float(value)
+
+
+def _weights(which: str) -> str:
+    return {"ema": "moving average"}.get(which, which)
+
+
+def _events(log: Sequence[Line]) -> str:
+    events = [line["event"] for line in log if line.get("event")]
+    if not events:
+        return ""
+    return f"<h2>Events</h2><ul>{''.join(f'<li>{escape(event)}</li>' for event in events)}</ul>"
+
+
+def _settings(report: RunReport) -> str:
+    settings, defaults = _flat(report.settings), _flat(report.defaults)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(key)}</th><td>{_shown(value, changed=defaults.get(key) != value)}</td></tr>'
+        for key, value in settings.items()
+    )
+    return f'<thead><tr><th scope="col">key</th><th scope="col">value</th></tr></thead><tbody>{rows}</tbody>'
+
+
+def _shown(value: object, *, changed: bool) -> str:
+    listed = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = escape({"None": "–", "False": "off", "True": "on"}.get(listed, listed))
+    return f"<b>{text}</b>" if changed else text
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+    return flat
+
+
+def _about(report: RunReport) -> str:
+    minutes = sum(line["seconds"] for line in report.log) / 60
+    facts = "; ".join(f"{key}: {value}" for key, value in report.facts.items())
+    return escape(
+        f"pdd {__version__}. {facts}. {report.steps} steps in {minutes:.1f} minutes. Pictures are compressed."
+    )
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------
+
+
+def _label(report: RunReport) -> str:
+    if report.verdict is None or not report.verdict["keep"]:
+        return "adapted"
+    return f"adapted, strength {report.verdict['strength']:g}"
+
+
+def _card(shot: Shot, label: str) -> dict[str, Any]:
+    size = (shot.base.shape[1], shot.base.shape[0])
+    views = [*lr_views(shot.lr, size), view("base", shot.base), view(label, shot.adapted)]
+    if shot.hr is not None:
+        views.append(view("HR", shot.hr))
+    return card(shot.name, views, size, main=label, group=shot.group)
+
+
+# --- curves -----------------------------------------------------------------------------------------------------
+
+
+def _plots(report: RunReport) -> list[str]:
+    """Scores, true scores, losses, rate; what was never measured has no plot."""
+    log = list({line["step"]: line for line in report.log}.values())  # of steps done again, the last
+    plots = []
+    if report.judgements:
+        plots.append(
+            _plot("score of the judgements (dB over the base, which is 0)", _by_weights(report, "score"), level=0)
+        )
+    for key, title in _TRUTH.items():
+        if (base := _value(report.base, key)) is not None:
+            plots.append(_plot(f"ground truth: {title}; the base dashed", _by_weights(report, key), level=base))
+    for name in _LOSSES:
+        if values := _of_log(log, name):
+            plots.append(_plot(f"loss: {name}", {"each step": _binned(values), "smoothed": _binned(_smoothed(values))}))
+    both = {kind: _of_log(log, f"discriminator_{kind}") for kind in ("real", "fake")}
+    if log:
+        plots.append(_plot("loss: discriminator, on HR and on SR",
+                           {kind: _binned(_smoothed(values)) for kind, values in both.items()}))  # fmt: skip
+        plots.append(_plot("learning rate", {"": _of_log(log, "learning_rate")}, level=0))
+    return plots
+
+
+def _by_weights(report: RunReport, key: str) -> dict[str, Series]:
+    series: dict[str, list[tuple[float, float]]] = {}
+    for line in report.judgements:
+        if (value := _value(line, key)) is not None:
+            series.setdefault(_weights(line["which"]), []).append((line["step"], value))
+    return dict(series)
+
+
+def _of_log(log: Sequence[Line], key: str) -> Series:
+    return [(line["step"], line[key]) for line in log if key in line and np.isfinite(line[key])]
+
+
+def _smoothed(values: Series) -> Series:
+    """The mean over the last steps, a tenth of them all."""
+    span = max(4, len(values) // 10)
+    sums = np.concatenate([[0.0], np.cumsum([value for _, value in values])])
+    smoothed = []
+    for index, (step, _) in enumerate(values, 1):
+        start = max(0, index - span)
+        smoothed.append((step, float(sums[index] - sums[start]) / (index - start)))
+    return smoothed
+
+
+def _binned(values: Series) -> Series:
+    """No more points than a plot can show: means of equal parts."""
+    if len(values) <= _POINTS:
+        return values
+    parts = np.array_split(np.array(values), _POINTS)
+    return [(float(part[:, 0].mean()), float(part[:, 1].mean())) for part in parts]
+
+
+def _plot(label: str, series: Mapping[str, Series], *, level: float | None = None) -> str:
+    """Lines over the steps; `level`, what they are compared with, is dashed; a series "each step" is drawn faintly."""
+    width, height, left, right, top, bottom = 340, 190, 52, 8, 24, 24
+    points = [point for line in series.values() for point in line]
+    if not points:
+        return ""
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    values += [] if level is None else [level]
+    low, high = min(values), max(values)
+    first, last = min(steps), max(steps)
+
+    def at(step: float, value: float) -> tuple[float, float]:
+        across = (step - first) / ((last - first) or 1)
+        up = (value - low) / (high - low) if high > low else 0.5
+        return left + across * (width - left - right), height - bottom - up * (height - top - bottom)
+
+    drawn: list[str] = []
+    legend: list[str] = []
+    for index, (name, line) in enumerate(series.items()):
+        kind = "set3 faint" if name == "each step" else f"set{index % 4}"
+        path = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in line)
+        drawn.append(f'<polyline class="line {kind}" points="{path}"/>')
+        if level is not None and len(line) <= _MARKED:
+            drawn += [
+                f'<circle class="dot {kind}" cx="{at(*point)[0]:.1f}" cy="{at(*point)[1]:.1f}" r="3">'
+                f"<title>{escape(name)} step {point[0]:g}: {number(point[1])}</title></circle>"
+                for point in line
+            ]
+        if len(series) > 1 and name != "each step":
+            x = left + 4 + 110 * len(legend)
+            legend.append(
+                f'<circle class="dot {kind}" cx="{x}" cy="10" r="4"/><text x="{x + 8}" y="14">{escape(name)}</text>'
+            )
+    marks = apart([*([] if level is None else [level]), low, high], (high - low) * 0.12)
+    labels = "".join(
+        f'<text x="{left - 6}" y="{at(first, value)[1] + 4:.1f}" text-anchor="end">{short(value)}</text>'
+        for value in marks
+    )
+    labels += f'<text x="{left}" y="{height - 6}">step {first:g}</text>'
+    labels += f'<text x="{width - right}" y="{height - 6}" text-anchor="end">{last:g}</text>'
+    axis = f'<path class="axis" fill="none" d="M{left} {top - 4}V{height - bottom + 4}H{width - right}"/>'
+    if level is not None:
+        y = at(first, level)[1]
+        axis += f'<line class="mean" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    return figure(label, (width, height), f"{axis}{''.join(drawn)}{labels}{''.join(legend)}")

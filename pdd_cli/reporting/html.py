@@ -1,0 +1,144 @@
+"""The frame of a page that needs nothing else, with sliders and a table that sorts; and what such pages are made of."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pdd_cli.imaging.decode import Array
+
+WINDOW = 512
+"""Pixels a side of an image that are put into a page."""
+
+GALLERY = """<p class="note">Drag over a picture, or use the slider below it, to go from one to the other. The small
+pictures show the marked spot enlarged: move it with the pointer, or with the arrow keys when the picture has the
+focus.</p>
+<noscript><p>The pictures need JavaScript; tables and plots don't.</p></noscript>
+<div id="gallery"></div>"""
+"""Where the cards of a page appear."""
+
+
+def page(title: str, body: str, cards: Sequence[Mapping[str, Any]]) -> str:
+    """A whole page: the text `title`, the HTML `body` (with `GALLERY` in it), and `card`s."""
+    # Nothing in JSON can end the element that it stands in.
+    data = json.dumps(cards, ensure_ascii=False).replace("<", "\\u003c")
+    parts = {"title": escape(title), "body": body, "cards": data}
+    pieces = files("pdd_cli.reporting").joinpath("page.html").read_text(encoding="utf-8").split("{{")
+    filled = [pieces[0]]
+    for piece in pieces[1:]:
+        name, rest = piece.split("}}", 1)
+        filled += [parts[name], rest]
+    return "".join(filled)
+
+
+def card(
+    name: str,
+    views: Sequence[Mapping[str, str]],
+    size: tuple[int, int],
+    *,
+    main: str,
+    group: str = "all",
+    note: str = "",
+    scores: Sequence[Mapping[str, Any]] = (),
+    metrics: Sequence[str] = (),
+) -> dict[str, Any]:
+    """One image in the gallery: `views` of it, all shown as (width, height) = `size`, `main` the label of one."""
+    return {
+        "id": anchor(name),
+        "name": name,
+        "group": group,
+        "note": note,
+        "width": size[0],
+        "height": size[1],
+        "main": main,
+        "views": views,
+        "scores": scores,
+        "metrics": metrics,
+    }
+
+
+def view(label: str, pixels: Array) -> dict[str, str]:
+    """A picture (H, W, 3) uint8 of a card."""
+    return {"label": label, "src": _webp(Image.fromarray(pixels))}
+
+
+def lr_views(
+    lr: Array, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+) -> list[dict[str, str]]:
+    """The LR image, or the `box` (left, top, right, bottom) of it, enlarged to (width, height) in two ways."""
+    image = Image.fromarray(lr)
+    ways = {"LR nearest": Image.Resampling.NEAREST, "LR bicubic": Image.Resampling.BICUBIC}
+    return [
+        {"label": label, "src": _webp(image.resize(size, way, box), lossless=way == Image.Resampling.NEAREST)}
+        for label, way in ways.items()
+    ]
+
+
+def window(image: Array, other: Array | None = None, side: int = WINDOW) -> tuple[int, int, int, int]:
+    """(x, y, width, height) of the part of `image` that differs most from `other`, or has the most detail."""
+    height, width = image.shape[:2]
+    wide, high = min(width, side), min(height, side)
+    if (wide, high) == (width, height):
+        return 0, 0, width, height
+    gray = image.mean(axis=2, dtype=np.float32)
+    if other is None:
+        activity = np.abs(np.diff(gray, axis=0, append=gray[-1:])) + np.abs(np.diff(gray, axis=1, append=gray[:, -1:]))
+    else:
+        activity = np.abs(gray - other.mean(axis=2, dtype=np.float32))
+    sums = np.pad(activity.cumsum(0, dtype=np.float64).cumsum(1), ((1, 0), (1, 0)))
+    totals = sums[high:, wide:] - sums[:-high, wide:] - sums[high:, :-wide] + sums[:-high, :-wide]
+    y, x = np.unravel_index(int(totals.argmax()), totals.shape)
+    return int(x), int(y), wide, high
+
+
+def figure(label: str, size: tuple[int, int], drawn: str) -> str:
+    """A plot: SVG elements on a field of (width, height) below their caption."""
+    return (
+        f"<figure><figcaption>{escape(label)}</figcaption>"
+        f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{escape(label)}">{drawn}</svg></figure>'
+    )
+
+
+def scroll(label: str, table: str) -> str:
+    """A table in a box that scrolls."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
+
+
+def anchor(name: str) -> str:
+    """The id of the card `name`."""
+    return "image-" + base64.urlsafe_b64encode(name.encode("utf-8", "surrogateescape")).decode().rstrip("=")
+
+
+def number(value: float | None, *, signed: bool = False) -> str:
+    """With four decimals and a true minus."""
+    if value is None:
+        return "–"
+    return (f"{value:+.4f}" if signed else f"{value:.4f}").replace("-", "−")
+
+
+def short(value: float) -> str:
+    """With three digits that count."""
+    return f"{value:.3g}".replace("-", "−")
+
+
+def apart(values: Iterable[float], least: float) -> Sequence[float]:
+    """The values, without those that come closer than `least` to one before."""
+    kept: list[float] = []
+    for value in values:
+        if all(abs(value - other) >= least for other in kept):
+            kept.append(value)
+    return kept
+
+
+def _webp(image: Image.Image, *, lossless: bool = False) -> str:
+    data = io.BytesIO()
+    image.save(data, "WEBP", quality=90, method=4, lossless=lossless)
+    return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()

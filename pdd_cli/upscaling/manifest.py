@@ -1,0 +1,188 @@
+"""What made each output of a folder, so that a run does exactly what is missing or changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal
+
+from pdd_cli import __version__
+from pdd_cli.errors import InputError
+from pdd_cli.files import atomic_write, told
+from pdd_cli.imaging.provenance import Provenance, made_by_pdd
+from pdd_cli.weights.sources import file_sha256
+
+NAME = ".pdd-manifest.jsonl"
+_PART = ".pdd-manifest.{}.jsonl"
+
+State = Literal["current", "stale", "missing", "foreign"]
+
+
+@dataclass(frozen=True)
+class _Record:
+    """`key` of the run that made the output; while it isn't `done` the file may be that of an earlier run.
+
+    `about`: all that is told of the output, of the last run that was done; empty in a manifest of an earlier version.
+    """
+
+    key: str
+    done: bool
+    about: Mapping[str, object]
+
+    def line(self, name: str) -> bytes:
+        values = {"output": name, **self.about, "key": self.key, "done": self.done}
+        # A name that isn't UTF-8 holds surrogates; as escapes they are valid JSON, and read back to the same name.
+        return json.dumps(values, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def key_of(digest: str, recipe: Mapping[str, object]) -> str:
+    """What an output is known by: the SHA-256 of its input, and the weights and settings that decide what it is."""
+    made_by = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
+    return f"{digest}-{made_by[:16]}"
+
+
+def recorded(folder: Path) -> set[Path]:
+    """The outputs that the manifest in `folder`, if there is one, knows."""
+    if not (folder / NAME).is_file():
+        return set()
+    return {folder / name for name in Manifest(folder, {}).outputs}
+
+
+class Manifest:
+    """The records of the outputs in one folder: one line of JSON each, appended when an output is begun and done.
+
+    `recipe` is what decides, with the input, what an output is: the weights and the settings. `provenance` says the
+    same to people. `part`: the number of this process where several make outputs of the folder; each appends to a file
+    of its own, for appends from several machines to one file may be lost. A line that was cut short by a power failure
+    is passed over, and its output made again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Mapping[str, object],
+        *,
+        provenance: Provenance | None = None,
+        part: int | None = None,
+    ) -> None:
+        self._folder = folder
+        self._whole = folder / NAME
+        self._path = self._whole if part is None else folder / _PART.format(part)
+        self._recipe = recipe
+        self._provenance = provenance
+        self._records: dict[str, _Record] = {}
+        self._lock = threading.Lock()
+        self._lines = 0
+        self._cut = False
+        # Parts are there during a run of several processes, or after one that died: newer than the whole.
+        for path in (self._whole, *self._parts()):
+            self._read(path)
+
+    @property
+    def outputs(self) -> list[str]:
+        """The outputs, by their paths below the folder."""
+        return list(self._records)
+
+    def key(self, digest: str) -> str:
+        """What an output made now of an input with this SHA-256 would be known by."""
+        return key_of(digest, self._recipe)
+
+    def state(self, target: Path, key: str) -> State:
+        """Whether the output `target` is what `key` makes; `foreign` is a file that pdd has not made, or not alone."""
+        if not target.exists():
+            return "missing"
+        record = self._records.get(self._name(target))
+        if record is not None and record.done and record.key == key:
+            return "current"
+        return "stale" if self.made(target) else "foreign"
+
+    def made(self, target: Path) -> bool:
+        """Whether a recorded run made the file `target`, and nothing has changed it since."""
+        record = self._records.get(self._name(target))
+        if record is None:
+            return False
+        known = record.about.get("output_sha256")
+        # The last: of a run that ended between the file and its record.
+        return known is None or known == file_sha256(target) or made_by_pdd(target)
+
+    def record(self, target: Path, key: str, *, source: Path, done: bool) -> None:
+        """Note that `target` is begun or done. Raises InputError, ResourceError where that can't be written."""
+        name = self._name(target)
+        record = _Record(key, done, self._about(target, source, key) if done else self._known(name))
+        with self._lock, told(self._path):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab") as file:
+                file.write(record.line(name))
+                file.flush()
+                os.fsync(file.fileno())
+            self._records[name] = record
+
+    def _known(self, name: str) -> Mapping[str, object]:
+        record = self._records.get(name)
+        return record.about if record is not None else {}
+
+    def _about(self, target: Path, source: Path, key: str) -> dict[str, object]:
+        made = self._provenance
+        return {
+            "input": source.absolute(),
+            "input_sha256": key.partition("-")[0],
+            "output_sha256": file_sha256(target),
+            "weights": made.model if made else None,
+            "weights_sha256": made.sha256 if made else None,
+            "how": made.how if made else None,
+            "settings": {name: value for name, value in self._recipe.items() if name != "weights"},
+            "pdd": __version__,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+
+    def inputs(self) -> dict[Path, Path | None]:
+        """The recorded outputs, and the input of each, as far as it is known."""
+        inputs = {name: record.about.get("input") for name, record in self._records.items()}
+        return {self._folder / name: Path(str(source)) if source else None for name, source in inputs.items()}
+
+    def tidy(self) -> None:
+        """Bring all records into one file, a line each, where there are parts, or lines that are cut short or old.
+
+        To be called by one process while no other writes.
+        """
+        parts = self._parts()
+        # Two lines an output are its life; what is more is from earlier runs.
+        if not parts and not self._cut and self._lines <= 4 * len(self._records) + 100:
+            return
+        with atomic_write(self._whole) as temporary:
+            temporary.write_bytes(b"".join(record.line(name) for name, record in self._records.items()))
+        # Only then: until now they say the same as the whole.
+        for path in parts:
+            path.unlink(missing_ok=True)
+        self._lines, self._cut = len(self._records), False
+
+    def _parts(self) -> list[Path]:
+        return sorted(self._folder.glob(_PART.format("*")))
+
+    def _name(self, target: Path) -> str:
+        return target.relative_to(self._folder).as_posix()
+
+    def _read(self, path: Path) -> None:
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise InputError(f"can't read {path}: {error.strerror or error}") from error
+        lines = data.decode("utf-8", "surrogateescape").splitlines()
+        self._lines += len(lines)
+        # The next line would be appended to one that was cut short.
+        self._cut = self._cut or (bool(data) and not data.endswith(b"\n"))
+        for line in lines:
+            try:
+                values = json.loads(line)
+                name, key, done = str(values.pop("output")), str(values.pop("key")), bool(values.pop("done"))
+                self._records[name] = _Record(key, done, values)
+            except (ValueError, KeyError, TypeError):
+                continue  # cut short

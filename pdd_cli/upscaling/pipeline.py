@@ -1,0 +1,313 @@
+"""Images → images: reading, computing and writing overlap."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from hashlib import sha256
+
+import numpy as np
+
+from pdd_cli.errors import ResourceError
+from pdd_cli.imaging.decode import Array, Picture, decode_pages, probe, read_bytes
+from pdd_cli.imaging.encode import (
+    STREAMED,
+    Sheet,
+    format_of,
+    keeps_frames,
+    left_out,
+    stored_layout,
+    write_sheets,
+)
+from pdd_cli.runtime import usable_cpus
+from pdd_cli.upscaling.jobs import Abandoned, Job, Output, Result, check_target, failed, skipped
+from pdd_cli.upscaling.manifest import Manifest
+from pdd_cli.upscaling.upscaler import OnTile, Upscaler
+
+# Bands of rows that wait to be written, and images whose writing isn't waited for.
+_WAITING_BANDS = 2
+_WAITING_IMAGES = 2
+# A GPU makes images faster than one core compresses them.
+_GPU_ENCODERS = 4
+# What is larger, in bytes of pixels, is not decoded ahead.
+_MOST_AHEAD = 100 << 20
+
+
+def run_jobs(
+    jobs: Iterable[Job],
+    upscaler: Upscaler,
+    *,
+    output: Output = Output(),
+    manifest: Manifest | None = None,
+    on_start: Callable[[Job], None] = lambda job: None,
+    on_tile: OnTile = lambda done, total: None,
+) -> Iterator[Result]:
+    """Do the jobs in turn, yielding what became of each.
+
+    Skipped, unless `output.overwrite`: with a `manifest`, what the same input, weights and settings have made already;
+    without one, every output of pdd that exists. The next image is decoded and the last one encoded
+    while one is computed. A job that fails doesn't stop the others; a full disk does (ResourceError), for it would
+    stop them all.
+    """
+    waiting: deque[Callable[[], Result]] = deque()
+    encoders = 1 if upscaler.engine.runtime.kind == "cpu" else min(_GPU_ENCODERS, usable_cpus())
+    with ThreadPoolExecutor(1, "decode") as decoder, ThreadPoolExecutor(encoders, "encode") as encoder:
+        try:
+            ahead: deque[Future[_Loaded]] = deque()
+            upcoming = iter(jobs)
+            for job in itertools.islice(upcoming, 1):
+                ahead.append(decoder.submit(_load, job, upscaler, output, manifest))
+            while ahead:
+                loaded = ahead.popleft().result()
+                for job in itertools.islice(upcoming, 1):
+                    ahead.append(decoder.submit(_load, job, upscaler, output, manifest))
+                if loaded.result is not None:
+                    waiting.append(_settled(loaded.result))
+                else:
+                    on_start(loaded.job)
+                    waiting.append(_compute(loaded, upscaler, output, manifest, encoder, on_tile))
+                while len(waiting) > (max(_WAITING_IMAGES, encoders) if ahead else 0):
+                    yield waiting.popleft()()
+        finally:
+            decoder.shutdown(wait=False, cancel_futures=True)
+
+
+def preview_jobs(
+    jobs: Sequence[Job], upscaler: Upscaler, *, output: Output = Output(), manifest: Manifest | None = None
+) -> Iterator[Result]:
+    """What `run_jobs` would do, from the headers of the images alone (and their content, where a manifest is asked)."""
+    for job in jobs:
+        try:
+            key = manifest.key(sha256(read_bytes(job.source)).hexdigest()) if manifest else ""
+            result = skipped(job, key, output, manifest)
+            if result is not None:
+                yield result
+                continue
+            header = probe(job.source, most_pixels=upscaler.most_pixels)
+            width, height = header.size
+            size_out = upscaler.output_size(width, height)
+            check_target(job, size_out, output)
+            estimate = upscaler.estimate(header.layout, streamed=format_of(job.target) in STREAMED)
+            upscaler.check_memory(estimate.memory)
+        except Exception as error:
+            yield failed(job, error, time.perf_counter())
+            continue
+        frames = header.frames if keeps_frames(job.target) else 1
+        yield Result(
+            job,
+            "planned",
+            "; ".join(_about_frames(job, header.frames)),
+            header.size,
+            size_out,
+            upscaler.tiles(width, height) * frames,
+            estimate.seconds * frames,
+            estimate.seconds * frames,
+            estimate.memory,
+        )
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """An input that was read: `result` where that is the end of it, else its pages, decoded or about to be."""
+
+    job: Job
+    result: Result | None = None
+    data: bytes = b""
+    digest: str = ""  # SHA-256 of the data
+    key: str = ""
+    pages: Iterator[Picture] = field(default_factory=lambda: iter(()))
+
+
+def _load(job: Job, upscaler: Upscaler, output: Output, manifest: Manifest | None) -> _Loaded:
+    """Read and decode the input of `job`, where it is to be done. Runs in the decoding thread."""
+    started = time.perf_counter()
+    size_in = None
+    try:
+        data = read_bytes(job.source)
+        digest = sha256(data).hexdigest()
+        key = manifest.key(digest) if manifest else ""
+        result = skipped(job, key, output, manifest)
+        if result is not None:
+            return _Loaded(job, result)
+        header = probe(job.source, most_pixels=upscaler.most_pixels)
+        size_in = header.size
+        check_target(job, upscaler.output_size(*header.size), output)
+        estimate = upscaler.estimate(header.layout, streamed=format_of(job.target) in STREAMED, timed=False)
+        upscaler.check_memory(estimate.memory)
+        pages = decode_pages(job.source, data, most_pixels=upscaler.most_pixels)
+        if header.layout.bytes <= _MOST_AHEAD:
+            pages = itertools.chain([next(pages)], pages)
+        return _Loaded(job, None, data, digest, key, pages)
+    except Exception as error:
+        return _Loaded(job, failed(job, error, started, Result(job, "failed", size_in=size_in)))
+
+
+def _compute(
+    loaded: _Loaded,
+    upscaler: Upscaler,
+    output: Output,
+    manifest: Manifest | None,
+    encoder: ThreadPoolExecutor,
+    on_tile: OnTile,
+) -> Callable[[], Result]:
+    """Compute the image of `loaded` while `encoder` writes it; what is returned waits for the file to be whole."""
+    job, started = loaded.job, time.perf_counter()
+    pages = loaded.pages
+    while True:
+        channel = _Channel()
+        picture = None
+        future: Future[None] | None = None
+        done = Result(job, "done")
+        try:
+            for index, picture in enumerate(pages):
+                count = picture.frames if keeps_frames(job.target) else 1
+                if index == count:
+                    break
+                run = upscaler.start(picture, on_tile)
+                sheet = replace(run.sheet, metadata=run.sheet.metadata.stripped) if output.strip else run.sheet
+                if future is None:
+                    future = encoder.submit(_write, loaded, channel, count, output, manifest)
+                channel.put(sheet, future)
+                for band in sheet.bands:
+                    channel.put(band, future)
+                left = dict.fromkeys((*done.left_out, *_left_out(job, picture, sheet, count)))
+                done = replace(
+                    done,
+                    problem="; ".join([*picture.notes, *_about_frames(job, picture.frames), *_as_line(left)]),
+                    left_out=tuple(left),
+                    size_in=done.size_in or (picture.width, picture.height),
+                    size_out=done.size_out or (sheet.layout.width, sheet.layout.height),
+                    tiles=done.tiles + run.tiles,
+                    model_seconds=done.model_seconds + run.model_seconds,
+                )
+            assert future is not None
+            channel.put(None, future)
+        except BaseException as error:
+            channel.abandon()
+            if future is not None and not isinstance(error, _WriterFailed):
+                future.exception()  # until the temporary file is gone
+            if isinstance(error, MemoryError | RuntimeError) and picture is not None:
+                try:
+                    upscaler.shrink_after(error, picture)
+                except Exception as final:
+                    return _settled(failed(job, final, started, done))
+                pages = decode_pages(job.source, loaded.data, most_pixels=upscaler.most_pixels)
+                continue
+            if isinstance(error, Exception) and not isinstance(error, _WriterFailed | Abandoned):
+                return _settled(failed(job, error, started, done))
+            if not isinstance(error, _WriterFailed):  # its own reason comes with the future
+                raise
+        return partial(_finished, job, future, started, done)
+
+
+def _write(loaded: _Loaded, channel: _Channel, count: int, output: Output, manifest: Manifest | None) -> None:
+    """Write one output and its record. Runs in the encoding thread."""
+    target = loaded.job.target
+    made = None
+    if output.provenance is not None and not output.strip:
+        made = replace(output.provenance, source_sha256=loaded.digest)
+    if manifest is not None:
+        manifest.record(target, loaded.key, source=loaded.job.source, done=False)
+    write_sheets(target, channel.sheets(), count=count, encoding=output.encoding, provenance=made)
+    if manifest is not None:
+        manifest.record(target, loaded.key, source=loaded.job.source, done=True)
+
+
+def _settled(result: Result) -> Callable[[], Result]:
+    return lambda: result
+
+
+def _finished(job: Job, future: Future[None] | None, started: float, done: Result) -> Result:
+    assert future is not None
+    try:
+        future.result()
+    except ResourceError:
+        raise
+    except Exception as error:
+        return failed(job, error, started, done)
+    return replace(done, seconds=time.perf_counter() - started)
+
+
+def _about_frames(job: Job, frames: int) -> list[str]:
+    if frames == 1 or keeps_frames(job.target):
+        return []
+    return [f"only the first of {frames} frames is kept: {format_of(job.target)} holds one"]
+
+
+def _left_out(job: Job, picture: Picture, sheet: Sheet, count: int) -> tuple[str, ...]:
+    """Names of what the output can't have of `picture`. Raises InputError for colours that it can't have."""
+    names = left_out(job.target, sheet, count=count)
+    alpha = picture.alpha
+    if alpha is None or stored_layout(job.target, sheet.layout).alpha or (alpha == np.iinfo(alpha.dtype).max).all():
+        return names
+    return (*names, "transparency (laid on white)")
+
+
+def _as_line(left: Iterable[str]) -> list[str]:
+    return [f"left out: {', '.join(left)}"] if left else []
+
+
+class _WriterFailed(Exception):  # noqa: N818 - the failure is in the writer's future
+    """Told to the computing thread: nobody takes its rows any more."""
+
+
+class _Channel:
+    """Carries sheets and their bands from the computing thread to the writing one; a few bands wait at most."""
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[Sheet | Array | None] = queue.Queue(_WAITING_BANDS)
+        self._abandoned = False
+
+    def put(self, item: Sheet | Array | None, writer: Future[None]) -> None:
+        """Hand over a sheet, a band of it, or None at the end. Raises _WriterFailed when the writer has ended."""
+        while True:
+            if writer.done():
+                raise _WriterFailed
+            try:
+                self._queue.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+    def abandon(self) -> None:
+        """Make the writer drop its file."""
+        self._abandoned = True
+
+    def sheets(self) -> Iterator[Sheet]:
+        """The sheets, for the writer, which takes the bands of each before the next."""
+        item = self._take()
+        while isinstance(item, Sheet):
+            bands = _Bands(self._take)
+            yield replace(item, bands=bands)
+            item = bands.after
+
+    def _take(self) -> Sheet | Array | None:
+        while True:
+            if self._abandoned:
+                raise Abandoned
+            try:
+                return self._queue.get(timeout=0.2)
+            except queue.Empty:
+                continue
+
+
+class _Bands:
+    """The bands of one sheet; `after` is what came behind them."""
+
+    def __init__(self, take: Callable[[], Sheet | Array | None]) -> None:
+        self._take = take
+        self.after: Sheet | None = None
+
+    def __iter__(self) -> Iterator[Array]:
+        while True:
+            item = self._take()
+            if item is None or isinstance(item, Sheet):
+                self.after = item
+                return
+            yield item

@@ -1,0 +1,456 @@
+"""Picture → picture of the asked size, in tiles that fit the memory; rows come as soon as they are final."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pdd_cli.engines.select import Engine, FloatArray
+from pdd_cli.errors import InputError, PddError, ResourceError
+from pdd_cli.imaging.decode import MOST_PIXELS, Array, Picture
+from pdd_cli.imaging.encode import Layout, Sheet, from_float, to_float
+from pdd_cli.runtime import available_memory, is_out_of_memory, resident_memory
+from pdd_cli.upscaling.colour import Correction, bleed, correct
+from pdd_cli.upscaling.resizing import SizeRequest, passes, resize_bands
+from pdd_cli.upscaling.tiling import Span, TilePlan, Weights, fit_tile, plan_tiles
+
+# The automatic tile: what its activations may take of the free memory, and how large it gets at most. Beyond a
+# megapixel of LR a larger tile saves almost no overlap, and nothing would be heard of an image for minutes.
+_MEMORY_SHARE = 1 / 3
+_MOST_PIXELS = 1 << 20
+_SMALLEST_SIDE = 32
+
+# Of what --max-memory leaves, what is planned with; and what a process takes besides what it plans, bytes.
+_SAFE = 0.9
+_OVERHEAD = 150 << 20
+# Decoding holds the file, Pillow's pixels and a copy: per pixel of 4 samples.
+_DECODED_BYTES = 12
+_TIMED_SIDE = 64
+
+OnTile = Callable[[int, int], None]
+"""Told after each tile: how many are done, of how many."""
+
+
+@dataclass(frozen=True, eq=False)
+class Upscaled:
+    """One upscaled picture, and what it took."""
+
+    picture: Picture
+    tiles: int
+    model_seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What upscaling one picture takes: `memory` is the peak of the process, `activations` the network's share (bytes).
+
+    `seconds`: from the time of a small tile; 0 where it wasn't asked.
+    """
+
+    memory: int
+    activations: int
+    seconds: float = 0.0
+
+
+class Upscaler:
+    """Upscales pictures with one engine.
+
+    `tile`: "auto", 0 (whole image) or the longest side of a tile in LR pixels. `overlap`: the LR pixels around a tile
+    that the network sees besides. `size`: of the outputs. `max_memory`: bytes that the process may take on the CPU.
+    When memory runs out the tiles get smaller from then on, and `notify` is told once.
+
+    Raises InputError for a model that takes or gives neither 1 nor 3 channels.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        tile: int | str,
+        overlap: int,
+        notify: Callable[[str], None],
+        size: SizeRequest = SizeRequest(),
+        correction: Correction = "none",
+        max_memory: int | None = None,
+    ) -> None:
+        model = engine.model
+        if model.in_channels not in (1, 3) or model.out_channels != model.in_channels:
+            raise InputError(
+                f"the model takes {model.in_channels} and gives {model.out_channels} channels",
+                "pdd upscale works with models from 3 to 3 channels, or from 1 to 1.",
+            )
+        self.engine = engine
+        self.scale = model.scale
+        self.size = size
+        self.correction: Correction = correction
+        self._overlap = overlap
+        self._notify = notify
+        # What the network sees at once, in LR pixels: a side, or a number of pixels.
+        self._side = tile + 2 * overlap if isinstance(tile, int) and tile > 0 else None
+        self._pixels: float = math.inf
+        self._bytes_per_pixel = engine.bytes_per_pixel
+        fitting = available_memory(engine.runtime.place) * _MEMORY_SHARE // self._bytes_per_pixel
+        if tile == "auto":
+            self._pixels = max(_SMALLEST_SIDE**2, min(_MOST_PIXELS, fitting))
+        self._batch_pixels = min(engine.batch_pixels, fitting)
+        self.reserved = 0  # bytes that something else will take while a picture is upscaled: an encoder of video
+        self._max_memory = max_memory
+        self._base_memory = resident_memory() + _OVERHEAD
+        self._seconds_per_pixel = 0.0
+
+    @property
+    def most_pixels(self) -> int:
+        """The largest input that is decoded at all: by `max_memory`; without it 179 megapixels, for bombs' sake."""
+        if self._max_memory is not None:
+            return max(1, (self._max_memory - self._base_memory) // _DECODED_BYTES)
+        return max(1, min(MOST_PIXELS, available_memory("cpu") // _DECODED_BYTES))
+
+    def plan(self, height: int, width: int) -> TilePlan:
+        """The tiles of a pass over an image of this size, as they would be computed now."""
+        multiple = self.engine.model.size_multiple
+        height, width = (-(-side // multiple) * multiple for side in (height, width))
+        tile = None
+        pixels = self._pixels
+        if self._max_memory is not None:
+            pixels = min(pixels, self._affordable(height, width))
+        if self._side is not None:
+            tile = (self._side, self._side) if self._side**2 <= pixels else fit_tile(height, width, int(pixels))
+        elif height * width > pixels:
+            tile = fit_tile(height, width, int(pixels))
+        return plan_tiles(height, width, tile=tile, overlap=2 * self._overlap, multiple=multiple)
+
+    def output_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) of the output for an input of this size."""
+        return self.size.size_of(width, height, self.scale)
+
+    def tiles(self, width: int, height: int) -> int:
+        """How many tiles an input of this size takes, over all passes."""
+        return sum(len(self.plan(size[1], size[0])) for size in self._inputs(width, height))
+
+    def estimate(self, layout: Layout, *, streamed: bool, timed: bool = True) -> Estimate:
+        """What an input of this layout takes; `streamed`: its output is written row by row."""
+        width, height = self.output_size(layout.width, layout.height)
+        inputs = self._inputs(layout.width, layout.height)
+        depth = layout.bits // 8
+        memory = 2 * layout.bytes
+        if len(inputs) > 1:
+            memory += 2 * inputs[-1][0] * inputs[-1][1] * layout.samples * 2
+        if self.correction != "none":
+            memory += 3 * width * height * layout.samples * 4
+        if not streamed:
+            memory += 2 * width * height * layout.samples * depth
+        plans = [self.plan(h, w) for w, h in inputs]
+        sides = max(plan.tile_size for plan in plans)
+        memory += _rows_bytes(sides[0], inputs[-1][0], self.scale)
+        activations = sides[0] * sides[1] * self._bytes_per_pixel
+        seconds = (
+            sum(len(plan) * math.prod(plan.tile_size) for plan in plans) * self._time_of_a_pixel() if timed else 0.0
+        )
+        on_cpu = self.engine.runtime.kind == "cpu"
+        memory += self._base_memory + self.reserved + (activations if on_cpu else 0)
+        return Estimate(memory, activations, seconds)
+
+    def check_memory(self, memory: int) -> None:
+        """Raise ResourceError when an estimate is beyond what the process may take."""
+        limit = self._max_memory
+        if limit is not None and memory > limit:
+            raise ResourceError(
+                f"needs about {memory / 2**30:.1f} GiB of memory, more than --max-memory {limit / 2**30:.1f} GiB",
+                "PNG and TIFF outputs without --color-correction need the least.",
+            )
+
+    def _affordable(self, height: int, width: int) -> float:
+        """The LR pixels that the network may see at once within `max_memory`, beside all else of an image."""
+        assert self._max_memory is not None
+        left = self._max_memory - self._base_memory - self.reserved - 2 * height * width * 4
+        side = _SMALLEST_SIDE
+        while True:
+            rows, across = min(side + 8, height), min(side + 8, width)
+            needed = rows * across * self._bytes_per_pixel + _rows_bytes(rows, width, self.scale)
+            if needed > left * _SAFE or rows * across >= _MOST_PIXELS:
+                return side**2
+            if rows == height and across == width:
+                return math.inf
+            side += 8
+
+    def _time_of_a_pixel(self) -> float:
+        """Seconds of the network per LR pixel, measured once on a small tile."""
+        if not self._seconds_per_pixel:
+            lr = np.zeros((1, self.engine.model.in_channels, _TIMED_SIDE, _TIMED_SIDE), np.float32)
+            self.engine.run(lr)
+            started = time.perf_counter()
+            self.engine.run(lr)
+            self._seconds_per_pixel = (time.perf_counter() - started) / _TIMED_SIDE**2
+        return self._seconds_per_pixel
+
+    def upscale(self, picture: Picture, on_tile: OnTile = lambda done, total: None) -> Upscaled:
+        """`picture` upscaled, in its own bit depth, with its alpha and metadata.
+
+        A gray picture stays exactly gray, opaque stays exactly opaque. Raises PddError when the model gives values
+        that aren't finite even in fp32, ResourceError when the memory doesn't suffice for the smallest tiles.
+        """
+        while True:
+            try:
+                run = self.start(picture, on_tile)
+                whole = _collect(run.sheet.bands, run.sheet.layout)
+                return Upscaled(_picture(whole, run.sheet, picture), run.tiles, run.model_seconds)
+            except (MemoryError, RuntimeError) as error:
+                self.shrink_after(error, picture)
+
+    def batch(self, width: int, height: int) -> int:
+        """How many images of this size are upscaled fastest together, by `upscale_all`."""
+        return max(1, int(self._batch_pixels // (width * height)))
+
+    def upscale_all(self, pictures: Sequence[Picture]) -> list[Upscaled]:
+        """What `upscale` gives for each of some pictures of one size, in one pass of the model where that can be."""
+        if len(pictures) > 1 and all(one.alpha is None and self.is_direct(one) for one in pictures):
+            started = time.perf_counter()
+            try:
+                sr = self.engine.run_rounded(np.stack([picture.pixels for picture in pictures]))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                sr = None
+                self._batch_pixels = 0
+            if sr is not None:
+                seconds = (time.perf_counter() - started) / len(pictures)
+                return [
+                    Upscaled(replace(picture, pixels=pixels), 1, seconds)
+                    for picture, pixels in zip(pictures, sr, strict=True)
+                ]
+        return [self.upscale(picture) for picture in pictures]
+
+    def is_direct(self, picture: Picture) -> bool:
+        """Whether the output is just what the model makes of all of `picture` at once."""
+        width, height = picture.width, picture.height
+        return (
+            picture.channels == self.engine.model.in_channels == 3
+            and self.correction == "none"
+            and self.output_size(width, height) == (width * self.scale, height * self.scale)
+            and len(self.plan(height, width)) == 1
+            and (picture.alpha is None or _is_opaque(picture.alpha))
+            and not _is_gray(picture.pixels)
+        )
+
+    def start(self, picture: Picture, on_tile: OnTile = lambda done, total: None) -> Upscaling:
+        """`picture` as a sheet whose rows are computed as they are taken: what `upscale` gives, but never held whole.
+
+        Taking them raises PddError as `upscale` does, and what `shrink_after` is for.
+        """
+        return Upscaling(self, picture, on_tile)
+
+    def shrink_after(self, error: BaseException, picture: Picture) -> None:
+        """Make the tiles smaller after `error` while `picture` was computed; raise `error` if it isn't about memory.
+
+        Raises ResourceError when they can't be any smaller.
+        """
+        if not is_out_of_memory(error):
+            raise error
+        seen = max(self.plan(picture.height, picture.width).tile_size)
+        side = seen // 2
+        if side < _SMALLEST_SIDE:
+            raise ResourceError(
+                f"out of memory even with tiles of {seen} pixels",
+                "Close other programs, or use --device cpu or a lighter model.",
+            )
+        if self.engine.runtime.kind == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+        self._notify(f"out of memory: going on with tiles of at most {side} pixels")
+        # Told once: whatever comes later is known from the first time.
+        self._notify = lambda text: None
+        self._side = side
+
+    def _inputs(self, width: int, height: int) -> list[tuple[int, int]]:
+        """The (width, height) that each pass of the model takes."""
+        count = passes((width, height), self.output_size(width, height), self.scale)
+        return [(width * self.scale**n, height * self.scale**n) for n in range(count)]
+
+
+class Upscaling:
+    """One picture being upscaled: `sheet` gives the rows; `tiles` and `model_seconds` tell what it takes."""
+
+    def __init__(self, upscaler: Upscaler, picture: Picture, on_tile: OnTile) -> None:
+        self._upscaler = upscaler
+        self._on_tile = on_tile
+        self._done = 0
+        self.model_seconds = 0.0
+        self.tiles = upscaler.tiles(picture.width, picture.height)
+        width, height = upscaler.output_size(picture.width, picture.height)
+        layout = replace(picture.layout, width=width, height=height)
+        metadata = picture.metadata.resized((picture.width, picture.height), (width, height))
+        self.sheet = Sheet(layout, self._bands(picture, layout), metadata, picture.duration)
+
+    def _bands(self, picture: Picture, layout: Layout) -> Iterator[Array]:
+        """The rows of the output, in the picture's depth, colours first, alpha last."""
+        if self._upscaler.is_direct(picture):
+            pixels = self._direct(picture)
+            if pixels is not None:
+                yield pixels
+                return
+        opaque = picture.alpha is None or _is_opaque(picture.alpha)
+        gray = picture.channels == 1 or _is_gray(picture.pixels)
+        colours = picture.pixels[:, :, :1] if gray else picture.pixels
+        source = colours
+        if not opaque and picture.alpha is not None:
+            source = np.dstack([bleed(colours, picture.alpha), picture.alpha])
+
+        inputs = self._upscaler._inputs(picture.width, picture.height)
+        for _ in inputs[:-1]:
+            # Between two passes in 16 bits, which lose nothing that could be seen.
+            passed = (from_float(band, 16) for band in self._pass(source, gray))
+            source = np.concatenate(list(passed))
+        bands = self._pass(source, gray)
+        grown = (inputs[-1][0] * self._upscaler.scale, inputs[-1][1] * self._upscaler.scale)
+        bands = resize_bands(bands, grown, (layout.width, layout.height), alpha=not opaque)
+        if self._upscaler.correction != "none":
+            bands = iter([self._corrected(np.concatenate(list(bands)), picture, colours, opaque)])
+        for band in bands:
+            values = from_float(band, picture.bits)
+            if gray and picture.channels == 3:
+                values = np.dstack([values[..., :1].repeat(3, axis=2), values[..., 1:]])
+            if opaque and picture.alpha is not None:
+                values = np.dstack([values, np.full(values.shape[:2], np.iinfo(values.dtype).max, values.dtype)])
+            yield values
+
+    def _direct(self, picture: Picture) -> Array | None:
+        """All rows of the output; None where the model gives values that aren't finite."""
+        started = time.perf_counter()
+        sr = self._upscaler.engine.run_rounded(np.ascontiguousarray(picture.pixels)[None])
+        self.model_seconds += time.perf_counter() - started
+        if sr is None:
+            return None
+        self._on_tile(1, self.tiles)
+        pixels: Array = sr[0]
+        if picture.alpha is None:
+            return pixels
+        return np.dstack([pixels, np.full(sr.shape[1:3], np.iinfo(sr.dtype).max, sr.dtype)])
+
+    def _corrected(self, sr: FloatArray, picture: Picture, colours: Array, opaque: bool) -> FloatArray:
+        count = colours.shape[2]
+        visible = None if opaque or picture.alpha is None else to_float(picture.alpha)
+        sr[..., :count] = correct(sr[..., :count].clip(0, 1), to_float(colours), self._upscaler.correction, visible)
+        return sr
+
+    def _pass(self, source: Array, gray: bool) -> Iterator[FloatArray]:
+        """One pass of the model over (h, w, C), C = 1 (gray) or 3 and alpha: bands of rows, w*scale wide, float."""
+        height, width = source.shape[:2]
+        scale, plan = self._upscaler.scale, self._upscaler.plan(height, width)
+        if len(plan) == 1:
+            yield self._tile(source, plan.tile_size, gray)[: height * scale, : width * scale]
+            return
+        padded_width = plan.columns[-1].stop
+        top = 0  # the output row that `held` begins with
+        held = np.zeros((0, padded_width * scale, source.shape[2]), np.float32)
+        row: Span | None = None
+        for next_row, column, down, across in plan.tiles(scale):
+            if next_row != row:
+                row = next_row
+                # Rows above the first that this row of tiles counts in are final.
+                final = row.start * scale + int(np.argmax(down > 0))
+                if final > top:
+                    yield held[: final - top, : width * scale]
+                    held, top = held[final - top :], final
+                grown = np.zeros((row.stop * scale - top, *held.shape[1:]), np.float32)
+                grown[: len(held)] = held
+                held = grown
+            tile = self._tile(source[row.at(1), column.at(1)], plan.tile_size, gray)
+            _weigh(tile, down, across)
+            counted = slice(max(top - row.start * scale, 0), None)
+            held[row.start * scale + (counted.start or 0) - top :, column.at(scale)] += tile[counted]
+        yield held[: height * scale - top, : width * scale]
+
+    def _tile(self, source: Array, size: tuple[int, int], gray: bool) -> FloatArray:
+        """(h, w, C) to (H*scale, W*scale, C), where (H, W) = `size`; less is padded by repeating the border."""
+        started = time.perf_counter()
+        bottom, right = size[0] - source.shape[0], size[1] - source.shape[1]
+        if bottom or right:
+            source = np.pad(source, ((0, bottom), (0, right), (0, 0)), mode="edge")
+        planes = np.ascontiguousarray(to_float(source).transpose(2, 0, 1))
+        if gray:
+            sr = self._gray(planes[0])[None]
+        elif self._upscaler.engine.model.in_channels == 3:
+            sr = self._finite(planes[None, :3])[0]
+        else:  # a model of one channel sees the three one after the other
+            sr = self._finite(planes[:3, None])[:, 0]
+        if len(planes) in (2, 4):
+            alpha = planes[-1]
+            if alpha.min() == alpha.max() and alpha.flat[0] in (0, 1):
+                sr_alpha = np.full(sr.shape[1:], alpha.flat[0], np.float32)
+            else:
+                sr_alpha = _keep_extremes(self._gray(alpha), alpha, self._upscaler.scale)
+            sr = np.concatenate([sr, sr_alpha[None]])
+        self.model_seconds += time.perf_counter() - started
+        self._done += 1
+        self._on_tile(self._done, self.tiles)
+        return np.ascontiguousarray(sr.transpose(1, 2, 0))
+
+    def _gray(self, plane: FloatArray) -> FloatArray:
+        """(h, w) to (h*scale, w*scale): the mean of what a colour model makes of three equal channels."""
+        channels = self._upscaler.engine.model.in_channels
+        batch = np.broadcast_to(plane, (1, channels, *plane.shape))
+        return np.asarray(self._finite(batch)[0].mean(axis=0))
+
+    def _finite(self, lr: Array) -> FloatArray:
+        engine, lr = self._upscaler.engine, np.array(lr, np.float32, order="C")
+        sr = engine.run(lr)
+        if not np.isfinite(sr).all():
+            # fp16 overflows in this family of networks.
+            sr = engine.run(lr, exact=True)
+            if not np.isfinite(sr).all():
+                raise PddError("the model gives values that are not finite, even in fp32: its weights are damaged")
+        return sr
+
+
+def _is_opaque(alpha: Array) -> bool:
+    return bool((alpha == np.iinfo(alpha.dtype).max).all())
+
+
+def _is_gray(pixels: Array) -> bool:
+    """Whether (h, w, C) has the same values in all channels."""
+    return bool((pixels == pixels[:, :, :1]).all())
+
+
+def _rows_bytes(rows: int, width: int, scale: int) -> int:
+    """Bytes of a row of tiles, `rows` LR pixels high: as it is blended, quantised and waits to be written."""
+    return rows * scale * width * scale * 4 * (2 * 4 + 4 + 3)
+
+
+def _collect(bands: Iterable[Array], layout: Layout) -> Array:
+    whole = np.empty((layout.height, layout.width, layout.samples), np.uint16 if layout.bits == 16 else np.uint8)
+    row = 0
+    for band in bands:
+        whole[row : row + len(band)] = band
+        row += len(band)
+    return whole
+
+
+def _picture(whole: Array, sheet: Sheet, source: Picture) -> Picture:
+    """The output as a picture with the metadata of `source`."""
+    alpha = np.ascontiguousarray(whole[..., -1]) if sheet.layout.alpha else None
+    pixels = np.ascontiguousarray(whole[..., : sheet.layout.channels])
+    return replace(source, pixels=pixels, alpha=alpha, frames=1, metadata=sheet.metadata)
+
+
+def _weigh(tile: FloatArray, down: Weights, across: Weights) -> None:
+    """Multiply (h, w, C) by the weights of its rows and columns, in place; most of them are 1."""
+    rows, columns = down != 1, across != 1
+    tile[rows] *= np.outer(down[rows], across)[:, :, None]
+    tile[np.ix_(~rows, columns)] *= across[columns, None]
+
+
+def _keep_extremes(sr: FloatArray, lr: FloatArray, scale: int) -> FloatArray:
+    """`sr` with exact 0 and 1 where all LR neighbours have it, so that opaque and empty areas stay so."""
+    height, width = lr.shape
+    around = np.pad(lr, 1, mode="edge")
+    windows = [around[y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    sr = sr.copy()
+    for value in (0.0, 1.0):
+        flat = np.all([window == value for window in windows], axis=0)
+        sr[flat.repeat(scale, axis=0).repeat(scale, axis=1)] = value
+    return sr

@@ -1,0 +1,576 @@
+"""Frames → video file, in parts, and everything else of the input's file beside them, by PyAV (FFmpeg's libraries)."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pdd_cli.errors import InputError, PddError
+from pdd_cli.files import atomic_write
+from pdd_cli.imaging.encode import Array, Encoding, from_float, to_float
+from pdd_cli.imaging.provenance import seal
+from pdd_cli.video.decode import (
+    CONTAINERS,
+    FULL_RANGE,
+    HDR10,
+    RGB,
+    SUBSAMPLINGS,
+    Clip,
+    describe_streams,
+    kind_of,
+    opened,
+    plane_array,
+    pyav,
+)
+from pdd_cli.video.matroska import ROOM, set_display_size
+from pdd_cli.video.yuv import Coding, from_rgb
+
+if TYPE_CHECKING:
+    from av.container import InputContainer, OutputContainer
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+# Statistics and marks of the old file that the new one's muxer or encoder writes, or that would be stale.
+_STALE_TAGS = ("encoder", "major_brand", "minor_version", "compatible_brands", "duration", "bps", "number_of_")
+
+_MILLISECOND = Fraction(1, 1000)
+
+# The frame that is encoded, and the packets of the input that are written, to find whether a container holds them.
+_SAMPLE = (64, 64)
+_TRIED = 400
+
+_OTHER_AUDIO = "Give it other audio first: ffmpeg -i FILE -map 0 -c copy -c:a flac new.mkv"
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How frames are encoded: FFmpeg's names of encoder and pixel format, bits, and the encoder's options.
+
+    `chroma`: luma samples per chroma sample; width and height must be multiples of them.
+    """
+
+    name: str
+    pixel_format: str
+    bits: int
+    chroma: tuple[int, int]
+    options: tuple[tuple[str, str], ...]
+    lossless: bool = False
+
+    @property
+    def kept_side_data(self) -> frozenset[str]:
+        """FFmpeg's names of the side data that the encoder is given."""
+        hdr = "x265-params" in dict(self.options) or "svtav1-params" in dict(self.options)
+        return frozenset(HDR10 if hdr else ())
+
+    @property
+    def reorders(self) -> int:
+        """By how many frames the order of decoding may differ from that of display."""
+        return 2 if self.name in ("libx264", "libx265") else 0
+
+
+def choose_codec(clip: Clip, target: Path, encoding: Encoding) -> tuple[Codec, list[str]]:
+    """The encoder for `target`, with the chroma and bits of the clip as far as it has them; and what it hasn't.
+
+    Raises InputError where the container can't hold what is asked.
+    """
+    suffix = target.suffix.lower()
+    if encoding.lossless:
+        if suffix != ".mkv":
+            raise InputError(
+                f"{target}: {suffix} videos can't be written losslessly", "Use --format mkv, or leave --lossless out."
+            )
+        bits = next(bits for bits in (8, 10, 12, 16) if bits >= clip.bits)
+        format = "bgr0" if bits == 8 else f"gbrp{bits}le"
+        return Codec("ffv1", format, bits, (1, 1), (("level", "3"), ("g", "1")), lossless=True), []
+    # 95 is the 17 that the well-known scripts take for "visually lossless", 80 about x264's own 23.
+    quality = 15 + 0.36 * (100 - encoding.quality)
+    chroma = {(1, 1): (1, 1), (2, 1): (2, 1), (1, 2): (1, 1)}.get(clip.chroma, (2, 2))
+    bits = 8 if clip.bits == 8 else 10 if clip.bits <= 10 else 12
+    options: dict[str, str]
+    if suffix == ".webm" and bits == 8:
+        name = "libvpx-vp9"
+        options = {"crf": f"{quality * 63 / 51:.0f}", "deadline": "good", "cpu-used": "3", "row-mt": "1"}
+    elif suffix == ".webm":
+        name, bits, chroma = "libsvtav1", 10, (2, 2)
+        options = {"crf": f"{quality * 63 / 51:.0f}", "preset": "6"}
+        if clip.mastering or clip.light:
+            options["svtav1-params"] = _hdr_of_av1(clip)
+    elif bits == 8:
+        name, options = "libx264", {"crf": f"{quality:.1f}"}
+    else:
+        name, options = "libx265", {"crf": f"{quality + 2:.1f}", "x265-params": f"log-level=none{_hdr_of_h265(clip)}"}
+    notes = []
+    if bits < clip.bits:
+        notes.append(f"{clip.bits} bits become {bits}, the most that {name} has")
+    if chroma[0] > clip.chroma[0]:
+        notes.append(f"its colours are halved to 4:2:0, all that {name} has")
+    format = f"yuv{SUBSAMPLINGS[chroma]}p{'' if bits == 8 else f'{bits}le'}"
+    return Codec(name, format, bits, chroma, tuple(options.items())), notes
+
+
+def _hdr_of_h265(clip: Clip) -> str:
+    """x265's parameters for the mastering display (in 0.00002 and 0.0001 cd/m2) and the content light level."""
+    text = ""
+    if clip.mastering:
+        (red, green, blue, white), (least, most) = _mastering(clip)
+        points = "".join(
+            f"{name}({round(x * 50_000)},{round(y * 50_000)})"
+            for name, (x, y) in zip(("G", "B", "R", "WP"), (green, blue, red, white), strict=True)
+        )
+        text += f":master-display={points}L({round(most * 10_000)},{round(least * 10_000)})"
+    if clip.light:
+        text += f":max-cll={clip.light[0]},{clip.light[1]}"
+    return text
+
+
+def _hdr_of_av1(clip: Clip) -> str:
+    """SVT-AV1's parameters for the same."""
+    parts = []
+    if clip.mastering:
+        (red, green, blue, white), (least, most) = _mastering(clip)
+        points = "".join(
+            f"{name}({float(x):.5f},{float(y):.5f})"
+            for name, (x, y) in zip(("G", "B", "R", "WP"), (green, blue, red, white), strict=True)
+        )
+        parts.append(f"mastering-display={points}L({float(most):.4f},{float(least):.4f})")
+    if clip.light:
+        parts.append(f"content-light={clip.light[0]},{clip.light[1]}")
+    return ":".join(parts)
+
+
+def _mastering(clip: Clip) -> tuple[list[tuple[Fraction, Fraction]], tuple[Fraction, Fraction]]:
+    """The points of red, green, blue and white, and the least and the most luminance."""
+    numbers = clip.mastering
+    values = [Fraction(numbers[n], numbers[n + 1] or 1) for n in range(0, 20, 2)]
+    return [(values[n], values[n + 1]) for n in range(0, 8, 2)], (values[8], values[9])
+
+
+class PartWriter:
+    """Encodes frames into one part of a video, a file that is there whole or not at all: `close` makes it so.
+
+    A part begins with a frame that needs no other, and numbers its frames in milliseconds: the times of the clip,
+    whatever their unit, stay out of it. `target` is for messages.
+    """
+
+    def __init__(self, path: Path, target: Path, clip: Clip, codec: Codec, size: tuple[int, int]) -> None:
+        self._clip, self._codec = clip, codec
+        self._coding = clip.colours.coding(codec.bits)
+        self._numbers: dict[int, int] = {}  # time in the part → number of the frame
+        self._start = self._coded = 0
+        os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 writes its settings to stderr; this leaves errors
+        with ExitStack() as stack:
+            temporary = stack.enter_context(atomic_write(path))
+            stack.enter_context(_told(target))
+            self._container = stack.enter_context(pyav().open(f"file:{temporary}", "w", format="matroska"))
+            self._stream = self._container.add_stream(codec.name, rate=clip.rate, options=dict(codec.options))
+            self._stream.width, self._stream.height = size
+            self._stream.pix_fmt = codec.pixel_format
+            self._stream.codec_context.time_base = clip.time_base
+            self._stream.codec_context.thread_type = "AUTO"  # by PyAV's default x264 would cut frames into slices
+            _tag(self._stream, clip, codec)
+            self._files = stack.pop_all()
+
+    def add(self, time: int, pixels: Array) -> None:
+        """Encode a frame, (H, W, 3) in 0..65535, that is shown at `time` of the clip."""
+        if not self._numbers:
+            self._start = time
+        self._numbers[time - self._start] = len(self._numbers)
+        try:
+            frame = _video_frame(pixels, self._codec, self._coding)
+            frame.pts, frame.time_base = time - self._start, self._clip.time_base
+            self._mux(frame)
+        except BaseException:
+            with self._files:  # which say what the matter is
+                raise
+
+    def close(self) -> None:
+        """Put the part where it belongs. Raises ResourceError when the disk is full."""
+        with self._files:
+            self._mux(None)
+
+    def abandon(self) -> None:
+        """Leave nothing behind."""
+        with suppress(_Abandoned), self._files:
+            raise _Abandoned
+
+    def _mux(self, frame: VideoFrame | None) -> None:
+        for packet in self._stream.encode(frame):
+            assert packet.pts is not None
+            number = self._numbers[packet.pts]
+            if self._coded - number > self._codec.reorders:
+                raise PddError(f"{self._codec.name} reorders frames further than it is known to")
+            packet.time_base = _MILLISECOND
+            packet.pts, packet.dts, packet.duration = number, self._coded - self._codec.reorders, 1
+            self._coded += 1
+            self._container.mux(packet)
+
+
+class _Abandoned(Exception):  # noqa: N818 - not a failure of its own
+    """What is being written won't be finished."""
+
+
+def _video_frame(pixels: Array, codec: Codec, coding: Coding) -> VideoFrame:
+    """A frame for the encoder from (H, W, 3) in 0..65535."""
+    from av.video.frame import VideoFrame
+
+    height, width = pixels.shape[:2]
+    frame = VideoFrame(width, height, codec.pixel_format)
+    if codec.pixel_format == "bgr0":
+        rows = np.frombuffer(memoryview(frame.planes[0]), np.uint8).reshape(height, -1)
+        packed = np.zeros((height, width, 4), np.uint8)
+        packed[..., :3] = from_float(to_float(pixels), 8)[..., ::-1]
+        rows[:, : 4 * width] = packed.reshape(height, -1)
+        return frame
+    if codec.lossless:
+        top = (1 << codec.bits) - 1
+        planes = [np.rint(pixels[..., c] * (top / 65_535)) for c in (1, 2, 0)]
+    else:
+        planes = from_rgb(pixels, coding, codec.chroma)
+    for n, plane in enumerate(planes):
+        plane_array(frame, n)[:] = plane
+    return frame
+
+
+def _tag(stream: VideoStream, clip: Clip, codec: Codec) -> None:
+    """Say in `stream` what the colours of the clip are, and the aspect of its pixels."""
+    context, colours = stream.codec_context, clip.colours
+    context.color_primaries = colours.primaries
+    context.color_trc = colours.transfer
+    context.colorspace = RGB if codec.lossless else colours.matrix
+    context.color_range = FULL_RANGE if codec.lossless else colours.range
+    if clip.aspect:
+        context.sample_aspect_ratio = clip.aspect
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What else of the clip's file goes into an output: other streams, by index.
+
+    `any_codec`: some of them are of a codec for which PyAV asks the muxer of Matroska in vain.
+    """
+
+    streams: tuple[int, ...] = ()
+    any_codec: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """An output: its path, and what is written about it. `strip`: no tags; `comment`: a line for its tags."""
+
+    path: Path
+    strip: bool = False
+    comment: str = ""
+
+    @property
+    def container(self) -> str:
+        """FFmpeg's name of it."""
+        return CONTAINERS[self.path.suffix.lower()]
+
+
+def assemble(
+    clip: Clip,
+    codec: Codec,
+    target: Target,
+    extras: Extras,
+    parts: Sequence[Path],
+    times: Sequence[int],
+    end: int,
+    *,
+    length: int,
+) -> None:
+    """Write `target`, whole or not at all, from encoded parts and everything else that the clip's file holds.
+
+    `times` of all frames and the `end` of the last one are in the clip's time base; a part has `length` frames, the
+    last one may have less.
+    """
+    with (
+        opened(clip.path) as source,
+        opened(parts[0]) as first,
+        atomic_write(target.path) as temporary,
+        _told(target.path),
+    ):
+        encoded = first.streams.video[0]
+        with _output(temporary, target, source, extras, last=True) as out:
+            streams = _add_streams(clip, codec, target, extras, source, encoded, out)
+            inputs = [source.streams.get(index)[0] for index in streams if index != clip.index]
+            packets = heapq.merge(
+                _video_packets(clip, codec, parts, [*times, end], length, streams[clip.index]),
+                _other_packets(clip, source.demux(*inputs) if inputs else iter(()), streams, target),
+                key=lambda timed: timed[0],
+            )
+            for _, packet in packets:
+                out.mux_one(packet)
+        if target.container in ("matroska", "webm"):
+            set_display_size(temporary, (encoded.width, encoded.height), clip.aspect)
+        seal(temporary)
+
+
+def choose_extras(clip: Clip, codec: Codec, target: Target) -> tuple[Extras, dict[str, str]]:
+    """What else of the clip's file `target` holds, by writing the head of it to nowhere; and what is left out: why.
+
+    Raises InputError where that is sound.
+    """
+    from av.stream import Discard, Disposition
+
+    wanted, videos, unknown = [], [], []
+    with opened(clip.path) as source:
+        described = describe_streams(source)
+        has_chapters = bool(source.chapters())
+        kinds = {stream.index: kind_of(stream, described) for stream in source.streams}
+        types = {stream.index: stream.type for stream in source.streams}
+        covers = {stream.index for stream in source.streams if stream.disposition & Disposition.attached_pic}
+        for stream in source.streams:
+            if stream.index == clip.index or stream.discard == Discard.all or "timecode" in stream.metadata:
+                continue  # chapters and timecodes are written by the muxer
+            if stream.type == "video" and stream.index not in covers:
+                videos.append(stream.index)
+            elif stream.codec_context is None and stream.type not in ("data", "attachment"):
+                unknown.append(stream.index)
+            else:
+                wanted.append(stream.index)
+    left_out = {f"other video ({kinds[index]})": "one is upscaled" for index in videos}
+    left_out |= {f"{types[index]} ({kinds[index]})": "nothing here knows it" for index in unknown}
+    with _sample(clip, codec) as sample:
+        extras = _held(clip, codec, target, sample, wanted)
+        left = [index for index in wanted if index not in extras.streams]
+        matroska = replace(target, path=target.path.with_suffix(".mkv"))
+        elsewhere = _held(clip, codec, matroska, sample, left).streams if target.container != "matroska" else ()
+    if extras.any_codec and has_chapters:
+        left_out["chapters"] = "they can't go with such audio"
+    suffix = target.path.suffix.lower()
+    for index in left:
+        if types[index] == "audio":
+            raise InputError(
+                f"{target.path}: {suffix} can't hold the audio of {clip.path} ({kinds[index]})",
+                "Use .mkv." if index in elsewhere else _OTHER_AUDIO,
+            )
+        name = "cover" if index in covers else types[index]
+        instead = ", .mkv can" if index in elsewhere else ""
+        left_out[f"{name} ({kinds[index]})"] = f"{suffix} can't hold it{instead}"
+    return extras, left_out
+
+
+def _held(clip: Clip, codec: Codec, target: Target, sample: Path, wanted: Sequence[int]) -> Extras:
+    """Those of the streams `wanted` that `target` holds."""
+    forms = [False, True] if target.container == "matroska" else [False]
+    for any_codec in forms:
+        extras = Extras(tuple(wanted), any_codec)
+        if _holds(clip, codec, target, extras, sample):
+            return extras
+    extras = Extras()
+    for index in wanted:
+        for any_codec in forms[extras.any_codec :]:
+            more = Extras((*extras.streams, index), any_codec)
+            if _holds(clip, codec, target, more, sample):
+                extras = more
+                break
+    return extras
+
+
+def _holds(clip: Clip, codec: Codec, target: Target, extras: Extras, sample: Path) -> bool:
+    """Whether an output with these streams can be begun, and ended, with the first packets of each."""
+    with opened(clip.path) as source, opened(sample) as first:
+        try:
+            with _output(Path(os.devnull), target, source, extras, last=False) as out:
+                streams = _add_streams(clip, codec, target, extras, source, first.streams.video[0], out)
+                out.start_encoding()
+                for _, packet in _video_packets(clip, codec, [sample], [0, 1], 1, streams[clip.index]):
+                    out.mux_one(packet)
+                others = streams.keys() - {clip.index}
+                some = (packet for packet in islice(source.demux(), _TRIED) if packet.stream_index in others)
+                for _, packet in _other_packets(clip, some, streams, target):
+                    out.mux_one(packet)
+        except (pyav().error.FFmpegError, ValueError):
+            return False
+    return True
+
+
+@contextmanager
+def _sample(clip: Clip, codec: Codec) -> Iterator[Path]:
+    """A video of one small gray frame, encoded as the output will be."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "sample.mkv"
+        writer = PartWriter(path, path, clip, codec, _SAMPLE)
+        writer.add(0, np.full((_SAMPLE[1], _SAMPLE[0], 3), 1 << 15, np.uint16))
+        writer.close()
+        yield path
+
+
+def _output(path: Path, target: Target, source: InputContainer, extras: Extras, *, last: bool) -> OutputContainer:
+    """A container of the kind of `target` at `path`; the file is made with the header. `last`: it is the real one."""
+    kind, url = target.container, f"file:{path}"
+    options = {}
+    if kind in ("mp4", "mov"):
+        # Playable while it downloads (by a second pass over the file); a phone's own tags have no other place.
+        flags = "+faststart" if last else ""
+        if any(tag.startswith("com.") for tag in source.metadata):
+            flags += "+use_metadata_tags"
+        options = {"movflags": flags} if flags else {}
+    elif kind in ("matroska", "webm"):
+        options = {"write_crc32": "0"}
+    if extras.any_codec:
+        # The muxer `tee` takes any codec, and so does Matroska behind it.
+        settings = "".join(f":{key}={value}" for key, value in options.items())
+        kind, url, options = "tee", f"[f={kind}{settings}]" + re.sub(r"([\\'|\[\] ])", r"\\\1", url), {}
+    out: OutputContainer = pyav().open(
+        url, "w", format=kind, container_options=options, metadata_errors="surrogateescape"
+    )
+    return out
+
+
+def _add_streams(
+    clip: Clip,
+    codec: Codec,
+    target: Target,
+    extras: Extras,
+    source: InputContainer,
+    encoded: VideoStream,
+    out: OutputContainer,
+) -> dict[int, Any]:
+    """Add the streams and tags of `source` to `out`, the clip's as it was `encoded`: by their index in `source`."""
+    from av.stream import Disposition
+
+    streams: dict[int, Any] = {}
+    for origin in source.streams:
+        if origin.index == clip.index:
+            streams[origin.index] = out.add_stream_from_template(encoded, opaque=True)
+        elif origin.index not in extras.streams:
+            continue
+        elif origin.disposition & Disposition.attached_pic and target.container == "matroska":
+            _attach_cover(clip, origin, out)
+        elif origin.type == "attachment" and target.container != "matroska":
+            raise ValueError
+        else:
+            streams[origin.index] = out.add_stream_from_template(origin, opaque=True)
+    for index, stream in streams.items():
+        origin = source.streams.get(index)[0]
+        stream.disposition = origin.disposition
+        stream.metadata.update(_fresh(origin.metadata, target.strip))
+    video = streams[clip.index]
+    _tag(video, clip, codec)
+    video.time_base = clip.time_base
+    video.codec_context.framerate = clip.rate
+    if clip.display:
+        video.set_display_matrix(clip.display)
+    if codec.name == "libx265" and target.container not in ("matroska", "webm"):
+        video.codec_context.codec_tag = "hvc1"  # what Apple's players ask for
+    if target.container in ("matroska", "webm"):
+        video.metadata["title"] = video.metadata.get("title", "") + ROOM
+    out.metadata.update(_fresh(source.metadata, target.strip))
+    if target.comment:
+        key = next((name for name in out.metadata if name.lower() == "comment"), "comment")
+        out.metadata[key] = "\n".join(filter(None, [out.metadata.get(key), target.comment]))
+    out.set_chapters(_chapters(clip, source))
+    return streams
+
+
+def _attach_cover(clip: Clip, cover: Any, out: OutputContainer) -> None:
+    """Attach a cover picture under its own name, where it has one. Raises ValueError where it is empty."""
+    kind = cover.codec_context.codec.canonical_name
+    ending = {"mjpeg": "jpg"}.get(kind, kind)
+    name = cover.metadata.get("filename", f"cover.{ending}")
+    mime = cover.metadata.get("mimetype", f"image/{'jpeg' if kind == 'mjpeg' else kind}")
+    with opened(clip.path) as source:
+        packets = source.demux(source.streams.get(cover.index)[0])
+        data = next((bytes(packet) for packet in packets if packet.size), b"")
+    if not data:
+        raise ValueError
+    out.add_attachment(name, mime, data)
+
+
+def _fresh(tags: dict[str, str], strip: bool) -> dict[str, str]:
+    """The tags that stay true; of a stripped file the language alone."""
+    if strip:
+        return {key: value for key, value in tags.items() if key == "language"}
+    return {key: value for key, value in tags.items() if not key.lower().lstrip("_").startswith(_STALE_TAGS)}
+
+
+def _chapters(clip: Clip, source: InputContainer) -> list[Any]:
+    chapters: list[Any] = []
+    chapter: Any
+    for chapter in source.chapters():
+        shift = round(clip.shift / chapter["time_base"])
+        chapters.append({**chapter, "start": max(0, chapter["start"] - shift), "end": chapter["end"] - shift})
+    return chapters
+
+
+def _video_packets(
+    clip: Clip,
+    codec: Codec,
+    parts: Sequence[Path],
+    times: Sequence[int],
+    length: int,
+    stream: VideoStream,
+) -> Iterator[tuple[float, Packet[Any]]]:
+    """The encoded frames in the order of decoding, with the second when each is due; `times`: theirs, and the end."""
+    step = times[1] - times[0]
+    coded = 0
+    for part, path in enumerate(parts):
+        with opened(path) as container:
+            for packet in container.demux(container.streams.video[0]):
+                if not packet.size or packet.pts is None:
+                    continue
+                number = part * length + packet.pts
+                due = coded - codec.reorders
+                packet.time_base = clip.time_base
+                packet.pts = times[number]
+                packet.dts = times[due] if due >= 0 else times[0] + due * step
+                packet.duration = times[number + 1] - times[number]
+                packet.stream = stream
+                coded += 1
+                yield float(packet.dts * clip.time_base), packet
+
+
+def _other_packets(
+    clip: Clip, packets: Iterator[Packet[Any]], streams: dict[int, Any], target: Target
+) -> Iterator[tuple[float, Packet[Any]]]:
+    """The `packets` of other streams, as they are but for timestamps that go back, which no container takes."""
+    av = pyav()
+    form = av.format
+    step = 0 if form.ContainerFormat(target.container, "w").flags & form.Flags.ts_nonstrict.value else 1
+    latest: dict[int, int] = {}
+    due = 0.0
+    while True:
+        try:
+            packet = next(packets, None)
+        except av.error.FFmpegError:  # cut short, which the frames have told
+            return
+        if packet is None:
+            return
+        if not packet.size:
+            continue
+        index = packet.stream_index
+        shift = round(clip.shift / packet.time_base)
+        dts = packet.pts if packet.dts is None else packet.dts
+        dts = latest.get(index, 0) + 1 if dts is None else dts - shift
+        pts = dts if packet.pts is None else packet.pts - shift
+        if index in latest:
+            dts = max(dts, latest[index] + step)
+        latest[index] = dts
+        packet.dts, packet.pts = dts, max(pts, dts)
+        packet.stream = streams[index]
+        due = float(dts * packet.time_base)
+        yield due, packet
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What FFmpeg says while `path` is written as a PddError; what the system says is for `atomic_write`."""
+    try:
+        yield
+    except (pyav().error.FFmpegError, ValueError) as error:
+        if isinstance(error, OSError):
+            raise
+        raise PddError(f"can't write {path}: {getattr(error, 'strerror', None) or error}") from error

@@ -1,0 +1,401 @@
+"""Videos → videos: decoding, upscaling and encoding overlap, and a run that was cut off is gone on with."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+
+from pdd_cli.errors import InputError, PddError, ResourceError
+from pdd_cli.files import write_text
+from pdd_cli.imaging.decode import Array, Picture
+from pdd_cli.imaging.encode import Layout
+from pdd_cli.imaging.provenance import sealed_text
+from pdd_cli.upscaling.jobs import Job, Output, Result, check_name, failed, skipped
+from pdd_cli.upscaling.manifest import Manifest, key_of
+from pdd_cli.upscaling.upscaler import OnTile, Upscaled, Upscaler
+from pdd_cli.video.decode import (
+    Clip,
+    Frame,
+    FrameReader,
+    check_video_name,
+    library_versions,
+    read_clip,
+    side_data_names,
+)
+from pdd_cli.video.encode import Codec, Extras, PartWriter, Target, assemble, choose_codec, choose_extras
+
+PART_FRAMES = 96
+"""Frames of a part: what is lost at most when a run is cut off."""
+
+_T = TypeVar("_T")
+
+# Frames that wait to be upscaled, and that wait to be encoded.
+_AHEAD, _BEHIND = 2, 2
+# The frames that an encoder holds at a time, with their smaller copies, and the longest side it takes.
+_HELD_FRAMES = 64
+_LONGEST_SIDE = 16_384
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What becomes of a video: `size` (width, height) as stored; `memory`: of the process at most, bytes."""
+
+    clip: Clip
+    codec: Codec
+    target: Target
+    extras: Extras
+    size: tuple[int, int]
+    notes: tuple[str, ...]
+    left_out: tuple[str, ...]
+    memory: int
+    seconds: float
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """`size` as it is seen."""
+        return _turned(self.size, self.clip)
+
+
+def run_videos(
+    jobs: Iterable[Job],
+    upscaler: Upscaler,
+    *,
+    recipe: Mapping[str, object],
+    output: Output = Output(),
+    manifest: Manifest | None = None,
+    on_start: Callable[[Job], None] = lambda job: None,
+    on_tile: OnTile = lambda done, total: None,
+) -> Iterator[Result]:
+    """Do the jobs in turn, yielding what became of each, as `batch.run_jobs` does for images; `on_tile` counts frames.
+
+    `recipe` is what decides, with the input, what an output is. What an earlier run of the same recipe left unfinished
+    is gone on with. A job that fails doesn't stop the others; a full disk does (ResourceError).
+    """
+    for job in jobs:
+        started = time.perf_counter()
+        parts = _parts_folder(job.target)
+        try:
+            digest = _digest(job.source)
+            key = key_of(digest, recipe)
+            result = skipped(job, key, output, manifest)
+            if result is not None:
+                shutil.rmtree(parts, ignore_errors=True)  # of a run that was cut off just before it was done
+                yield result
+                continue
+            on_start(job)
+            plan = _plan(job, digest, upscaler, output, timed=False)
+            _check_memory(plan, upscaler)
+            result = _upscale(job, plan, upscaler, _Parts(parts, job.target, plan, key), key, output, manifest, on_tile)
+        except ResourceError:
+            raise
+        except Exception as error:
+            yield failed(job, error, started)
+        else:
+            yield replace(result, seconds=time.perf_counter() - started)
+        finally:
+            upscaler.reserved = 0
+
+
+def preview_videos(
+    jobs: Sequence[Job],
+    upscaler: Upscaler,
+    *,
+    recipe: Mapping[str, object],
+    output: Output = Output(),
+    manifest: Manifest | None = None,
+) -> Iterator[Result]:
+    """What `run_videos` would do, from the first frame of each video."""
+    for job in jobs:
+        try:
+            digest = _digest(job.source)
+            result = skipped(job, key_of(digest, recipe), output, manifest)
+            if result is None:
+                plan = _plan(job, digest, upscaler, output, timed=True)
+                _check_memory(plan, upscaler)
+                result = Result(
+                    job,
+                    "planned",
+                    "; ".join(plan.notes),
+                    plan.clip.upright,
+                    plan.upright,
+                    plan.clip.frames * upscaler.tiles(*plan.clip.upright),
+                    plan.clip.frames * plan.seconds,
+                    plan.clip.frames * plan.seconds,
+                    plan.memory,
+                    plan.clip.frames,
+                    plan.left_out,
+                )
+            yield result
+        except Exception as error:
+            yield failed(job, error, time.perf_counter())
+        finally:
+            upscaler.reserved = 0
+
+
+def _plan(job: Job, digest: str, upscaler: Upscaler, output: Output, *, timed: bool) -> _Plan:
+    """What becomes of a video, found out before any work, and the memory for its encoder reserved.
+
+    `digest`: the input's SHA-256.
+
+    Raises InputError where it can't be done.
+    """
+    check_name(job.target)
+    check_video_name(job.target)
+    clip = read_clip(job.source, most_pixels=upscaler.most_pixels)
+    codec, notes = choose_codec(clip, job.target, output.encoding)
+    width, height = _turned(upscaler.output_size(*clip.upright), clip)
+    size = (width - width % codec.chroma[0], height - height % codec.chroma[1])
+    if size != (width, height):
+        notes.append(f"{width}x{height} is cut to {size[0]}x{size[1]}: its chroma needs even sizes")
+    if not 0 < min(size) <= max(size) <= _LONGEST_SIDE:
+        raise InputError(
+            f"{job.target}: {codec.name} can't hold {width}x{height} (at most {_LONGEST_SIDE} pixels a side)"
+        )
+    # Measured at 1920x1080: 4.2 bytes a pixel and frame for 8 bits (x264), 5.5 for 10 (x265).
+    upscaler.reserved = _HELD_FRAMES * width * height * (5 if codec.bits == 8 else 6)
+    estimate = upscaler.estimate(Layout(*clip.upright, 3, bits=16), streamed=False, timed=timed)
+    made = ""
+    if output.provenance is not None and not output.strip:
+        made = sealed_text(replace(output.provenance, source_sha256=digest))
+    target = Target(job.target, output.strip, made)
+    extras, left_out = choose_extras(clip, codec, target)
+    if clip.alpha:
+        left_out["transparency"] = "the output has none"
+    lost = side_data_names(clip.side - codec.kept_side_data)
+    if lost:
+        notes.append(f"not kept of its frames: {', '.join(lost)}")
+    notes += [f"its {name} is not kept: {why}" for name, why in left_out.items()]
+    return _Plan(
+        clip,
+        codec,
+        target,
+        extras,
+        size,
+        (*clip.notes, *notes),
+        (*lost, *left_out),
+        estimate.memory,
+        estimate.seconds,
+    )
+
+
+def _check_memory(plan: _Plan, upscaler: Upscaler) -> None:
+    try:
+        upscaler.check_memory(plan.memory)
+    except ResourceError as error:  # of this video alone
+        raise InputError(f"{plan.clip.path}: {error.message}", "Ask for a smaller output.") from error
+
+
+class _Parts:
+    """The parts of a video in their folder beside the output; those of other settings or another input are dropped."""
+
+    def __init__(self, folder: Path, target: Path, plan: _Plan, key: str) -> None:
+        self._folder, self._target, self._plan = folder, target, plan
+        made_by = json.dumps([key, str(plan.codec), plan.size, PART_FRAMES, library_versions()])
+        note = folder / "made-by"
+        if not note.exists() or note.read_text(encoding="utf-8") != made_by:
+            shutil.rmtree(folder, ignore_errors=True)
+            write_text(note, made_by)
+        self.paths: list[Path] = []
+        while self._next().exists():
+            self.paths.append(self._next())
+        self._open: PartWriter | None = None
+        self._count = 0
+        self._abandoned = False
+
+    @property
+    def frames(self) -> int:
+        """How many frames the finished parts hold, or more, where the last one is the end of the video."""
+        return len(self.paths) * PART_FRAMES
+
+    def add(self, time: int, pixels: Array) -> None:
+        """Encode the next frame, unless an earlier one has failed."""
+        if self._abandoned:
+            return
+        if self._open is None:
+            plan = self._plan
+            self._open = PartWriter(self._next(), self._target, plan.clip, plan.codec, plan.size)
+            self._count = 0
+        try:
+            self._open.add(time, pixels)
+        except BaseException:
+            self.abandon()
+            raise
+        self._count += 1
+        if self._count == PART_FRAMES:
+            self.finish()
+
+    def finish(self) -> None:
+        """Close the part that is being written."""
+        if self._open is not None:
+            path = self._next()
+            self._open.close()
+            self._open = None
+            self.paths.append(path)
+
+    def abandon(self) -> None:
+        """Drop the part that is being written; none is begun after it."""
+        self._abandoned = True
+        if self._open is not None:
+            self._open.abandon()
+            self._open = None
+
+    def remove(self) -> None:
+        """Delete them all."""
+        self.abandon()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _next(self) -> Path:
+        return self._folder / f"{len(self.paths):06d}.mkv"
+
+
+class _Worker:
+    """A thread that does what it is given, in turn.
+
+    When its block ends early, what hasn't begun is dropped; and it ends only when the thread is idle, however often it
+    is interrupted meanwhile: files that the thread reads or writes must not be closed under it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._pool = ThreadPoolExecutor(1, name)
+        self._futures: deque[Future[object]] = deque()
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def submit(self, function: Callable[..., _T], *arguments: object) -> Future[_T]:
+        """Have `function` called."""
+        while self._futures and self._futures[0].done():
+            self._futures.popleft()
+        future = self._pool.submit(function, *arguments)
+        self._futures.append(future)  # type: ignore[arg-type]
+        return future
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        while running := [future for future in self._futures if not future.done()]:
+            with suppress(KeyboardInterrupt):
+                wait(running)
+
+
+def _upscale(
+    job: Job,
+    plan: _Plan,
+    upscaler: Upscaler,
+    parts: _Parts,
+    key: str,
+    output: Output,
+    manifest: Manifest | None,
+    on_tile: OnTile,
+) -> Result:
+    clip = plan.clip
+    reader = FrameReader(clip, skip=parts.frames)
+    frames = iter(reader)
+    done = tiles = 0
+    model_seconds = 0.0
+    try:
+        with _Worker("decode") as decoder, _Worker("encode") as encoder:
+            together = upscaler.batch(*clip.upright)
+            ahead = deque(decoder.submit(next, frames, None) for _ in range(_AHEAD + together - 1))
+            waiting: deque[Future[None]] = deque()
+
+            def upcoming() -> Iterator[Frame]:
+                while (frame := ahead.popleft().result()) is not None:
+                    ahead.append(decoder.submit(next, frames, None))
+                    yield frame
+
+            decoded = upcoming()
+            while some := list(itertools.islice(decoded, together)):
+                shown = [(frame.time, frame.pixels) for frame in some if frame.pixels is not None]
+                found = _upscale_frames([pixels for _, pixels in shown], clip, upscaler)
+                for (time_shown, _), upscaled in zip(shown, found, strict=True):
+                    tiles += upscaled.tiles
+                    model_seconds += upscaled.model_seconds
+                    pixels = _turned_back(upscaled.picture.pixels, plan)
+                    waiting.append(encoder.submit(parts.add, time_shown, pixels))
+                    while len(waiting) > _BEHIND + together - 1:
+                        waiting.popleft().result()
+                done += len(some)
+                on_tile(done, max(clip.frames, done))
+            for future in waiting:
+                future.result()
+            encoder.submit(parts.finish).result()
+    except PddError as error:
+        if isinstance(error, ResourceError):
+            parts.abandon()
+        else:
+            parts.remove()  # it would fail there again
+        raise
+    except BaseException:
+        parts.abandon()
+        raise
+    finally:
+        frames.close()
+    if manifest is not None:
+        manifest.record(job.target, key, source=job.source, done=False)
+    assemble(clip, plan.codec, plan.target, plan.extras, parts.paths, reader.times, reader.end, length=PART_FRAMES)
+    if manifest is not None:
+        manifest.record(job.target, key, source=job.source, done=True)
+    parts.remove()
+    return Result(
+        job,
+        "done",
+        "; ".join([*plan.notes, *reader.notes()]),
+        clip.upright,
+        plan.upright,
+        tiles,
+        model_seconds=model_seconds,
+        frames=done,
+        left_out=(*plan.left_out, *reader.left_out),
+    )
+
+
+def _upscale_frames(frames: Sequence[Array], clip: Clip, upscaler: Upscaler) -> list[Upscaled]:
+    """The frames as they are seen, upscaled. Raises PddError where it can't be."""
+    try:
+        return upscaler.upscale_all([Picture(np.ascontiguousarray(np.rot90(one, clip.quarters))) for one in frames])
+    except ResourceError as error:  # of this video alone
+        raise PddError(f"{clip.path}: {error.message}", error.hint) from error
+
+
+def _turned(size: tuple[int, int], clip: Clip) -> tuple[int, int]:
+    """A (width, height) as it is seen, as it is stored, or the other way round."""
+    return size if clip.quarters % 2 == 0 else (size[1], size[0])
+
+
+def _turned_back(pixels: Array, plan: _Plan) -> Array:
+    """The frame as it is stored, of the size that is encoded."""
+    stored = np.rot90(pixels, -plan.clip.quarters)
+    return stored[: plan.size[1], : plan.size[0]]
+
+
+def _parts_folder(target: Path) -> Path:
+    """A hidden folder beside `target`, of a name that is short whatever the target's is."""
+    return target.with_name(f".pdd-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}.parts")
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file that need not fit into memory. Raises InputError where it can't be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"can't read {path}: {error.strerror or error}") from error
+    return digest.hexdigest()
