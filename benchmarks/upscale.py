@@ -239,7 +239,7 @@ def _command(session: Session) -> None:
     variants = {name: command for name, command in _command_variants(session) if _wanted(name, arguments)}
     ended: dict[str, list[Ended]] = {name: [] for name in variants}
     failed: dict[str, str] = {}
-    # The first round fills caches (files, compiled models) and isn't counted, but told.
+    # The first round fills caches (files, compiled models) and isn't counted, but shown.
     for number, (name, command) in itertools.product(range(arguments.rounds + 1), variants.items()):
         if name in failed:
             continue
@@ -317,8 +317,8 @@ def _converted(weights: Path, folder: Path) -> Path:
 def _run(command: list[str]) -> Ended:
     """Raises RuntimeError with the end of what it said where it fails."""
     started = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as told:
-        process = subprocess.Popen(command, stdout=out, stderr=told)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=out, stderr=errors)
         memory = 0
         while True:
             memory = max(memory, _peak_memory(process.pid))
@@ -328,9 +328,9 @@ def _run(command: list[str]) -> Ended:
             time.sleep(0.01)
         seconds = time.perf_counter() - started
         out.seek(0)
-        told.seek(0)
+        errors.seek(0)
         if status:
-            raise RuntimeError(told.read()[-400:] or f"status {status}")
+            raise RuntimeError(errors.read()[-400:] or f"status {status}")
         return Ended(seconds, usage.ru_utime + usage.ru_stime, memory, out.read())
 
 

@@ -24,7 +24,7 @@ import torch
 from benchmarks.adapt_domains import Pairs, load_pairs, score
 from pdd_cli.adaptation.run import Run, WeightFiles, prepare_run
 from pdd_cli.config import AdaptConfig, resolve
-from pdd_cli.data.datasets import RGB, Batch, Domains, read_folder
+from pdd_cli.data.datasets import RGB, Batch, CropSampler, read_folder
 from pdd_cli.errors import PddError
 from pdd_cli.models.loading import interpolated
 from pdd_cli.runtime import Runtime, choose_runtime
@@ -34,7 +34,7 @@ RUNS = ("sound", "sound, seed 1", "rate x30", "another domain", "tinted HR", "bl
 
 
 @dataclass(frozen=True, eq=False)
-class TintedHR(Domains):
+class TintedHR(CropSampler):
     """The HR has other colours than the LR that it is paired with, as after a careless white balance."""
 
     def batch(self, step: int, size: int, first: int = 0) -> Batch:
@@ -110,7 +110,7 @@ def _prepare(arguments: argparse.Namespace, name: str, folder: Path, runtime: Ru
     return replace(run, domains=_sabotaged(run.domains, name, arguments.other))
 
 
-def _sabotaged(domains: Domains, name: str, other: Path) -> Domains:
+def _sabotaged(domains: CropSampler, name: str, other: Path) -> CropSampler:
     noise = np.random.default_rng(0)
     match name:
         case "another domain":

@@ -66,7 +66,7 @@ def main() -> NoReturn:
         ignore_signals()
         code = left.code
         if code == INTERRUPTED and was_raised():
-            world.tell_once(functools.partial(_tell, KeyboardInterrupt()))
+            world.report_once(functools.partial(_tell, KeyboardInterrupt()))
     except BrokenPipeError:
         code = 0
     except (Exception, KeyboardInterrupt) as error:
@@ -75,7 +75,7 @@ def main() -> NoReturn:
             traceback.print_exception(error)
         if was_raised() and not isinstance(error, Interrupted):
             error = KeyboardInterrupt()  # what a library has made of it
-        world.tell_once(functools.partial(_tell, error))
+        world.report_once(functools.partial(_tell, error))
         code = _exit_code(error)
     sys.exit(code)
 

@@ -169,11 +169,11 @@ class World:
         """Raise InputError, naming the first of `facts` that isn't the first process's."""
         from torch import distributed
 
-        told: list[Mapping[str, object]] = [{}] * self.size
+        gathered: list[Mapping[str, object]] = [{}] * self.size
         with _talking():
-            distributed.all_gather_object(told, dict(facts))
-        for rank, theirs in enumerate(told):
-            for name, value in told[0].items():
+            distributed.all_gather_object(gathered, dict(facts))
+        for rank, theirs in enumerate(gathered):
+            for name, value in gathered[0].items():
                 if theirs[name] != value:
                     raise InputError(
                         f"{name}: not the same in process {rank} as in the first",
@@ -208,7 +208,7 @@ class World:
                         time.sleep(60)
                 raise
 
-    def tell_once(self, tell: Callable[[], None]) -> None:
+    def report_once(self, tell: Callable[[], None]) -> None:
         """`tell()` in the process that fails first: what the others would say is a consequence. They wait for it."""
         if self.size == 1:
             tell()
@@ -227,9 +227,9 @@ class World:
             tell()
         with contextlib.suppress(Exception):
             if failed_before:
-                store.wait([f"{attempt}/told"])
+                store.wait([f"{attempt}/reported"])
             else:
-                store.set(f"{attempt}/told", "")
+                store.set(f"{attempt}/reported", "")
 
 
 ALONE = World()

@@ -30,7 +30,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Raises ResourceError when the disk is full, InputError when the folder can't be written.
     """
-    with told(path):
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY, suffix=path.suffix)
         temporary = Path(name)
@@ -48,7 +48,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def told(path: Path, hint: str = "Choose a folder that you may write to.") -> Iterator[None]:
+def write_errors(path: Path, hint: str = "Choose a folder that you may write to.") -> Iterator[None]:
     """Whatever keeps `path` from being written, as a ResourceError (a full disk) or InputError that names it."""
     try:
         yield
@@ -64,11 +64,11 @@ def told(path: Path, hint: str = "Choose a folder that you may write to.") -> It
 def locked(path: Path, on_wait: Callable[[], None], hint: str) -> Iterator[bool]:
     """Hold the lock file `path`, one process at a time; `on_wait` is called before waiting for another process.
 
-    Yields whether it had to wait: what the block is for may be done by now. Raises as `told` does.
+    Yields whether it had to wait: what the block is for may be done by now. Raises as `write_errors` does.
     """
     from filelock import FileLock, Timeout
 
-    with told(path, hint):
+    with write_errors(path, hint):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
         waited = False
@@ -110,13 +110,13 @@ def write_text(path: Path, text: str) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Add a line to the text file `path`. What a full disk cuts short has no line end."""
-    with told(path), path.open("a", encoding="utf-8", errors=UNENCODABLE) as file:
+    with write_errors(path), path.open("a", encoding="utf-8", errors=UNENCODABLE) as file:
         file.write(line + "\n")
 
 
 def check_writable(path: Path) -> None:
     """Make the text file `path` where it isn't there. Raises InputError where nothing can be added to it."""
-    with told(path):
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()
 

@@ -13,7 +13,7 @@ import torch
 from pdd_cli.adaptation.losses import INTER_LAYERS, inter_loss
 from pdd_cli.adaptation.run import Run, WeightFiles, prepare_run
 from pdd_cli.config import AdaptConfig
-from pdd_cli.data.datasets import Batch, Domains
+from pdd_cli.data.datasets import Batch, CropSampler
 from pdd_cli.distributed import World
 from pdd_cli.runtime import Runtime
 from tests.test_guard import Disturbed
@@ -72,7 +72,7 @@ def disturbed(run: Run) -> Run:
             return batch
         return dataclasses.replace(batch, hr_s=batch.hr_s * float("inf" if step == 2 else "nan"))
 
-    plain = {field.name: getattr(run.domains, field.name) for field in dataclasses.fields(Domains)}
+    plain = {field.name: getattr(run.domains, field.name) for field in dataclasses.fields(CropSampler)}
     return dataclasses.replace(run, domains=Disturbed(**plain, disturb=disturb))
 
 

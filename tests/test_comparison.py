@@ -91,12 +91,12 @@ def test_verdicts_follow_the_metrics_direction(differences: list[float], verdict
 def test_the_verdict_is_said_in_words() -> None:
     lpips, psnr_, niqe = metric_infos(["lpips", "psnr", "niqe"])
     names = [str(i) for i in range(8)]
-    told = [
+    messages = [
         compare(lpips, "a", "b", dict.fromkeys(names, 0.22), dict.fromkeys(names, 0.25)),
         compare(psnr_, "a", "b", dict.fromkeys(names, 27.5), dict.fromkeys(names, 28.0)),
         compare(niqe, "a", "b", {n: 5 + (-1) ** i for i, n in enumerate(names)}, dict.fromkeys(names, 5.0)),
     ]
-    assert in_words([one for one in told if one]) == (
+    assert in_words([one for one in messages if one]) == (
         "better on lpips (−12 %, 8 of 8), worse on psnr (−0.50 dB, 8 of 8), no clear difference on niqe"
     )
 

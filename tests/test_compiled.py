@@ -20,7 +20,7 @@ from pdd_cli.engines.winograd import kernel as winograd_kernel
 from pdd_cli.imaging.decode import Picture, read_image, write_image
 from pdd_cli.models.loading import SRModel, load_sr_model, state_sha256
 from pdd_cli.models.rrdbnet import RRDBNet
-from pdd_cli.models.traits import Traits
+from pdd_cli.models.traits import ModelSpec
 from pdd_cli.runtime import Runtime
 
 pytest.importorskip("openvino")
@@ -143,7 +143,9 @@ def test_that_openvino_cannot_be_taken_is_kept_too(
 
 
 def test_the_cache_is_bounded(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    described = compiled.Converted(Traits(scale=1, in_channels=3, out_channels=3, architecture="test"), "", 1, None)
+    described = compiled.ExportedModel(
+        ModelSpec(scale=1, in_channels=3, out_channels=3, architecture="test"), "", 1, None
+    )
     monkeypatch.setattr(compiled, "_MOST_BYTES", 5000)
     for number in range(6):
         compiled.keep("openvino", str(number), "fp32", described, bytes(2000))

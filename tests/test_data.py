@@ -10,8 +10,8 @@ import scipy.ndimage
 import torch
 from PIL import Image
 
-from pdd_cli.adaptation.loop import Ahead
-from pdd_cli.data.datasets import Batch, Domains, downscaled, hr_from_real, read_folder, texture
+from pdd_cli.adaptation.loop import Prefetcher
+from pdd_cli.data.datasets import Batch, CropSampler, downscaled, hr_from_real, read_folder, texture
 from pdd_cli.data.degradations import Degradation, downsample, gaussian_blur, jpeg
 from pdd_cli.errors import InputError
 
@@ -22,7 +22,7 @@ def noise(height, width, seed=0):
 
 def domains(real, hr, **changes):
     settings = {"crop": 16, "scale": 4, "degradation": Degradation(), "seed": 0, **changes}
-    return Domains(real=real, hr=hr, **settings)
+    return CropSampler(real=real, hr=hr, **settings)
 
 
 def test_area_downsampling_is_the_block_mean_rounded_to_8_bit():
@@ -72,11 +72,11 @@ def test_unreadable_images_are_told_and_left_out(tmp_path):
     Image.fromarray(noise(20, 30)).save(tmp_path / "below" / "good.png")
     Image.fromarray(noise(20, 30)[..., 0]).save(tmp_path / "gray.png")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 not an image")
-    told = []
-    images = read_folder(tmp_path, "--real-dir", told.append)
+    messages = []
+    images = read_folder(tmp_path, "--real-dir", messages.append)
     assert [image.shape for image in images] == [(20, 30, 3), (20, 30, 3)]
-    assert len(told) == 1
-    assert "broken.jpg" in told[0]
+    assert len(messages) == 1
+    assert "broken.jpg" in messages[0]
 
 
 def test_a_folder_without_images_is_refused(tmp_path):
@@ -194,7 +194,7 @@ def test_batches_made_ahead_are_those_of_their_steps() -> None:
             third.set()
         return domain.batch(step, 2)
 
-    ahead = Ahead(make)
+    ahead = Prefetcher(make)
     found = {step: ahead(step) for step in (0, 1)}
     assert third.wait(120), "nothing is made before it is asked for"
     again = ahead(1)  # after a rollback

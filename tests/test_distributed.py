@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pdd_cli.data.datasets import Domains
+from pdd_cli.data.datasets import CropSampler
 from pdd_cli.data.degradations import Degradation
 from pdd_cli.distributed import ALONE, World
 from pdd_cli.errors import InputError
@@ -208,13 +208,13 @@ def test_shares_of_a_batch_are_its_parts() -> None:
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (90, 100, 3), np.uint8) for _ in range(3)]
     degradation = Degradation(blur=(0.5, 2), noise=(1, 9), jpeg=(30, 90))
-    domains = Domains(images, images, 16, 4, degradation, seed=3, candidates=2)
+    domains = CropSampler(images, images, 16, 4, degradation, seed=3, candidates=2)
     whole = domains.batch(7, 4)
     for name in ("lr_s", "hr_s", "lr_t"):
         shares = [getattr(domains.batch(7, 2, first), name) for first in (0, 2)]
         assert torch.equal(torch.cat(shares), getattr(whole, name))
-    assert domains.digest() == Domains(images, images, 16, 4, degradation, seed=4).digest()
-    assert domains.digest() != Domains(images[::-1], images, 16, 4, degradation, seed=3).digest()
+    assert domains.digest() == CropSampler(images, images, 16, 4, degradation, seed=4).digest()
+    assert domains.digest() != CropSampler(images[::-1], images, 16, 4, degradation, seed=3).digest()
 
 
 def assert_same_run(ground: Path, one: Path, other: Path) -> None:

@@ -1,4 +1,4 @@
-"""Scores against published ones and plain NumPy; pairing; what is told of images that can't be scored."""
+"""Scores against published ones and plain NumPy; pairing; what is said of images that can't be scored."""
 
 from __future__ import annotations
 

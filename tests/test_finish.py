@@ -448,14 +448,14 @@ def test_an_interruption_before_and_after_training_exits_with_130(ground: Path, 
         command(ground, steps=6), cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
-    told = ""
-    while word not in told and (line := process.stderr.readline()):
-        told += line
+    messages = ""
+    while word not in messages and (line := process.stderr.readline()):
+        messages += line
     process.send_signal(signal.SIGINT)
-    told += process.communicate(timeout=120)[1]
-    assert process.returncode == 130, told
-    assert ("pdd adapt --resume --name realLR" if word.startswith("judging") else "interrupted") in told
-    assert "Traceback" not in told
+    messages += process.communicate(timeout=120)[1]
+    assert process.returncode == 130, messages
+    assert ("pdd adapt --resume --name realLR" if word.startswith("judging") else "interrupted") in messages
+    assert "Traceback" not in messages
 
 
 def test_a_checkpoint_is_written_by_time(

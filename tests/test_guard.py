@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from pdd_cli.adaptation.run import Run, WeightFiles, prepare_run
 from pdd_cli.config import AdaptConfig
-from pdd_cli.data.datasets import Batch, Domains
+from pdd_cli.data.datasets import Batch, CropSampler
 from pdd_cli.errors import PddError, ResourceError
 from pdd_cli.files import append_line, atomic_write
 from pdd_cli.models.rrdbnet import RRDBNet
@@ -25,8 +25,8 @@ from tests.test_models import efficientnet_state
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Disturbed(Domains):
-    """Domains whose batches `disturb` changes."""
+class Disturbed(CropSampler):
+    """Crops whose batches `disturb` changes."""
 
     disturb: Callable[[int, Batch], Batch] = lambda step, batch: batch
 
@@ -57,7 +57,7 @@ def prepare(tmp_path: Path) -> Callable[..., Run]:
         )
         runtime = Runtime(torch.device("cpu"), "fp32")
         run = prepare_run(config, files, runtime, name="r", resume=False, overwrite=True, notify=print)
-        plain = {field.name: getattr(run.domains, field.name) for field in dataclasses.fields(Domains)}
+        plain = {field.name: getattr(run.domains, field.name) for field in dataclasses.fields(CropSampler)}
         return dataclasses.replace(run, domains=Disturbed(**plain, disturb=disturb))
 
     return make

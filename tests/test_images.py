@@ -23,7 +23,7 @@ from benchmarks.fuzz import handmade
 from pdd_cli.errors import InputError, PddError
 from pdd_cli.imaging import png
 from pdd_cli.imaging.decode import MOST_PIXELS, Picture, decode_pages, find_images, image_size, read_image, write_image
-from pdd_cli.imaging.encode import Encoding, Layout, Sheet, check_size, from_float, write_sheets
+from pdd_cli.imaging.encode import Encoding, ImageSpec, ImageStream, check_size, from_float, write_sheets
 from pdd_cli.imaging.metadata import Metadata
 
 pillow_heif.register_heif_opener()  # pillow_jxl registers itself
@@ -318,7 +318,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_sheets(path, [Sheet(Layout(4, 4, 3), interrupted())])
+        write_sheets(path, [ImageStream(ImageSpec(4, 4, 3), interrupted())])
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
@@ -464,7 +464,7 @@ def test_pages_of_a_tiff(tmp_path: Path, bits: int) -> None:
     read = list(decode_pages(path, path.read_bytes()))
     for picture, page in zip(read, pages, strict=True):
         np.testing.assert_array_equal(picture.pixels, page)
-    write_sheets(tmp_path / "b.tif", [Sheet(p.layout, [p.interleaved]) for p in read], count=3)
+    write_sheets(tmp_path / "b.tif", [ImageStream(p.layout, [p.interleaved]) for p in read], count=3)
     with tifffile.TiffFile(tmp_path / "b.tif") as file:
         for page, expected in zip(file.pages, pages, strict=True):
             np.testing.assert_array_equal(page.asarray(), expected)
@@ -479,7 +479,7 @@ def test_frames_of_an_animation(tmp_path: Path, suffix: str) -> None:
     for picture, frame in zip(read, frames, strict=True):
         np.testing.assert_array_equal(picture.pixels, np.asarray(frame))
     again = tmp_path / f"b.{suffix}"
-    sheets = [Sheet(p.layout, [p.interleaved], duration=p.duration) for p in read]
+    sheets = [ImageStream(p.layout, [p.interleaved], duration=p.duration) for p in read]
     write_sheets(again, sheets, count=3, encoding=Encoding(lossless=True))
     with Image.open(again) as image:
         for index, frame in enumerate(frames):
@@ -554,10 +554,10 @@ def test_an_animation_of_16_bits_has_the_same_pixels_in_8(tmp_path: Path, colour
 def test_bands_of_any_height_make_the_same_file(tmp_path: Path, suffix: str, samples: int, bits: int) -> None:
     pixels = random_pixels(601, 300, samples, dtype={8: np.uint8, 16: np.uint16}[bits])
     pixels[100:400] = np.arange(300)[:, None] // 3  # rows for the filters to work on
-    layout = Layout(300, 601, samples - (samples == 4), samples == 4, bits)
+    layout = ImageSpec(300, 601, samples - (samples == 4), samples == 4, bits)
     for name, cuts in (("a", [601]), ("b", [1, 2, 257, 600])):
         bands = np.split(pixels, cuts)
-        write_sheets(tmp_path / f"{name}.{suffix}", [Sheet(layout, [band for band in bands if len(band)])])
+        write_sheets(tmp_path / f"{name}.{suffix}", [ImageStream(layout, [band for band in bands if len(band)])])
     np.testing.assert_array_equal(read_image(tmp_path / f"a.{suffix}").interleaved, pixels)
     np.testing.assert_array_equal(read_image(tmp_path / f"b.{suffix}").interleaved, pixels)
 
@@ -644,7 +644,7 @@ def test_a_file_that_lacks_an_image_or_a_row_is_no_output(tmp_path: Path, suffix
     whole = random_pixels(256, 20, 3)
     path = tmp_path / f"a.{suffix}"
     for images, bands in ((2, [whole]), (3, [whole[:100]]), (3, [whole, whole[:1]])):
-        sheets = [Sheet(Layout(20, 256, 3), bands, duration=100) for _ in range(images)]
+        sheets = [ImageStream(ImageSpec(20, 256, 3), bands, duration=100) for _ in range(images)]
         with pytest.raises((PddError, ValueError)):
             write_sheets(path, sheets, count=3)
         assert not list(tmp_path.iterdir())

@@ -39,9 +39,9 @@ def test_the_page_tells_the_run(pdd: Callable[..., Outcome], ground: Path, home:
     page = Page(text)
     assert all(link.startswith(("#", "data:")) for link in page.links)
     verdict = json.loads((RUN / "verdict.json").read_text())
-    assert any(verdict["reason"] in told for told in page.texts)
+    assert any(verdict["reason"] in messages for messages in page.texts)
     if verdict["keep"]:
-        assert any("pdd upscale IN OUT --weights realLR" in told for told in page.texts)
+        assert any("pdd upscale IN OUT --weights realLR" in messages for messages in page.texts)
     # The table of judgements is that of the file, and each loss has its plot.
     for line in lines("judgements.jsonl"):
         assert repr(line["score"]) in page.values

@@ -171,14 +171,14 @@ def test_every_process_ends_with_the_exit_code_of_all(images: Path, home: Path) 
                 [*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables
             )
         )
-    told = [process.communicate(timeout=300) for process in started]
-    assert [process.returncode for process in started] == [3, 3], told
-    document = json.loads(told[0][0])
+    messages = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [3, 3], messages
+    document = json.loads(messages[0][0])
     assert (document["done"], document["skipped"], document["failed"]) == (1, 7, 1)
-    assert "broken.png: damaged" in told[0][1]
-    assert (told[0][1] + told[1][1]).count("broken.png: damaged") == 1
-    assert "1 of 9 files failed" in told[0][1] + told[1][1]
-    assert told[1][0] == ""
+    assert "broken.png: damaged" in messages[0][1]
+    assert (messages[0][1] + messages[1][1]).count("broken.png: damaged") == 1
+    assert "1 of 9 files failed" in messages[0][1] + messages[1][1]
+    assert messages[1][0] == ""
 
 
 def test_parts_of_a_manifest_become_one(tmp_path: Path) -> None:

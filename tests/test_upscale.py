@@ -227,19 +227,19 @@ class Hungry(nn.Module):
         return self.conv(x)
 
 
-def test_out_of_memory_makes_smaller_tiles_and_is_told_once() -> None:
+def test_out_of_memory_makes_smaller_tiles_and_is_reported_once() -> None:
     model = SRModel(module=Hungry(40 * 40), scale=1, in_channels=3, out_channels=3, architecture="test")
-    told: list[str] = []
-    worker = upscaler(model, notify=told)
+    messages: list[str] = []
+    worker = upscaler(model, notify=messages)
     lr = picture(150, 130)
     result = worker.upscale(lr)
     assert result.tiles > 4
-    assert len(told) == 1
+    assert len(messages) == 1
     with torch.inference_mode():
         expected = model.module.conv(torch.from_numpy(lr.to_float()).permute(2, 0, 1)[None])[0].permute(1, 2, 0)
     assert psnr(result.picture.to_float(), expected.clamp(0, 1).numpy(), 1) > 50
     worker.upscale(lr)
-    assert len(told) == 1
+    assert len(messages) == 1
     nothing = SRModel(module=Hungry(16 * 16), scale=1, in_channels=3, out_channels=3, architecture="test")
     with pytest.raises(ResourceError, match="out of memory"):
         upscaler(nothing).upscale(lr)
@@ -513,9 +513,9 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(tmp_path: Path, home:
     hold.wait(process)
     process.send_signal(signal.SIGINT)
     hold.let_go()
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 130, told
-    assert "same command again" in told
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 130, messages
+    assert "same command again" in messages
     made = [path for path in out.iterdir() if path.name != MANIFEST]
     assert 3 <= len(made) < 20
     for path in made:  # no temporary file, none cut short

@@ -371,7 +371,7 @@ def test_everything_but_the_frames_is_kept(tmp_path: Path, weights: Path, suffix
     assert error is None, document
     file = document["files"][0]
     assert (file["frames"], file["problem"]) == (10, "")
-    # A quarter turn: sizes are told as they are seen.
+    # A quarter turn: sizes are reported as they are seen.
     assert (file["size_in"], file["size_out"]) == ([HEIGHT, WIDTH], [2 * HEIGHT, 2 * WIDTH])
 
     assert times_of(target) == times_of(source) == [t * unit for t in times]

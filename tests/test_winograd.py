@@ -210,7 +210,7 @@ def test_auto_takes_another_where_it_disagrees(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send")
 def test_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
-    """In the middle of an image: told before it would be done, with nothing half-written."""
+    """In the middle of an image: reported before it would be done, with nothing half-written."""
     from PIL import Image
 
     weights = tmp_path / "model.safetensors"
@@ -230,11 +230,11 @@ def test_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
         assert "winograd" in line
         time.sleep(3)
         os.kill(process.pid, signal.SIGINT)
-        _, told = process.communicate(timeout=120)
+        _, messages = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 130, told
-    assert "interrupted" in told
+    assert process.returncode == 130, messages
+    assert "interrupted" in messages
     assert not list(tmp_path.glob("out*"))
 
 

@@ -19,7 +19,7 @@ _VERSION = 2
 
 
 @dataclass
-class Guard:
+class DivergenceMonitor:
     """What is watched so that a run can't go wrong unseen."""
 
     rate_factor: float = 1.0  # halved at each rollback
@@ -40,7 +40,7 @@ class TrainState:
     discriminator_optimizer: torch.optim.Optimizer
     warmup_steps: int  # at the start, in which only the discriminator learns; a run that is made longer keeps them
     step: int = 0  # steps done
-    guard: Guard = field(default_factory=Guard)
+    guard: DivergenceMonitor = field(default_factory=DivergenceMonitor)
 
 
 def save_checkpoint(path: Path, state: TrainState, settings: dict[str, Any], inputs: dict[str, Any]) -> None:
@@ -84,7 +84,7 @@ def load_checkpoint(path: Path, state: TrainState, world: World = ALONE) -> None
         state.step = content["step"]
         before = content["settings"]  # a file without its own count is of a run that was never made longer
         state.warmup_steps = content.get("warmup_steps", round(before["discriminator_warmup"] * before["steps"]))
-        state.guard = Guard(**content["guard"])
+        state.guard = DivergenceMonitor(**content["guard"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path} doesn't fit this run: {error}", "Start anew under another --name.") from error
 

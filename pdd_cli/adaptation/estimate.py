@@ -24,7 +24,7 @@ _OTHER_FILES = 4 << 20  # bytes: logs, verdict, report
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class Estimate:
     """`steps` and `judgements` are those that a run has still to do, at the most."""
 
     steps: int
@@ -49,7 +49,7 @@ class Space:
     free: int
 
 
-def rehearse(run: Run, say: Callable[[str], None]) -> Rehearsal:
+def estimate(run: Run, say: Callable[[str], None]) -> Estimate:
     """Judge the base and do a few whole steps. `run.state` isn't that of a run any more afterwards."""
     say("judging the base")
     config, state = run.config, run.state
@@ -68,7 +68,7 @@ def rehearse(run: Run, say: Callable[[str], None]) -> Rehearsal:
         save=lambda judge: False, restore=_nothing, preview=_nothing, should_stop=lambda: len(reports) == _STEPS,
     ):  # fmt: skip
         reports.append(report)
-    return Rehearsal(
+    return Estimate(
         steps=left,
         judgements=judgements,
         seconds_per_step=min((report.seconds for report in reports[1:] or reports), default=0.0),

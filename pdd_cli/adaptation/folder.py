@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from pdd_cli.files import told
+from pdd_cli.files import write_errors
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,6 @@ class RunFolder:
         files = [self.config, self.checkpoint, self.log, self.best, self.judgements, self.verdict, self.report]
         files += [self.path / f"{self.path.name}.{form}" for form in ("pth", "onnx", "safetensors")]
         files += [*self.previews.glob("step_*.png"), *self.board.glob("events.out.tfevents.*")]
-        with told(self.path):
+        with write_errors(self.path):
             for file in files:
                 file.unlink(missing_ok=True)

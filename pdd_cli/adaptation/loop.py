@@ -26,7 +26,7 @@ from pdd_cli.adaptation.losses import (
     pixel_loss,
 )
 from pdd_cli.config import AdaptConfig
-from pdd_cli.data.datasets import Batch, Domains
+from pdd_cli.data.datasets import Batch, CropSampler
 from pdd_cli.distributed import ALONE, World
 from pdd_cli.errors import PddError
 from pdd_cli.models.discriminator import FeatureDiscriminator, UNetDiscriminator
@@ -56,7 +56,7 @@ def new_state(
     config: AdaptConfig,
     base: SRModel,
     generalist: SRModel,
-    domains: Domains,
+    domains: CropSampler,
     features: FeatureNetwork,
     runtime: Runtime,
 ) -> TrainState:
@@ -100,7 +100,7 @@ def train(
     state: TrainState,
     base: SRModel,
     generalist: SRModel,
-    domains: Domains,
+    domains: CropSampler,
     features: FeatureNetwork,
     runtime: Runtime,
     *,
@@ -134,7 +134,7 @@ def train(
         return domains.batch(step, n, world.rank * n)
 
     # Not on a CPU: its cores have enough to do, and a step takes a tenth longer.
-    batches = draw if runtime.kind == "cpu" else Ahead(draw)
+    batches = draw if runtime.kind == "cpu" else Prefetcher(draw)
     if state.step == 0:
         save(False)
     if world.size > 1:
@@ -237,7 +237,7 @@ def train(
             return
 
 
-class Ahead:
+class Prefetcher:
     """What `make` gives for a step, made in a thread of its own while the step before is computed."""
 
     def __init__(self, make: Callable[[int], Batch]) -> None:

@@ -32,18 +32,18 @@ from pdd_cli.adaptation.loop import StepReport, new_state, place, scheduled_rate
 from pdd_cli.adaptation.preview import centre, sheet, to_rgb8, upscaled
 from pdd_cli.adaptation.resuming import absolute, check_inputs_are_same, check_settings
 from pdd_cli.adaptation.sources import Source, read_sources
-from pdd_cli.adaptation.tensorboard import Board, check_board
+from pdd_cli.adaptation.tensorboard import TensorBoardLog, check_board
 from pdd_cli.adaptation.trainable import check_rgb, check_trainable
 from pdd_cli.adaptation.validation import Pairs, Truth, read_pairs
 from pdd_cli.config import AdaptConfig
-from pdd_cli.data.datasets import RGB, Domains, downscaled, hr_from_real, images_below
+from pdd_cli.data.datasets import RGB, CropSampler, downscaled, hr_from_real, images_below
 from pdd_cli.data.degradations import Degradation
 from pdd_cli.distributed import ALONE, World
 from pdd_cli.errors import InputError, PddError, ResourceError
-from pdd_cli.files import append_line, atomic_write, is_within, remove_leftovers, told, write_text
+from pdd_cli.files import append_line, atomic_write, is_within, remove_leftovers, write_errors, write_text
 from pdd_cli.models.features import FeatureNetwork, feature_network
 from pdd_cli.models.loading import SRModel, interpolated, load_sr_model, state_sha256
-from pdd_cli.reporting.adaptation import RunReport, Shot, as_page
+from pdd_cli.reporting.adaptation import ReportImage, RunReport, as_page
 from pdd_cli.reporting.html import window
 from pdd_cli.runtime import Runtime, is_out_of_memory
 from pdd_cli.weights.states import read_state
@@ -107,7 +107,7 @@ class Conclusion:
         ours, base = self.adapted[self.strength].truth, self.base.truth
         if ours is None or base is None:
             return ""
-        text = f"by the ground truth, at strength {self.strength:g}: {ours.told(base)}"
+        text = f"by the ground truth, at strength {self.strength:g}: {ours.describe(base)}"
         better = ours.psnr > base.psnr
         if self.verdict.keep is not None and better == (ours.distance < base.distance) != self.verdict.keep:
             text += ". That speaks against the verdict: trust the ground truth, if the pairs look as your images do"
@@ -128,7 +128,7 @@ class Run:
     base_sha256: str
     features_name: str
     features: FeatureNetwork
-    domains: Domains
+    domains: CropSampler
     judged_on: Sequence[RGB]  # real images: held out of training, or all where there are too few
     pairs: Pairs | None  # with ground truth, for the reader
     state: TrainState
@@ -143,7 +143,7 @@ class Run:
         Raises ResourceError where memory or disk runs out; the last checkpoint is whole then.
         """
         try:
-            with memory_told(self.config):
+            with memory_errors(self.config):
                 yield from self._train(should_stop)
         except ResourceError as error:
             if self.folder.checkpoint.exists():
@@ -161,7 +161,7 @@ class Run:
         if self.world.any(self.finished):
             return
         base_panels = [self._picture(self.base, lr) for lr in self._preview_crops()]
-        board = Board(self.folder.board if self.config.tensorboard else None, self.notify)
+        board = TensorBoardLog(self.folder.board if self.config.tensorboard else None, self.notify)
         board.begin(self.state.step)
         with contextlib.closing(board):
             for report in self._steps(
@@ -196,12 +196,12 @@ class Run:
     def _open_folder(self) -> None:
         if self.folder.checkpoint.exists() and not self.resumed:
             self.folder.clear()  # --overwrite: without it nobody gets here
-        with told(self.folder.path):
+        with write_errors(self.folder.path):
             self.folder.previews.mkdir(parents=True, exist_ok=True)
         remove_leftovers([self.folder.path, self.folder.previews])
         write_text(self.folder.config, yaml.safe_dump({"adapt": self._settings()}, sort_keys=False))
 
-    def _save(self, judge: bool, board: Board) -> bool:
+    def _save(self, judge: bool, board: TensorBoardLog) -> bool:
         """A checkpoint; with `judge` its weights are judged, and kept if they are the best so far.
 
         An interruption doesn't judge: the run that goes on from there is to be the one that wasn't interrupted, and
@@ -214,7 +214,7 @@ class Run:
             save_checkpoint(self.folder.checkpoint, self.state, self._settings(), self.inputs)
         return self.stopped_early
 
-    def _judge_candidates(self, board: Board) -> None:
+    def _judge_candidates(self, board: TensorBoardLog) -> None:
         """Judge the weights of this step, and keep the best so far."""
         candidates = {"specialist": self.state.specialist}
         if self.config.generalist.mode == "ema":
@@ -319,7 +319,7 @@ class Run:
         write_text(self.folder.report, page)
         return self.folder.report
 
-    def _shots(self, strength: float) -> list[Shot]:
+    def _shots(self, strength: float) -> list[ReportImage]:
         """Pictures of held-out images, where they have most detail, and of pairs; the best weights at `strength`."""
         adapted = replace(self.base, module=copy.deepcopy(self.base.module))
         adapted.module.load_state_dict(interpolated(self._base_state(), read_state(self.folder.best), strength))
@@ -332,7 +332,7 @@ class Run:
             known = zip(self.pairs.names, self.pairs.lr, self.pairs.hr, strict=True)
             crops += [(name, "with ground truth", lr, hr) for name, lr, hr in list(known)[:_REPORT_IMAGES]]
         return [
-            Shot(name, group, lr, self._picture(self.base, lr), self._picture(adapted, lr), hr)
+            ReportImage(name, group, lr, self._picture(self.base, lr), self._picture(adapted, lr), hr)
             for name, group, lr, hr in crops
         ]
 
@@ -394,7 +394,7 @@ class Run:
     def _picture(self, model: SRModel, lr: RGB) -> RGB:
         return to_rgb8(upscaled(model, lr, self.runtime))
 
-    def _write_preview(self, base_panels: list[RGB], board: Board) -> None:
+    def _write_preview(self, base_panels: list[RGB], board: TensorBoardLog) -> None:
         adapted = replace(self.base, module=self.state.specialist)
         scale = self.base.scale
         rows = [
@@ -412,7 +412,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def memory_told(config: AdaptConfig) -> Iterator[None]:
+def memory_errors(config: AdaptConfig) -> Iterator[None]:
     """Out of memory, of the machine or of the GPU, as a ResourceError with what would help."""
     try:
         yield
@@ -474,7 +474,7 @@ def prepare_run(
             f"{config.base} restores images at their size: noise and JPEG compression are added to the synthetic "
             "domain, which has nothing to restore otherwise (synthetic.noise, .jpeg and .blur choose others)"
         )
-    domains = Domains(
+    domains = CropSampler(
         real,
         downscaled(hr or hr_from_real(real, hr_crop), synthetic.hr_scales, hr_crop),
         config.crop,
@@ -536,7 +536,7 @@ def prepare_run(
 
 
 def check_inputs(config: AdaptConfig, folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
-    """Raise InputError for what can be told to fail before weights are downloaded and images read."""
+    """Raise InputError for what is known to fail before weights are downloaded and images read."""
     check_folder(folder, config, resume=resume, overwrite=overwrite)
     for option, images in _image_folders(config).items():
         images_below(images, option)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 
-class Board:
+class TensorBoardLog:
     """Writes into `folder`; without one it does nothing.
 
     When that fails the run goes on without: `notify` says so, once.

@@ -35,7 +35,7 @@ class Truth:
     ssim: float
     distance: float
 
-    def told(self, base: Truth) -> str:
+    def describe(self, base: Truth) -> str:
         """In words, beside the base's."""
         return (
             f"PSNR {self.psnr:.2f} dB (base {base.psnr:.2f}), SSIM {self.ssim:.4f} (base {base.ssim:.4f}), "

@@ -14,7 +14,7 @@ from pdd_cli.errors import DownloadError, InputError, PddError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pdd_cli.adaptation.estimate import Rehearsal, Space
+    from pdd_cli.adaptation.estimate import Estimate, Space
     from pdd_cli.adaptation.folder import RunFolder
     from pdd_cli.adaptation.run import Run, WeightFiles
     from pdd_cli.adaptation.sources import Source
@@ -75,7 +75,7 @@ def finish(run: Run, store: Store, console: Console, losses: Mapping[str, float]
     Each of these may fail without the others. Raises PartialFailure or ResourceError at the end where one did.
     """
     from pdd_cli.adaptation.judge import Verdict
-    from pdd_cli.adaptation.run import memory_told
+    from pdd_cli.adaptation.run import memory_errors
     from pdd_cli.errors import Interrupted, PartialFailure, ResourceError
 
     failures: list[PddError] = []
@@ -83,7 +83,7 @@ def finish(run: Run, store: Store, console: Console, losses: Mapping[str, float]
     @contextlib.contextmanager
     def kept() -> Iterator[None]:
         try:
-            with memory_told(run.config):
+            with memory_errors(run.config):
                 yield
         except PddError as error:
             failures.append(error)
@@ -109,7 +109,7 @@ def finish(run: Run, store: Store, console: Console, losses: Mapping[str, float]
                 console.say(text)
             run.write_verdict(conclusion)
         try:
-            with memory_told(run.config):
+            with memory_errors(run.config):
                 weights = run.register(store, verdict)
             console.say(f"done: weights '{run.name}' in {weights.path}")
         except PddError as error:
@@ -188,10 +188,10 @@ def dry_adapt(
     settings: AdaptConfig, store: Store, console: Console, *, name: str, resume: bool, overwrite: bool
 ) -> None:
     """Say what the run would do and take. Raises what the run would fail of; of several failures the first."""
-    from pdd_cli.adaptation.estimate import check_places, rehearse
+    from pdd_cli.adaptation.estimate import check_places, estimate
     from pdd_cli.adaptation.export import check_export
     from pdd_cli.adaptation.folder import RunFolder
-    from pdd_cli.adaptation.run import check_folder, memory_told, prepare_run
+    from pdd_cli.adaptation.run import check_folder, memory_errors, prepare_run
     from pdd_cli.adaptation.sources import read_sources
     from pdd_cli.runtime import choose_runtime, keep_freed_memory
     from pdd_cli.weights.fetch import ensure
@@ -225,7 +225,7 @@ def dry_adapt(
     goes_on = resume and not problems
     with collected():
         runtime = choose_runtime(settings.device, settings.precision)
-        keep_freed_memory()  # as the run does, whose time and memory are told
+        keep_freed_memory()  # as the run does whose time and memory are estimated
         weights = None
         try:
             weights = weight_files(settings, installed, console.warn if settings.offline else lambda text: None)
@@ -235,7 +235,7 @@ def dry_adapt(
         if weights is None:
             found.sources = read_sources(settings, _scale_of(settings.base), console.warn, console.say).sources
         else:
-            with memory_told(settings):
+            with memory_errors(settings):
                 run = prepare_run(
                     settings, weights, runtime,
                     name=name, resume=goes_on, overwrite=True, notify=console.warn, say=console.say,
@@ -243,8 +243,8 @@ def dry_adapt(
             found.run, found.sources = run, run.sources
             with collected():
                 found.spaces = check_places(run, store)
-            with memory_told(settings):
-                found.rehearsal = rehearse(run, console.say)
+            with memory_errors(settings):
+                found.rehearsal = estimate(run, console.say)
     found.to_fetch = missing
     found.problems = problems
     console.table(_table(found))
@@ -265,7 +265,7 @@ class _Findings:
     run: Run | None = None
     sources: Sequence[Source] = ()
     spaces: Sequence[Space] = ()
-    rehearsal: Rehearsal | None = None
+    rehearsal: Estimate | None = None
     to_fetch: Sequence[str] = ()
     problems: Sequence[PddError] = ()
 

@@ -113,7 +113,7 @@ def adapt(
 
     from pdd_cli.adaptation.estimate import check_places
     from pdd_cli.adaptation.folder import RunFolder
-    from pdd_cli.adaptation.run import WeightFiles, check_inputs, memory_told, prepare_run
+    from pdd_cli.adaptation.run import WeightFiles, check_inputs, memory_errors, prepare_run
     from pdd_cli.interruption import Interruption
     from pdd_cli.runtime import choose_runtime, keep_freed_memory
     from pdd_cli.weights.store import Store
@@ -141,7 +141,7 @@ def adapt(
             )
 
     weights = world.first_on_machine(find_weights)
-    with memory_told(settings):
+    with memory_errors(settings):
         run = prepare_run(
             settings, weights, runtime,
             name=run_name, resume=resume, overwrite=overwrite, notify=console.warn, say=console.say, world=world,

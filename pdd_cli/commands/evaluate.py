@@ -126,7 +126,7 @@ def evaluate(
     from pdd_cli.reporting.evaluation import check_format, write_report
     from pdd_cli.runtime import choose_runtime
 
-    # What can be wrong with the options is told before anything is upscaled or fetched.
+    # Wrong options are reported before anything is upscaled or fetched.
     if settings.output is not None:
         check_format(settings.output)
     infos = metric_infos(settings.metrics)
@@ -423,8 +423,8 @@ def _conclude(
     checked = [one for one in report.comparisons if one.metric.name in settings.fail_if_worse]
     worse = [one for one in checked if one.verdict == "worse"]
     if worse:
-        told = ", ".join(f"{one.metric.name} than {one.theirs} ({one.change})" for one in worse)
-        raise CheckFailed(f"--fail-if-worse: {report.main.name} is worse by {told}")
+        named = ", ".join(f"{one.metric.name} than {one.theirs} ({one.change})" for one in worse)
+        raise CheckFailed(f"--fail-if-worse: {report.main.name} is worse by {named}")
     if any(one.verdict == "too few" for one in checked):
         console.warn("--fail-if-worse: too few images to tell, so nothing failed")
     if report.problems:

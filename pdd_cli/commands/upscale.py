@@ -158,7 +158,7 @@ def upscale(
     from pdd_cli.upscaling.jobs import Output, check_own
     from pdd_cli.upscaling.manifest import Manifest
 
-    # What can be wrong with the paths is told before a model is fetched and loaded.
+    # Wrong paths are reported before a model is fetched and loaded.
     plan = plan_jobs(
         settings.input,
         settings.output,
@@ -224,8 +224,8 @@ def upscale(
         _show_preview(results, console)
     console.result(_document(results, plan, settings, loaded))
     _tell(results, plan, settings, time.perf_counter() - started, console, dry_run=dry_run)
-    # torchrun ends the others as soon as one exits with a failure: not before the first has told of it.
-    meeting.gather("told")
+    # torchrun ends the others as soon as one exits with a failure: not before the first has reported it.
+    meeting.gather("reported")
     meeting.end()
     if stopped is not None:
         raise stopped

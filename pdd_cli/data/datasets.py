@@ -36,7 +36,7 @@ class Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class Domains:
+class CropSampler:
     """Everything that batches are drawn from."""
 
     real: Sequence[RGB]  # LR

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdd_cli.errors import InputError, PddError
 from pdd_cli.files import atomic_write
-from pdd_cli.models.traits import Traits
+from pdd_cli.models.traits import ModelSpec
 from pdd_cli.runtime import Precision, available_cpus, usable_cpus
 from pdd_cli.system import cpu_features
 from pdd_cli.weights.store import cache_home
@@ -36,7 +36,7 @@ _MOST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
-class Converted:
+class ExportedModel:
     """A network as an engine has it: `program` is that, or what was exported of it; None where it can't be converted.
 
     OpenVINO has a model of its own, Winograd's algorithm the tensors by name.
@@ -44,7 +44,7 @@ class Converted:
     `agrees`: it was found to compute what PyTorch does.
     """
 
-    traits: Traits
+    traits: ModelSpec
     weights_sha256: str
     bytes_per_pixel: int
     program: Any
@@ -120,7 +120,7 @@ def bytes_of(program: Any) -> bytes:
     return program if isinstance(program, bytes) else bytes(save(program))
 
 
-def find(engine: str, weights: str, precision: Precision) -> Converted | None:
+def find(engine: str, weights: str, precision: Precision) -> ExportedModel | None:
     """The entry for the weights of this fingerprint; None where there is none that can be read."""
     path = _path(engine, weights, precision)
     try:
@@ -129,12 +129,12 @@ def find(engine: str, weights: str, precision: Precision) -> Converted | None:
         if zlib.crc32(program) != values.pop("program_crc32"):
             return None
         os.utime(path)
-        return Converted(Traits(**values.pop("traits")), program=program or None, **values)
+        return ExportedModel(ModelSpec(**values.pop("traits")), program=program or None, **values)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def keep(engine: str, weights: str, precision: Precision, converted: Converted, exported: bytes) -> None:
+def keep(engine: str, weights: str, precision: Precision, converted: ExportedModel, exported: bytes) -> None:
     """Put an entry into the cache; where that can't be written, nothing is kept."""
     head = {
         "traits": asdict(converted.traits),

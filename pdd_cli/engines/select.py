@@ -19,7 +19,7 @@ from pdd_cli.engines import cache as compiled
 from pdd_cli.errors import InputError
 from pdd_cli.imaging.decode import Array
 from pdd_cli.imaging.encode import from_float, to_float
-from pdd_cli.models.traits import Traits
+from pdd_cli.models.traits import ModelSpec
 from pdd_cli.runtime import Runtime, usable_cpus, winograd_pays
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Engine(Protocol):
     runtime: Runtime
 
     @property
-    def model(self) -> Traits: ...
+    def model(self) -> ModelSpec: ...
 
     @property
     def weights_sha256(self) -> str:
@@ -178,7 +178,7 @@ class WinogradEngine:
 
     name = "winograd"
 
-    def __init__(self, model: SRModel | compiled.Converted, runtime: Runtime) -> None:
+    def __init__(self, model: SRModel | compiled.ExportedModel, runtime: Runtime) -> None:
         if runtime.kind != "cpu" or runtime.precision != "fp32":
             raise InputError(
                 f"--engine winograd computes in fp32 on a CPU, not on {runtime}", "Add --device cpu --precision fp32."
@@ -189,7 +189,7 @@ class WinogradEngine:
         kernel = winograd_kernel.kernel()
         if kernel is None:
             raise InputError("--engine winograd: this CPU has neither AVX2 nor NEON", "Use --engine auto.")
-        if isinstance(model, compiled.Converted):
+        if isinstance(model, compiled.ExportedModel):
             self.converted = model
         else:
             self.converted = _describe(model, _winograd_state(model), 0)
@@ -242,12 +242,12 @@ class OpenVINOEngine:
 
     name = "openvino"
 
-    def __init__(self, model: SRModel | compiled.Converted, runtime: Runtime) -> None:
+    def __init__(self, model: SRModel | compiled.ExportedModel, runtime: Runtime) -> None:
         if find_spec("openvino") is None:
             raise InputError("--engine openvino: OpenVINO isn't installed", "Run: pip install 'pdd-cli[openvino]'")
         if runtime.kind != "cpu":
             raise InputError(f"--engine openvino runs on a CPU, not on {runtime.place}", "Add --device cpu.")
-        if isinstance(model, compiled.Converted):
+        if isinstance(model, compiled.ExportedModel):
             self.converted = model
         else:
             self.converted = _describe(model, compiled.convert(model), bytes_per_pixel(model))
@@ -446,11 +446,11 @@ def _winograd_state(model: SRModel) -> dict[str, FloatArray]:
     return {key: value.detach().float().cpu().numpy() for key, value in model.module.state_dict().items()}
 
 
-def _describe(model: SRModel, program: Any, bytes_per_pixel: int) -> compiled.Converted:
+def _describe(model: SRModel, program: Any, bytes_per_pixel: int) -> compiled.ExportedModel:
     from pdd_cli.models.loading import state_sha256
 
-    traits = Traits(**{field.name: getattr(model, field.name) for field in fields(Traits)})
-    return compiled.Converted(traits, state_sha256(model.module.state_dict()), bytes_per_pixel, program)
+    traits = ModelSpec(**{field.name: getattr(model, field.name) for field in fields(ModelSpec)})
+    return compiled.ExportedModel(traits, state_sha256(model.module.state_dict()), bytes_per_pixel, program)
 
 
 def _agrees(engine: Engine, model: SRModel) -> bool:

@@ -25,8 +25,8 @@ from pdd_cli.imaging.bmp import bit_fields, decode_bit_fields
 from pdd_cli.imaging.encode import (
     FORMATS,
     Encoding,
-    Layout,
-    Sheet,
+    ImageSpec,
+    ImageStream,
     from_float,
     load_plugin,
     to_float,
@@ -60,9 +60,9 @@ class Picture:
     notes: tuple[str, ...] = ()
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> ImageSpec:
         """The shape of the image in a file."""
-        return Layout(self.width, self.height, self.channels, self.alpha is not None, self.bits)
+        return ImageSpec(self.width, self.height, self.channels, self.alpha is not None, self.bits)
 
     @property
     def interleaved(self) -> Array:
@@ -200,7 +200,7 @@ class Header:
 
     size: tuple[int, int]
     frames: int
-    layout: Layout
+    layout: ImageSpec
 
 
 def probe(path: Path, *, most_pixels: int = MOST_PIXELS) -> Header:
@@ -213,7 +213,7 @@ def probe(path: Path, *, most_pixels: int = MOST_PIXELS) -> Header:
         if is_jxl(head):
             size = size_of(path.read_bytes())
             _check_pixels(size, most_pixels)
-            return Header(size, 1, Layout(*size, 3, True))  # the most that it may hold
+            return Header(size, 1, ImageSpec(*size, 3, True))  # the most that it may hold
         if head.startswith(_TIFF_HEADS):
             with tiff.open_tiff(path) as file:
                 pages = tiff.full_pages(file)
@@ -223,7 +223,7 @@ def probe(path: Path, *, most_pixels: int = MOST_PIXELS) -> Header:
         fields = bit_fields(head)
         if fields is not None:
             _check_pixels((fields.width, fields.height), most_pixels)
-            layout = Layout(fields.width, fields.height, 3, bool(fields.masks[3]))
+            layout = ImageSpec(fields.width, fields.height, 3, bool(fields.masks[3]))
             return Header((fields.width, fields.height), 1, layout)
     with _told(path), _STRICT_PILLOW:
         source: io.BytesIO | Path = path
@@ -240,7 +240,7 @@ def probe(path: Path, *, most_pixels: int = MOST_PIXELS) -> Header:
             alpha = alpha or image.format == "GIF" or (chunks is not None and chunks.key is not None)
             channels = 1 if image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16") else 3
             bits = 16 if image.mode.startswith("I;16") or ";16" in _stored(image) or _is_deep(image, head) else 8
-            return Header(size, _frames(image)[1], Layout(*size, channels, alpha, bits))
+            return Header(size, _frames(image)[1], ImageSpec(*size, channels, alpha, bits))
 
 
 def write_image(path: Path, picture: Picture, *, quality: int = 95, lossless: bool = False) -> None:
@@ -249,7 +249,7 @@ def write_image(path: Path, picture: Picture, *, quality: int = 95, lossless: bo
     PNG and TIFF keep 16 bits, other formats are rounded to 8; JPEG has no alpha: the picture is laid on white.
     `quality` 1..100 is for JPEG, AVIF and lossy WebP. Raises InputError when the format can't hold the size.
     """
-    sheet = Sheet(picture.layout, [picture.interleaved], picture.metadata)
+    sheet = ImageStream(picture.layout, [picture.interleaved], picture.metadata)
     write_sheets(path, [sheet], encoding=Encoding(quality, lossless))
 
 
@@ -395,9 +395,9 @@ _NONE: _Notes = ()
 # --- TIFF -------------------------------------------------------------------------------------------------------
 
 
-def _tiff_layout(page: tiff.Page) -> Layout:
+def _tiff_layout(page: tiff.Page) -> ImageSpec:
     channels = 1 if page.colours == 1 and page.photometric != tiff.PALETTE else 3
-    return Layout(*page.size, channels, page.alpha is not None, 8 if page.bits <= 8 else 16)
+    return ImageSpec(*page.size, channels, page.alpha is not None, 8 if page.bits <= 8 else 16)
 
 
 def _tiff_pages(data: bytes, most_pixels: int) -> Iterator[Picture]:

@@ -69,7 +69,7 @@ _BIG_TIFF = 3_900_000_000
 
 
 @dataclass(frozen=True)
-class Layout:
+class ImageSpec:
     """The shape of an image in a file: `channels` 1 (gray) or 3 (RGB), then alpha; `bits` per sample 8 or 16."""
 
     width: int
@@ -90,13 +90,13 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)
-class Sheet:
+class ImageStream:
     """One image of a file: its rows come in `bands` (rows, width, samples) from top to bottom.
 
     `duration`: how long a frame of an animation is shown, in milliseconds.
     """
 
-    layout: Layout
+    layout: ImageSpec
     bands: Iterable[Array]
     metadata: Metadata = field(default_factory=Metadata)
     duration: float | None = None
@@ -161,7 +161,7 @@ def keeps_frames(path: Path) -> bool:
     return format_of(path) in (*_ANIMATED, "TIFF")
 
 
-def stored_layout(path: Path, layout: Layout) -> Layout:
+def stored_layout(path: Path, layout: ImageSpec) -> ImageSpec:
     """`layout` as it is written to `path`: JPEG has no alpha; 16 bits only PNG, TIFF and HEIF, and JPEG XL for gray."""
     format = format_of(path)
     deep = format in _SIXTEEN_BIT or (format == "JXL" and layout.samples == 1)
@@ -174,7 +174,7 @@ def stored_layout(path: Path, layout: Layout) -> Layout:
 
 def write_sheets(
     path: Path,
-    sheets: Iterable[Sheet],
+    sheets: Iterable[ImageStream],
     *,
     count: int = 1,
     encoding: Encoding = Encoding(),
@@ -230,14 +230,14 @@ def _stamped(metadata: Metadata, provenance: Provenance) -> Metadata:
 class _Counted:
     """Gives `sheets` on and counts the rows that are taken of them, the last to the last row before the next sheet."""
 
-    def __init__(self, sheets: Iterable[Sheet]) -> None:
+    def __init__(self, sheets: Iterable[ImageStream]) -> None:
         self._given = sheets
         self._expected = 0
         self._rows = 0
         self._left: Iterator[Array] = iter(())
-        self.sheets: list[Sheet] = []
+        self.sheets: list[ImageStream] = []
 
-    def __iter__(self) -> Iterator[Sheet]:
+    def __iter__(self) -> Iterator[ImageStream]:
         for sheet in self._given:
             bands = self._counting(sheet.bands)
             self._left, self._expected = bands, self._expected + sheet.layout.height
@@ -263,7 +263,7 @@ class _Counted:
             )
 
 
-def _check_images(path: Path, written: Path, format: str, sheets: Sequence[Sheet]) -> None:
+def _check_images(path: Path, written: Path, format: str, sheets: Sequence[ImageStream]) -> None:
     """Raise PddError where the file `written` doesn't hold all of the `sheets`, or not for as long."""
     if format == "TIFF":
         import tifffile
@@ -287,7 +287,7 @@ def _check_images(path: Path, written: Path, format: str, sheets: Sequence[Sheet
         )
 
 
-def _fitted(path: Path, sheet: Sheet) -> Sheet:
+def _fitted(path: Path, sheet: ImageStream) -> ImageStream:
     layout = stored_layout(path, sheet.layout)
     check_size(path, layout.width, layout.height)
     bands: Iterable[Array] = sheet.bands
@@ -299,7 +299,7 @@ def _fitted(path: Path, sheet: Sheet) -> Sheet:
     return replace(sheet, layout=layout, bands=bands, metadata=metadata)
 
 
-def left_out(path: Path, sheet: Sheet, *, count: int = 1) -> tuple[str, ...]:
+def left_out(path: Path, sheet: ImageStream, *, count: int = 1) -> tuple[str, ...]:
     """Names of what a file of the suffix of `path` can't hold of one of `count` sheets.
 
     Raises InputError for colours that it can't hold.
@@ -344,10 +344,10 @@ def from_float(values: Array, bits: int) -> Array:
 # --- PNG --------------------------------------------------------------------------------------------------------
 
 
-def _write_png(file: BinaryIO, sheets: Iterator[Sheet], count: int) -> None:
+def _write_png(file: BinaryIO, sheets: Iterator[ImageStream], count: int) -> None:
     """Any PNG of 8 or 16 bits, an animation of several sheets: Pillow holds all of it, and has no 16 bits of RGB."""
     sequence = itertools.count()
-    first: Layout | None = None
+    first: ImageSpec | None = None
     for sheet in sheets:
         layout = sheet.layout
         if first is None:
@@ -418,7 +418,7 @@ def _png_text(text: Text) -> tuple[bytes, bytes]:
     return b"tEXt", keyword + plain
 
 
-def _png_data(sheet: Sheet) -> Iterator[bytes]:
+def _png_data(sheet: ImageStream) -> Iterator[bytes]:
     """The rows, filtered and compressed."""
     layout = sheet.layout
     # Of filtered photographs only the statistics and flat areas can be used: to look for repetitions takes ten times as
@@ -473,7 +473,7 @@ def _mask(condition: npt.NDArray[np.bool_]) -> Array:
 # --- TIFF -------------------------------------------------------------------------------------------------------
 
 
-def _write_tiff(path: Path, sheets: Iterable[Sheet]) -> None:
+def _write_tiff(path: Path, sheets: Iterable[ImageStream]) -> None:
     import tifffile
 
     pointers: list[dict[int, dict[int, Any]]] = []
@@ -608,11 +608,11 @@ def _tiff_folder(values: dict[int, Any], offset: int, big: bool) -> bytes:
 # --- the other formats ------------------------------------------------------------------------------------------
 
 
-def _write_whole(path: Path, format: str, sheets: Iterable[Sheet], encoding: Encoding) -> None:
+def _write_whole(path: Path, format: str, sheets: Iterable[ImageStream], encoding: Encoding) -> None:
     """With Pillow, from arrays of the whole image."""
     images: list[Image.Image] = []
     durations: list[int] = []
-    first: Sheet | None = None
+    first: ImageStream | None = None
     for sheet in sheets:
         first = first or sheet
         if (sheet.layout.width, sheet.layout.height) != (first.layout.width, first.layout.height):
@@ -633,12 +633,12 @@ def _write_whole(path: Path, format: str, sheets: Iterable[Sheet], encoding: Enc
     images[0].save(path, format, **options)
 
 
-def _has_profile(format: str, layout: Layout) -> bool:
+def _has_profile(format: str, layout: ImageSpec) -> bool:
     """Whether a file can have a colour profile that fits such pixels; without one it means sRGB."""
     return format in ("JPEG", "TIFF", "PNG", "HEIF") or (format in ("WEBP", "AVIF") and layout.channels == 3)
 
 
-def _whole(sheet: Sheet) -> Array:
+def _whole(sheet: ImageStream) -> Array:
     """All rows of `sheet` in one array."""
     layout = sheet.layout
     whole = np.empty((layout.height, layout.width, layout.samples), np.uint16 if layout.bits == 16 else np.uint8)
@@ -665,7 +665,7 @@ def _as_srgb(image: Image.Image, icc: bytes) -> Image.Image:
     return Image.merge(image.mode, (*planes, *bands[len(planes) :]))
 
 
-def _write_heif(path: Path, sheet: Sheet, encoding: Encoding) -> None:
+def _write_heif(path: Path, sheet: ImageStream, encoding: Encoding) -> None:
     """Not with Pillow, which has no 16 bits of several channels."""
     load_plugin("HEIF")
     import pillow_heif
@@ -686,7 +686,7 @@ def _write_heif(path: Path, sheet: Sheet, encoding: Encoding) -> None:
         file.save(target, exif=metadata.exif, xmp=metadata.xmp, **options)
 
 
-def _pillow_options(format: str, sheet: Sheet, encoding: Encoding) -> dict[str, Any]:
+def _pillow_options(format: str, sheet: ImageStream, encoding: Encoding) -> dict[str, Any]:
     options: dict[str, Any] = {}
     metadata = sheet.metadata
     match format:

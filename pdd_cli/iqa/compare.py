@@ -89,14 +89,14 @@ def in_words(comparisons: Sequence[Comparison]) -> str:
     """One sentence on all metrics: better on lpips (−12 %, 28 of 32), no clear difference on niqe."""
     parts = []
     for verdict in ("better", "worse"):
-        told = [
+        names = [
             f"{one.metric.name} ({one.change}, {one.wins if verdict == 'better' else one.losses} of "
             f"{len(one.differences)})"
             for one in comparisons
             if one.verdict == verdict
         ]
-        if told:
-            parts.append(f"{verdict} on {_listed(told)}")
+        if names:
+            parts.append(f"{verdict} on {_listed(names)}")
     for verdict, words in (("unclear", "no clear difference on"), ("too few", "too few images to tell on")):
         names = [one.metric.name for one in comparisons if one.verdict == verdict]
         if names:

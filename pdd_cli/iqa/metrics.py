@@ -158,7 +158,7 @@ def score(
     crop_border: int = 0,
     on_start: Callable[[Item], None] = lambda item: None,
 ) -> Generator[ImageScores, None, None]:
-    """Score the items in turn. What can't be read, compared or computed is told in that image's `problems`.
+    """Score the items in turn. What can't be read, compared or computed is named in that image's `problems`.
 
     Images are compared as RGB in 0..1 (gray as three equal channels, alpha left out), without `crop_border` pixels at
     each side (what is compared with the LR keeps them). A metric passes over an item without what it compares with.
@@ -439,7 +439,7 @@ def _workers(items: Sequence[Item], threads: int, bytes_per_pixel: int) -> int:
         try:
             width, height = image_size(item.image)
         except PddError:
-            continue  # told when its turn comes
+            continue  # reported when its turn comes
         largest = max(largest, width * height)
     memory = available_memory(torch.device("cpu")) * _MEMORY_SHARE
     return max(1, min(threads, int(memory // (bytes_per_pixel * largest))))

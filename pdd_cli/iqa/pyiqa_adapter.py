@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlparse
 
 from pdd_cli.errors import DownloadError, InputError, PddError
-from pdd_cli.files import atomic_write, locked, told
+from pdd_cli.files import atomic_write, locked, write_errors
 from pdd_cli.weights import sources
 from pdd_cli.weights.catalog import Package
 from pdd_cli.weights.fetch import FetchEvent, OnEvent
@@ -401,7 +401,7 @@ class _OsWith:
         self.path = _PathWith(exists)
 
     def makedirs(self, name: str, exist_ok: bool) -> None:
-        with told(Path(name), _ELSEWHERE):
+        with write_errors(Path(name), _ELSEWHERE):
             os.makedirs(name, exist_ok=exist_ok)  # noqa: PTH103 - in the place of this very function
 
     def __getattr__(self, name: str) -> Any:

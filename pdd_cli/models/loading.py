@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from pdd_cli.errors import InputError
 from pdd_cli.models.rrdbnet import RRDBNet, rrdbnet_from_state
-from pdd_cli.models.traits import Traits
+from pdd_cli.models.traits import ModelSpec
 from pdd_cli.weights.states import read_state, state_sha256
 from pdd_cli.weights.store import Card, read_card
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SRModel(Traits):
+class SRModel(ModelSpec):
     """A super-resolution network that knows its scale and size needs.
 
     `module` maps (N, in_channels, h, w) in 0..1, h and w multiples of `size_multiple` and at least `size_minimum`, to

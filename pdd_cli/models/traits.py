@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Traits:
+class ModelSpec:
     """Scale, channels and size needs: inputs are multiples of `size_multiple` and at least `size_minimum` a side."""
 
     scale: int

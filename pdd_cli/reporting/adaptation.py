@@ -24,7 +24,7 @@ Line = Mapping[str, Any]  # of log.jsonl or judgements.jsonl
 
 
 @dataclass(frozen=True, eq=False)
-class Shot:
+class ReportImage:
     """One image: LR (h, w, 3), and as the base and the adapted weights upscale it; HR where it is known."""
 
     name: str
@@ -50,7 +50,7 @@ class RunReport:
     base: Mapping[str, Any]  # what was found of the base
     verdict: Mapping[str, Any] | None
     truth: str  # in words
-    shots: Sequence[Shot]
+    shots: Sequence[ReportImage]
 
 
 def as_page(report: RunReport) -> str:
@@ -97,21 +97,21 @@ def _summary(report: RunReport) -> str:
         lines = [f"{_outcome(report).capitalize()}: {report.verdict['reason']}."]
     if report.truth:
         lines.append(f"{report.truth[0].upper()}{report.truth[1:]}.")
-    told = "".join(f'<p class="verdict">{escape(line)}</p>' for line in lines)
+    lines_html = "".join(f'<p class="verdict">{escape(line)}</p>' for line in lines)
     if report.verdict is None:
-        return told
+        return lines_html
     if report.verdict["keep"] is not False:
         strength = report.verdict["strength"]
         more = f" --strength {strength:g}" if strength < 1 else ""
-        told += f"<p>Use it: <code>pdd upscale IN OUT --weights {escape(report.name)}{more}</code></p>"
+        lines_html += f"<p>Use it: <code>pdd upscale IN OUT --weights {escape(report.name)}{more}</code></p>"
     else:
-        told += "<p>Look at the pictures before you use it. More images of one look, or --hr-dir, may help.</p>"
+        lines_html += "<p>Look at the pictures before you use it. More images of one look, or --hr-dir, may help.</p>"
     if report.steps < report.most_steps:
-        told += (
+        lines_html += (
             f"<p>Stopped early after step {report.steps} of {report.most_steps}: the judgements found nothing better "
             "any more.</p>"
         )
-    return told
+    return lines_html
 
 
 def _strengths(report: RunReport) -> str:
@@ -218,7 +218,7 @@ def _label(report: RunReport) -> str:
     return f"adapted, strength {report.verdict['strength']:g}"
 
 
-def _card(shot: Shot, label: str) -> dict[str, Any]:
+def _card(shot: ReportImage, label: str) -> dict[str, Any]:
     size = (shot.base.shape[1], shot.base.shape[0])
     views = [*lr_views(shot.lr, size), view("base", shot.base), view(label, shot.adapted)]
     if shot.hr is not None:

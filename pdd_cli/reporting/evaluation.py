@@ -212,7 +212,7 @@ def _read(item: Item) -> Array | None:
     try:
         picture = read_image(item.image)
     except PddError:
-        return None  # told among the problems already
+        return None  # named among the problems already
     pixels = picture.pixels if picture.bits == 8 else Picture.from_float(picture.to_float()).pixels
     return np.ascontiguousarray(np.broadcast_to(pixels, (picture.height, picture.width, 3)))
 

@@ -120,7 +120,7 @@ def check_own(target: Path) -> None:
 
 
 def check_target(job: Job, size: tuple[int, int], output: Output) -> None:
-    """What the format can't hold, told before any work."""
+    """Raise InputError for what the format can't hold, before any work."""
     check_size(job.target, *size)
     if output.encoding.lossless:
         check_lossless(job.target)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pdd_cli import __version__
 from pdd_cli.errors import InputError
-from pdd_cli.files import atomic_write, told
+from pdd_cli.files import atomic_write, write_errors
 from pdd_cli.imaging.provenance import Provenance, made_by_pdd
 from pdd_cli.weights.sources import file_sha256
 
@@ -28,7 +28,7 @@ State = Literal["current", "stale", "missing", "foreign"]
 class _Record:
     """`key` of the run that made the output; while it isn't `done` the file may be that of an earlier run.
 
-    `about`: all that is told of the output, of the last run that was done; empty in a manifest of an earlier version.
+    `about`: what is recorded of the output, by the last run that was done; empty in a manifest of an earlier version.
     """
 
     key: str
@@ -115,7 +115,7 @@ class Manifest:
         """Note that `target` is begun or done. Raises InputError, ResourceError where that can't be written."""
         name = self._name(target)
         record = _Record(key, done, self._about(target, source, key) if done else self._known(name))
-        with self._lock, told(self._path):
+        with self._lock, write_errors(self._path):
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab") as file:
                 file.write(record.line(name))

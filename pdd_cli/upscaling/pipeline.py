@@ -18,7 +18,7 @@ from pdd_cli.errors import ResourceError
 from pdd_cli.imaging.decode import Array, Picture, decode_pages, probe, read_bytes
 from pdd_cli.imaging.encode import (
     STREAMED,
-    Sheet,
+    ImageStream,
     format_of,
     keeps_frames,
     left_out,
@@ -240,7 +240,7 @@ def _about_frames(job: Job, frames: int) -> list[str]:
     return [f"only the first of {frames} frames is kept: {format_of(job.target)} holds one"]
 
 
-def _left_out(job: Job, picture: Picture, sheet: Sheet, count: int) -> tuple[str, ...]:
+def _left_out(job: Job, picture: Picture, sheet: ImageStream, count: int) -> tuple[str, ...]:
     """Names of what the output can't have of `picture`. Raises InputError for colours that it can't have."""
     names = left_out(job.target, sheet, count=count)
     alpha = picture.alpha
@@ -261,10 +261,10 @@ class _Channel:
     """Carries sheets and their bands from the computing thread to the writing one; a few bands wait at most."""
 
     def __init__(self) -> None:
-        self._queue: queue.Queue[Sheet | Array | None] = queue.Queue(_WAITING_BANDS)
+        self._queue: queue.Queue[ImageStream | Array | None] = queue.Queue(_WAITING_BANDS)
         self._abandoned = False
 
-    def put(self, item: Sheet | Array | None, writer: Future[None]) -> None:
+    def put(self, item: ImageStream | Array | None, writer: Future[None]) -> None:
         """Hand over a sheet, a band of it, or None at the end. Raises _WriterFailed when the writer has ended."""
         while True:
             if writer.done():
@@ -279,15 +279,15 @@ class _Channel:
         """Make the writer drop its file."""
         self._abandoned = True
 
-    def sheets(self) -> Iterator[Sheet]:
+    def sheets(self) -> Iterator[ImageStream]:
         """The sheets, for the writer, which takes the bands of each before the next."""
         item = self._take()
-        while isinstance(item, Sheet):
+        while isinstance(item, ImageStream):
             bands = _Bands(self._take)
             yield replace(item, bands=bands)
             item = bands.after
 
-    def _take(self) -> Sheet | Array | None:
+    def _take(self) -> ImageStream | Array | None:
         while True:
             if self._abandoned:
                 raise Abandoned
@@ -300,14 +300,14 @@ class _Channel:
 class _Bands:
     """The bands of one sheet; `after` is what came behind them."""
 
-    def __init__(self, take: Callable[[], Sheet | Array | None]) -> None:
+    def __init__(self, take: Callable[[], ImageStream | Array | None]) -> None:
         self._take = take
-        self.after: Sheet | None = None
+        self.after: ImageStream | None = None
 
     def __iter__(self) -> Iterator[Array]:
         while True:
             item = self._take()
-            if item is None or isinstance(item, Sheet):
+            if item is None or isinstance(item, ImageStream):
                 self.after = item
                 return
             yield item

@@ -12,7 +12,7 @@ import numpy as np
 from pdd_cli.engines.select import Engine, FloatArray
 from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.imaging.decode import MOST_PIXELS, Array, Picture
-from pdd_cli.imaging.encode import Layout, Sheet, from_float, to_float
+from pdd_cli.imaging.encode import ImageSpec, ImageStream, from_float, to_float
 from pdd_cli.runtime import available_memory, is_out_of_memory, resident_memory
 from pdd_cli.upscaling.colour import Correction, bleed, correct
 from pdd_cli.upscaling.resizing import SizeRequest, passes, resize_bands
@@ -36,7 +36,7 @@ OnTile = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Upscaled:
+class UpscaleResult:
     """One upscaled picture, and what it took."""
 
     picture: Picture
@@ -61,7 +61,7 @@ class Upscaler:
 
     `tile`: "auto", 0 (whole image) or the longest side of a tile in LR pixels. `overlap`: the LR pixels around a tile
     that the network sees besides. `size`: of the outputs. `max_memory`: bytes that the process may take on the CPU.
-    When memory runs out the tiles get smaller from then on, and `notify` is told once.
+    When memory runs out the tiles get smaller from then on, and `notify` is called once.
 
     Raises InputError for a model that takes or gives neither 1 nor 3 channels.
     """
@@ -131,7 +131,7 @@ class Upscaler:
         """How many tiles an input of this size takes, over all passes."""
         return sum(len(self.plan(size[1], size[0])) for size in self._inputs(width, height))
 
-    def estimate(self, layout: Layout, *, streamed: bool, timed: bool = True) -> Estimate:
+    def estimate(self, layout: ImageSpec, *, streamed: bool, timed: bool = True) -> Estimate:
         """What an input of this layout takes; `streamed`: its output is written row by row."""
         width, height = self.output_size(layout.width, layout.height)
         inputs = self._inputs(layout.width, layout.height)
@@ -187,7 +187,7 @@ class Upscaler:
             self._seconds_per_pixel = (time.perf_counter() - started) / _TIMED_SIDE**2
         return self._seconds_per_pixel
 
-    def upscale(self, picture: Picture, on_tile: OnTile = lambda done, total: None) -> Upscaled:
+    def upscale(self, picture: Picture, on_tile: OnTile = lambda done, total: None) -> UpscaleResult:
         """`picture` upscaled, in its own bit depth, with its alpha and metadata.
 
         A gray picture stays exactly gray, opaque stays exactly opaque. Raises PddError when the model gives values
@@ -197,7 +197,7 @@ class Upscaler:
             try:
                 run = self.start(picture, on_tile)
                 whole = _collect(run.sheet.bands, run.sheet.layout)
-                return Upscaled(_picture(whole, run.sheet, picture), run.tiles, run.model_seconds)
+                return UpscaleResult(_picture(whole, run.sheet, picture), run.tiles, run.model_seconds)
             except (MemoryError, RuntimeError) as error:
                 self.shrink_after(error, picture)
 
@@ -205,7 +205,7 @@ class Upscaler:
         """How many images of this size are upscaled fastest together, by `upscale_all`."""
         return max(1, int(self._batch_pixels // (width * height)))
 
-    def upscale_all(self, pictures: Sequence[Picture]) -> list[Upscaled]:
+    def upscale_all(self, pictures: Sequence[Picture]) -> list[UpscaleResult]:
         """What `upscale` gives for each of some pictures of one size, in one pass of the model where that can be."""
         if len(pictures) > 1 and all(one.alpha is None and self.is_direct(one) for one in pictures):
             started = time.perf_counter()
@@ -219,7 +219,7 @@ class Upscaler:
             if sr is not None:
                 seconds = (time.perf_counter() - started) / len(pictures)
                 return [
-                    Upscaled(replace(picture, pixels=pixels), 1, seconds)
+                    UpscaleResult(replace(picture, pixels=pixels), 1, seconds)
                     for picture, pixels in zip(pictures, sr, strict=True)
                 ]
         return [self.upscale(picture) for picture in pictures]
@@ -236,12 +236,12 @@ class Upscaler:
             and not _is_gray(picture.pixels)
         )
 
-    def start(self, picture: Picture, on_tile: OnTile = lambda done, total: None) -> Upscaling:
+    def start(self, picture: Picture, on_tile: OnTile = lambda done, total: None) -> UpscaleStream:
         """`picture` as a sheet whose rows are computed as they are taken: what `upscale` gives, but never held whole.
 
         Taking them raises PddError as `upscale` does, and what `shrink_after` is for.
         """
-        return Upscaling(self, picture, on_tile)
+        return UpscaleStream(self, picture, on_tile)
 
     def shrink_after(self, error: BaseException, picture: Picture) -> None:
         """Make the tiles smaller after `error` while `picture` was computed; raise `error` if it isn't about memory.
@@ -272,7 +272,7 @@ class Upscaler:
         return [(width * self.scale**n, height * self.scale**n) for n in range(count)]
 
 
-class Upscaling:
+class UpscaleStream:
     """One picture being upscaled: `sheet` gives the rows; `tiles` and `model_seconds` tell what it takes."""
 
     def __init__(self, upscaler: Upscaler, picture: Picture, on_tile: OnTile) -> None:
@@ -284,9 +284,9 @@ class Upscaling:
         width, height = upscaler.output_size(picture.width, picture.height)
         layout = replace(picture.layout, width=width, height=height)
         metadata = picture.metadata.resized((picture.width, picture.height), (width, height))
-        self.sheet = Sheet(layout, self._bands(picture, layout), metadata, picture.duration)
+        self.sheet = ImageStream(layout, self._bands(picture, layout), metadata, picture.duration)
 
-    def _bands(self, picture: Picture, layout: Layout) -> Iterator[Array]:
+    def _bands(self, picture: Picture, layout: ImageSpec) -> Iterator[Array]:
         """The rows of the output, in the picture's depth, colours first, alpha last."""
         if self._upscaler.is_direct(picture):
             pixels = self._direct(picture)
@@ -421,7 +421,7 @@ def _rows_bytes(rows: int, width: int, scale: int) -> int:
     return rows * scale * width * scale * 4 * (2 * 4 + 4 + 3)
 
 
-def _collect(bands: Iterable[Array], layout: Layout) -> Array:
+def _collect(bands: Iterable[Array], layout: ImageSpec) -> Array:
     whole = np.empty((layout.height, layout.width, layout.samples), np.uint16 if layout.bits == 16 else np.uint8)
     row = 0
     for band in bands:
@@ -430,7 +430,7 @@ def _collect(bands: Iterable[Array], layout: Layout) -> Array:
     return whole
 
 
-def _picture(whole: Array, sheet: Sheet, source: Picture) -> Picture:
+def _picture(whole: Array, sheet: ImageStream, source: Picture) -> Picture:
     """The output as a picture with the metadata of `source`."""
     alpha = np.ascontiguousarray(whole[..., -1]) if sheet.layout.alpha else None
     pixels = np.ascontiguousarray(whole[..., : sheet.layout.channels])

@@ -545,7 +545,7 @@ def _other_packets(
     while True:
         try:
             packet = next(packets, None)
-        except av.error.FFmpegError:  # cut short, which the frames have told
+        except av.error.FFmpegError:  # cut short, which the frames have shown
             return
         if packet is None:
             return

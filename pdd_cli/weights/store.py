@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pdd_cli import __version__
 from pdd_cli.errors import InputError
-from pdd_cli.files import atomic_write, locked, told
+from pdd_cli.files import atomic_write, locked, write_errors
 from pdd_cli.weights.states import SUFFIXES, state_sha256
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Store:
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
         """A folder for the time of the block, on the store's disk. Raises InputError where none can be made."""
-        with told(self.downloads, _ELSEWHERE):
+        with write_errors(self.downloads, _ELSEWHERE):
             self.downloads.mkdir(parents=True, exist_ok=True)
             folder = tempfile.TemporaryDirectory(dir=self.downloads, prefix="scratch-")
         with folder as path:
