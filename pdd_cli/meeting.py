@@ -21,7 +21,7 @@ class Meeting:
     """
 
     def __init__(self, world: World) -> None:
-        self._world = world
+        self.world = world
         self._store: Any = None
         if world.size == 1:
             return
@@ -39,17 +39,17 @@ class Meeting:
         """The `text` of every process, in their order, once all have come here; `topic` must be new each time."""
         if self._store is None:
             return [text]
-        self._put(f"{topic}/{self._world.rank}", text)
-        return [self._get(f"{topic}/{index}") for index in range(self._world.size)]
+        self._put(f"{topic}/{self.world.rank}", text)
+        return [self._get(f"{topic}/{index}") for index in range(self.world.size)]
 
     def end(self) -> None:
         """Part: the first process, which may keep the store, goes last."""
         if self._store is None:
             return
-        if not self._world.is_first:
-            self._put(f"end/{self._world.rank}", "")
+        if not self.world.is_first:
+            self._put(f"end/{self.world.rank}", "")
             return
-        for index in range(1, self._world.size):
+        for index in range(1, self.world.size):
             self._get(f"end/{index}")
 
     def _put(self, key: str, text: str) -> None:

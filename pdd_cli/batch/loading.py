@@ -1,0 +1,153 @@
+"""Settings of `upscale` → an upscaler for each device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pdd_cli.config import UpscaleConfig
+from pdd_cli.engines.cache import fingerprint
+from pdd_cli.engines.select import open_engine
+from pdd_cli.errors import DownloadError, InputError
+from pdd_cli.imaging.provenance import Provenance
+from pdd_cli.meeting import Meeting
+from pdd_cli.observer import Observer
+from pdd_cli.runtime import choose_runtime, resident_memory
+from pdd_cli.upscaling.jobs import provenance_of
+from pdd_cli.upscaling.resizing import SizeRequest
+from pdd_cli.upscaling.strength import at_strength, files_at_strength, recommended
+from pdd_cli.upscaling.upscaler import Upscaler
+from pdd_cli.weights.catalog import find as find_published
+from pdd_cli.weights.fetch import ensure
+from pdd_cli.weights.store import Store
+
+if TYPE_CHECKING:
+    from pdd_cli.models.loading import SRModel
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An upscaler for each device, and what outputs say of it.
+
+    `to_fetch`: names of weights that a dry run didn't fetch.
+    """
+
+    upscalers: list[Upscaler]
+    provenance: Provenance
+    strength: float
+    to_fetch: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The file of the weights (None: not fetched), and those it is mixed with at `strength`."""
+
+    path: Path | None
+    files: Sequence[Path]
+    strength: float
+    to_fetch: Sequence[str]
+
+
+def load_upscalers(settings: UpscaleConfig, meeting: Meeting, observer: Observer, *, dry_run: bool) -> Loaded:
+    """The models; the weights are fetched by one process on each machine, by a dry run not at all."""
+    runtimes = [choose_runtime(name, settings.precision) for name in meeting.world.devices(settings.device)]
+    if meeting.world.local_rank != 0:
+        meeting.gather("fetched")
+    weights = _find_weights(settings, observer, dry_run=dry_run)
+    if meeting.world.local_rank == 0:
+        meeting.gather("fetched")
+    for name in weights.to_fetch:
+        observer.say(f"dry run: the weights {name} are not installed; the run would fetch them ({_published(name)})")
+    load = partial(_load_model, settings, weights)
+    known = fingerprint(weights.files, weights.strength) if weights.path is not None else None
+    engine_choice = settings.engine if weights.path is not None else "torch"
+    free = settings.precision == "auto"
+    engines = [open_engine(load, known, runtime, engine_choice, free=free) for runtime in runtimes]
+    places = "; ".join(f"{engine.runtime}, {engine.name}" for engine in engines)
+    processes = f", {meeting.world.size} processes" if meeting.world.size > 1 else ""
+    model = engines[0].model
+    observer.say(f"{settings.weights}: {model.architecture} x{model.scale} on {places}{processes}")
+    most_memory = settings.most_memory
+    if most_memory is not None:
+        # What the models leave of it is shared by the devices.
+        models_take = min(resident_memory(), most_memory)
+        most_memory = models_take + (most_memory - models_take) // len(engines)
+    upscalers = [
+        Upscaler(
+            engine,
+            tile=settings.tile,
+            overlap=settings.overlap,
+            notify=observer.warn,
+            size=_size(settings),
+            correction=settings.color_correction,
+            max_memory=most_memory,
+        )
+        for engine in engines
+    ]
+    if weights.path is None:
+        provenance = Provenance(settings.weights, "")
+    else:
+        provenance = provenance_of(weights.path, model.scale, weights.strength, settings.color_correction)
+    return Loaded(upscalers, provenance, weights.strength, weights.to_fetch)
+
+
+def _find_weights(settings: UpscaleConfig, observer: Observer, *, dry_run: bool) -> _Weights:
+    to_fetch: list[str] = []
+    strength = 1.0 if settings.strength is None else settings.strength
+    with observer.fetching() as on_event:
+
+        def find(name: str) -> Path:
+            try:
+                return ensure(name, store=Store.default(), offline=settings.offline or dry_run, on_event=on_event)
+            except DownloadError:
+                if dry_run and not settings.offline and name not in to_fetch:
+                    to_fetch.append(name)
+                raise
+
+        try:
+            path = find(settings.weights)
+        except DownloadError:
+            if not to_fetch:
+                raise
+            return _Weights(None, (), strength, to_fetch)
+        recommendation = recommended(path)
+        if recommendation.rejected:
+            observer.warn(f"pdd adapt rejected the weights {settings.weights}: {recommendation.rejected}")
+        if settings.strength is None and recommendation.strength != 1:
+            strength = recommendation.strength
+            observer.say(f"{settings.weights}: strength {strength:g}, as pdd adapt recommends (--strength 1: all)")
+        files = files_at_strength(path, strength, find)
+    # Without the base a dry run shows strength 1, which has the same size, time and memory.
+    return _Weights(path, files, 1.0 if to_fetch else strength, to_fetch)
+
+
+def _load_model(settings: UpscaleConfig, weights: _Weights) -> SRModel:
+    from pdd_cli.models.loading import load_sr_model, stand_in
+
+    if weights.path is None:
+        return stand_in(settings.weights)
+    find = partial(ensure, store=Store.default(), offline=settings.offline, on_event=lambda event: None)
+    try:
+        return at_strength(load_sr_model(weights.path), weights.strength, name=settings.weights, find=find)
+    except InputError as error:
+        if settings.strength is None and weights.strength != 1:
+            error.hint += " Or give --strength 1, which needs no base."
+        raise
+
+
+def _size(settings: UpscaleConfig) -> SizeRequest:
+    fit = None
+    if settings.fit is not None:
+        width, height = settings.fit.split("x")
+        fit = (int(width), int(height))
+    return SizeRequest(settings.scale, settings.width, settings.height, settings.long_side, fit)
+
+
+def _published(name: str) -> str:
+    """The file and first source of weights in the catalogue."""
+    entry = find_published(name)
+    size = f", {entry.size / 1e6:.0f} MB" if entry.size else ""
+    return f"{entry.file}{size}, from {entry.sources[0]}"

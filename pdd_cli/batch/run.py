@@ -1,0 +1,312 @@
+"""`upscale` as one call: inputs → outputs, with the manifest and the log that say what made them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+
+from pdd_cli.batch.devices import run_on_devices, share_of
+from pdd_cli.batch.loading import Loaded, load_upscalers
+from pdd_cli.batch.plan import Plan, manifest_folder, plan_jobs
+from pdd_cli.config import UpscaleConfig
+from pdd_cli.distributed import World
+from pdd_cli.errors import Interrupted, PartialFailure, PddError, ResourceError
+from pdd_cli.files import append_line, check_writable, remove_leftovers
+from pdd_cli.imaging.encode import Encoding
+from pdd_cli.last_run import LatestUpscale, UpscaledPair, remember_upscale
+from pdd_cli.meeting import Meeting
+from pdd_cli.observer import Observer, Progress
+from pdd_cli.upscaling.jobs import Job, Output, Result, check_own, results_from_json, results_to_json
+from pdd_cli.upscaling.manifest import Manifest
+from pdd_cli.upscaling.pipeline import preview_jobs, run_jobs
+from pdd_cli.upscaling.upscaler import Upscaler
+from pdd_cli.video.decode import is_video
+from pdd_cli.video.pipeline import preview_videos, run_videos
+
+# What an output is meant to be. How it is computed (tiles, engine, precision) changes nothing that can be seen.
+_RECIPE = {"scale", "width", "height", "long_side", "fit", "color_correction", "quality", "lossless", "strip_metadata"}
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """The result of each job, and what made them.
+
+    `seconds`: duration of the run without loading. `stopped`: the error (a full disk) that ended the run before all
+    jobs were done.
+    """
+
+    settings: UpscaleConfig
+    plan: Plan
+    results: Sequence[Result]
+    loaded: Loaded
+    seconds: float
+    dry_run: bool = False
+    stopped: ResourceError | None = None
+
+    def count(self, status: str) -> int:
+        """The number of jobs with this status: done, skipped, failed or planned."""
+        return sum(result.status == status for result in self.results)
+
+    def raise_for_failures(self) -> None:
+        """Raise ResourceError where the run was stopped, PartialFailure where some inputs failed."""
+        if self.stopped is not None:
+            raise self.stopped
+        failed = self.count("failed")
+        if failed:
+            verb = "would fail" if self.dry_run else "failed"
+            hint = "The others are done." if self.count("done") else ""
+            raise PartialFailure(f"{failed} of {len(self.results)} files {verb}", hint)
+        if self.plan.problems:
+            raise PartialFailure(f"folders that can't be read: {len(self.plan.problems)}", "All else is done.")
+
+    def as_document(self) -> dict[str, object]:
+        """The result as `pdd upscale --json` prints it."""
+        settings, upscalers = self.settings, self.loaded.upscalers
+        engine = upscalers[0].engine
+        return {
+            "input": settings.input[0] if len(settings.input) == 1 else settings.input,
+            "output": settings.output,
+            "weights": settings.weights,
+            "architecture": engine.model.architecture,
+            "scale": upscalers[0].scale,
+            "strength": self.loaded.strength,
+            **({"to_fetch": self.loaded.to_fetch} if self.loaded.to_fetch else {}),
+            "engine": engine.name,
+            "device": ",".join(str(upscaler.engine.runtime.place) for upscaler in upscalers),
+            "precision": engine.runtime.precision,
+            **{status: self.count(status) for status in ("done", "skipped", "failed", "planned")},
+            "seconds": round(sum(result.seconds for result in self.results), 3),
+            "model_seconds": round(sum(result.model_seconds for result in self.results), 3),
+            "other_kinds": dict(sorted(self.plan.others.items())),
+            "earlier_outputs": self.plan.outputs,
+            "problems": self.plan.problems,
+            "files": [_file_document(result) for result in self.results],
+        }
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The jobs of this process and what they need."""
+
+    jobs: Sequence[Job]
+    upscalers: Sequence[Upscaler]
+    output: Output
+    recipe: dict[str, object]
+    manifest: Manifest | None
+
+    @property
+    def images(self) -> list[Job]:
+        return [job for job in self.jobs if not is_video(job.source)]
+
+    @property
+    def videos(self) -> list[Job]:
+        return [job for job in self.jobs if is_video(job.source)]
+
+
+def run(
+    settings: UpscaleConfig,
+    *,
+    jobs: Sequence[Job] | None = None,
+    dry_run: bool = False,
+    meeting: Meeting | None = None,
+    observer: Observer = Observer(),
+) -> BatchResult:
+    """Upscale images and videos.
+
+    Args:
+        settings: The settings of `pdd upscale`.
+        jobs: Inputs and outputs, where they are not found from the settings. `settings.output` is then the folder of
+            all outputs, and the run is not recorded as the last one.
+        dry_run: Only estimate sizes, memory and time; nothing is written or fetched.
+        meeting: The processes among which the jobs are divided; without it this one does all.
+        observer: Receives messages and progress.
+
+    Returns:
+        The result of each job of all processes. A failed job does not stop the others; `raise_for_failures` raises.
+
+    Raises:
+        InputError: bad paths or settings, before anything is written.
+        DownloadError: the weights can't be fetched.
+        Interrupted: by Ctrl-C or SIGTERM; finished outputs are kept.
+    """
+    meeting = meeting or Meeting(World())
+    # Wrong paths are reported before a model is fetched and loaded.
+    plan = Plan(jobs=list(jobs)) if jobs is not None else _plan(settings)
+    folder = manifest_folder(settings.input, settings.output, plan.jobs, strip=settings.strip_metadata)
+    if folder is None:
+        check_own(plan.jobs[0].target)
+    if settings.log is not None and not dry_run:
+        check_writable(settings.log)
+    loaded = load_upscalers(settings, meeting, observer, dry_run=dry_run)
+    # What a run that died has left is put in order before others write.
+    if meeting.world.is_first and not dry_run:
+        remove_leftovers({job.target.parent for job in plan.jobs})
+    batch = _batch(settings, plan, folder, loaded, meeting, dry_run=dry_run)
+    started = time.perf_counter()
+    stopped = None
+    if dry_run:
+        results = _preview(batch)
+        if loaded.to_fetch and settings.weights in loaded.to_fetch:  # tiles, memory and time depend on the model
+            results = [replace(result, tiles=0, memory=0, seconds=0.0, model_seconds=0.0) for result in results]
+    else:
+        results, stopped = _run(batch, settings, observer)
+    results = _of_all(results, plan.jobs, meeting)
+    outcome = BatchResult(settings, plan, results, loaded, time.perf_counter() - started, dry_run, stopped)
+    if meeting.world.is_first and not dry_run:
+        try:
+            if jobs is None:
+                _remember(outcome)
+            if folder is not None and meeting.world.size > 1:
+                Manifest(folder, batch.recipe).tidy()
+        except PddError as error:  # all outputs are there
+            observer.warn(
+                f"{error.message}. The outputs are complete, but this run is not remembered for `pdd evaluate`."
+            )
+    return outcome
+
+
+def _plan(settings: UpscaleConfig) -> Plan:
+    return plan_jobs(
+        settings.input,
+        settings.output,
+        format=settings.format,
+        suffix=settings.suffix,
+        recursive=settings.recursive,
+    )
+
+
+def _batch(
+    settings: UpscaleConfig, plan: Plan, folder: Path | None, loaded: Loaded, meeting: Meeting, *, dry_run: bool
+) -> _Batch:
+    """The part of the plan that this process does."""
+    world = meeting.world
+    recipe = settings.model_dump(include=_RECIPE)
+    recipe["weights"] = loaded.upscalers[0].engine.weights_sha256
+    manifest = None
+    if folder is not None:
+        if world.is_first and not dry_run:
+            Manifest(folder, recipe).tidy()
+        meeting.gather("tidied")
+        part = world.rank if world.size > 1 else None
+        manifest = Manifest(folder, recipe, provenance=loaded.provenance, part=part)
+    # Nobody begins before all have found the inputs and read the manifest.
+    meeting.gather("planned")
+    output = Output(
+        Encoding(settings.quality, settings.lossless),
+        overwrite=settings.overwrite,
+        strip=settings.strip_metadata,
+        provenance=loaded.provenance,
+    )
+    return _Batch(share_of(plan.jobs, world), loaded.upscalers, output, recipe, manifest)
+
+
+def _preview(batch: _Batch) -> list[Result]:
+    upscaler = batch.upscalers[0]
+    return [
+        *preview_jobs(batch.images, upscaler, output=batch.output, manifest=batch.manifest),
+        *preview_videos(batch.videos, upscaler, recipe=batch.recipe, output=batch.output, manifest=batch.manifest),
+    ]
+
+
+def _run(batch: _Batch, settings: UpscaleConfig, observer: Observer) -> tuple[list[Result], ResourceError | None]:
+    """The results, and the error that ended the run before all jobs were done."""
+    log = settings.log
+    results: list[Result] = []
+    with observer.progress("files", len(batch.jobs), workers=len(batch.upscalers)) as progress:
+        try:
+            for result in _results(batch, progress):
+                results.append(result)
+                if log is not None:
+                    try:
+                        append_line(log, _log_line(result))
+                    except PddError as error:
+                        observer.warn(f"{error.message}. The log ends here; the batch continues.")
+                        log = None
+                progress.advance()
+                if result.status == "failed":
+                    observer.warn(f"{result.job.source}: failed; the batch continues")
+                if result.traceback:
+                    observer.debug(result.traceback)
+        except KeyboardInterrupt:
+            finished = sum(job.target.exists() for job in batch.jobs)
+            raise Interrupted(
+                f"interrupted: {finished} of {len(batch.jobs)} outputs are there, whole",
+                "The same command again goes on from there.",
+            ) from None
+        except ResourceError as error:
+            error.hint += " The same command again makes what is missing."
+            return results, error
+    return results, None
+
+
+def _results(batch: _Batch, progress: Progress) -> Iterator[Result]:
+    """The result of each job as it ends, images first."""
+
+    def on_start(device: int, job: Job) -> None:
+        progress.start(device, job.source.name, "frames" if is_video(job.source) else "tiles")
+
+    run_images = partial(run_jobs, output=batch.output, manifest=batch.manifest)
+    run_clips = partial(run_videos, recipe=batch.recipe, output=batch.output, manifest=batch.manifest)
+    for runner, jobs in ((run_images, batch.images), (run_clips, batch.videos)):
+        yield from run_on_devices(runner, jobs, batch.upscalers, on_start=on_start, on_tile=progress.step)
+
+
+def _of_all(results: Sequence[Result], jobs: Sequence[Job], meeting: Meeting) -> list[Result]:
+    """The results of all processes, in the order of the jobs."""
+    found = [result for text in meeting.gather("done", results_to_json(results)) for result in results_from_json(text)]
+    place = {job: index for index, job in enumerate(jobs)}
+    return sorted(found, key=lambda result: place[result.job])
+
+
+def _log_line(result: Result) -> str:
+    values = {"time": _now(), **_file_document(result), "reason": result.problem}
+    return json.dumps(
+        {key: value for key, value in values.items() if key != "problem"}, ensure_ascii=False, default=str
+    )
+
+
+def _file_document(result: Result) -> dict[str, object]:
+    return {
+        "input": result.job.source,
+        "output": result.job.target,
+        "status": result.status,
+        "problem": result.problem,
+        "left_out": result.left_out,
+        "size_in": result.size_in,
+        "size_out": result.size_out,
+        "tiles": result.tiles,
+        "seconds": round(result.seconds, 3),
+        "model_seconds": round(result.model_seconds, 3),
+        **({"memory": result.memory} if result.memory else {}),
+        **({"frames": result.frames} if result.frames else {}),
+    }
+
+
+def _remember(outcome: BatchResult) -> None:
+    """Record the run for `pdd evaluate` without a folder."""
+    settings = outcome.settings
+    pairs = tuple(
+        UpscaledPair(lr=result.job.source.absolute(), sr=result.job.target.absolute())
+        for result in outcome.results
+        if result.status in ("done", "skipped") and not is_video(result.job.source)
+    )
+    if pairs:
+        remember_upscale(
+            LatestUpscale(
+                input=settings.input[0].absolute(),
+                output=Path(settings.output).absolute(),
+                weights=settings.weights,
+                scale=outcome.loaded.upscalers[0].scale,
+                time=_now(),
+                pairs=pairs,
+            )
+        )
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
