@@ -38,9 +38,10 @@ from pdd_cli.adaptation.run import Run, WeightFiles, prepare_run
 from pdd_cli.config import AdaptConfig, resolve
 from pdd_cli.data.datasets import Batch
 from pdd_cli.engines.winograd import training as winograd
+from pdd_cli.engines.winograd import winograd_pays
 from pdd_cli.engines.winograd.kernel import AVX2, Kernel
 from pdd_cli.engines.winograd.training_kernel import TrainingEmitter
-from pdd_cli.runtime import choose_runtime, keep_freed_memory, winograd_pays
+from pdd_cli.runtime import choose_runtime, keep_freed_memory
 from pdd_cli.weights.states import read_state
 
 # The paper's objective (METHOD: layers by VGG-19's names; VGG-16's third convolution is its stage's last).

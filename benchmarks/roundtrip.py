@@ -26,7 +26,7 @@ from PIL import Image, ImageCms
 from torch import nn
 
 from pdd_cli.batch.plan import plan_jobs
-from pdd_cli.engines.select import TorchEngine
+from pdd_cli.engines.torch_engine import TorchEngine
 from pdd_cli.models.loading import SRModel
 from pdd_cli.runtime import Runtime
 from pdd_cli.upscaling.jobs import Output

@@ -41,7 +41,8 @@ from torch import Tensor
 
 from benchmarks import _controls
 from benchmarks._machine import Timing, describe, in_turn, show, summary
-from pdd_cli.engines.select import Engine, EngineChoice, choose_engine
+from pdd_cli.engines.base import Engine, EngineChoice
+from pdd_cli.engines.select import choose_engine
 from pdd_cli.models.loading import load_sr_model
 from pdd_cli.runtime import choose_runtime
 

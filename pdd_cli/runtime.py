@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ Precision = Literal["fp32", "bf16", "fp16"]
 __all__ = [
     "Precision", "Runtime", "available_cpus", "available_memory", "choose_runtime", "cpu_computes_bf16_fast",
     "cpu_has_amx", "is_out_of_memory", "keep_freed_memory", "peak_memory", "resident_memory", "usable_cpus",
-    "winograd_pays",
 ]  # fmt: skip
 
 # Without one of these Linux has no GPU that PyTorch could use: the drivers of NVIDIA, Jetson, WSL and AMD.
@@ -91,16 +89,6 @@ def cpu_computes_bf16_fast() -> bool:
 def cpu_has_amx() -> bool:
     """Whether this CPU has AMX-BF16, with which bf16 is many times as fast as fp32."""
     return not cpu_features().isdisjoint(("amx_bf16", "amx-bf16"))
-
-
-def winograd_pays(runtime: Runtime) -> bool:
-    """Whether Winograd's algorithm in fp32 is faster than convolutions in the runtime's precision.
-
-    Only AMX multiplies in bf16 faster than it saves multiplications. ARM's kernel no ARM has run yet.
-    """
-    if runtime.kind != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    return runtime.precision == "fp32" or not cpu_has_amx()
 
 
 def available_memory(device: torch.device | str) -> int:

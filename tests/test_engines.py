@@ -10,7 +10,7 @@ from spandrel.architectures.DAT import DAT
 from spandrel.architectures.RCAN import RCAN
 from torch import Tensor, nn
 
-from pdd_cli.engines.select import TorchEngine
+from pdd_cli.engines.torch_engine import TorchEngine
 from pdd_cli.models.loading import SRModel, model_from_state
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.runtime import Runtime, available_cpus, choose_runtime, usable_cpus

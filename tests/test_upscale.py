@@ -25,8 +25,11 @@ from typer.testing import CliRunner
 
 from pdd_cli.batch.plan import plan_jobs
 from pdd_cli.cli import app
-from pdd_cli.engines.select import OpenVINOEngine, TorchEngine, WinogradEngine, bytes_per_pixel, choose_engine
+from pdd_cli.engines.openvino_engine import OpenVINOEngine
+from pdd_cli.engines.select import choose_engine
+from pdd_cli.engines.torch_engine import TorchEngine, bytes_per_pixel
 from pdd_cli.engines.winograd import kernel as winograd_kernel
+from pdd_cli.engines.winograd.engine import WinogradEngine
 from pdd_cli.errors import InputError, PartialFailure, PddError, ResourceError
 from pdd_cli.imaging.decode import Picture, read_image, write_image
 from pdd_cli.imaging.encode import Encoding

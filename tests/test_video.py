@@ -28,7 +28,7 @@ from pdd_cli.batch.devices import share_of
 from pdd_cli.batch.plan import plan_jobs
 from pdd_cli.cli import app
 from pdd_cli.distributed import World
-from pdd_cli.engines.select import TorchEngine
+from pdd_cli.engines.torch_engine import TorchEngine
 from pdd_cli.errors import InputError, PartialFailure, PddError
 from pdd_cli.imaging.encode import Encoding
 from pdd_cli.imaging.provenance import made_by_pdd, source_of

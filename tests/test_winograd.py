@@ -23,9 +23,11 @@ from spandrel import ModelLoader
 from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 from torch import nn
 
-from pdd_cli.engines.select import TorchEngine, WinogradEngine, choose_engine
+from pdd_cli.engines.select import choose_engine
+from pdd_cli.engines.torch_engine import TorchEngine
 from pdd_cli.engines.winograd import inference as winograd
 from pdd_cli.engines.winograd import kernel as winograd_kernel
+from pdd_cli.engines.winograd.engine import WinogradEngine
 from pdd_cli.engines.winograd.training_kernel import TrainingEmitter
 from pdd_cli.errors import InputError
 from pdd_cli.models.loading import SRModel, model_from_state
@@ -169,7 +171,7 @@ def test_auto_takes_it_for_fp32_and_where_bf16_is_no_faster(monkeypatch: pytest.
     assert choose_engine(model, CPU, "auto").name == "winograd"
     assert choose_engine(model, BF16, "auto").name != "winograd"  # asked for
     for amx in (True, False):
-        monkeypatch.setattr("pdd_cli.runtime.cpu_has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr("pdd_cli.engines.winograd.cpu_has_amx", lambda amx=amx: amx)
         engine = choose_engine(model, BF16, "auto", free=True)
         assert (engine.name == "winograd") == (not amx)
         assert engine.runtime.precision == ("bf16" if amx else "fp32")

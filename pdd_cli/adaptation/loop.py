@@ -28,11 +28,12 @@ from pdd_cli.adaptation.losses import (
 from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import Batch, CropSampler
 from pdd_cli.distributed import ALONE, World
+from pdd_cli.engines.winograd import winograd_pays
 from pdd_cli.errors import PddError
 from pdd_cli.models.discriminator import FeatureDiscriminator, UNetDiscriminator
 from pdd_cli.models.features import FeatureNetwork
 from pdd_cli.models.loading import SRModel
-from pdd_cli.runtime import Runtime, winograd_pays
+from pdd_cli.runtime import Runtime
 
 _WINDOW = 8  # steps whose mean loss is watched
 _SPIKE = 3.0  # … and how far it may rise above its best

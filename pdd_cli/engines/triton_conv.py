@@ -203,7 +203,7 @@ def _inside(pixels: Tensor) -> Tensor:
     return pixels[:, 1:-1, 1:-1]
 
 
-class FusedRRDBNet(nn.Module):
+class TritonRRDBNet(nn.Module):
     """RRDBNet's forward pass for (N, C, h, w), computed in `dtype` with sums in fp32."""
 
     def __init__(self, network: RRDBNet, dtype: torch.dtype) -> None:
@@ -258,7 +258,7 @@ class FusedRRDBNet(nn.Module):
         return sr.permute(0, 3, 1, 2)
 
 
-class FusedCompact(nn.Module):
+class TritonCompact(nn.Module):
     """SRVGGNetCompact's forward pass for (N, C, h, w), computed in `dtype` with sums in fp32."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
@@ -287,14 +287,14 @@ class FusedCompact(nn.Module):
         return sr + F.interpolate(lr, scale_factor=self._scale, mode="nearest")
 
 
-def fused(model: SRModel, dtype: torch.dtype) -> SRModel | None:
-    """`model` with its network's fused form, on the same device; None where the network has none."""
+def triton_model(model: SRModel, dtype: torch.dtype) -> SRModel | None:
+    """`model` with its network computed by `convolve`, on the same device; None for another kind of network."""
     network = model.module
     try:
         if isinstance(network, RRDBNet):
-            made: nn.Module = FusedRRDBNet(network, dtype)
+            made: nn.Module = TritonRRDBNet(network, dtype)
         elif model.architecture == "RealESRGAN Compact":
-            made = FusedCompact(network, dtype)
+            made = TritonCompact(network, dtype)
         else:
             return None
     except ValueError:  # layers of another kind or number of channels

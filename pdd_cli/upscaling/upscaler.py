@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pdd_cli.engines.select import Engine, FloatArray
+from pdd_cli.engines.base import Engine, FloatArray
 from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.imaging.decode import MOST_PIXELS, Array, Picture
 from pdd_cli.imaging.encode import ImageSpec, ImageStream, from_float, to_float

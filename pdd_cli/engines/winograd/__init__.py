@@ -2,3 +2,19 @@
 
 Kernels are written with llvmlite and compiled for the CPU that runs them.
 """
+
+from __future__ import annotations
+
+import platform
+
+from pdd_cli.runtime import Runtime, cpu_has_amx
+
+
+def winograd_pays(runtime: Runtime) -> bool:
+    """Whether Winograd's algorithm in fp32 is faster than convolutions in the runtime's precision.
+
+    Only AMX multiplies in bf16 faster than the algorithm saves multiplications. The kernel for ARM is untested on ARM.
+    """
+    if runtime.kind != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return runtime.precision == "fp32" or not cpu_has_amx()

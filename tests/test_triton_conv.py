@@ -16,7 +16,7 @@ from spandrel import ModelLoader
 from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 from torch import Tensor, nn
 
-from pdd_cli.engines.select import TorchEngine
+from pdd_cli.engines.torch_engine import TorchEngine
 from pdd_cli.models.loading import SRModel
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.runtime import Runtime
@@ -38,7 +38,7 @@ IMAGES = {"9x14": (1, 3, 9, 14), "6x4": (2, 3, 6, 4), "again": (1, 3, 9, 14)}
 
 @pytest.fixture(scope="module")
 def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fused")
+    folder = tmp_path_factory.mktemp("triton_conv")
     generator = np.random.default_rng(0)
     np.savez(folder / "lr.npz", **{name: generator.random(shape, np.float32) for name, shape in IMAGES.items()})
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             elif value.ndim == 1:  # of PReLU: each channel another slope
                 value.uniform_(0, 0.5)
         torch.save(state, folder / f"{name}.pt")
-    subprocess.run([sys.executable, "-m", "tests.fused_worker", str(folder)], check=True, timeout=300)
+    subprocess.run([sys.executable, "-m", "tests.triton_conv_worker", str(folder)], check=True, timeout=300)
     return folder
 
 
@@ -93,23 +93,25 @@ class Card:
 def test_the_kernels_compile_for_cards_that_are_not_here(architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime import driver
 
-    from pdd_cli.engines import triton_conv as fused
+    from pdd_cli.engines import triton_conv
 
     if architecture != 90:  # elsewhere one way to divide the work suffices
-        fitting = fused._fitting
-        monkeypatch.setattr(fused._tuned, "early_config_prune", lambda *args, **named: fitting(*args, **named)[:1])
+        fitting = triton_conv._fitting
+        monkeypatch.setattr(
+            triton_conv._tuned, "early_config_prune", lambda *args, **named: fitting(*args, **named)[:1]
+        )
     kernels: list[Any] = []
 
     class Compiling:
         def __getitem__(self, grid: object) -> Callable[..., None]:
             return lambda *args, **named: kernels.extend(tuned.warmup(*args, grid=(1,), **named))
 
-    tuned = fused._tuned
-    monkeypatch.setattr(fused, "_tuned", Compiling())
+    tuned = triton_conv._tuned
+    monkeypatch.setattr(triton_conv, "_tuned", Compiling())
     network, lr = RRDBNet(blocks=1), torch.zeros(1, 3, 9, 7)
     monkeypatch.setattr(driver, "_active", Card(architecture))
-    fused.FusedRRDBNet(network, torch.bfloat16)(lr)
-    fused.FusedCompact(SRVGGNetCompact(num_conv=1), torch.float16)(lr)
+    triton_conv.TritonRRDBNet(network, torch.bfloat16)(lr)
+    triton_conv.TritonCompact(SRVGGNetCompact(num_conv=1), torch.float16)(lr)
     assert len(kernels) >= 5 * 3 + 6 + 3
     for kernel in set(kernels):
         assert any(sign in kernel.asm["ptx"] for sign in ("mma.sync", "wgmma.mma_async", "tcgen05.mma"))
@@ -134,7 +136,7 @@ class Mean(nn.Module):
 
 @pytest.mark.parametrize("other", ["faster", "slower", "wrong", "raising", "none"])
 def test_another_form_is_taken_where_it_is_right_and_faster(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pdd_cli.engines.select.time.perf_counter", lambda: Mean.clock)
+    monkeypatch.setattr("pdd_cli.engines.torch_engine.time.perf_counter", lambda: Mean.clock)
 
     def model(module: nn.Module) -> SRModel:
         return SRModel(module=module.eval(), scale=1, in_channels=3, out_channels=3, architecture="test")
@@ -142,7 +144,7 @@ def test_another_form_is_taken_where_it_is_right_and_faster(other: str, monkeypa
     torch.manual_seed(0)
     own = Mean(parts=1 if other == "slower" else 2)
 
-    def fuse(given: SRModel, dtype: torch.dtype) -> SRModel | None:
+    def convert(given: SRModel, dtype: torch.dtype) -> SRModel | None:
         assert dtype == torch.bfloat16
         if other == "raising":
             raise RuntimeError("no C compiler")
@@ -152,9 +154,9 @@ def test_another_form_is_taken_where_it_is_right_and_faster(other: str, monkeypa
         made.load_state_dict(own.state_dict())
         return model(made)
 
-    engine = TorchEngine(model(own), Runtime("cpu", "bf16"), fuse=fuse)
-    assert engine.fused == (other == "faster")
+    engine = TorchEngine(model(own), Runtime("cpu", "bf16"), convert=convert)
+    assert engine.uses_converted == (other == "faster")
     lr = np.random.default_rng(0).random((1, 3, 16, 16), np.float32)
     with torch.inference_mode():
         assert psnr(engine.run(lr), own(torch.from_numpy(lr)).numpy(), 1) > 40
-    assert not TorchEngine(model(own), Runtime("cpu", "fp32"), fuse=fuse).fused
+    assert not TorchEngine(model(own), Runtime("cpu", "fp32"), convert=convert).uses_converted

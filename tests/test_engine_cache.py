@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pdd_cli.engines import cache as compiled
-from pdd_cli.engines.select import TorchEngine, choose_engine, open_engine
+from pdd_cli.engines import cache as engine_cache
+from pdd_cli.engines.base import Unfit, Usable
+from pdd_cli.engines.select import choose_engine, open_engine
+from pdd_cli.engines.torch_engine import TorchEngine
 from pdd_cli.engines.winograd import kernel as winograd_kernel
 from pdd_cli.imaging.decode import Picture, read_image, write_image
 from pdd_cli.models.loading import SRModel, load_sr_model, state_sha256
@@ -50,7 +53,7 @@ def never() -> SRModel:
 
 @both
 def test_the_second_time_nothing_is_loaded_and_the_result_is_the_same(weights: Path, home: Path, engine: str) -> None:
-    known = compiled.fingerprint([weights], 1.0)
+    known = engine_cache.fingerprint([weights], 1.0)
     first = open_engine(lambda: load_sr_model(weights), known, CPU, engine)
     second = open_engine(never, known, CPU, engine)
     assert (first.name, second.name, len(entries(home))) == (engine, engine, 1)
@@ -75,20 +78,20 @@ def test_other_weights_or_strength_are_another_entry(weights: Path, tmp_path: Pa
     other = tmp_path / "other.safetensors"
     other.write_bytes(weights.read_bytes()[:-1] + b"x")
     names = [([weights], 1.0), ([other], 1.0), ([weights], 0.5), ([weights, other], 0.5), ([other, weights], 0.5)]
-    assert len({compiled.fingerprint(files, strength) for files, strength in names}) == len(names)
+    assert len({engine_cache.fingerprint(files, strength) for files, strength in names}) == len(names)
 
 
 @both
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "not exported"])
 def test_a_damaged_entry_is_made_again(weights: Path, home: Path, engine: str, damage: str) -> None:
-    known = compiled.fingerprint([weights], 1.0)
+    known = engine_cache.fingerprint([weights], 1.0)
     expected = open_engine(lambda: load_sr_model(weights), known, CPU, engine).run(LR)
     (path,) = entries(home)
     whole = path.read_bytes()
     if damage == "not exported":  # whole, but nothing that the engine knows
-        found = compiled.find(engine, known, "fp32")
-        assert found is not None
-        compiled.keep(engine, known, "fp32", found, b"something else")
+        found = engine_cache.find(engine, known, "fp32")
+        assert isinstance(found, Usable)
+        engine_cache.keep(engine, known, "fp32", replace(found, exported=b"something else"))
     else:
         path.write_bytes({"empty": b"", "cut": whole[:-9], "flipped": whole[:-9] + b"x" + whole[-8:]}[damage])
     again = open_engine(lambda: load_sr_model(weights), known, CPU, engine)
@@ -136,26 +139,24 @@ def test_that_openvino_cannot_be_taken_is_kept_too(
     for path in entries(home):
         os.utime(path, (0, 0))
     for engine in ("openvino", "winograd"):
-        found = compiled.find(engine, "weights", "fp32")
-        assert found is not None
-        assert not found.agrees
+        found = engine_cache.find(engine, "weights", "fp32")
+        assert isinstance(found, Unfit)
+        assert found.reason
     assert all(path.stat().st_mtime > 0 for path in entries(home))  # used just now
 
 
 def test_the_cache_is_bounded(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    described = compiled.ExportedModel(
-        ModelSpec(scale=1, in_channels=3, out_channels=3, architecture="test"), "", 1, None
-    )
-    monkeypatch.setattr(compiled, "_MOST_BYTES", 5000)
+    result = Usable(ModelSpec(scale=1, in_channels=3, out_channels=3, architecture="test"), "", 1, bytes(2000))
+    monkeypatch.setattr(engine_cache, "_MOST_BYTES", 5000)
     for number in range(6):
-        compiled.keep("openvino", str(number), "fp32", described, bytes(2000))
+        engine_cache.keep("openvino", str(number), "fp32", result)
         time.sleep(0.02)  # as fine as file systems tell times
         if number:  # the first is used again and again
-            assert compiled.find("openvino", "0", "fp32") is not None
+            assert engine_cache.find("openvino", "0", "fp32") is not None
         time.sleep(0.02)
-    kept = [number for number in range(6) if compiled.find("openvino", str(number), "fp32") is not None]
+    kept = [number for number in range(6) if engine_cache.find("openvino", str(number), "fp32") is not None]
     assert kept == [0, 5]
-    compiled.keep("openvino", "large", "fp32", described, bytes(9000))
+    engine_cache.keep("openvino", "large", "fp32", replace(result, exported=bytes(9000)))
     assert len(entries(home)) == 1
 
 

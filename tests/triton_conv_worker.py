@@ -1,4 +1,4 @@
-"""Runs the fused networks in Triton's interpreter, which has to be chosen before Triton is imported."""
+"""Runs the networks of Triton kernels in Triton's interpreter, which has to be chosen before Triton is imported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 def main(folder: Path) -> None:
     """Each network of `folder`/*.pt on `folder`/lr.npz's images, in turn: *.npz."""
-    from pdd_cli.engines.triton_conv import fused
+    from pdd_cli.engines.triton_conv import triton_model
     from pdd_cli.models.loading import model_from_state
 
     images = np.load(folder / "lr.npz")
@@ -24,7 +24,7 @@ def main(folder: Path) -> None:
         model = model_from_state(torch.load(path, weights_only=True), origin=path.name)
         found = {}
         for name, dtype in DTYPES.items():
-            other = fused(model, dtype)
+            other = triton_model(model, dtype)
             if other is not None:
                 with torch.inference_mode():
                     for size, lr in list(images.items())[: 1 if name == "fp16" else None]:

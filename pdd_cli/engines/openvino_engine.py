@@ -1,0 +1,129 @@
+"""The OpenVINO engine, on CPUs: the model converted from a trace of PyTorch."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pdd_cli.engines.base import FloatArray, Usable, spec_of
+from pdd_cli.errors import InputError
+from pdd_cli.imaging.decode import Array
+from pdd_cli.imaging.encode import from_float, to_float
+from pdd_cli.runtime import Precision, Runtime, available_cpus, usable_cpus
+
+if TYPE_CHECKING:
+    from pdd_cli.models.loading import SRModel
+
+
+class OpenVINOEngine:
+    """OpenVINO on the CPU in the runtime's precision, for any size of image.
+
+    `model`: a loaded model, or one that was exported before. Raises InputError when OpenVINO isn't installed, the
+    runtime isn't a CPU, or the model can't be converted; RuntimeError when `exported` isn't OpenVINO's.
+    """
+
+    name = "openvino"
+
+    def __init__(self, model: SRModel | Usable, runtime: Runtime) -> None:
+        if find_spec("openvino") is None:
+            raise InputError("--engine openvino: OpenVINO isn't installed", "Run: pip install 'pdd-cli[openvino]'")
+        if runtime.kind != "cpu":
+            raise InputError(f"--engine openvino runs on a CPU, not on {runtime.place}", "Add --device cpu.")
+        if isinstance(model, Usable):
+            self.model, self.weights_sha256 = model.spec, model.weights_sha256
+            self.bytes_per_pixel = model.bytes_per_pixel
+            self._source: Any = model.exported
+        else:
+            from pdd_cli.engines.torch_engine import bytes_per_pixel
+            from pdd_cli.models.loading import state_sha256
+
+            self.model, self.weights_sha256 = spec_of(model), state_sha256(model.module.state_dict())
+            self._source, self.bytes_per_pixel = _convert(model), bytes_per_pixel(model)
+        self.runtime = runtime
+        self.batch_pixels = 0
+        self._compiled = _compile(self._source, runtime.precision)
+        self._fast = self._compiled.create_infer_request()
+        self._exact = self._fast if runtime.precision == "fp32" else None
+
+    def export(self) -> Usable:
+        exported = bytes(self._compiled.export_model().getvalue())
+        return Usable(self.model, self.weights_sha256, self.bytes_per_pixel, exported)
+
+    def run(self, lr: FloatArray, *, exact: bool = False) -> FloatArray:
+        if exact and self._exact is None:
+            self._exact = _compile(self._source, "fp32").create_infer_request()
+        sr = self._infer(self._exact if exact else self._fast, lr)
+        # A copy, for the next call writes there.
+        return np.array(sr.transpose(0, 2, 3, 1), np.float32, order="C").transpose(0, 3, 1, 2)
+
+    def run_rounded(self, lr: Array) -> Array | None:
+        sr = self._infer(self._fast, to_float(lr.transpose(0, 3, 1, 2)))
+        found = np.empty((len(sr), *sr.shape[2:], sr.shape[1]), lr.dtype)
+        try:
+            for image, planes in zip(found, sr, strict=True):
+                for channel, plane in enumerate(planes):
+                    image[..., channel] = from_float(plane, 8 * lr.itemsize)
+        except ValueError:
+            return None
+        return found
+
+    def _infer(self, request: Any, lr: FloatArray) -> FloatArray:
+        """(N, C, h, w) to the network's own output, until the next call."""
+        height, width = lr.shape[-2:]
+        bottom, right = self.model.lacking(height), self.model.lacking(width)
+        if bottom or right:
+            lr = np.pad(lr, ((0, 0), (0, 0), (0, bottom), (0, right)), mode="edge")
+        request.start_async([np.ascontiguousarray(lr)])
+        try:
+            # In small waits, between which Python answers Ctrl-C.
+            while not request.wait_for(100):
+                pass
+        except BaseException:
+            request.cancel()
+            raise
+        sr: FloatArray = request.get_output_tensor(0).data
+        return sr[..., : height * self.model.scale, : width * self.model.scale]
+
+
+def _compile(source: Any, precision: Precision) -> Any:
+    """The compiled model, for any size of image, of an openvino.Model or of the bytes of a compiled one."""
+    import openvino
+
+    hint = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[precision]
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
+    if usable_cpus() < available_cpus():
+        settings["INFERENCE_NUM_THREADS"] = usable_cpus()
+    core = openvino.Core()
+    if isinstance(source, bytes):
+        return core.import_model(source, "CPU", settings)
+    return core.compile_model(source, "CPU", settings)
+
+
+def _convert(model: SRModel) -> Any:
+    """The openvino.Model of a network. Raises InputError where it has an operation that isn't known."""
+    import torch
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    side = -(-max(32, model.size_minimum) // model.size_multiple) * model.size_multiple
+    example = torch.zeros(1, model.in_channels, side, side)
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.inference_mode():
+            warnings.simplefilter("ignore")  # torch.jit.trace's, about its own future
+            # Not checked by tracing and running it twice: what comes out is compared with PyTorch anyway.
+            traced = torch.jit.trace(model.module, example, check_trace=False)
+            # Not by openvino.convert_model, which first tries to report its use over the network.
+            decoder = TorchScriptPythonDecoder(traced, example_input=(example,))
+            frontend = FrontEndManager().load_by_framework("pytorch")
+            converted = frontend.convert(frontend.load(decoder))
+            converted.reshape([-1, model.in_channels, -1, -1])
+    except Exception as error:  # whatever tracing and conversion raise for an operation that they don't know
+        raise InputError(
+            f"--engine openvino: can't convert this {model.architecture} model", "Use --engine torch."
+        ) from error
+    return converted

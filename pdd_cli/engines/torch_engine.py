@@ -1,0 +1,205 @@
+"""The PyTorch engine, which computes any model on any device; and the comparison of other engines with it."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pdd_cli.engines.base import Engine, FloatArray
+from pdd_cli.imaging.decode import Array
+from pdd_cli.imaging.encode import to_float
+from pdd_cli.runtime import Runtime, usable_cpus
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from pdd_cli.models.loading import SRModel
+
+Convert = Callable[["SRModel", "torch.dtype"], "SRModel | None"]
+"""Gives a model with another form of its network, computed in this precision; None where there is none."""
+
+# The mean square error against PyTorch's fp32, as a fraction of the output's variance, that counts as rounding.
+_ROUNDING = 1e-6
+# In a lower precision: the error of another engine, as a multiple of PyTorch's own, that is accepted.
+_ALLOWED = 2.0
+# LR pixels that keep a GPU busy: smaller frames are computed several at a time.
+_GPU_PIXELS = 1 << 18
+# The side of the noise on which two forms of a network are timed, and the number of passes.
+_TIMED_SIDE, _TIMED_RUNS = 256, 2
+# Rows that are rounded at once, which needs twice or four times their memory.
+_ROWS = 256
+
+
+class TorchEngine:
+    """PyTorch in the runtime's precision, channels last.
+
+    `convert`: gives the model with another form of its network, which is used where it computes the same in less time.
+    """
+
+    name = "torch"
+
+    def __init__(self, model: SRModel, runtime: Runtime, *, convert: Convert | None = None) -> None:
+        import torch
+
+        if runtime.kind == "cpu":
+            torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
+        self.model = model
+        self.runtime = runtime
+        model.module.to(runtime.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._fast = model if runtime.precision == "fp32" else _lowered(model, runtime)
+        self.batch_pixels = _GPU_PIXELS if runtime.kind == "cuda" else 0
+        self.uses_converted = convert is not None and runtime.precision != "fp32" and self._use_converted(convert)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        from pdd_cli.models.loading import state_sha256
+
+        return state_sha256(self.model.module.state_dict())
+
+    @cached_property
+    def bytes_per_pixel(self) -> int:
+        return bytes_per_pixel(self.model)
+
+    def run(self, lr: FloatArray, *, exact: bool = False) -> FloatArray:
+        import torch
+
+        runtime = Runtime(self.runtime.place, "fp32") if exact else self.runtime
+        model = self.model if exact else self._fast
+        batch = torch.from_numpy(lr).to(runtime.device, memory_format=torch.channels_last, copy=True)
+        with torch.inference_mode(), runtime.autocast():
+            # Brought to fp32 on this side of the bus.
+            return np.asarray(model.upscale(batch).cpu().float().numpy())
+
+    def run_rounded(self, lr: Array) -> Array | None:
+        import torch
+
+        batch = torch.from_numpy(to_float(lr)).to(self.runtime.device).permute(0, 3, 1, 2)
+        with torch.inference_mode(), self.runtime.autocast():
+            sr = self._fast.upscale(batch)
+            if not torch.stack([sr.amin(), sr.amax()]).isfinite().all():
+                return None
+            # As `from_float` does it; 16 bits as signed ones, which every device has.
+            top, zero = (255, 0) if lr.dtype == np.uint8 else (65535, 32768)
+            exact = torch.float32 if top == 255 or self.runtime.kind == "mps" else torch.float64
+            sr = sr.permute(0, 2, 3, 1)
+            found = torch.empty(sr.shape, dtype=torch.int16 if zero else torch.uint8, device=sr.device)
+            for part, values in zip(found.split(_ROWS, dim=1), sr.split(_ROWS, dim=1), strict=True):
+                part.copy_(values.to(exact).mul(top).round_().clamp_(0, top).sub_(zero))
+            rounded = found.cpu().numpy()
+        return np.asarray(rounded.view(np.uint16) ^ np.uint16(zero) if zero else rounded)
+
+    def _use_converted(self, convert: Convert) -> bool:
+        """Use another form of the network if it is right and faster; return whether it is used."""
+        import torch
+
+        plain = self._fast
+        try:
+            candidate = convert(self.model, torch.bfloat16 if self.runtime.precision == "bf16" else torch.float16)
+            if candidate is not None:
+                before = self._seconds()
+                self._fast = candidate
+                # Timed first: kernels are tuned on what they see first, which should be of a common size.
+                if self._seconds() < before and agrees_with_torch(self, self.model):
+                    return True
+        except Exception:  # whatever a compiler of kernels raises; there is another form
+            pass
+        self._fast = plain
+        return False
+
+    def _seconds(self) -> float:
+        lr = np.zeros((1, _TIMED_SIDE, _TIMED_SIDE, self.model.in_channels), np.uint8)
+        self.run_rounded(lr)
+        started = time.perf_counter()
+        for _ in range(_TIMED_RUNS):
+            self.run_rounded(lr)
+        return time.perf_counter() - started
+
+
+def bytes_per_pixel(model: SRModel) -> int:
+    """Bytes of fp32 activations that a forward pass holds at once, per LR pixel: an estimate from a small one.
+
+    The largest input and output of any one layer, twice: what is upsampled, concatenated or kept for a skip
+    connection stands beside them.
+    """
+    import torch
+
+    side = max(16, model.size_minimum)
+    largest = 0
+
+    def record(module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
+        nonlocal largest
+        tensors = [tensor for tensor in (*inputs, output) if isinstance(tensor, torch.Tensor)]
+        largest = max(largest, sum(tensor.numel() for tensor in tensors) * 4)
+
+    leaves = [module for module in model.module.modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(record) for module in leaves]
+    device = next(model.module.parameters()).device
+    try:
+        with torch.inference_mode():
+            model.upscale(torch.zeros(1, model.in_channels, side, side, device=device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return -(-2 * largest // side**2)
+
+
+def _lowered(model: SRModel, runtime: Runtime) -> SRModel:
+    """A copy whose convolutions and linear layers have their weights in the runtime's precision.
+
+    Autocast makes just these of them in every pass anew, so that the results are the same to the last bit. Where its
+    network doesn't run so, `model` itself.
+    """
+    import torch
+    from torch import nn
+
+    from pdd_cli.models.rrdbnet import ActivatedConv2d
+
+    layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, ActivatedConv2d)
+    dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float16
+    lowered = replace(model, module=copy.deepcopy(model.module))
+    for layer in lowered.module.modules():
+        if (
+            type(layer) in layers and not layer._forward_pre_hooks
+        ):  # other subclasses and hooks compute with their weights
+            layer.to(dtype)
+    side = model.size_minimum + model.lacking(model.size_minimum)
+    try:
+        with torch.inference_mode(), runtime.autocast():
+            lowered.upscale(torch.zeros(1, model.in_channels, side, side, device=runtime.device))
+    except RuntimeError:
+        return model
+    return lowered
+
+
+def agrees_with_torch(engine: Engine, model: SRModel) -> bool:
+    """Whether the error of `engine` against PyTorch's fp32 is about that of PyTorch in the same precision, or rounding.
+
+    Compared on noise of two sizes: the second finds a conversion that is fixed to one size.
+    """
+    runtime = engine.runtime
+    same, full = TorchEngine(model, runtime), TorchEngine(model, Runtime(runtime.place, "fp32"))
+    generator = np.random.default_rng(0)
+    multiple = model.size_multiple
+    for side in (max(24, model.size_minimum), max(40, model.size_minimum + 8)):
+        side = -(-side // multiple) * multiple
+        lr = generator.random((1, model.in_channels, side, side), np.float32)
+        try:
+            result, own, expected = engine.run(lr), same.run(lr), full.run(lr)
+        except RuntimeError:
+            return False
+        allowed = max(_ROUNDING * float(expected.var()), _ALLOWED * _error(own, expected), 1e-14)
+        if not _error(result, expected) <= allowed:  # NaN isn't either
+            return False
+    return True
+
+
+def _error(result: FloatArray, expected: FloatArray) -> float:
+    """Mean square error."""
+    return float(np.mean((result - expected) ** 2))
