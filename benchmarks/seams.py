@@ -20,7 +20,7 @@ import torch
 from spandrel import ModelLoader
 
 from pdd_cli.engines.select import choose_engine
-from pdd_cli.imaging.decode import Picture, read_image
+from pdd_cli.imaging.decode import DecodedImage, read_image
 from pdd_cli.models.loading import load_sr_model
 from pdd_cli.runtime import choose_runtime
 from pdd_cli.upscaling.tiling import Span, TilePlan
@@ -55,7 +55,7 @@ def spandrel_whole(weights: Path, pixels: np.ndarray) -> np.ndarray:
     model = ModelLoader().load_from_state_dict(read_state(weights)).eval()
     with torch.inference_mode():
         sr = model(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255)
-    return Picture.from_float(sr[0].permute(1, 2, 0).numpy()).pixels
+    return DecodedImage.from_float(sr[0].permute(1, 2, 0).numpy()).pixels
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -128,8 +128,8 @@ def main() -> None:
         picture = read_image(path)
         if arguments.crop:
             top, left = (max(0, side - arguments.crop) // 2 for side in (picture.height, picture.width))
-            picture = Picture(picture.pixels[top : top + arguments.crop, left : left + arguments.crop])
-        picture = Picture(np.broadcast_to(picture.pixels, (picture.height, picture.width, 3)))
+            picture = DecodedImage(picture.pixels[top : top + arguments.crop, left : left + arguments.crop])
+        picture = DecodedImage(np.broadcast_to(picture.pixels, (picture.height, picture.width, 3)))
         started = time.perf_counter()
         expected = spandrel_whole(arguments.weights, picture.pixels)
         print(f"{path.name} {picture.width}x{picture.height}: {time.perf_counter() - started:.0f} s", flush=True)

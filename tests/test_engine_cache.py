@@ -20,7 +20,7 @@ from pdd_cli.engines.base import Unfit, Usable
 from pdd_cli.engines.select import choose_engine, open_engine
 from pdd_cli.engines.torch_engine import TorchEngine
 from pdd_cli.engines.winograd import kernel as winograd_kernel
-from pdd_cli.imaging.decode import Picture, read_image, write_image
+from pdd_cli.imaging.decode import DecodedImage, read_image, write_image
 from pdd_cli.models.loading import SRModel, load_sr_model, state_sha256
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.models.traits import ModelSpec
@@ -169,7 +169,9 @@ def test_a_cache_that_cannot_be_written_is_done_without(weights: Path, home: Pat
 def test_the_command_does_not_need_pytorch_the_second_time(
     weights: Path, tmp_path: Path, home: Path, engine: str
 ) -> None:
-    write_image(tmp_path / "in/a.png", Picture(np.arange(300, dtype=np.uint16).astype(np.uint8).reshape(10, 10, 3)))
+    write_image(
+        tmp_path / "in/a.png", DecodedImage(np.arange(300, dtype=np.uint16).astype(np.uint8).reshape(10, 10, 3))
+    )
     script = (
         "import sys; from pdd_cli.cli import app\n"
         "app(sys.argv[1:], standalone_mode=False)\n"

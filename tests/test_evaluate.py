@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 
 from pdd_cli.cli import app
 from pdd_cli.errors import DownloadError, InputError, PartialFailure, PddError
-from pdd_cli.imaging.decode import Picture, write_image
+from pdd_cli.imaging.decode import DecodedImage, write_image
 from pdd_cli.iqa import metrics as metrics_module
 from pdd_cli.iqa.metrics import Item, metric_infos, score
 from pdd_cli.iqa.pairing import pair, plain_stem
@@ -79,7 +79,7 @@ def photo(height: int = 64, width: int = 80, seed: int = 0) -> np.ndarray:
 
 
 def save(path: Path, pixels: np.ndarray) -> Path:
-    write_image(path, Picture(pixels))
+    write_image(path, DecodedImage(pixels))
     return path
 
 
@@ -471,7 +471,7 @@ def test_an_error_of_any_kind_is_one_images(folders: tuple[Path, Path], monkeypa
     sr, gt = folders
     real = metrics_module.read_image
 
-    def broken(path: Path) -> Picture:
+    def broken(path: Path) -> DecodedImage:
         if path.name == "c.png":
             raise ZeroDivisionError("a bug of a library")
         return real(path)

@@ -22,8 +22,16 @@ from PIL import Image, ImageCms, ImageOps
 from benchmarks.fuzz import handmade
 from pdd_cli.errors import InputError, PddError
 from pdd_cli.imaging import png
-from pdd_cli.imaging.decode import MOST_PIXELS, Picture, decode_pages, find_images, image_size, read_image, write_image
-from pdd_cli.imaging.encode import Encoding, ImageSpec, ImageStream, check_size, from_float, write_sheets
+from pdd_cli.imaging.decode import (
+    MOST_PIXELS,
+    DecodedImage,
+    decode_pages,
+    find_images,
+    image_size,
+    read_image,
+    write_image,
+)
+from pdd_cli.imaging.encode import Encoding, ImageSpec, ImageStream, check_size, from_float, write_images
 from pdd_cli.imaging.metadata import Metadata
 
 pillow_heif.register_heif_opener()  # pillow_jxl registers itself
@@ -87,7 +95,7 @@ def test_lossless_formats_give_back_what_was_written(
 ) -> None:
     dtype = {8: np.uint8, 16: np.uint16}[bits]
     icc = SRGB if channels == 3 else None
-    written = Picture(
+    written = DecodedImage(
         random_pixels(9, 6, channels, dtype=dtype),
         random_pixels(9, 6, dtype=dtype) if alpha else None,
         Metadata(icc, dpi=(300, 300)),
@@ -173,7 +181,7 @@ def test_orientation_is_applied_and_reset(tmp_path: Path, name: str, orientation
         data = path.read_bytes()
         at = data.index(b"eXIf")
         length = int.from_bytes(data[at - 4 : at], "big")
-        write_image(path, Picture(random_pixels(6, 4, 3, dtype=np.uint16)))
+        write_image(path, DecodedImage(random_pixels(6, 4, 3, dtype=np.uint16)))
         stored = read_image(path).pixels
         plain = path.read_bytes()
         path.write_bytes(plain[:33] + data[at - 4 : at + 8 + length] + plain[33:])
@@ -201,7 +209,7 @@ def test_gray_palette_is_gray(tmp_path: Path) -> None:
 
 
 def test_profile_and_dpi_survive_a_jpeg(tmp_path: Path) -> None:
-    picture = Picture(random_pixels(8, 8, 3), metadata=Metadata(SRGB, dpi=(240, 240)))
+    picture = DecodedImage(random_pixels(8, 8, 3), metadata=Metadata(SRGB, dpi=(240, 240)))
     write_image(tmp_path / "a.jpg", picture)
     assert read_image(tmp_path / "a.jpg").metadata.icc == SRGB
     assert read_image(tmp_path / "a.jpg").metadata.dpi == (240, 240)
@@ -219,17 +227,17 @@ def test_stale_exif_is_dropped(tmp_path: Path) -> None:
 
 
 def test_alpha_is_laid_on_white_for_jpeg(tmp_path: Path) -> None:
-    write_image(tmp_path / "a.jpg", Picture(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8)))
+    write_image(tmp_path / "a.jpg", DecodedImage(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8)))
     assert (read_image(tmp_path / "a.jpg").pixels == 255).all()
 
 
 def test_from_float_rounds_clips_and_refuses_nan() -> None:
     values = np.array([[-1.0, 0.0, 0.4999 / 255, 0.5001 / 255, 1.0, 7.0]], np.float32)
-    assert Picture.from_float(values).pixels.ravel().tolist() == [0, 0, 0, 1, 255, 255]
+    assert DecodedImage.from_float(values).pixels.ravel().tolist() == [0, 0, 0, 1, 255, 255]
     exact = random_pixels(4, 4, 3, dtype=np.uint16)
-    np.testing.assert_array_equal(Picture.from_float(Picture(exact).to_float(), bits=16).pixels, exact)
+    np.testing.assert_array_equal(DecodedImage.from_float(DecodedImage(exact).to_float(), bits=16).pixels, exact)
     with pytest.raises(ValueError, match="finite"):
-        Picture.from_float(np.array([[np.nan]]))
+        DecodedImage.from_float(np.array([[np.nan]]))
 
 
 def good_png() -> bytes:
@@ -310,7 +318,7 @@ def test_find_images(tmp_path: Path) -> None:
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    write_image(path, Picture(np.zeros((4, 4, 3), np.uint8)))
+    write_image(path, DecodedImage(np.zeros((4, 4, 3), np.uint8)))
     before = path.read_bytes()
 
     def interrupted() -> Iterator[np.ndarray]:
@@ -318,7 +326,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_sheets(path, [ImageStream(ImageSpec(4, 4, 3), interrupted())])
+        write_images(path, [ImageStream(ImageSpec(4, 4, 3), interrupted())])
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
@@ -378,7 +386,7 @@ def test_heic_of_any_depth_is_read_whole(tmp_path: Path, mode: str, bits: int) -
 @pytest.mark.parametrize(("channels", "alpha"), [(1, False), (1, True), (3, False), (3, True)])
 def test_sixteen_bits_become_ten_in_heic(tmp_path: Path, channels: int, alpha: bool) -> None:
     ramp = np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64)
-    picture = Picture(np.repeat(ramp[..., None], channels, axis=2), ramp if alpha else None)
+    picture = DecodedImage(np.repeat(ramp[..., None], channels, axis=2), ramp if alpha else None)
     write_image(tmp_path / "a.heic", picture, quality=100)
     read = read_image(tmp_path / "a.heic")
     assert (read.bits, read.channels, read.alpha is not None) == (16, channels, alpha)
@@ -388,13 +396,13 @@ def test_sixteen_bits_become_ten_in_heic(tmp_path: Path, channels: int, alpha: b
 
 
 def test_jpeg_xl_is_lossless_when_asked_and_keeps_16_bits_of_gray(tmp_path: Path) -> None:
-    colour = Picture(random_pixels(20, 30, 3), random_pixels(20, 30))
+    colour = DecodedImage(random_pixels(20, 30, 3), random_pixels(20, 30))
     write_image(tmp_path / "a.jxl", colour, lossless=True)
     np.testing.assert_array_equal(read_image(tmp_path / "a.jxl").interleaved, colour.interleaved)
-    gray = Picture(random_pixels(20, 30, 1, dtype=np.uint16))
+    gray = DecodedImage(random_pixels(20, 30, 1, dtype=np.uint16))
     write_image(tmp_path / "b.jxl", gray, lossless=True)
     np.testing.assert_array_equal(read_image(tmp_path / "b.jxl").pixels, gray.pixels)
-    write_image(tmp_path / "c.jxl", Picture(random_pixels(20, 30, 3, dtype=np.uint16)))
+    write_image(tmp_path / "c.jxl", DecodedImage(random_pixels(20, 30, 3, dtype=np.uint16)))
     assert read_image(tmp_path / "c.jxl").bits == 8
 
 
@@ -404,7 +412,7 @@ def test_jpeg_xl_of_another_colour_space_becomes_srgb(tmp_path: Path) -> None:
     red, green = profile.index(b"rXYZ"), profile.index(b"gXYZ")
     profile[red : red + 4], profile[green : green + 4] = b"gXYZ", b"rXYZ"
     write_image(
-        tmp_path / "a.jxl", Picture(np.full((8, 8, 3), (255, 0, 0), np.uint8), metadata=Metadata(bytes(profile)))
+        tmp_path / "a.jxl", DecodedImage(np.full((8, 8, 3), (255, 0, 0), np.uint8), metadata=Metadata(bytes(profile)))
     )
     np.testing.assert_allclose(read_image(tmp_path / "a.jxl").pixels[4, 4], (0, 255, 0), atol=3)
 
@@ -444,13 +452,13 @@ def test_a_missing_plugin_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, module: str, name: str
 ) -> None:
     path = tmp_path / f"a.{suffix}"
-    write_image(path, Picture(random_pixels(16, 16, 3)))
+    write_image(path, DecodedImage(random_pixels(16, 16, 3)))
     monkeypatch.setitem(sys.modules, module, None)
     message = rf"{name} needs a plugin.*pip install 'pdd-cli\[formats\]'"
     with pytest.raises(InputError, match=rf"a\.{suffix}: {message}"):
         read_image(path)
     with pytest.raises(InputError, match=message):
-        write_image(path, Picture(random_pixels(16, 16, 3)))
+        write_image(path, DecodedImage(random_pixels(16, 16, 3)))
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -464,7 +472,7 @@ def test_pages_of_a_tiff(tmp_path: Path, bits: int) -> None:
     read = list(decode_pages(path, path.read_bytes()))
     for picture, page in zip(read, pages, strict=True):
         np.testing.assert_array_equal(picture.pixels, page)
-    write_sheets(tmp_path / "b.tif", [ImageStream(p.layout, [p.interleaved]) for p in read], count=3)
+    write_images(tmp_path / "b.tif", [ImageStream(p.spec, [p.interleaved]) for p in read], count=3)
     with tifffile.TiffFile(tmp_path / "b.tif") as file:
         for page, expected in zip(file.pages, pages, strict=True):
             np.testing.assert_array_equal(page.asarray(), expected)
@@ -479,8 +487,8 @@ def test_frames_of_an_animation(tmp_path: Path, suffix: str) -> None:
     for picture, frame in zip(read, frames, strict=True):
         np.testing.assert_array_equal(picture.pixels, np.asarray(frame))
     again = tmp_path / f"b.{suffix}"
-    sheets = [ImageStream(p.layout, [p.interleaved], duration=p.duration) for p in read]
-    write_sheets(again, sheets, count=3, encoding=Encoding(lossless=True))
+    streams = [ImageStream(p.spec, [p.interleaved], duration=p.duration) for p in read]
+    write_images(again, streams, count=3, encoding=Encoding(lossless=True))
     with Image.open(again) as image:
         for index, frame in enumerate(frames):
             image.seek(index)
@@ -554,10 +562,10 @@ def test_an_animation_of_16_bits_has_the_same_pixels_in_8(tmp_path: Path, colour
 def test_bands_of_any_height_make_the_same_file(tmp_path: Path, suffix: str, samples: int, bits: int) -> None:
     pixels = random_pixels(601, 300, samples, dtype={8: np.uint8, 16: np.uint16}[bits])
     pixels[100:400] = np.arange(300)[:, None] // 3  # rows for the filters to work on
-    layout = ImageSpec(300, 601, samples - (samples == 4), samples == 4, bits)
+    spec = ImageSpec(300, 601, samples - (samples == 4), samples == 4, bits)
     for name, cuts in (("a", [601]), ("b", [1, 2, 257, 600])):
         bands = np.split(pixels, cuts)
-        write_sheets(tmp_path / f"{name}.{suffix}", [ImageStream(layout, [band for band in bands if len(band)])])
+        write_images(tmp_path / f"{name}.{suffix}", [ImageStream(spec, [band for band in bands if len(band)])])
     np.testing.assert_array_equal(read_image(tmp_path / f"a.{suffix}").interleaved, pixels)
     np.testing.assert_array_equal(read_image(tmp_path / f"b.{suffix}").interleaved, pixels)
 
@@ -644,9 +652,9 @@ def test_a_file_that_lacks_an_image_or_a_row_is_no_output(tmp_path: Path, suffix
     whole = random_pixels(256, 20, 3)
     path = tmp_path / f"a.{suffix}"
     for images, bands in ((2, [whole]), (3, [whole[:100]]), (3, [whole, whole[:1]])):
-        sheets = [ImageStream(ImageSpec(20, 256, 3), bands, duration=100) for _ in range(images)]
+        streams = [ImageStream(ImageSpec(20, 256, 3), bands, duration=100) for _ in range(images)]
         with pytest.raises((PddError, ValueError)):
-            write_sheets(path, sheets, count=3)
+            write_images(path, streams, count=3)
         assert not list(tmp_path.iterdir())
 
 
@@ -772,7 +780,7 @@ def test_a_transparent_colour_of_16_bits(tmp_path: Path, channels: int) -> None:
     pixels = random_pixels(9, 6, channels, dtype=np.uint16)
     pixels[:4, :3] = (1234, 5678, 9012)[:channels]
     pixels[5, 5] = 1234  # of RGB one channel alone is another colour
-    write_image(tmp_path / "a.png", Picture(pixels))
+    write_image(tmp_path / "a.png", DecodedImage(pixels))
     key = struct.pack(f">{channels}H", *(1234, 5678, 9012)[:channels])
     (tmp_path / "a.png").write_bytes(with_chunk((tmp_path / "a.png").read_bytes(), b"tRNS", key))
     picture = read_image(tmp_path / "a.png")

@@ -21,7 +21,7 @@ import tifffile
 from PIL import Image, ImageCms, PngImagePlugin
 
 from pdd_cli.imaging.decode import read_image
-from pdd_cli.imaging.encode import ImageSpec, ImageStream, write_sheets
+from pdd_cli.imaging.encode import ImageSpec, ImageStream, write_images
 from pdd_cli.imaging.metadata import GeoTag, Metadata
 from pdd_cli.upscaling.jobs import Job, Result
 from pdd_cli.upscaling.pipeline import run_jobs
@@ -476,5 +476,5 @@ def test_pages_of_different_sizes_are_no_animation(tmp_path: Path) -> None:
 
 def test_everything_of_a_png_comes_back_from_a_png(tmp_path: Path) -> None:
     metadata = read_image(text_input(tmp_path)).metadata
-    write_sheets(tmp_path / "out.png", [ImageStream(ImageSpec(16, 12, 3), [PIXELS], metadata)])
+    write_images(tmp_path / "out.png", [ImageStream(ImageSpec(16, 12, 3), [PIXELS], metadata)])
     assert read_image(tmp_path / "out.png").metadata == metadata

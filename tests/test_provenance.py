@@ -14,7 +14,7 @@ from PIL import Image
 
 from pdd_cli import __version__
 from pdd_cli.imaging.decode import read_image
-from pdd_cli.imaging.encode import FORMATS, ImageSpec, ImageStream, Metadata, write_sheets
+from pdd_cli.imaging.encode import FORMATS, ImageSpec, ImageStream, Metadata, write_images
 from pdd_cli.imaging.provenance import Provenance, made_by_pdd, source_of
 
 MADE = Provenance("realsr", "ab" * 32, "x4, strength 0.5", "cd" * 32)
@@ -33,9 +33,9 @@ needs_exiftool = pytest.mark.skipif(shutil.which("exiftool") is None, reason="ex
 
 
 def write(path: Path, metadata: Metadata = Metadata(), pages: int = 1, pixels: np.ndarray = PIXELS) -> Path:
-    layout = ImageSpec(pixels.shape[1], pixels.shape[0], pixels.shape[2])
-    sheets = [ImageStream(layout, [np.roll(pixels, page)], metadata, 40.0) for page in range(pages)]
-    write_sheets(path, sheets, count=pages, provenance=MADE)
+    spec = ImageSpec(pixels.shape[1], pixels.shape[0], pixels.shape[2])
+    streams = [ImageStream(spec, [np.roll(pixels, page)], metadata, 40.0) for page in range(pages)]
+    write_images(path, streams, count=pages, provenance=MADE)
     return path
 
 
@@ -88,7 +88,7 @@ def test_xmp_keeps_all_else_and_states_each_thing_once(tmp_path: Path) -> None:
 
     path = write(tmp_path / "a.png", Metadata(xmp=HISTORY))
     again = read_image(path).metadata.xmp
-    write_sheets(path, [ImageStream(ImageSpec(40, 30, 3), [PIXELS], Metadata(xmp=again))], provenance=MADE)
+    write_images(path, [ImageStream(ImageSpec(40, 30, 3), [PIXELS], Metadata(xmp=again))], provenance=MADE)
     xmp = read_image(path).metadata.xmp
     tree = ET.fromstring(xmp.decode())
     attributes = [(name, value) for element in tree.iter() for name, value in element.attrib.items()]
@@ -155,7 +155,7 @@ def test_deep_and_gray_images_too(tmp_path: Path) -> None:
     deep = PIXELS.astype(np.uint16) * 257
     for suffix in (".png", ".tif", ".heic"):
         path = tmp_path / f"deep{suffix}"
-        write_sheets(path, [ImageStream(ImageSpec(40, 30, 3, bits=16), [deep])], provenance=MADE)
+        write_images(path, [ImageStream(ImageSpec(40, 30, 3, bits=16), [deep])], provenance=MADE)
         assert made_by_pdd(path)
 
 

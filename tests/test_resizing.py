@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pdd_cli.upscaling.resizing import SizeRequest, from_linear, passes, resize_bands, to_linear
+from pdd_cli.upscaling.resizing import SizeRequest, from_linear, passes, resize_row_chunks, to_linear
 
 RNG = np.random.default_rng(0)
 
@@ -58,7 +58,7 @@ def in_bands(image: np.ndarray, seed: int) -> list[np.ndarray]:
 @given(st.integers(1, 700), st.integers(1, 40), st.integers(1, 900), st.integers(1, 60), st.integers(0, 9))
 def test_bands_give_what_the_whole_image_gives(h: int, w: int, H: int, W: int, seed: int) -> None:
     image = np.random.default_rng(seed).random((h, w, 2), np.float32)
-    bands = list(resize_bands(iter(in_bands(image, seed)), (w, h), (W, H), alpha=False))
+    bands = list(resize_row_chunks(iter(in_bands(image, seed)), (w, h), (W, H), alpha=False))
     reduces = h * w > H * W
     source = to_linear(image) if reduces else image
     expected = np.stack(
@@ -75,7 +75,7 @@ def test_bands_give_what_the_whole_image_gives(h: int, w: int, H: int, W: int, s
 def test_reducing_keeps_the_light_and_alpha_isnt_light() -> None:
     board = np.indices((64, 64)).sum(axis=0) % 2
     image = np.stack([board, board], axis=-1).astype(np.float32)
-    small = np.concatenate(list(resize_bands([image], (64, 64), (8, 8), alpha=True)))[2:-2, 2:-2]
+    small = np.concatenate(list(resize_row_chunks([image], (64, 64), (8, 8), alpha=True)))[2:-2, 2:-2]
     # Half the light is 188 of 255 in sRGB (IEC 61966-2-1), not 128.
     np.testing.assert_allclose(small[..., 0] * 255, 187.5, atol=1)
     np.testing.assert_allclose(small[..., 1] * 255, 127.5, atol=1)

@@ -148,7 +148,7 @@ def test_an_error_that_nobody_expected_is_one_jobs_failure(
 
         monkeypatch.setattr(Upscaler, "start", start)
     else:
-        name = {"read": "probe", "write": "write_sheets"}[where]
+        name = {"read": "probe", "write": "write_images"}[where]
         original = getattr(batch, name)
 
         def function(path, *arguments, **options):

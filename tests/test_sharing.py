@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdd_cli.batch.devices import run_on_devices, share_of
+from pdd_cli.batch.devices import partition, run_on_devices
 from pdd_cli.distributed import World
 from pdd_cli.errors import InputError, PartialFailure
 from pdd_cli.imaging.decode import write_image
@@ -118,7 +118,7 @@ def test_shares_are_whole_disjoint_and_balanced(sides: list[int], count: int) ->
     jobs = [Job(Path(f"{index}-{side}"), Path(f"out/{index}")) for index, side in enumerate(sides)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pdd_cli.batch.devices._pixels", lambda source: int(source.name.split("-")[1]) ** 2)
-        shares = [share_of(jobs, World(index, count)) for index in range(count)]
+        shares = [partition(jobs, World(index, count)) for index in range(count)]
     assert sorted((job for share in shares for job in share), key=jobs.index) == jobs
     assert all(share == sorted(share, key=jobs.index) for share in shares)
     loads = [sum(int(job.source.name.split("-")[1]) ** 2 for job in share) for share in shares]

@@ -31,7 +31,7 @@ from pdd_cli.engines.torch_engine import TorchEngine, bytes_per_pixel
 from pdd_cli.engines.winograd import kernel as winograd_kernel
 from pdd_cli.engines.winograd.engine import WinogradEngine
 from pdd_cli.errors import InputError, PartialFailure, PddError, ResourceError
-from pdd_cli.imaging.decode import Picture, read_image, write_image
+from pdd_cli.imaging.decode import DecodedImage, read_image, write_image
 from pdd_cli.imaging.encode import Encoding
 from pdd_cli.last_run import latest_upscale
 from pdd_cli.models.loading import SRModel, load_sr_model
@@ -91,8 +91,8 @@ def upscaler(model: SRModel, *, tile: int | str = 0, overlap: int = 16, notify: 
     )
 
 
-def picture(height: int, width: int, channels: int = 3) -> Picture:
-    return Picture(RNG.integers(0, 256, (height, width, channels), np.uint8))
+def picture(height: int, width: int, channels: int = 3) -> DecodedImage:
+    return DecodedImage(RNG.integers(0, 256, (height, width, channels), np.uint8))
 
 
 def psnr(a: np.ndarray, b: np.ndarray, top: float = 255) -> float:
@@ -112,7 +112,7 @@ def spandrel_forward(state: dict[str, Tensor], pixels: np.ndarray) -> np.ndarray
 @pytest.mark.parametrize("size", [(24, 32), (4, 8)])
 def test_whole_image_equals_spandrel(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
     model = load_sr_model(saved(tmp_path, STATES[name]))
-    lr = Picture(RNG.integers(0, 65536, (*size, 3), np.uint16))  # 16 bits: nothing is hidden by rounding
+    lr = DecodedImage(RNG.integers(0, 65536, (*size, 3), np.uint16))  # 16 bits: nothing is hidden by rounding
     result = upscaler(model).upscale(lr).picture
     expected = spandrel_forward(STATES[name], lr.pixels.astype(np.float32) / 257)
     assert result.pixels.shape == (size[0] * model.scale, size[1] * model.scale, 3)
@@ -150,7 +150,7 @@ def test_one_channel_model_upscales_gray_and_colour(tmp_path: Path) -> None:
     lr = picture(9, 8)
     sr = upscaler(model).upscale(lr).picture
     for channel in range(3):
-        alone = upscaler(model).upscale(Picture(lr.pixels[:, :, channel : channel + 1])).picture
+        alone = upscaler(model).upscale(DecodedImage(lr.pixels[:, :, channel : channel + 1])).picture
         assert alone.channels == 1
         np.testing.assert_array_equal(sr.pixels[:, :, channel], alone.pixels[:, :, 0])
 
@@ -168,18 +168,18 @@ def test_gray_stays_gray_and_is_the_mean_of_channels(tmp_path: Path) -> None:
     assert sr.channels == 1
     expected = spandrel_forward(compact(), gray.pixels.repeat(3, axis=2)).mean(axis=2).clip(0, 1) * 255
     assert psnr(sr.pixels[:, :, 0], expected) > 50
-    colour = upscaler(model).upscale(Picture(gray.pixels.repeat(3, axis=2))).picture
+    colour = upscaler(model).upscale(DecodedImage(gray.pixels.repeat(3, axis=2))).picture
     np.testing.assert_array_equal(colour.pixels, sr.pixels.repeat(3, axis=2))
 
 
 def test_alpha_opaque_stays_opaque_and_edges_are_upscaled(tmp_path: Path) -> None:
     model = load_sr_model(saved(tmp_path, compact()))
     lr = picture(12, 12)
-    opaque = Picture(lr.pixels, np.full((12, 12), 255, np.uint8))
+    opaque = DecodedImage(lr.pixels, np.full((12, 12), 255, np.uint8))
     assert (upscaler(model).upscale(opaque).picture.alpha == 255).all()
     alpha = np.zeros((12, 12), np.uint8)
     alpha[:, 6:] = 255
-    sr = upscaler(model).upscale(Picture(lr.pixels, alpha)).picture
+    sr = upscaler(model).upscale(DecodedImage(lr.pixels, alpha)).picture
     assert sr.alpha is not None
     assert sr.alpha.shape == (48, 48)
     assert (sr.alpha[:, :20] == 0).all()
@@ -187,10 +187,10 @@ def test_alpha_opaque_stays_opaque_and_edges_are_upscaled(tmp_path: Path) -> Non
     # What lies below transparent pixels doesn't count: they get the colour of the nearest one that is seen.
     hidden = lr.pixels.copy()
     hidden[:, :6] = 0
-    np.testing.assert_array_equal(upscaler(model).upscale(Picture(hidden, alpha)).picture.pixels, sr.pixels)
+    np.testing.assert_array_equal(upscaler(model).upscale(DecodedImage(hidden, alpha)).picture.pixels, sr.pixels)
     bled = lr.pixels.copy()
     bled[:, :6] = lr.pixels[:, 6:7]
-    np.testing.assert_array_equal(sr.pixels, upscaler(model).upscale(Picture(bled)).picture.pixels)
+    np.testing.assert_array_equal(sr.pixels, upscaler(model).upscale(DecodedImage(bled)).picture.pixels)
 
 
 class Overflowing(nn.Module):
@@ -290,7 +290,7 @@ def test_pictures_of_one_size_together_are_as_one_by_one(tmp_path: Path, monkeyp
         assert ours.picture.pixels.shape == (48, 80, 3)
         assert np.abs(ours.picture.pixels.astype(int) - theirs.picture.pixels).max() <= 1  # sums in another order
     # What isn't the network's alone is done one by one.
-    gray = Picture(RNG.integers(0, 256, (12, 20, 1), np.uint8).repeat(3, axis=2))
+    gray = DecodedImage(RNG.integers(0, 256, (12, 20, 1), np.uint8).repeat(3, axis=2))
     mixed = worker.upscale_all([pictures[0], gray])
     assert (mixed[1].picture.pixels == mixed[1].picture.pixels[..., :1]).all()
 
@@ -431,7 +431,7 @@ def batch(tmp_path: Path) -> Path:
     Image.fromarray(picture(16, 20).pixels).save(folder / "sub/b.jpg")
     Image.fromarray(picture(9, 9, 1).pixels[:, :, 0]).save(folder / "sub/gray.bmp")
     Image.fromarray(RNG.integers(0, 256, (8, 8, 4), np.uint8)).save(folder / "ä alpha.webp", lossless=True)
-    write_image(folder / "deep.tif", Picture(RNG.integers(0, 65536, (7, 9, 3), np.uint16)))
+    write_image(folder / "deep.tif", DecodedImage(RNG.integers(0, 65536, (7, 9, 3), np.uint16)))
     whole = (folder / "a.png").read_bytes()
     (folder / "broken.png").write_bytes(whole[: len(whole) // 2])
     saved(tmp_path, compact())
@@ -545,7 +545,7 @@ def test_a_large_output_is_never_held_whole(tmp_path: Path, suffix: str) -> None
     peaks = []
     for height in (512, 1536):
         lr = np.tile(RNG.integers(0, 256, (64, 128, 3), np.uint8), (height // 64, 1, 1))
-        write_image(tmp_path / "a.png", Picture(lr))
+        write_image(tmp_path / "a.png", DecodedImage(lr))
         job = Job(tmp_path / "a.png", tmp_path / f"{height}.{suffix}")
         tracemalloc.start()
         try:
@@ -590,19 +590,19 @@ def test_inputs_beyond_the_limit_against_bombs_need_max_memory(tmp_path: Path, h
 @pytest.mark.parametrize("scale", [0.5, 1.5, 4.0, 6.0])
 def test_any_target_size(tmp_path: Path, size: tuple[int, int], scale: float) -> None:
     model = load_sr_model(saved(tmp_path, compact(2)))
-    lr = Picture(RNG.integers(0, 256, (*size, 3), np.uint8), RNG.integers(0, 256, size, np.uint8))
+    lr = DecodedImage(RNG.integers(0, 256, (*size, 3), np.uint8), RNG.integers(0, 256, size, np.uint8))
     worker = Upscaler(TorchEngine(model, CPU), tile=16, overlap=8, notify=print, size=SizeRequest(scale=scale))
     sr = worker.upscale(lr).picture
     assert (sr.height, sr.width) == tuple(max(1, round(side * scale)) for side in size)
     assert sr.alpha is not None
-    gray = worker.upscale(Picture(lr.pixels[..., :1].repeat(3, axis=2))).picture
+    gray = worker.upscale(DecodedImage(lr.pixels[..., :1].repeat(3, axis=2))).picture
     assert (gray.pixels == gray.pixels[..., :1]).all()
 
 
 def test_a_flat_image_stays_flat_whatever_is_done_to_it(tmp_path: Path) -> None:
     # A network that repeats each pixel: what comes out is then known.
     model = repeating(4)
-    lr = Picture(np.full((20, 30, 3), (200, 100, 50), np.uint8))
+    lr = DecodedImage(np.full((20, 30, 3), (200, 100, 50), np.uint8))
     for correction in ("none", "mean-std", "low-frequency"):
         for scale in (0.7, 2.0, 4.0, 5.5):
             worker = Upscaler(

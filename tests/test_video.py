@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 from typer.testing import CliRunner
 
-from pdd_cli.batch.devices import share_of
+from pdd_cli.batch.devices import partition
 from pdd_cli.batch.plan import plan_jobs
 from pdd_cli.cli import app
 from pdd_cli.distributed import World
@@ -681,7 +681,7 @@ def test_devices_and_processes_share_videos(tmp_path: Path, weights: Path) -> No
             np.testing.assert_array_equal(frame.to_ndarray(format="rgb24"), twice(rgb))
     # By the pixels of all frames: the longest video to one process, all else to the other.
     jobs = plan_jobs([tmp_path / "in"], str(tmp_path / "out"), format="keep", suffix="", recursive=True).jobs
-    shares = [[job.source.name for job in share_of(jobs, World(rank, 2))] for rank in range(2)]
+    shares = [[job.source.name for job in partition(jobs, World(rank, 2))] for rank in range(2)]
     assert shares == [["2.mkv", "still.png"], ["0.mkv", "1.mkv"]]
 
 

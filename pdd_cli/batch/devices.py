@@ -18,7 +18,7 @@ from pdd_cli.upscaling.upscaler import OnTile, Upscaler
 from pdd_cli.video.decode import is_video, video_pixels
 
 
-def share_of(jobs: Sequence[Job], world: World) -> list[Job]:
+def partition(jobs: Sequence[Job], world: World) -> list[Job]:
     """The jobs that one of several processes does, by the pixels of the inputs: the same in each of them.
 
     The largest input goes to the process that has the least so far, and so on. What can't be read counts nothing.

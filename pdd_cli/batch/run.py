@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
-from pdd_cli.batch.devices import run_on_devices, share_of
+from pdd_cli.batch.devices import partition, run_on_devices
 from pdd_cli.batch.loading import Loaded, load_upscalers
 from pdd_cli.batch.plan import Plan, manifest_folder, plan_jobs
 from pdd_cli.config import UpscaleConfig
@@ -202,7 +202,7 @@ def _batch(
         strip=settings.strip_metadata,
         provenance=loaded.provenance,
     )
-    return _Batch(share_of(plan.jobs, world), loaded.upscalers, output, recipe, manifest)
+    return _Batch(partition(plan.jobs, world), loaded.upscalers, output, recipe, manifest)
 
 
 def _preview(batch: _Batch) -> list[Result]:

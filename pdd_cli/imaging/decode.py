@@ -30,7 +30,7 @@ from pdd_cli.imaging.encode import (
     from_float,
     load_plugin,
     to_float,
-    write_sheets,
+    write_images,
 )
 from pdd_cli.imaging.jxl import is_jxl, size_of, xmp_of
 from pdd_cli.imaging.metadata import EXIF_IFD, GEO_TAGS, GPS_IFD, ORIENTATION, GeoTag, Metadata, Text, kept_exif
@@ -44,7 +44,7 @@ _KINDS = "PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC, JPEG XL or GIF"
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class DecodedImage:
     """A decoded image, upright.
 
     `pixels`: (H, W, C) uint8 or uint16, C = 1 (gray) or 3 (RGB). `alpha`: (H, W) of the same type, straight (not
@@ -60,7 +60,7 @@ class Picture:
     notes: tuple[str, ...] = ()
 
     @property
-    def layout(self) -> ImageSpec:
+    def spec(self) -> ImageSpec:
         """The shape of the image in a file."""
         return ImageSpec(self.width, self.height, self.channels, self.alpha is not None, self.bits)
 
@@ -96,7 +96,7 @@ class Picture:
         return None if self.alpha is None else to_float(self.alpha)
 
     @classmethod
-    def from_float(cls, pixels: Array, *, alpha: Array | None = None, bits: int = 8) -> Picture:
+    def from_float(cls, pixels: Array, *, alpha: Array | None = None, bits: int = 8) -> DecodedImage:
         """A picture of `bits` 8 or 16 from (H, W, C) or (H, W), and alpha (H, W), in 0..1: clipped, rounded.
 
         Raises ValueError for values that aren't finite.
@@ -147,7 +147,7 @@ def is_image(path: Path | str) -> bool:
     return Path(path).suffix.lower() in FORMATS
 
 
-def read_image(path: Path) -> Picture:
+def read_image(path: Path) -> DecodedImage:
     """Read an image of any of the FORMATS, whatever the suffix says; of several pages or frames the first.
 
     The orientation is applied. Palette images become RGB (gray where the palette is), CMYK becomes RGB; 16 bits per
@@ -175,7 +175,7 @@ def _check_kind(path: Path) -> None:
         raise InputError(f"can't read {path}: not a file")
 
 
-def decode_pages(path: Path, data: bytes, *, most_pixels: int = MOST_PIXELS) -> Iterator[Picture]:
+def decode_pages(path: Path, data: bytes, *, most_pixels: int = MOST_PIXELS) -> Iterator[DecodedImage]:
     """The pages of a TIFF or frames of an animation, of another file the one image in it; `path` is for messages.
 
     Raises InputError as `read_image` does; `most_pixels` is the largest size that a page may have.
@@ -196,11 +196,11 @@ def image_size(path: Path) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of an image file says: the upright (width, height), frames, and the layout of the pixels."""
+    """What the header of an image file says: the upright (width, height), frames, and the spec of the pixels."""
 
     size: tuple[int, int]
     frames: int
-    layout: ImageSpec
+    spec: ImageSpec
 
 
 def probe(path: Path, *, most_pixels: int = MOST_PIXELS) -> Header:
@@ -219,12 +219,12 @@ def probe(path: Path, *, most_pixels: int = MOST_PIXELS) -> Header:
                 pages = tiff.full_pages(file)
                 page = tiff.describe(file.pages[pages[0]])
             _check_pixels(page.size, most_pixels)
-            return Header(page.size, len(pages), _tiff_layout(page))
+            return Header(page.size, len(pages), _tiff_spec(page))
         fields = bit_fields(head)
         if fields is not None:
             _check_pixels((fields.width, fields.height), most_pixels)
-            layout = ImageSpec(fields.width, fields.height, 3, bool(fields.masks[3]))
-            return Header((fields.width, fields.height), 1, layout)
+            spec = ImageSpec(fields.width, fields.height, 3, bool(fields.masks[3]))
+            return Header((fields.width, fields.height), 1, spec)
     with _told(path), _STRICT_PILLOW:
         source: io.BytesIO | Path = path
         chunks = None
@@ -243,14 +243,14 @@ def probe(path: Path, *, most_pixels: int = MOST_PIXELS) -> Header:
             return Header(size, _frames(image)[1], ImageSpec(*size, channels, alpha, bits))
 
 
-def write_image(path: Path, picture: Picture, *, quality: int = 95, lossless: bool = False) -> None:
+def write_image(path: Path, picture: DecodedImage, *, quality: int = 95, lossless: bool = False) -> None:
     """Write `picture` in the format of the suffix of `path`, whole or not at all.
 
     PNG and TIFF keep 16 bits, other formats are rounded to 8; JPEG has no alpha: the picture is laid on white.
     `quality` 1..100 is for JPEG, AVIF and lossy WebP. Raises InputError when the format can't hold the size.
     """
-    sheet = ImageStream(picture.layout, [picture.interleaved], picture.metadata)
-    write_sheets(path, [sheet], encoding=Encoding(quality, lossless))
+    stream = ImageStream(picture.spec, [picture.interleaved], picture.metadata)
+    write_images(path, [stream], encoding=Encoding(quality, lossless))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def _stored(image: Image.Image) -> str:
     return " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
-def _pages(path: Path, data: bytes, most_pixels: int) -> Iterator[Picture]:
+def _pages(path: Path, data: bytes, most_pixels: int) -> Iterator[DecodedImage]:
     head = data[:_HEAD]
     _refuse_camera_raw(path, head)
     if head.startswith(_TIFF_HEADS):
@@ -375,7 +375,7 @@ def _pages(path: Path, data: bytes, most_pixels: int) -> Iterator[Picture]:
 
 def _picture(
     channels: Array, icc: object, metadata: Metadata, *, frames: int = 1, duration: object = None, notes: _Notes = ()
-) -> Picture:
+) -> DecodedImage:
     """A picture of upright (H, W), or (H, W, 1 to 4), and a profile where it fits those."""
     if channels.ndim == 2:
         channels = channels[:, :, None]
@@ -385,7 +385,7 @@ def _picture(
     space = b"GRAY" if pixels.shape[2] == 1 else b"RGB "
     fitting = icc if isinstance(icc, bytes) and icc[16:20] == space else None
     shown = float(duration) if isinstance(duration, int | float) else None
-    return Picture(pixels, alpha, replace(metadata, icc=fitting), frames, shown, tuple(dict.fromkeys(notes)))
+    return DecodedImage(pixels, alpha, replace(metadata, icc=fitting), frames, shown, tuple(dict.fromkeys(notes)))
 
 
 _Notes = tuple[str, ...]
@@ -395,12 +395,12 @@ _NONE: _Notes = ()
 # --- TIFF -------------------------------------------------------------------------------------------------------
 
 
-def _tiff_layout(page: tiff.Page) -> ImageSpec:
+def _tiff_spec(page: tiff.Page) -> ImageSpec:
     channels = 1 if page.colours == 1 and page.photometric != tiff.PALETTE else 3
     return ImageSpec(*page.size, channels, page.alpha is not None, 8 if page.bits <= 8 else 16)
 
 
-def _tiff_pages(data: bytes, most_pixels: int) -> Iterator[Picture]:
+def _tiff_pages(data: bytes, most_pixels: int) -> Iterator[DecodedImage]:
     with tiff.open_tiff(data) as file:
         pages = tiff.full_pages(file)
         for index in pages:
@@ -485,7 +485,7 @@ def _tiff_metadata(
 # --- the formats of Pillow --------------------------------------------------------------------------------------
 
 
-def _pillow_pages(data: bytes, most_pixels: int, notes: _Notes = ()) -> Iterator[Picture]:
+def _pillow_pages(data: bytes, most_pixels: int, notes: _Notes = ()) -> Iterator[DecodedImage]:
     if is_jxl(data):
         _check_pixels(size_of(data), most_pixels)
     chunks = png.split(io.BytesIO(data)) if data.startswith(png.SIGNATURE) else None

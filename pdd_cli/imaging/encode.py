@@ -91,13 +91,13 @@ class ImageSpec:
 
 @dataclass(frozen=True, eq=False)
 class ImageStream:
-    """One image of a file: its rows come in `bands` (rows, width, samples) from top to bottom.
+    """One image of a file: its rows come in `row_chunks` (rows, width, samples) from top to bottom.
 
     `duration`: how long a frame of an animation is shown, in milliseconds.
     """
 
-    layout: ImageSpec
-    bands: Iterable[Array]
+    spec: ImageSpec
+    row_chunks: Iterable[Array]
     metadata: Metadata = field(default_factory=Metadata)
     duration: float | None = None
 
@@ -161,53 +161,53 @@ def keeps_frames(path: Path) -> bool:
     return format_of(path) in (*_ANIMATED, "TIFF")
 
 
-def stored_layout(path: Path, layout: ImageSpec) -> ImageSpec:
-    """`layout` as it is written to `path`: JPEG has no alpha; 16 bits only PNG, TIFF and HEIF, and JPEG XL for gray."""
+def stored_spec(path: Path, spec: ImageSpec) -> ImageSpec:
+    """`spec` as it is written to `path`: JPEG has no alpha; 16 bits only PNG, TIFF and HEIF, and JPEG XL for gray."""
     format = format_of(path)
-    deep = format in _SIXTEEN_BIT or (format == "JXL" and layout.samples == 1)
+    deep = format in _SIXTEEN_BIT or (format == "JXL" and spec.samples == 1)
     return replace(
-        layout,
-        bits=layout.bits if deep else 8,
-        alpha=layout.alpha and format in _WITH_ALPHA,
+        spec,
+        bits=spec.bits if deep else 8,
+        alpha=spec.alpha and format in _WITH_ALPHA,
     )
 
 
-def write_sheets(
+def write_images(
     path: Path,
-    sheets: Iterable[ImageStream],
+    streams: Iterable[ImageStream],
     *,
     count: int = 1,
     encoding: Encoding = Encoding(),
     provenance: Provenance | None = None,
 ) -> None:
-    """Write the images `sheets`, of which there are `count`, as one file of the suffix's format, whole or not at all.
+    """Write the images `streams`, of which there are `count`, as one file of the suffix's format, whole or not at all.
 
-    The bands of a sheet are taken before the next sheet is asked for. What the format can't hold is reduced: 16 bits
-    to 8, alpha to a white ground, several images to the first. `provenance` is written beside the metadata.
+    The rows of a stream are taken before the next stream is asked for. What the format can't hold is reduced:
+    16 bits to 8, alpha to a white background, several images to the first. `provenance` is written to the metadata.
 
     Raises InputError when the format can't hold the size, PddError when the file doesn't hold every row and image in
     the end.
     """
     format = format_of(path)
     if not keeps_frames(path):
-        sheets, count = itertools.islice(sheets, 1), 1
+        streams, count = itertools.islice(streams, 1), 1
     if provenance is not None:
-        sheets = (replace(sheet, metadata=_stamped(sheet.metadata, provenance)) for sheet in sheets)
-    counted = _Counted(_fitted(path, sheet) for sheet in sheets)
-    sheets = iter(counted)
+        streams = (replace(stream, metadata=_stamped(stream.metadata, provenance)) for stream in streams)
+    counted = _Counted(_fitted(path, stream) for stream in streams)
+    streams = iter(counted)
     with atomic_write(path) as temporary:
         if format == "TIFF":
-            _write_tiff(temporary, sheets)
+            _write_tiff(temporary, streams)
         elif format == "PNG":
             with temporary.open("wb") as file:
-                _write_png(file, sheets, count)
+                _write_png(file, streams, count)
         elif format == "HEIF":
-            _write_heif(temporary, next(sheets), encoding)
+            _write_heif(temporary, next(streams), encoding)
         else:
-            _write_whole(temporary, format, sheets, encoding)
+            _write_whole(temporary, format, streams, encoding)
         counted.check(path, count)
         if count > 1:
-            _check_images(path, temporary, format, counted.sheets)
+            _check_images(path, temporary, format, counted.streams)
         if provenance is not None:
             if format == "BMP":
                 append_to_bmp(temporary, provenance)
@@ -228,49 +228,49 @@ def _stamped(metadata: Metadata, provenance: Provenance) -> Metadata:
 
 
 class _Counted:
-    """Gives `sheets` on and counts the rows that are taken of them, the last to the last row before the next sheet."""
+    """Passes `streams` on and counts the rows taken from them; each one is read to its end before the next."""
 
-    def __init__(self, sheets: Iterable[ImageStream]) -> None:
-        self._given = sheets
+    def __init__(self, streams: Iterable[ImageStream]) -> None:
+        self._given = streams
         self._expected = 0
         self._rows = 0
         self._left: Iterator[Array] = iter(())
-        self.sheets: list[ImageStream] = []
+        self.streams: list[ImageStream] = []
 
     def __iter__(self) -> Iterator[ImageStream]:
-        for sheet in self._given:
-            bands = self._counting(sheet.bands)
-            self._left, self._expected = bands, self._expected + sheet.layout.height
-            self.sheets.append(replace(sheet, bands=()))
-            yield replace(sheet, bands=bands)
-            # A writer that knows the height doesn't ask for what comes behind the last row: who gives the bands does.
-            for _ in bands:
+        for stream in self._given:
+            row_chunks = self._counting(stream.row_chunks)
+            self._left, self._expected = row_chunks, self._expected + stream.spec.height
+            self.streams.append(replace(stream, row_chunks=()))
+            yield replace(stream, row_chunks=row_chunks)
+            # A writer that knows the height doesn't ask for more than the last row: the check below does.
+            for _ in row_chunks:
                 pass
 
-    def _counting(self, bands: Iterable[Array]) -> Iterator[Array]:
-        for band in bands:
-            self._rows += len(band)
-            yield band
+    def _counting(self, row_chunks: Iterable[Array]) -> Iterator[Array]:
+        for rows in row_chunks:
+            self._rows += len(rows)
+            yield rows
 
     def check(self, path: Path, count: int) -> None:
         """Raise PddError where not all rows of `count` images were taken."""
         for _ in self._left:
             pass
-        if (len(self.sheets), self._rows) != (count, self._expected):
+        if (len(self.streams), self._rows) != (count, self._expected):
             raise PddError(
-                f"{path}: {len(self.sheets)} of {count} images and {self._rows} of {self._expected} rows were written",
+                f"{path}: {len(self.streams)} of {count} images and {self._rows} of {self._expected} rows were written",
                 "This is a bug in pdd: please report it. The output was removed.",
             )
 
 
-def _check_images(path: Path, written: Path, format: str, sheets: Sequence[ImageStream]) -> None:
-    """Raise PddError where the file `written` doesn't hold all of the `sheets`, or not for as long."""
+def _check_images(path: Path, written: Path, format: str, streams: Sequence[ImageStream]) -> None:
+    """Raise PddError where the file `written` doesn't hold all of the `streams`, or not for as long."""
     if format == "TIFF":
         import tifffile
 
         with tifffile.TiffFile(written) as file:
             sizes = [(page.imagewidth, page.imagelength) for page in map(tifffile.TiffPage.aspage, file.pages)]
-        complete = sizes == [(sheet.layout.width, sheet.layout.height) for sheet in sheets]
+        complete = sizes == [(stream.spec.width, stream.spec.height) for stream in streams]
     else:
         # Encoders join frames that are equal, which then are shown for as long as both.
         shown = 0.0
@@ -279,42 +279,42 @@ def _check_images(path: Path, written: Path, format: str, sheets: Sequence[Image
                 image.seek(index)
                 image.load()
                 shown += image.info.get("duration") or 0
-        complete = abs(shown - sum(round(sheet.duration or 0) for sheet in sheets)) < len(sheets)
+        complete = abs(shown - sum(round(stream.duration or 0) for stream in streams)) < len(streams)
     if not complete:
         raise PddError(
-            f"{path}: not all of the {len(sheets)} images are in the file that was written",
+            f"{path}: not all of the {len(streams)} images are in the file that was written",
             "This is a bug in pdd: please report it. The output was removed.",
         )
 
 
-def _fitted(path: Path, sheet: ImageStream) -> ImageStream:
-    layout = stored_layout(path, sheet.layout)
-    check_size(path, layout.width, layout.height)
-    bands: Iterable[Array] = sheet.bands
-    if layout.bits != sheet.layout.bits:
-        bands = (from_float(to_float(band), layout.bits) for band in bands)
-    if layout.alpha != sheet.layout.alpha:
-        bands = (_on_white(band) for band in bands)
-    metadata, _ = sheet.metadata.held_by(format_of(path), gray=layout.channels == 1)
-    return replace(sheet, layout=layout, bands=bands, metadata=metadata)
+def _fitted(path: Path, stream: ImageStream) -> ImageStream:
+    spec = stored_spec(path, stream.spec)
+    check_size(path, spec.width, spec.height)
+    row_chunks: Iterable[Array] = stream.row_chunks
+    if spec.bits != stream.spec.bits:
+        row_chunks = (from_float(to_float(rows), spec.bits) for rows in row_chunks)
+    if spec.alpha != stream.spec.alpha:
+        row_chunks = (_on_white(rows) for rows in row_chunks)
+    metadata, _ = stream.metadata.held_by(format_of(path), gray=spec.channels == 1)
+    return replace(stream, spec=spec, row_chunks=row_chunks, metadata=metadata)
 
 
-def left_out(path: Path, sheet: ImageStream, *, count: int = 1) -> tuple[str, ...]:
-    """Names of what a file of the suffix of `path` can't hold of one of `count` sheets.
+def left_out(path: Path, stream: ImageStream, *, count: int = 1) -> tuple[str, ...]:
+    """Names of what a file of the suffix of `path` can't hold of one of `count` streams.
 
     Raises InputError for colours that it can't hold.
     """
-    names = sheet.metadata.held_by(format_of(path), gray=sheet.layout.channels == 1, animated=count > 1)[1]
-    if count > 1 and format_of(path) == "TIFF" and sheet.duration:
+    names = stream.metadata.held_by(format_of(path), gray=stream.spec.channels == 1, animated=count > 1)[1]
+    if count > 1 and format_of(path) == "TIFF" and stream.duration:
         names += ("times of the frames",)
-    is_reduced = stored_layout(path, sheet.layout).bits < sheet.layout.bits
-    return (*names, f"all but 8 of {sheet.layout.bits} bits") if is_reduced else names
+    is_reduced = stored_spec(path, stream.spec).bits < stream.spec.bits
+    return (*names, f"all but 8 of {stream.spec.bits} bits") if is_reduced else names
 
 
-def _on_white(band: Array) -> Array:
-    values = to_float(band)
+def _on_white(rows: Array) -> Array:
+    values = to_float(rows)
     alpha = values[..., -1:]
-    return from_float(values[..., :-1] * alpha + (1 - alpha), band.dtype.itemsize * 8)
+    return from_float(values[..., :-1] * alpha + (1 - alpha), rows.dtype.itemsize * 8)
 
 
 def to_float(values: Array) -> npt.NDArray[np.float32]:
@@ -344,32 +344,32 @@ def from_float(values: Array, bits: int) -> Array:
 # --- PNG --------------------------------------------------------------------------------------------------------
 
 
-def _write_png(file: BinaryIO, sheets: Iterator[ImageStream], count: int) -> None:
-    """Any PNG of 8 or 16 bits, an animation of several sheets: Pillow holds all of it, and has no 16 bits of RGB."""
+def _write_png(file: BinaryIO, streams: Iterator[ImageStream], count: int) -> None:
+    """Any PNG of 8 or 16 bits, an animation of several streams: Pillow holds all of it, and has no 16 bits of RGB."""
     sequence = itertools.count()
     first: ImageSpec | None = None
-    for sheet in sheets:
-        layout = sheet.layout
+    for stream in streams:
+        spec = stream.spec
         if first is None:
-            first = layout
-            colour = {1: 0, 2: 4, 3: 2, 4: 6}[layout.samples]
+            first = spec
+            colour = {1: 0, 2: 4, 3: 2, 4: 6}[spec.samples]
             file.write(png.SIGNATURE)
-            header = struct.pack(">IIBBBBB", layout.width, layout.height, layout.bits, colour, 0, 0, 0)
+            header = struct.pack(">IIBBBBB", spec.width, spec.height, spec.bits, colour, 0, 0, 0)
             file.write(png.chunk(b"IHDR", header))
             if count > 1:
-                file.write(png.chunk(b"acTL", struct.pack(">II", count, sheet.metadata.plays)))
-            for kind, content in _png_metadata(sheet.metadata):
+                file.write(png.chunk(b"acTL", struct.pack(">II", count, stream.metadata.plays)))
+            for kind, content in _png_metadata(stream.metadata):
                 file.write(png.chunk(kind, content))
-        elif layout != first:
+        elif spec != first:
             raise InputError("pages of different sizes or kinds can't be frames of one PNG", "Use --format tiff.")
         if count > 1:
             # The whole canvas, in place of what was there.
-            shown = round(sheet.duration or 0)
+            shown = round(stream.duration or 0)
             delay = (shown, 1000) if shown < 65536 else (min(65535, round(shown / 1000)), 1)
-            control = struct.pack(">IIIIIHHBB", next(sequence), layout.width, layout.height, 0, 0, *delay, 0, 0)
+            control = struct.pack(">IIIIIHHBB", next(sequence), spec.width, spec.height, 0, 0, *delay, 0, 0)
             file.write(png.chunk(b"fcTL", control))
-        for data in _png_data(sheet):
-            if layout is first:
+        for data in _png_data(stream):
+            if spec is first:
                 file.write(png.chunk(b"IDAT", data))
             else:
                 file.write(png.chunk(b"fdAT", struct.pack(">I", next(sequence)) + data))
@@ -418,20 +418,19 @@ def _png_text(text: Text) -> tuple[bytes, bytes]:
     return b"tEXt", keyword + plain
 
 
-def _png_data(sheet: ImageStream) -> Iterator[bytes]:
+def _png_data(stream: ImageStream) -> Iterator[bytes]:
     """The rows, filtered and compressed."""
-    layout = sheet.layout
+    spec = stream.spec
     # Of filtered photographs only the statistics and flat areas can be used: to look for repetitions takes ten times as
     # long, and the short ones that are found make the file larger.
     compressor = zlib.compressobj(6, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
-    above = np.zeros(layout.width * layout.samples * layout.bits // 8, np.uint8)
-    for band in sheet.bands:
-        for start in range(0, len(band), _PNG_ROWS):
-            rows = (
-                band[start : start + _PNG_ROWS].astype(f">u{layout.bits // 8}").view(np.uint8).reshape(-1, len(above))
-            )
-            data = compressor.compress(_filtered(rows, above, layout.samples * layout.bits // 8).tobytes())
-            above = rows[-1]
+    above = np.zeros(spec.width * spec.samples * spec.bits // 8, np.uint8)
+    for rows in stream.row_chunks:
+        for start in range(0, len(rows), _PNG_ROWS):
+            part = rows[start : start + _PNG_ROWS].astype(f">u{spec.bits // 8}")
+            values = part.view(np.uint8).reshape(-1, len(above))
+            data = compressor.compress(_filtered(values, above, spec.samples * spec.bits // 8).tobytes())
+            above = values[-1]
             if data:
                 yield data
     yield compressor.flush()
@@ -473,26 +472,26 @@ def _mask(condition: npt.NDArray[np.bool_]) -> Array:
 # --- TIFF -------------------------------------------------------------------------------------------------------
 
 
-def _write_tiff(path: Path, sheets: Iterable[ImageStream]) -> None:
+def _write_tiff(path: Path, streams: Iterable[ImageStream]) -> None:
     import tifffile
 
     pointers: list[dict[int, dict[int, Any]]] = []
     writer: Any = None
     try:
-        for sheet in sheets:
-            layout, metadata = sheet.layout, sheet.metadata
+        for stream in streams:
+            spec, metadata = stream.spec, stream.metadata
             # Classic TIFF holds 4 GiB; beyond it the variant with 64-bit offsets, which not every program reads.
-            writer = writer or tifffile.TiffWriter(path, byteorder="<", bigtiff=layout.bytes > _BIG_TIFF)
+            writer = writer or tifffile.TiffWriter(path, byteorder="<", bigtiff=spec.bytes > _BIG_TIFF)
             tags, folders = _tiff_tags(metadata)
-            shape = (layout.height, layout.width, layout.samples)
+            shape = (spec.height, spec.width, spec.samples)
             writer.write(
-                _tiles(sheet.bands),
-                shape=shape if layout.samples > 1 else shape[:2],
-                dtype=np.uint16 if layout.bits == 16 else np.uint8,
+                _tiles(stream.row_chunks),
+                shape=shape if spec.samples > 1 else shape[:2],
+                dtype=np.uint16 if spec.bits == 16 else np.uint8,
                 tile=(_TILE, _TILE),
-                photometric="rgb" if layout.channels == 3 else "minisblack",
-                planarconfig="contig" if layout.samples > 1 else None,
-                extrasamples=["unassalpha"] if layout.alpha else None,
+                photometric="rgb" if spec.channels == 3 else "minisblack",
+                planarconfig="contig" if spec.samples > 1 else None,
+                extrasamples=["unassalpha"] if spec.alpha else None,
                 compression="zlib",
                 predictor=True,
                 iccprofile=metadata.icc,
@@ -510,27 +509,27 @@ def _write_tiff(path: Path, sheets: Iterable[ImageStream]) -> None:
     _append_tiff_folders(path, pointers)
 
 
-def _tiles(bands: Iterable[Array]) -> Iterator[Array]:
-    """The bands as tiles of `_TILE` rows and columns, row by row; those at the border are smaller."""
-    for rows in _of_height(bands, _TILE):
+def _tiles(row_chunks: Iterable[Array]) -> Iterator[Array]:
+    """The rows as tiles of `_TILE` rows and columns, row by row; those at the border are smaller."""
+    for rows in _of_height(row_chunks, _TILE):
         rows = rows[..., 0] if rows.shape[2] == 1 else rows
         for x in range(0, rows.shape[1], _TILE):
             yield np.ascontiguousarray(rows[:, x : x + _TILE])
 
 
-def _of_height(bands: Iterable[Array], height: int) -> Iterator[Array]:
-    """The same rows in bands of `height`; the last one may be less."""
+def _of_height(row_chunks: Iterable[Array], height: int) -> Iterator[Array]:
+    """The same rows in chunks of `height`; the last one may be less."""
     held: list[Array] = []
-    rows = 0
-    for band in bands:
-        held.append(band)
-        rows += len(band)
-        if rows >= height:
+    count = 0
+    for rows in row_chunks:
+        held.append(rows)
+        count += len(rows)
+        if count >= height:
             whole = np.concatenate(held)
-            for start in range(0, rows - height + 1, height):
+            for start in range(0, count - height + 1, height):
                 yield whole[start : start + height]
-            held, rows = [whole[rows - rows % height :].copy()], rows % height
-    if rows:
+            held, count = [whole[count - count % height :].copy()], count % height
+    if count:
         yield np.concatenate(held)
 
 
@@ -608,23 +607,23 @@ def _tiff_folder(values: dict[int, Any], offset: int, big: bool) -> bytes:
 # --- the other formats ------------------------------------------------------------------------------------------
 
 
-def _write_whole(path: Path, format: str, sheets: Iterable[ImageStream], encoding: Encoding) -> None:
+def _write_whole(path: Path, format: str, streams: Iterable[ImageStream], encoding: Encoding) -> None:
     """With Pillow, from arrays of the whole image."""
     images: list[Image.Image] = []
     durations: list[int] = []
     first: ImageStream | None = None
-    for sheet in sheets:
-        first = first or sheet
-        if (sheet.layout.width, sheet.layout.height) != (first.layout.width, first.layout.height):
+    for stream in streams:
+        first = first or stream
+        if (stream.spec.width, stream.spec.height) != (first.spec.width, first.spec.height):
             raise InputError(f"pages of different sizes can't be frames of one {format}", "Use --format tiff.")
-        whole = _whole(sheet)
-        image = Image.fromarray(whole[..., 0] if sheet.layout.samples == 1 else whole)
+        whole = _whole(stream)
+        image = Image.fromarray(whole[..., 0] if stream.spec.samples == 1 else whole)
         if format == "JXL":
             load_plugin(format)
-        if sheet.metadata.icc and not _has_profile(format, sheet.layout):
-            image = _as_srgb(image, sheet.metadata.icc)
+        if stream.metadata.icc and not _has_profile(format, stream.spec):
+            image = _as_srgb(image, stream.metadata.icc)
         images.append(image.convert("RGBA") if image.mode == "LA" else image)
-        durations.append(round(sheet.duration or 0))
+        durations.append(round(stream.duration or 0))
     assert first is not None
     options = _pillow_options(format, first, encoding)
     if len(images) > 1:
@@ -633,19 +632,19 @@ def _write_whole(path: Path, format: str, sheets: Iterable[ImageStream], encodin
     images[0].save(path, format, **options)
 
 
-def _has_profile(format: str, layout: ImageSpec) -> bool:
+def _has_profile(format: str, spec: ImageSpec) -> bool:
     """Whether a file can have a colour profile that fits such pixels; without one it means sRGB."""
-    return format in ("JPEG", "TIFF", "PNG", "HEIF") or (format in ("WEBP", "AVIF") and layout.channels == 3)
+    return format in ("JPEG", "TIFF", "PNG", "HEIF") or (format in ("WEBP", "AVIF") and spec.channels == 3)
 
 
-def _whole(sheet: ImageStream) -> Array:
-    """All rows of `sheet` in one array."""
-    layout = sheet.layout
-    whole = np.empty((layout.height, layout.width, layout.samples), np.uint16 if layout.bits == 16 else np.uint8)
+def _whole(stream: ImageStream) -> Array:
+    """All rows of `stream` in one array."""
+    spec = stream.spec
+    whole = np.empty((spec.height, spec.width, spec.samples), np.uint16 if spec.bits == 16 else np.uint8)
     row = 0
-    for band in sheet.bands:
-        whole[row : row + len(band)] = band
-        row += len(band)
+    for rows in stream.row_chunks:
+        whole[row : row + len(rows)] = rows
+        row += len(rows)
     return whole
 
 
@@ -665,17 +664,17 @@ def _as_srgb(image: Image.Image, icc: bytes) -> Image.Image:
     return Image.merge(image.mode, (*planes, *bands[len(planes) :]))
 
 
-def _write_heif(path: Path, sheet: ImageStream, encoding: Encoding) -> None:
+def _write_heif(path: Path, stream: ImageStream, encoding: Encoding) -> None:
     """Not with Pillow, which has no 16 bits of several channels."""
     load_plugin("HEIF")
     import pillow_heif
 
-    layout, metadata = sheet.layout, sheet.metadata
-    pixels, mode = _whole(sheet), ("L", "LA", "RGB", "RGBA")[layout.samples - 1]
-    if layout.bits == 16:
+    spec, metadata = stream.spec, stream.metadata
+    pixels, mode = _whole(stream), ("L", "LA", "RGB", "RGBA")[spec.samples - 1]
+    if spec.bits == 16:
         top = (1 << _HEIF_BITS) - 1
         pixels, mode = np.rint(to_float(pixels) * top).astype(np.uint16), f"{mode};{_HEIF_BITS}"
-    file = pillow_heif.from_bytes(mode, (layout.width, layout.height), pixels.tobytes())
+    file = pillow_heif.from_bytes(mode, (spec.width, spec.height), pixels.tobytes())
     if metadata.icc:
         file.info["icc_profile"] = metadata.icc
     elif metadata.cicp:
@@ -686,9 +685,9 @@ def _write_heif(path: Path, sheet: ImageStream, encoding: Encoding) -> None:
         file.save(target, exif=metadata.exif, xmp=metadata.xmp, **options)
 
 
-def _pillow_options(format: str, sheet: ImageStream, encoding: Encoding) -> dict[str, Any]:
+def _pillow_options(format: str, stream: ImageStream, encoding: Encoding) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    metadata = sheet.metadata
+    metadata = stream.metadata
     match format:
         case "JPEG":
             # Chroma at full resolution: nothing that the model drew is thrown away again.
@@ -711,7 +710,7 @@ def _pillow_options(format: str, sheet: ImageStream, encoding: Encoding) -> dict
             }
         case "BMP":
             return {"dpi": metadata.dpi} if metadata.dpi else {}
-    if metadata.icc and _has_profile(format, sheet.layout):
+    if metadata.icc and _has_profile(format, stream.spec):
         options["icc_profile"] = metadata.icc
     for name in ("exif", "xmp"):
         if getattr(metadata, name):

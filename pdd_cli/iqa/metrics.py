@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pdd_cli.errors import InputError, PddError
-from pdd_cli.imaging.decode import Picture, image_size, read_image, write_image
+from pdd_cli.imaging.decode import DecodedImage, image_size, read_image, write_image
 from pdd_cli.iqa.consistency import Array, colour_drift, downscale_consistency
 from pdd_cli.iqa.filtering import FastFilters
 from pdd_cli.iqa.pyiqa_adapter import check_names, is_of_folders, load_metric, metric_config, quiet, sample_pair
@@ -214,7 +214,7 @@ def score_set(items: Sequence[Item], info: MetricInfo, metric: Any) -> float:
                 if path is not None:
                     # pyiqa reads what its own reader knows: alpha, 16 bits and orientation are settled before.
                     pixels = (_rgb(read_image(path)) * 255).round().astype(np.uint8)
-                    write_image(folder / f"{index:08}.png", Picture(pixels))
+                    write_image(folder / f"{index:08}.png", DecodedImage(pixels))
         places = [str(folder) for folder in (folders if info.reference == "full" else folders[:1])]
         try:
             with quiet():
@@ -280,7 +280,7 @@ def _decoded(item: Item, border: int, enlarged: bool) -> _Opened:
     return _Opened(item, image, reference, whole, lr, border, troubles)
 
 
-def _rgb(picture: Picture) -> Array:
+def _rgb(picture: DecodedImage) -> Array:
     return np.broadcast_to(picture.to_float(), (picture.height, picture.width, 3))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from pdd_cli.errors import InputError, PddError
 from pdd_cli.files import write_text
-from pdd_cli.imaging.decode import Array, Picture, read_image
+from pdd_cli.imaging.decode import Array, DecodedImage, read_image
 from pdd_cli.iqa.compare import Comparison
 from pdd_cli.iqa.metrics import Item, MetricInfo
 from pdd_cli.reporting.html import (
@@ -213,7 +213,7 @@ def _read(item: Item) -> Array | None:
         picture = read_image(item.image)
     except PddError:
         return None  # named among the problems already
-    pixels = picture.pixels if picture.bits == 8 else Picture.from_float(picture.to_float()).pixels
+    pixels = picture.pixels if picture.bits == 8 else DecodedImage.from_float(picture.to_float()).pixels
     return np.ascontiguousarray(np.broadcast_to(pixels, (picture.height, picture.width, 3)))
 
 

@@ -15,23 +15,23 @@ from hashlib import sha256
 import numpy as np
 
 from pdd_cli.errors import ResourceError
-from pdd_cli.imaging.decode import Array, Picture, decode_pages, probe, read_bytes
+from pdd_cli.imaging.decode import Array, DecodedImage, decode_pages, probe, read_bytes
 from pdd_cli.imaging.encode import (
     STREAMED,
     ImageStream,
     format_of,
     keeps_frames,
     left_out,
-    stored_layout,
-    write_sheets,
+    stored_spec,
+    write_images,
 )
 from pdd_cli.runtime import usable_cpus
 from pdd_cli.upscaling.jobs import Abandoned, Job, Output, Result, check_target, failed, skipped
 from pdd_cli.upscaling.manifest import Manifest
 from pdd_cli.upscaling.upscaler import OnTile, Upscaler
 
-# Bands of rows that wait to be written, and images whose writing isn't waited for.
-_WAITING_BANDS = 2
+# Chunks of rows that wait to be written, and images whose writing isn't waited for.
+_WAITING_CHUNKS = 2
 _WAITING_IMAGES = 2
 # A GPU makes images faster than one core compresses them.
 _GPU_ENCODERS = 4
@@ -93,7 +93,7 @@ def preview_jobs(
             width, height = header.size
             size_out = upscaler.output_size(width, height)
             check_target(job, size_out, output)
-            estimate = upscaler.estimate(header.layout, streamed=format_of(job.target) in STREAMED)
+            estimate = upscaler.estimate(header.spec, streamed=format_of(job.target) in STREAMED)
             upscaler.check_memory(estimate.memory)
         except Exception as error:
             yield failed(job, error, time.perf_counter())
@@ -121,7 +121,7 @@ class _Loaded:
     data: bytes = b""
     digest: str = ""  # SHA-256 of the data
     key: str = ""
-    pages: Iterator[Picture] = field(default_factory=lambda: iter(()))
+    pages: Iterator[DecodedImage] = field(default_factory=lambda: iter(()))
 
 
 def _load(job: Job, upscaler: Upscaler, output: Output, manifest: Manifest | None) -> _Loaded:
@@ -138,10 +138,10 @@ def _load(job: Job, upscaler: Upscaler, output: Output, manifest: Manifest | Non
         header = probe(job.source, most_pixels=upscaler.most_pixels)
         size_in = header.size
         check_target(job, upscaler.output_size(*header.size), output)
-        estimate = upscaler.estimate(header.layout, streamed=format_of(job.target) in STREAMED, timed=False)
+        estimate = upscaler.estimate(header.spec, streamed=format_of(job.target) in STREAMED, timed=False)
         upscaler.check_memory(estimate.memory)
         pages = decode_pages(job.source, data, most_pixels=upscaler.most_pixels)
-        if header.layout.bytes <= _MOST_AHEAD:
+        if header.spec.bytes <= _MOST_AHEAD:
             pages = itertools.chain([next(pages)], pages)
         return _Loaded(job, None, data, digest, key, pages)
     except Exception as error:
@@ -170,19 +170,19 @@ def _compute(
                 if index == count:
                     break
                 run = upscaler.start(picture, on_tile)
-                sheet = replace(run.sheet, metadata=run.sheet.metadata.stripped) if output.strip else run.sheet
+                stream = replace(run.output, metadata=run.output.metadata.stripped) if output.strip else run.output
                 if future is None:
                     future = encoder.submit(_write, loaded, channel, count, output, manifest)
-                channel.put(sheet, future)
-                for band in sheet.bands:
-                    channel.put(band, future)
-                left = dict.fromkeys((*done.left_out, *_left_out(job, picture, sheet, count)))
+                channel.put(stream, future)
+                for rows in stream.row_chunks:
+                    channel.put(rows, future)
+                left = dict.fromkeys((*done.left_out, *_left_out(job, picture, stream, count)))
                 done = replace(
                     done,
                     problem="; ".join([*picture.notes, *_about_frames(job, picture.frames), *_as_line(left)]),
                     left_out=tuple(left),
                     size_in=done.size_in or (picture.width, picture.height),
-                    size_out=done.size_out or (sheet.layout.width, sheet.layout.height),
+                    size_out=done.size_out or (stream.spec.width, stream.spec.height),
                     tiles=done.tiles + run.tiles,
                     model_seconds=done.model_seconds + run.model_seconds,
                 )
@@ -214,7 +214,7 @@ def _write(loaded: _Loaded, channel: _Channel, count: int, output: Output, manif
         made = replace(output.provenance, source_sha256=loaded.digest)
     if manifest is not None:
         manifest.record(target, loaded.key, source=loaded.job.source, done=False)
-    write_sheets(target, channel.sheets(), count=count, encoding=output.encoding, provenance=made)
+    write_images(target, channel.streams(), count=count, encoding=output.encoding, provenance=made)
     if manifest is not None:
         manifest.record(target, loaded.key, source=loaded.job.source, done=True)
 
@@ -240,11 +240,11 @@ def _about_frames(job: Job, frames: int) -> list[str]:
     return [f"only the first of {frames} frames is kept: {format_of(job.target)} holds one"]
 
 
-def _left_out(job: Job, picture: Picture, sheet: ImageStream, count: int) -> tuple[str, ...]:
+def _left_out(job: Job, picture: DecodedImage, stream: ImageStream, count: int) -> tuple[str, ...]:
     """Names of what the output can't have of `picture`. Raises InputError for colours that it can't have."""
-    names = left_out(job.target, sheet, count=count)
+    names = left_out(job.target, stream, count=count)
     alpha = picture.alpha
-    if alpha is None or stored_layout(job.target, sheet.layout).alpha or (alpha == np.iinfo(alpha.dtype).max).all():
+    if alpha is None or stored_spec(job.target, stream.spec).alpha or (alpha == np.iinfo(alpha.dtype).max).all():
         return names
     return (*names, "transparency (laid on white)")
 
@@ -258,14 +258,14 @@ class _WriterFailed(Exception):  # noqa: N818 - the failure is in the writer's f
 
 
 class _Channel:
-    """Carries sheets and their bands from the computing thread to the writing one; a few bands wait at most."""
+    """Carries streams and their rows from the computing thread to the writing one; a few chunks wait at most."""
 
     def __init__(self) -> None:
-        self._queue: queue.Queue[ImageStream | Array | None] = queue.Queue(_WAITING_BANDS)
+        self._queue: queue.Queue[ImageStream | Array | None] = queue.Queue(_WAITING_CHUNKS)
         self._abandoned = False
 
     def put(self, item: ImageStream | Array | None, writer: Future[None]) -> None:
-        """Hand over a sheet, a band of it, or None at the end. Raises _WriterFailed when the writer has ended."""
+        """Hand over a stream, some rows of it, or None at the end. Raises _WriterFailed when the writer has ended."""
         while True:
             if writer.done():
                 raise _WriterFailed
@@ -279,13 +279,13 @@ class _Channel:
         """Make the writer drop its file."""
         self._abandoned = True
 
-    def sheets(self) -> Iterator[ImageStream]:
-        """The sheets, for the writer, which takes the bands of each before the next."""
+    def streams(self) -> Iterator[ImageStream]:
+        """The streams, for the writer, which takes the rows of each before the next."""
         item = self._take()
         while isinstance(item, ImageStream):
-            bands = _Bands(self._take)
-            yield replace(item, bands=bands)
-            item = bands.after
+            row_chunks = _RowChunks(self._take)
+            yield replace(item, row_chunks=row_chunks)
+            item = row_chunks.after
 
     def _take(self) -> ImageStream | Array | None:
         while True:
@@ -297,8 +297,8 @@ class _Channel:
                 continue
 
 
-class _Bands:
-    """The bands of one sheet; `after` is what came behind them."""
+class _RowChunks:
+    """The rows of one stream; `after` is what came behind them."""
 
     def __init__(self, take: Callable[[], ImageStream | Array | None]) -> None:
         self._take = take

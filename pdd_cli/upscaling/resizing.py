@@ -68,33 +68,33 @@ def passes(source: tuple[int, int], target: tuple[int, int], native: int) -> int
     return count
 
 
-def resize_bands(
-    bands: Iterable[FloatArray], source: tuple[int, int], target: tuple[int, int], *, alpha: bool
+def resize_row_chunks(
+    row_chunks: Iterable[FloatArray], source: tuple[int, int], target: tuple[int, int], *, alpha: bool
 ) -> Iterator[FloatArray]:
     """Resample the rows of an image from `source` to `target` (width, height) with antialiased Lanczos.
 
-    `bands`: (rows, width, C) from top to bottom, colours as sRGB encodes them, in 0..1; `alpha`: the last channel is
-    alpha. Only the rows that the filter needs are held. An image is reduced in linear light, where the mean of black
+    `row_chunks`: (rows, width, C) from top to bottom, colours as sRGB encodes them, in 0..1; `alpha`: the last channel
+    is alpha. Only the rows that the filter needs are held. An image is reduced in linear light, where the mean of black
     and white pixels has their brightness, and enlarged as it is encoded, where Lanczos rings least.
     """
     if source == target:
-        yield from bands
+        yield from row_chunks
         return
     reduces = target[0] * target[1] < source[0] * source[1]
     colours = slice(None, -1) if alpha else slice(None)
     step = source[1] / target[1]
     margin = math.ceil(_RADIUS * max(step, 1)) + 1
-    incoming = iter(bands)
+    incoming = iter(row_chunks)
     held: list[FloatArray] = []
     first = stop = 0  # the source rows that are held
     for start in range(0, target[1], _ROWS):
         end = min(start + _ROWS, target[1])
         while stop < min(math.ceil(end * step) + margin, source[1]):
-            band = np.clip(next(incoming), 0, 1)
+            rows = np.clip(next(incoming), 0, 1)
             if reduces:
-                band[..., colours] = to_linear(band[..., colours])
-            held.append(band)
-            stop += len(band)
+                rows[..., colours] = to_linear(rows[..., colours])
+            held.append(rows)
+            stop += len(rows)
         keep = max(math.floor(start * step) - margin, 0)
         while held and first + len(held[0]) <= keep:
             first += len(held.pop(0))

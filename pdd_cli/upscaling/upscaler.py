@@ -1,4 +1,4 @@
-"""Picture → picture of the asked size, in tiles that fit the memory; rows come as soon as they are final."""
+"""Image → image of the requested size, in tiles that fit the memory; rows come as soon as they are final."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from pdd_cli.engines.base import Engine, FloatArray
 from pdd_cli.errors import InputError, PddError, ResourceError
-from pdd_cli.imaging.decode import MOST_PIXELS, Array, Picture
+from pdd_cli.imaging.decode import MOST_PIXELS, Array, DecodedImage
 from pdd_cli.imaging.encode import ImageSpec, ImageStream, from_float, to_float
 from pdd_cli.runtime import available_memory, is_out_of_memory, resident_memory
 from pdd_cli.upscaling.colour import Correction, bleed, correct
-from pdd_cli.upscaling.resizing import SizeRequest, passes, resize_bands
+from pdd_cli.upscaling.resizing import SizeRequest, passes, resize_row_chunks
 from pdd_cli.upscaling.tiling import Span, TilePlan, Weights, fit_tile, plan_tiles
 
 # The automatic tile: what its activations may take of the free memory, and how large it gets at most. Beyond a
@@ -39,7 +39,7 @@ OnTile = Callable[[int, int], None]
 class UpscaleResult:
     """One upscaled picture, and what it took."""
 
-    picture: Picture
+    picture: DecodedImage
     tiles: int
     model_seconds: float
 
@@ -131,18 +131,18 @@ class Upscaler:
         """How many tiles an input of this size takes, over all passes."""
         return sum(len(self.plan(size[1], size[0])) for size in self._inputs(width, height))
 
-    def estimate(self, layout: ImageSpec, *, streamed: bool, timed: bool = True) -> Estimate:
-        """What an input of this layout takes; `streamed`: its output is written row by row."""
-        width, height = self.output_size(layout.width, layout.height)
-        inputs = self._inputs(layout.width, layout.height)
-        depth = layout.bits // 8
-        memory = 2 * layout.bytes
+    def estimate(self, spec: ImageSpec, *, streamed: bool, timed: bool = True) -> Estimate:
+        """What an input of this spec takes; `streamed`: its output is written row by row."""
+        width, height = self.output_size(spec.width, spec.height)
+        inputs = self._inputs(spec.width, spec.height)
+        depth = spec.bits // 8
+        memory = 2 * spec.bytes
         if len(inputs) > 1:
-            memory += 2 * inputs[-1][0] * inputs[-1][1] * layout.samples * 2
+            memory += 2 * inputs[-1][0] * inputs[-1][1] * spec.samples * 2
         if self.correction != "none":
-            memory += 3 * width * height * layout.samples * 4
+            memory += 3 * width * height * spec.samples * 4
         if not streamed:
-            memory += 2 * width * height * layout.samples * depth
+            memory += 2 * width * height * spec.samples * depth
         plans = [self.plan(h, w) for w, h in inputs]
         sides = max(plan.tile_size for plan in plans)
         memory += _rows_bytes(sides[0], inputs[-1][0], self.scale)
@@ -187,7 +187,7 @@ class Upscaler:
             self._seconds_per_pixel = (time.perf_counter() - started) / _TIMED_SIDE**2
         return self._seconds_per_pixel
 
-    def upscale(self, picture: Picture, on_tile: OnTile = lambda done, total: None) -> UpscaleResult:
+    def upscale(self, picture: DecodedImage, on_tile: OnTile = lambda done, total: None) -> UpscaleResult:
         """`picture` upscaled, in its own bit depth, with its alpha and metadata.
 
         A gray picture stays exactly gray, opaque stays exactly opaque. Raises PddError when the model gives values
@@ -196,8 +196,8 @@ class Upscaler:
         while True:
             try:
                 run = self.start(picture, on_tile)
-                whole = _collect(run.sheet.bands, run.sheet.layout)
-                return UpscaleResult(_picture(whole, run.sheet, picture), run.tiles, run.model_seconds)
+                whole = _collect(run.output.row_chunks, run.output.spec)
+                return UpscaleResult(_picture(whole, run.output, picture), run.tiles, run.model_seconds)
             except (MemoryError, RuntimeError) as error:
                 self.shrink_after(error, picture)
 
@@ -205,7 +205,7 @@ class Upscaler:
         """How many images of this size are upscaled fastest together, by `upscale_all`."""
         return max(1, int(self._batch_pixels // (width * height)))
 
-    def upscale_all(self, pictures: Sequence[Picture]) -> list[UpscaleResult]:
+    def upscale_all(self, pictures: Sequence[DecodedImage]) -> list[UpscaleResult]:
         """What `upscale` gives for each of some pictures of one size, in one pass of the model where that can be."""
         if len(pictures) > 1 and all(one.alpha is None and self.is_direct(one) for one in pictures):
             started = time.perf_counter()
@@ -224,7 +224,7 @@ class Upscaler:
                 ]
         return [self.upscale(picture) for picture in pictures]
 
-    def is_direct(self, picture: Picture) -> bool:
+    def is_direct(self, picture: DecodedImage) -> bool:
         """Whether the output is just what the model makes of all of `picture` at once."""
         width, height = picture.width, picture.height
         return (
@@ -236,14 +236,14 @@ class Upscaler:
             and not _is_gray(picture.pixels)
         )
 
-    def start(self, picture: Picture, on_tile: OnTile = lambda done, total: None) -> UpscaleStream:
-        """`picture` as a sheet whose rows are computed as they are taken: what `upscale` gives, but never held whole.
+    def start(self, picture: DecodedImage, on_tile: OnTile = lambda done, total: None) -> UpscaleStream:
+        """`picture` as a stream whose rows are computed as they are taken: what `upscale` gives, but never held whole.
 
         Taking them raises PddError as `upscale` does, and what `shrink_after` is for.
         """
         return UpscaleStream(self, picture, on_tile)
 
-    def shrink_after(self, error: BaseException, picture: Picture) -> None:
+    def shrink_after(self, error: BaseException, picture: DecodedImage) -> None:
         """Make the tiles smaller after `error` while `picture` was computed; raise `error` if it isn't about memory.
 
         Raises ResourceError when they can't be any smaller.
@@ -273,20 +273,20 @@ class Upscaler:
 
 
 class UpscaleStream:
-    """One picture being upscaled: `sheet` gives the rows; `tiles` and `model_seconds` tell what it takes."""
+    """One image being upscaled: `output` gives the rows; `tiles` and `model_seconds` tell what it takes."""
 
-    def __init__(self, upscaler: Upscaler, picture: Picture, on_tile: OnTile) -> None:
+    def __init__(self, upscaler: Upscaler, picture: DecodedImage, on_tile: OnTile) -> None:
         self._upscaler = upscaler
         self._on_tile = on_tile
         self._done = 0
         self.model_seconds = 0.0
         self.tiles = upscaler.tiles(picture.width, picture.height)
         width, height = upscaler.output_size(picture.width, picture.height)
-        layout = replace(picture.layout, width=width, height=height)
+        spec = replace(picture.spec, width=width, height=height)
         metadata = picture.metadata.resized((picture.width, picture.height), (width, height))
-        self.sheet = ImageStream(layout, self._bands(picture, layout), metadata, picture.duration)
+        self.output = ImageStream(spec, self._row_chunks(picture, spec), metadata, picture.duration)
 
-    def _bands(self, picture: Picture, layout: ImageSpec) -> Iterator[Array]:
+    def _row_chunks(self, picture: DecodedImage, spec: ImageSpec) -> Iterator[Array]:
         """The rows of the output, in the picture's depth, colours first, alpha last."""
         if self._upscaler.is_direct(picture):
             pixels = self._direct(picture)
@@ -303,22 +303,22 @@ class UpscaleStream:
         inputs = self._upscaler._inputs(picture.width, picture.height)
         for _ in inputs[:-1]:
             # Between two passes in 16 bits, which lose nothing that could be seen.
-            passed = (from_float(band, 16) for band in self._pass(source, gray))
+            passed = (from_float(rows, 16) for rows in self._pass(source, gray))
             source = np.concatenate(list(passed))
-        bands = self._pass(source, gray)
+        row_chunks = self._pass(source, gray)
         grown = (inputs[-1][0] * self._upscaler.scale, inputs[-1][1] * self._upscaler.scale)
-        bands = resize_bands(bands, grown, (layout.width, layout.height), alpha=not opaque)
+        row_chunks = resize_row_chunks(row_chunks, grown, (spec.width, spec.height), alpha=not opaque)
         if self._upscaler.correction != "none":
-            bands = iter([self._corrected(np.concatenate(list(bands)), picture, colours, opaque)])
-        for band in bands:
-            values = from_float(band, picture.bits)
+            row_chunks = iter([self._corrected(np.concatenate(list(row_chunks)), picture, colours, opaque)])
+        for rows in row_chunks:
+            values = from_float(rows, picture.bits)
             if gray and picture.channels == 3:
                 values = np.dstack([values[..., :1].repeat(3, axis=2), values[..., 1:]])
             if opaque and picture.alpha is not None:
                 values = np.dstack([values, np.full(values.shape[:2], np.iinfo(values.dtype).max, values.dtype)])
             yield values
 
-    def _direct(self, picture: Picture) -> Array | None:
+    def _direct(self, picture: DecodedImage) -> Array | None:
         """All rows of the output; None where the model gives values that aren't finite."""
         started = time.perf_counter()
         sr = self._upscaler.engine.run_rounded(np.ascontiguousarray(picture.pixels)[None])
@@ -331,14 +331,14 @@ class UpscaleStream:
             return pixels
         return np.dstack([pixels, np.full(sr.shape[1:3], np.iinfo(sr.dtype).max, sr.dtype)])
 
-    def _corrected(self, sr: FloatArray, picture: Picture, colours: Array, opaque: bool) -> FloatArray:
+    def _corrected(self, sr: FloatArray, picture: DecodedImage, colours: Array, opaque: bool) -> FloatArray:
         count = colours.shape[2]
         visible = None if opaque or picture.alpha is None else to_float(picture.alpha)
         sr[..., :count] = correct(sr[..., :count].clip(0, 1), to_float(colours), self._upscaler.correction, visible)
         return sr
 
     def _pass(self, source: Array, gray: bool) -> Iterator[FloatArray]:
-        """One pass of the model over (h, w, C), C = 1 (gray) or 3 and alpha: bands of rows, w*scale wide, float."""
+        """One pass of the model over (h, w, C), C = 1 (gray) or 3 and alpha: chunks of rows, w*scale wide, float."""
         height, width = source.shape[:2]
         scale, plan = self._upscaler.scale, self._upscaler.plan(height, width)
         if len(plan) == 1:
@@ -421,20 +421,20 @@ def _rows_bytes(rows: int, width: int, scale: int) -> int:
     return rows * scale * width * scale * 4 * (2 * 4 + 4 + 3)
 
 
-def _collect(bands: Iterable[Array], layout: ImageSpec) -> Array:
-    whole = np.empty((layout.height, layout.width, layout.samples), np.uint16 if layout.bits == 16 else np.uint8)
+def _collect(row_chunks: Iterable[Array], spec: ImageSpec) -> Array:
+    whole = np.empty((spec.height, spec.width, spec.samples), np.uint16 if spec.bits == 16 else np.uint8)
     row = 0
-    for band in bands:
-        whole[row : row + len(band)] = band
-        row += len(band)
+    for rows in row_chunks:
+        whole[row : row + len(rows)] = rows
+        row += len(rows)
     return whole
 
 
-def _picture(whole: Array, sheet: ImageStream, source: Picture) -> Picture:
+def _picture(whole: Array, stream: ImageStream, source: DecodedImage) -> DecodedImage:
     """The output as a picture with the metadata of `source`."""
-    alpha = np.ascontiguousarray(whole[..., -1]) if sheet.layout.alpha else None
-    pixels = np.ascontiguousarray(whole[..., : sheet.layout.channels])
-    return replace(source, pixels=pixels, alpha=alpha, frames=1, metadata=sheet.metadata)
+    alpha = np.ascontiguousarray(whole[..., -1]) if stream.spec.alpha else None
+    pixels = np.ascontiguousarray(whole[..., : stream.spec.channels])
+    return replace(source, pixels=pixels, alpha=alpha, frames=1, metadata=stream.metadata)
 
 
 def _weigh(tile: FloatArray, down: Weights, across: Weights) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.files import write_text
-from pdd_cli.imaging.decode import Array, Picture
+from pdd_cli.imaging.decode import Array, DecodedImage
 from pdd_cli.imaging.encode import ImageSpec
 from pdd_cli.imaging.provenance import sealed_text
 from pdd_cli.upscaling.jobs import Job, Output, Result, check_name, failed, skipped
@@ -368,7 +368,9 @@ def _upscale(
 def _upscale_frames(frames: Sequence[Array], clip: Clip, upscaler: Upscaler) -> list[UpscaleResult]:
     """The frames as they are seen, upscaled. Raises PddError where it can't be."""
     try:
-        return upscaler.upscale_all([Picture(np.ascontiguousarray(np.rot90(one, clip.quarters))) for one in frames])
+        return upscaler.upscale_all(
+            [DecodedImage(np.ascontiguousarray(np.rot90(one, clip.quarters))) for one in frames]
+        )
     except ResourceError as error:  # of this video alone
         raise PddError(f"{clip.path}: {error.message}", error.hint) from error
 
