@@ -1,0 +1,106 @@
+"""`evaluate` as one call: images, or weights that make them → scores."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+from pdd_cli.batch.plan import refuse_collisions
+from pdd_cli.batch.run import run
+from pdd_cli.config import EvaluateConfig, UpscaleConfig
+from pdd_cli.errors import InputError
+from pdd_cli.iqa.datasets import Dataset, find_dataset
+from pdd_cli.iqa.inputs import Inputs, folders_as_dataset, gather, upscaled_sets
+from pdd_cli.iqa.metrics import metric_infos
+from pdd_cli.iqa.run import Evaluation, score_inputs
+from pdd_cli.observer import Observer
+from pdd_cli.reporting.evaluation import check_format
+from pdd_cli.runtime import choose_runtime
+from pdd_cli.upscaling.jobs import Job
+from pdd_cli.weights.fetch import ensure
+from pdd_cli.weights.store import Store
+
+
+def evaluate(settings: EvaluateConfig, observer: Observer = Observer()) -> Evaluation:
+    """Score the images that `settings` name, or those that its weights make of the LR images.
+
+    Raises InputError for bad paths and settings, before anything is upscaled or fetched; DownloadError where weights
+    or all metrics can't be fetched. Images that can't be scored are in the report's `problems`.
+    """
+    if settings.output is not None:
+        check_format(settings.output)
+    metric_infos(settings.metrics)
+    choose_runtime(settings.device)
+    if settings.weights:
+        return score_inputs(settings, _upscaled(settings, observer), observer)
+    inputs = gather(
+        settings.sr_dir,
+        gt=settings.gt_dir,
+        lr=settings.lr_dir,
+        baselines=settings.baseline,
+        dataset=_dataset(settings),
+    )
+    return score_inputs(settings, inputs, observer)
+
+
+def _dataset(settings: EvaluateConfig) -> Dataset | None:
+    if settings.dataset is None or settings.root is None:
+        return None
+    return find_dataset(settings.dataset, settings.root)
+
+
+def _upscaled(settings: EvaluateConfig, observer: Observer) -> Inputs:
+    """The sets that --weights make; the last named is the one that is judged."""
+    dataset = _dataset(settings) or folders_as_dataset(settings.lr_dir or Path(), settings.gt_dir)
+    planned = _planned(settings, dataset)
+    with observer.fetching() as on_event:
+        find = partial(ensure, store=Store.default(), offline=settings.offline, on_event=on_event)
+        for weights in settings.weights:
+            find(weights)
+    outputs: dict[str, dict[Path, Path]] = {}
+    problems = list(dataset.problems)
+    for (name, jobs), weights in zip(planned.items(), settings.weights, strict=True):
+        upscaling = UpscaleConfig(
+            input=tuple(job.source for job in jobs),
+            output=str(settings.upscaled_dir / name),
+            weights=weights,
+            device=settings.device,
+            offline=settings.offline,
+            overwrite=True,  # what lies there may be from an earlier training of the same name
+        )
+        outcome = run(upscaling, jobs=jobs, observer=observer)
+        if outcome.stopped is not None:
+            raise outcome.stopped
+        problems += [f"{name}: {result.problem}" for result in outcome.results if result.status == "failed"]
+        made = {result.job.source: result.job.target for result in outcome.results if result.status == "done"}
+        outputs[name] = made
+        observer.say(f"{len(made)} of {len(jobs)} images upscaled with {name} to {settings.upscaled_dir / name}")
+        if not made:
+            raise InputError("none of the LR images could be upscaled:\n" + "\n".join(problems))
+    *others, main = upscaled_sets(dataset, outputs)
+    return Inputs((main, *others), problems=tuple(problems))
+
+
+def _planned(settings: EvaluateConfig, dataset: Dataset) -> dict[str, list[Job]]:
+    """What --weights makes of the LR images, a folder a model. Raises InputError where it would replace images."""
+    planned = {}
+    for weights in settings.weights:
+        name = Path(weights).stem if Path(weights).suffix else weights
+        if name in planned:
+            raise InputError(
+                f"--weights {','.join(settings.weights)}: two of them are named {name}", "Rename one of the files."
+            )
+        folder = settings.upscaled_dir / name
+        planned[name] = [Job(lr, folder / png) for lr, png in _png_names(dataset).items()]
+    refuse_collisions(
+        [job for jobs in planned.values() for job in jobs], dataset.hr.values(), "Choose another --upscaled-dir."
+    )
+    return planned
+
+
+def _png_names(dataset: Dataset) -> dict[Path, str]:
+    """Where each output goes: PNG whatever the input was, for what is scored must be what the model drew."""
+    plain = {lr: str(Path(name).with_suffix(".png")) for lr, name in dataset.name_of.items()}
+    counts = Counter(plain.values())
+    return {lr: name if counts[name] == 1 else f"{dataset.name_of[lr]}.png" for lr, name in plain.items()}
