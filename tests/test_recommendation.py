@@ -53,6 +53,18 @@ def test_the_recommended_strength_is_used_and_said(pdd, adapted, ground: Path) -
     assert "strength 0.5" in Image.open("default.png").getexif()[0x0131]
 
 
+def test_evaluate_upscales_as_upscale_does(pdd, adapted, ground: Path) -> None:
+    adapted("keep", 0.5)
+    found = pdd("evaluate", "--lr-dir", ground / "realLR", "--weights", "mine", "--metrics", "psnr", "--json")
+    assert found.code == 0, found.err
+    assert "strength 0.5, as pdd adapt recommends" in found.err
+    assert pdd("upscale", ground / "realLR", "plain", "--weights", "mine").code == 0
+    names = sorted(path.name for path in Path("plain").glob("*.png"))
+    assert names == ["0.png", "1.png", "2.png"]
+    for name in names:
+        assert np.array_equal(np.asarray(Image.open(f"upscaled/mine/{name}")), np.asarray(Image.open(f"plain/{name}")))
+
+
 @pytest.mark.parametrize("options", [(), ("--strength", 0.5)])
 def test_rejected_weights_are_warned_of(pdd, adapted, ground: Path, options: tuple[object, ...]) -> None:
     adapted("reject", 0.0)
