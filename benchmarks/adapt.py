@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from benchmarks._controls import network
 from benchmarks._machine import describe, show, summary, wait
 from pdd_cli.adaptation.checkpoint import TrainState
-from pdd_cli.adaptation.loop import train
-from pdd_cli.adaptation.run import Run, WeightFiles, prepare_run
+from pdd_cli.adaptation.loop import batch_source
+from pdd_cli.adaptation.prepare import Run, WeightFiles, prepare_run
+from pdd_cli.adaptation.train_step import set_learning_rates, train_step
 from pdd_cli.config import AdaptConfig, resolve
 from pdd_cli.data.datasets import Batch
 from pdd_cli.engines.winograd import training as winograd
@@ -231,7 +232,7 @@ def main() -> None:
         control = PaperStyle(arguments.base, features, run.state.discriminator, config.generalist.warmup_steps)
         trainings = {"pdd": _our_steps(run)}
         if winograd_pays(runtime):
-            with patch("pdd_cli.adaptation.loop.winograd_pays", lambda runtime: False):
+            with patch("pdd_cli.adaptation.prepare.winograd_pays", lambda runtime: False):
                 plain = prepare_run(config, files, runtime, name="plain", resume=False, overwrite=True, notify=print)
             trainings[_PLAIN] = _our_steps(plain)
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in (*trainings, "paper's")}
@@ -269,13 +270,12 @@ def _limit_to_avx2() -> None:
 
 
 def _our_steps(run: Run) -> Iterator[dict[str, float]]:
-    """pdd's own loop, without what it does besides training: judging, checkpoints, previews."""
-
-    for report in train(
-        run.config, run.state, run.base, run.generalist, run.domains, run.features, run.runtime,
-        save=lambda judge: False, restore=lambda: None, preview=lambda: None, should_stop=lambda: False,
-    ):  # fmt: skip
-        yield report.losses
+    """pdd's own steps."""
+    config, state, batches = run.config, run.state, batch_source(run)
+    while state.step < config.steps:
+        set_learning_rates(config, state)
+        batch = batches(state.step).to(run.models.runtime.device)
+        yield train_step(state, batch, run.models, config.losses).losses
 
 
 def _report(

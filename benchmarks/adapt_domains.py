@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pdd_cli.adaptation.run import Run, WeightFiles, prepare_run
+from pdd_cli.adaptation.loop import train
+from pdd_cli.adaptation.prepare import Run, WeightFiles, prepare_run
 from pdd_cli.config import AdaptConfig, resolve
 from pdd_cli.data.datasets import texture
 from pdd_cli.imaging.decode import find_images, read_image
@@ -86,9 +87,9 @@ def main() -> None:
                 run = _prepare(arguments, variant, seed, features, Path(folder), runtime)
                 if not rows:
                     truth = {"variant": "HR itself", "niqe": _mean(pairs.niqe, pairs.hr), "sharpness": _sharp(pairs.hr)}
-                    rows += [truth, {"variant": "base", **score(run.base, pairs, runtime)}]
+                    rows += [truth, {"variant": "base", **score(run.models.base, pairs, runtime)}]
                 started = time.perf_counter()
-                for _ in run.train(lambda: False):
+                for _ in train(run, lambda: False):
                     pass
                 seconds = time.perf_counter() - started
                 for which, model in _candidates(run):
@@ -126,14 +127,14 @@ def _prepare(
 
 
 def _candidates(run: Run) -> Iterator[tuple[str, SRModel]]:
-    base = {key: value.detach().cpu() for key, value in run.base.module.state_dict().items()}
+    base = {key: value.detach().cpu() for key, value in run.models.base.module.state_dict().items()}
     last = {key: value.detach().cpu() for key, value in run.state.specialist.state_dict().items()}
-    model = replace(run.base, module=copy.deepcopy(run.base.module))
+    model = replace(run.models.base, module=copy.deepcopy(run.models.base.module))
     for strength in (0.5, 0.75, 1.0):
         model.module.load_state_dict(interpolated(base, last, strength))
         yield f"strength {strength:g}", model
     if run.config.generalist.mode == "ema":
-        yield "ema", replace(run.base, module=run.state.generalist)
+        yield "ema", replace(run.models.base, module=run.state.generalist)
 
 
 def load_pairs(folder: Path, features: Path) -> Pairs:

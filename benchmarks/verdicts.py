@@ -10,7 +10,6 @@ it rejects). One JSON line a run, then a table.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import tempfile
 from dataclasses import dataclass, replace
@@ -22,11 +21,11 @@ import numpy as np
 import torch
 
 from benchmarks.adapt_domains import Pairs, load_pairs, score
-from pdd_cli.adaptation.run import Run, WeightFiles, prepare_run
+from pdd_cli.adaptation.loop import train
+from pdd_cli.adaptation.prepare import Run, WeightFiles, prepare_run
 from pdd_cli.config import AdaptConfig, resolve
 from pdd_cli.data.datasets import RGB, Batch, CropSampler, read_folder
 from pdd_cli.errors import PddError
-from pdd_cli.models.loading import interpolated
 from pdd_cli.runtime import Runtime, choose_runtime
 from pdd_cli.weights.states import read_state
 
@@ -63,9 +62,9 @@ def main() -> None:
             if not rows:
                 rows.append({"run": "base", **_truth(run, None, pairs)})
             try:
-                for _ in run.train(lambda: False):
+                for _ in train(run, lambda: False):
                     pass
-                verdict = run.conclude().verdict
+                verdict = run.judge.conclude(read_state(run.folder.best)).verdict
             except PddError as error:
                 rows.append({"run": name, "says": "stopped", "reason": error.message, "right": True})
             else:
@@ -135,12 +134,8 @@ def _noisy(image: RGB, rng: np.random.Generator) -> RGB:
 
 def _truth(run: Run, strength: float | None, pairs: Pairs) -> dict[str, float]:
     """The scores of the run's best weights at `strength`; of the base where that is None."""
-    model = run.base
-    if strength is not None:
-        base = {key: value.detach().cpu() for key, value in run.base.module.state_dict().items()}
-        model = replace(model, module=copy.deepcopy(model.module))
-        model.module.load_state_dict(interpolated(base, read_state(run.folder.best), strength))
-    return score(model, pairs, run.runtime)
+    model = run.models.base if strength is None else run.judge.mixed(read_state(run.folder.best), strength)
+    return score(model, pairs, run.models.runtime)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from pdd_cli.adaptation.loop import train
 from pdd_cli.adaptation.losses import INTER_LAYERS, inter_loss
-from pdd_cli.adaptation.run import Run, WeightFiles, prepare_run
+from pdd_cli.adaptation.prepare import Run, WeightFiles, prepare_run
 from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import Batch, CropSampler
 from pdd_cli.distributed import World
@@ -52,7 +53,7 @@ def prepare(ground: Path, runs: Path, name: str, world: World, *, resume: bool =
 
 def outcome(run: Run, stop: Callable[[], bool] = lambda: False) -> dict[str, object]:
     """Train `run`; every tensor of its state, and what each step reported."""
-    reports = [(report.step, report.losses, report.learning_rate, report.event) for report in run.train(stop)]
+    reports = [(report.step, report.losses, report.learning_rate, report.event) for report in train(run, stop)]
     state = run.state
     return {
         "specialist": state.specialist.state_dict(),
@@ -68,7 +69,7 @@ def disturbed(run: Run) -> Run:
 
     def disturb(step: int, batch: Batch) -> Batch:
         first, _ = step not in seen, seen.add(step)
-        if step not in (2, 6, 7, 8) or not first or run.world.rank != run.world.size - 1:
+        if step not in (2, 6, 7, 8) or not first or run.models.world.rank != run.models.world.size - 1:
             return batch
         return dataclasses.replace(batch, hr_s=batch.hr_s * float("inf" if step == 2 else "nan"))
 

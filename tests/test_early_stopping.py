@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pdd_cli.adaptation.judge import stalled
-from pdd_cli.adaptation.run import Run, WeightFiles, prepare_run
+from pdd_cli.adaptation.loop import train
+from pdd_cli.adaptation.prepare import Run, WeightFiles, prepare_run
 from pdd_cli.config import AdaptConfig, resolve
 from pdd_cli.errors import InputError
 from pdd_cli.runtime import Runtime
@@ -73,14 +74,14 @@ def test_an_interrupted_run_ends_at_the_same_step(tmp_path: Path, ground: Path) 
         return prepare_run(config, files, runtime, name="r", resume=resume, overwrite=False, notify=print)
 
     whole = prepared("whole", resume=False)
-    list(whole.train(lambda: False))
+    list(train(whole, lambda: False))
     assert 2 < whole.state.step < 40
     stop = whole.state.step - 1  # between two judgements
     first = prepared("parts", resume=False)
-    list(first.train(lambda: first.state.step == stop))
+    list(train(first, lambda: first.state.step == stop))
     assert (first.state.step, first.finished) == (stop, False)
     rest = prepared("parts", resume=True)
-    assert len(list(rest.train(lambda: False))) == 1
+    assert len(list(train(rest, lambda: False))) == 1
     assert rest.finished
     for name in ("judgements.jsonl", "best.safetensors"):
         assert (rest.folder.path / name).read_bytes() == (whole.folder.path / name).read_bytes()

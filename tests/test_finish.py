@@ -147,16 +147,16 @@ def test_each_late_step_fails_without_the_others(pdd: Callable[..., Outcome], gr
 def test_weights_that_cannot_be_registered_stay_in_the_run_folder(
     pdd: Callable[..., Outcome], ground: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pdd_cli.adaptation.run import Run
+    from pdd_cli.adaptation.judge import Judge
 
-    conclude = Run.conclude
+    conclude = Judge.conclude
 
-    def and_block(self: Run) -> object:
+    def and_block(self: Judge, best: Mapping[str, Tensor]) -> object:
         home.mkdir(exist_ok=True)
         (home / "weights").write_text("in the way")  # as a disk that was taken away
-        return conclude(self)
+        return conclude(self, best)
 
-    monkeypatch.setattr(Run, "conclude", and_block)
+    monkeypatch.setattr(Judge, "conclude", and_block)
     done = adapt(pdd, ground, "--json")
     assert done.code == 3, done.err
     document = json.loads(done.out)
@@ -173,7 +173,7 @@ def test_weights_that_cannot_be_registered_stay_in_the_run_folder(
 def test_a_judgement_that_fails_leaves_checkpoint_and_weights(
     pdd: Callable[..., Outcome], ground: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pdd_cli.adaptation.run.decide", lambda *_: 1 / 0)
+    monkeypatch.setattr("pdd_cli.adaptation.judge.decide", lambda *_: 1 / 0)
     done = adapt(pdd, ground, "--json")
     assert done.code == 3, done.err
     document = json.loads(done.out)
@@ -277,12 +277,15 @@ def test_a_run_folder_of_an_earlier_version_goes_on(pdd: Callable[..., Outcome],
     assert adapt(pdd, ground).code == 0
     checkpoint = Path("runs/realLR/checkpoint.pt")
     content = torch.load(checkpoint, weights_only=True)
-    del content["inputs"], content["warmup_steps"]
+    judged = [json.loads(line) for line in Path("runs/realLR/judgements.jsonl").read_text().splitlines()]
+    assert content["judgements"] == judged  # of which an older file has none
+    del content["inputs"], content["warmup_steps"], content["judgements"]
     content["settings"]["name"] = None
     torch.save(content, checkpoint)
     config = Path("runs/realLR/config.yaml")
     config.write_text(config.read_text().replace("name: realLR", "name: null"))
     assert adapt(pdd, ground, "--resume").code == 0
+    assert [json.loads(line) for line in Path("runs/realLR/judgements.jsonl").read_text().splitlines()] == judged
     assert pdd("adapt", "--resume", "--name", "realLR").code == 0
     assert pdd("adapt", "--resume").code == 0  # the only one
 
@@ -461,12 +464,12 @@ def test_an_interruption_before_and_after_training_exits_with_130(ground: Path, 
 def test_a_checkpoint_is_written_by_time(
     pdd: Callable[..., Outcome], ground: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pdd_cli.adaptation import run as runs
+    from pdd_cli.adaptation import loop
 
     saved: list[int] = []
-    save = runs.save_checkpoint
+    save = loop.save_checkpoint
     monkeypatch.setattr(
-        runs, "save_checkpoint", lambda path, state, *more: (saved.append(state.step), save(path, state, *more))
+        loop, "save_checkpoint", lambda path, state, *more: (saved.append(state.step), save(path, state, *more))
     )
     monkeypatch.setattr("pdd_cli.adaptation.loop._SAVE_SECONDS", 0)
     assert adapt(pdd, ground, "--set", "checkpoint_every=100").code == 0

@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pdd_cli.adaptation.run import Run, WeightFiles, prepare_run
+from pdd_cli.adaptation.loop import train
+from pdd_cli.adaptation.prepare import Run, WeightFiles, prepare_run
+from pdd_cli.adaptation.publish import write_report
 from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import Batch, CropSampler
 from pdd_cli.errors import PddError, ResourceError
@@ -74,14 +76,14 @@ def test_a_step_whose_loss_is_not_finite_is_skipped(prepare: Callable[..., Run],
         return dataclasses.replace(batch, hr_s=batch.hr_s * float("nan")) if step in (2, 3) else batch
 
     run = prepare(disturb, steps=9, discriminator=discriminator)
-    reports = list(run.train(lambda: False))
+    reports = list(train(run, lambda: False))
     assert [report.step for report in reports] == list(range(1, 10))
     assert [bool(report.event) for report in reports] == [step in (3, 4) for step in range(1, 10)]
     assert "skipped" in reports[2].event
     assert finite(run)
     logged = [json.loads(line) for line in run.folder.log.read_text().splitlines()]
     assert "skipped" in logged[2]["event"]
-    page = run.write_report(None).read_text()
+    page = write_report(run, None).read_text()
     assert logged[2]["event"] in page
 
 
@@ -93,7 +95,7 @@ def test_several_in_a_row_go_back_to_the_last_checkpoint_at_half_the_rate(prepar
         return dataclasses.replace(batch, lr_s=batch.lr_s * float("inf")) if step in (6, 7, 8) and first else batch
 
     run = prepare(disturb, steps=12, checkpoint_every=4, optimizer={"halve_at": ()})
-    reports = list(run.train(lambda: False))
+    reports = list(train(run, lambda: False))
     assert [report.step for report in reports] == [*range(1, 10), *range(5, 13)]
     assert "back to step 4 at 0.5" in reports[8].event
     assert reports[3].learning_rate == 1e-4
@@ -109,7 +111,7 @@ def test_rising_losses_go_back_too(prepare: Callable[..., Run]) -> None:
         return dataclasses.replace(batch, hr_s=batch.hr_s * 200) if step == 13 and first else batch
 
     run = prepare(disturb, steps=30, checkpoint_every=4)
-    reports = list(run.train(lambda: False))
+    reports = list(train(run, lambda: False))
     events = [report.event for report in reports if report.event]
     assert len(events) == 1
     assert "times their best" in events[0]
@@ -123,7 +125,7 @@ def test_what_never_becomes_finite_ends_with_the_remedy(prepare: Callable[..., R
         steps=20, checkpoint_every=4,
     )  # fmt: skip
     with pytest.raises(PddError, match="diverges") as raised:
-        list(run.train(lambda: False))
+        list(train(run, lambda: False))
     assert "learning_rate" in raised.value.hint
     saved = torch.load(run.folder.checkpoint, weights_only=True)
     assert saved["step"] == 4
@@ -136,7 +138,7 @@ def test_out_of_memory_ends_with_the_remedy_and_a_whole_checkpoint(prepare: Call
 
     run = prepare(disturb, steps=12, checkpoint_every=4)
     with pytest.raises(ResourceError, match="out of memory with batch_size 1") as raised:
-        list(run.train(lambda: False))
+        list(train(run, lambda: False))
     assert raised.value.exit_code == 5
     for word in ("--batch-size", "--resume"):
         assert word in raised.value.hint
@@ -157,7 +159,7 @@ def test_a_full_disk_ends_with_the_remedy_and_a_whole_checkpoint(prepare: Callab
 
     try:
         with pytest.raises(ResourceError, match=r"no space left on the disk while writing .*checkpoint\.pt") as raised:
-            list(run.train(fill))
+            list(train(run, fill))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert raised.value.exit_code == 5

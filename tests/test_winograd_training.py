@@ -14,7 +14,7 @@ import torch
 from spandrel.architectures.ESRGAN.__arch.RRDB import RRDBNet as SpandrelRRDBNet
 from torch import Tensor, nn
 
-from pdd_cli.adaptation.loop import place
+from pdd_cli.adaptation.prepare import place
 from pdd_cli.engines.winograd import training as winograd
 from pdd_cli.engines.winograd.kernel import AVX2, AVX512, Kernel
 from pdd_cli.engines.winograd.training_kernel import CONVOLVE, CORRELATE, FIELDS, TrainingEmitter

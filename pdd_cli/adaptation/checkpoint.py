@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ class TrainState:
     warmup_steps: int  # at the start, in which only the discriminator learns; a run that is made longer keeps them
     step: int = 0  # steps done
     guard: DivergenceMonitor = field(default_factory=DivergenceMonitor)
+    judgements: list[dict[str, Any]] = field(default_factory=list)  # step, which weights, score, what was measured
 
 
 def save_checkpoint(path: Path, state: TrainState, settings: dict[str, Any], inputs: dict[str, Any]) -> None:
@@ -51,6 +53,7 @@ def save_checkpoint(path: Path, state: TrainState, settings: dict[str, Any], inp
         "warmup_steps": state.warmup_steps,
         "inputs": inputs,
         "guard": asdict(state.guard),
+        "judgements": state.judgements,
         "settings": settings,
         "specialist": state.specialist.state_dict(),
         "generalist": state.generalist.state_dict(),
@@ -85,6 +88,7 @@ def load_checkpoint(path: Path, state: TrainState, world: World = ALONE) -> None
         before = content["settings"]  # a file without its own count is of a run that was never made longer
         state.warmup_steps = content.get("warmup_steps", round(before["discriminator_warmup"] * before["steps"]))
         state.guard = DivergenceMonitor(**content["guard"])
+        state.judgements = content["judgements"] if "judgements" in content else _older_judgements(path, state.step)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path} doesn't fit this run: {error}", "Start anew under another --name.") from error
 
@@ -97,6 +101,14 @@ def checkpoint_settings(path: Path) -> dict[str, Any]:
 def checkpoint_inputs(path: Path) -> dict[str, Any] | None:
     """Checksums of what the run that wrote `path` was given; None in an older file."""
     return _read(path, path).get("inputs")
+
+
+def _older_judgements(checkpoint: Path, step: int) -> list[dict[str, Any]]:
+    """The judgements up to `step` of a run of pdd 0.1, whose checkpoint doesn't hold them."""
+    path = checkpoint.with_name("judgements.jsonl")
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [judged for judged in found if judged["step"] <= step]
 
 
 def _read(path: Path, source: Path | io.BytesIO) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from pdd_cli.adaptation.judge import STRENGTHS
-from pdd_cli.adaptation.loop import StepReport, train
-from pdd_cli.adaptation.run import PREVIEW_IMAGES, PREVIEW_SIZE, Run
+from pdd_cli.adaptation.loop import batch_source
+from pdd_cli.adaptation.prepare import Run
+from pdd_cli.adaptation.preview import PREVIEW_IMAGES, PREVIEW_SIZE
+from pdd_cli.adaptation.train_step import set_learning_rates, train_step
 from pdd_cli.errors import InputError, ResourceError
 from pdd_cli.runtime import available_memory, peak_memory
 from pdd_cli.weights.store import Store
@@ -52,9 +54,9 @@ class Space:
 def estimate(run: Run, say: Callable[[str], None]) -> Estimate:
     """Judge the base and do a few whole steps. `run.state` isn't that of a run any more afterwards."""
     say("judging the base")
-    config, state = run.config, run.state
+    config, state, runtime = run.config, run.state, run.models.runtime
     started = time.perf_counter()
-    run.judge(run.base)
+    run.judge.judged(run.models.base)
     seconds_per_judgement = time.perf_counter() - started
     say(f"computing {_STEPS} steps on a throw-away state")
     left = config.steps - state.step
@@ -62,20 +64,24 @@ def estimate(run: Run, say: Callable[[str], None]) -> Estimate:
 
     # From the last step before the distillation: it moves the specialist away from its generalist.
     state.step = max(state.step, state.warmup_steps + config.generalist.warmup_steps - 1)
-    reports: list[StepReport] = []
-    for report in train(
-        config, state, run.base, run.generalist, run.domains, run.features, run.runtime,
-        save=lambda judge: False, restore=_nothing, preview=_nothing, should_stop=lambda: len(reports) == _STEPS,
-    ):  # fmt: skip
-        reports.append(report)
+    batches = batch_source(run)
+    seconds: list[float] = []
+    events: list[str] = []
+    while state.step < config.steps and len(seconds) < _STEPS:
+        started = time.perf_counter()
+        set_learning_rates(config, state)
+        result = train_step(state, batches(state.step).to(runtime.device), run.models, config.losses)
+        seconds.append(time.perf_counter() - started)
+        if not result.finite:
+            events.append(f"step {state.step}: the loss is not finite")
     return Estimate(
         steps=left,
         judgements=judgements,
-        seconds_per_step=min((report.seconds for report in reports[1:] or reports), default=0.0),
+        seconds_per_step=min(seconds[1:] or seconds, default=0.0),
         seconds_per_judgement=seconds_per_judgement,
-        memory=peak_memory(run.runtime.device),
-        free_memory=available_memory(run.runtime.device),
-        events=tuple(report.event for report in reports if report.event),
+        memory=peak_memory(runtime.device),
+        free_memory=available_memory(runtime.device),
+        events=tuple(events),
     )
 
 
@@ -85,7 +91,7 @@ def check_places(run: Run, store: Store) -> list[Space]:
     present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # replaced or gone on with
     needed = {
         folder: max(0, _run_bytes(run) - present),
-        store.root: _bytes(run.base.module.state_dict().values()),
+        store.root: _bytes(run.models.base.module.state_dict().values()),
     }
     spaces = []
     for target, size in needed.items():
@@ -123,7 +129,7 @@ def _run_bytes(run: Run) -> int:
     checkpoint = sum(_bytes(network.state_dict().values()) for network in networks)
     checkpoint += 2 * sum(_bytes(network.parameters()) for network in trained)  # Adam's two moments
     weights = _bytes(state.specialist.state_dict().values())
-    preview = 3 * PREVIEW_IMAGES * (PREVIEW_SIZE * run.base.scale) ** 2 * 3
+    preview = 3 * PREVIEW_IMAGES * (PREVIEW_SIZE * run.models.base.scale) ** 2 * 3
     previews = math.ceil(config.steps / config.preview_every) * preview
     return 2 * checkpoint + weights * (1 + len(config.export)) + previews + _OTHER_FILES
 
@@ -137,7 +143,3 @@ def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-def _nothing() -> None:
-    """What is written on the way of a real run."""

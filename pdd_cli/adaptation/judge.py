@@ -8,18 +8,23 @@ the other. Whether that sum agrees with the truth is measured in docs/results.md
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pdd_cli.adaptation.preview import centre, to_rgb8, upscaled
+from pdd_cli.adaptation.validation import Pairs, Truth
 from pdd_cli.data.datasets import RGB, laplacian
 from pdd_cli.iqa.consistency import colour_drift, downscale_consistency
-from pdd_cli.models.loading import SRModel
+from pdd_cli.models.loading import SRModel, interpolated
 from pdd_cli.runtime import Runtime
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
@@ -79,6 +84,90 @@ class Verdict:
     def word(self) -> str:
         """The verdict in one word or two."""
         return {True: "keep", False: "reject", None: "not judged"}[self.keep]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What was found of a model: without ground truth, which counts, and with it where there are pairs."""
+
+    judgement: Judgement
+    truth: Truth | None
+
+    def as_document(self) -> dict[str, Any]:
+        return asdict(self.judgement) | ({"truth": asdict(self.truth)} if self.truth else {})
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """The verdict, and what was found of the base and of the best weights by strength."""
+
+    verdict: Verdict
+    base: Judged
+    adapted: Mapping[float, Judged]
+
+    @property
+    def strength(self) -> float:
+        """The recommended strength; of rejected weights the full one."""
+        return self.verdict.strength or max(self.adapted)
+
+    def truth_document(self) -> dict[str, Any] | None:
+        """What the pairs say of that strength and of the base; None without pairs."""
+        ours, base = self.adapted[self.strength].truth, self.base.truth
+        return {"base": asdict(base), "adapted": asdict(ours)} if ours and base else None
+
+    def truth_in_words(self) -> str:
+        """The same for people; "" without pairs."""
+        ours, base = self.adapted[self.strength].truth, self.base.truth
+        if ours is None or base is None:
+            return ""
+        text = f"by the ground truth, at strength {self.strength:g}: {ours.describe(base)}"
+        better = ours.psnr > base.psnr
+        if self.verdict.keep is not None and better == (ours.distance < base.distance) != self.verdict.keep:
+            text += ". That speaks against the verdict: trust the ground truth, if the pairs look as your images do"
+        return text
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """Compares models with the base, on the images of one run."""
+
+    base: SRModel
+    images: Sequence[RGB]  # real images: held out of training, or all where there are too few
+    trained_on: Sequence[RGB]
+    pairs: Pairs | None  # with ground truth, for the reader
+    runtime: Runtime
+
+    @cached_property
+    def base_judged(self) -> Judged:
+        """What is found of the base."""
+        return self.judged(self.base)
+
+    def judged(self, model: SRModel) -> Judged:
+        """Look at what `model` makes of the held-out images, and of the pairs where there are any."""
+        truth = self.pairs.score(model, self.runtime) if self.pairs else None
+        return Judged(judge(model, self.images, self.runtime), truth)
+
+    def score(self, found: Judged) -> float:
+        """How much better than the base, in dB of consistency."""
+        return found.judgement.score(self.base_judged.judgement, self.base.scale)
+
+    def mixed(self, adapted: Mapping[str, Tensor], strength: float) -> SRModel:
+        """The model between the base (strength 0) and the `adapted` weights (1)."""
+        model = replace(self.base, module=copy.deepcopy(self.base.module))
+        base = {key: value.detach().cpu() for key, value in self.base.module.state_dict().items()}
+        model.module.load_state_dict(interpolated(base, adapted, strength))
+        return model
+
+    def conclude(self, best: Mapping[str, Tensor]) -> Conclusion:
+        """Judge the best weights at several strengths, and say whether they are better than the base."""
+        judged = {strength: self.judged(self.mixed(best, strength)) for strength in STRENGTHS}
+        base = self.base_judged
+        if reason := too_little(self.images, self.trained_on):
+            verdict = Verdict(None, f"too little to judge: {reason}", max(STRENGTHS))
+        else:
+            by_strength = {strength: found.judgement for strength, found in judged.items()}
+            verdict = decide(by_strength, base.judgement, self.base.scale)
+        return Conclusion(verdict, base, judged)
 
 
 def held_out(count: int, share: float) -> tuple[int, ...]:

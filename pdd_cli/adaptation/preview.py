@@ -13,6 +13,9 @@ from pdd_cli.data.datasets import RGB
 from pdd_cli.models.loading import SRModel
 from pdd_cli.runtime import Runtime
 
+PREVIEW_IMAGES = 4
+PREVIEW_SIZE = 64  # LR pixels
+
 
 def centre(image: RGB, side: int) -> RGB:
     """The middle (side, side, 3) of `image`, or as much as there is."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from pdd_cli.adaptation.estimate import Estimate, Space
     from pdd_cli.adaptation.folder import RunFolder
-    from pdd_cli.adaptation.run import Run, WeightFiles
+    from pdd_cli.adaptation.prepare import Run, WeightFiles
     from pdd_cli.adaptation.sources import Source
     from pdd_cli.config import AdaptConfig
     from pdd_cli.weights.store import Store
@@ -75,8 +75,10 @@ def finish(run: Run, store: Store, console: Console, losses: Mapping[str, float]
     Each of these may fail without the others. Raises PartialFailure or ResourceError at the end where one did.
     """
     from pdd_cli.adaptation.judge import Verdict
-    from pdd_cli.adaptation.run import memory_errors
+    from pdd_cli.adaptation.prepare import memory_errors
+    from pdd_cli.adaptation.publish import register, write_export, write_report, write_verdict
     from pdd_cli.errors import Interrupted, PartialFailure, ResourceError
+    from pdd_cli.weights.states import read_state
 
     failures: list[PddError] = []
 
@@ -102,27 +104,27 @@ def finish(run: Run, store: Store, console: Console, losses: Mapping[str, float]
             )
         console.say("judging the trained weights")
         with kept():
-            conclusion = run.conclude()
+            conclusion = run.judge.conclude(read_state(run.folder.best))
             verdict = conclusion.verdict
             (console.warn if verdict.keep is False else console.say)(f"verdict: {verdict.word}. {verdict.reason}")
             if text := conclusion.truth_in_words():
                 console.say(text)
-            run.write_verdict(conclusion)
+            write_verdict(run, conclusion)
         try:
             with memory_errors(run.config):
-                weights = run.register(store, verdict)
+                weights = register(run, store, verdict)
             console.say(f"done: weights '{run.name}' in {weights.path}")
         except PddError as error:
             failures.append(error)
             with kept():
-                weights = run.register(replace(store, root=run.folder.path), verdict)
+                weights = register(run, replace(store, root=run.folder.path), verdict)
                 console.say(f"the weights are not registered; they are kept in {weights.path}")
         with kept():
-            report = run.write_report(conclusion)
+            report = write_report(run, conclusion)
             console.say(f"report: {report}")
         for form in run.config.export:
             with kept():
-                exported.append(run.export(form))
+                exported.append(write_export(run, form))
                 console.say(f"exported: {exported[-1]}")
     except KeyboardInterrupt:
         raise Interrupted(
@@ -163,7 +165,7 @@ def finish(run: Run, store: Store, console: Console, losses: Mapping[str, float]
 
 def weight_files(settings: AdaptConfig, have: Callable[[str], Path], warn: Callable[[str], None]) -> WeightFiles:
     """The files of base, generalist and features; `have` gives the file of a name or path, or raises DownloadError."""
-    from pdd_cli.adaptation.run import WeightFiles
+    from pdd_cli.adaptation.prepare import WeightFiles
 
     base = have(settings.base)
     generalist = have(settings.generalist.weights) if settings.generalist.mode == "static" else None
@@ -191,7 +193,7 @@ def dry_adapt(
     from pdd_cli.adaptation.estimate import check_places, estimate
     from pdd_cli.adaptation.export import check_export
     from pdd_cli.adaptation.folder import RunFolder
-    from pdd_cli.adaptation.run import check_folder, memory_errors, prepare_run
+    from pdd_cli.adaptation.prepare import check_folder, memory_errors, prepare_run
     from pdd_cli.adaptation.sources import read_sources
     from pdd_cli.runtime import choose_runtime, keep_freed_memory
     from pdd_cli.weights.fetch import ensure
@@ -288,16 +290,15 @@ def _table(found: _Findings) -> Table:
     if run is not None:
         if not found.settings.hr_dir:
             table.add_row("HR", "made of the real images")
-        table.add_row("judged on", f"{len(run.judged_on)} real images, {len(run.domains.real)} are trained on")
-        if run.pairs is not None:
-            table.add_row("pairs", f"{run.pairs.found} with ground truth, {len(run.pairs.lr)} of them are scored")
-        parameters = sum(parameter.numel() for parameter in run.base.module.parameters())
-        base = (
-            f"{found.settings.base}: {run.base.architecture} x{run.base.scale}, {parameters / 1e6:.1f} million weights"
-        )
-        table.add_row("base", escape(base))
+        table.add_row("judged on", f"{len(run.judge.images)} real images, {len(run.domains.real)} are trained on")
+        if pairs := run.judge.pairs:
+            table.add_row("pairs", f"{pairs.found} with ground truth, {len(pairs.lr)} of them are scored")
+        base = run.models.base
+        millions = sum(parameter.numel() for parameter in base.module.parameters()) / 1e6
+        name = escape(found.settings.base)
+        table.add_row("base", f"{name}: {base.architecture} x{base.scale}, {millions:.1f} million weights")
         table.add_row("features", run.features_name)
-        table.add_row("device", str(run.runtime))
+        table.add_row("device", str(run.models.runtime))
     if found.to_fetch:
         table.add_row("to be fetched", ", ".join(found.to_fetch))
     if rehearsal is not None:
@@ -362,13 +363,13 @@ def _document(found: _Findings) -> dict[str, object]:
         **(
             {
                 "trained_on": len(run.domains.real),
-                "judged_on": len(run.judged_on),
-                "pairs": run.pairs.found if run.pairs else 0,
-                "architecture": run.base.architecture,
-                "scale": run.base.scale,
+                "judged_on": len(run.judge.images),
+                "pairs": run.judge.pairs.found if run.judge.pairs else 0,
+                "architecture": run.models.base.architecture,
+                "scale": run.models.base.scale,
                 "features": run.features_name,
-                "device": str(run.runtime.device),
-                "precision": run.runtime.precision,
+                "device": str(run.models.runtime.device),
+                "precision": run.models.runtime.precision,
             }
             if run
             else {}

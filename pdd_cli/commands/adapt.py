@@ -113,7 +113,9 @@ def adapt(
 
     from pdd_cli.adaptation.estimate import check_places
     from pdd_cli.adaptation.folder import RunFolder
-    from pdd_cli.adaptation.run import WeightFiles, check_inputs, memory_errors, prepare_run
+    from pdd_cli.adaptation.loop import train
+    from pdd_cli.adaptation.prepare import WeightFiles, check_inputs, memory_errors, prepare_run
+    from pdd_cli.adaptation.publish import write_report
     from pdd_cli.interruption import Interruption
     from pdd_cli.runtime import choose_runtime, keep_freed_memory
     from pdd_cli.weights.store import Store
@@ -161,7 +163,7 @@ def adapt(
     with console.progress() as progress, interruption:
         task = progress.add_task("adapt", total=settings.steps, completed=run.state.step, note="")
         losses: dict[str, float] = {}
-        for report in run.train(interruption.requested):
+        for report in train(run, interruption.requested):
             losses = report.losses
             if report.event:
                 console.warn(report.event)
@@ -175,7 +177,7 @@ def adapt(
     world.leave()
     if not finished:
         if world.is_first:
-            run.write_report(None)
+            write_report(run, None)
         raise Interrupted(
             f"stopped after step {run.state.step} of {settings.steps}; the state is saved in {run.folder.checkpoint}",
             f"To go on: {run.resume_command}",

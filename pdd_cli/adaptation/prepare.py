@@ -1,0 +1,308 @@
+"""Prepares a run of `adapt`: settings, weights and images are checked and loaded, and nothing is written."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pdd_cli.adaptation.checkpoint import TrainState, checkpoint_settings, load_checkpoint
+from pdd_cli.adaptation.export import check_export
+from pdd_cli.adaptation.folder import RunFolder
+from pdd_cli.adaptation.judge import Judge, held_out, stalled, too_little
+from pdd_cli.adaptation.losses import DISCRIMINATOR_LAYERS
+from pdd_cli.adaptation.resuming import absolute, check_inputs_are_same, check_settings
+from pdd_cli.adaptation.sources import Source, read_sources
+from pdd_cli.adaptation.tensorboard import check_board
+from pdd_cli.adaptation.train_step import Models, scheduled_rate
+from pdd_cli.adaptation.trainable import check_rgb, check_trainable
+from pdd_cli.adaptation.validation import read_pairs
+from pdd_cli.config import AdaptConfig
+from pdd_cli.data.datasets import CropSampler, downscaled, hr_from_real, images_below
+from pdd_cli.data.degradations import Degradation
+from pdd_cli.distributed import ALONE, World
+from pdd_cli.engines.winograd import winograd_pays
+from pdd_cli.errors import InputError, ResourceError
+from pdd_cli.files import is_within
+from pdd_cli.models.discriminator import FeatureDiscriminator, UNetDiscriminator
+from pdd_cli.models.features import FeatureNetwork, feature_network
+from pdd_cli.models.loading import SRModel, load_sr_model, state_sha256
+from pdd_cli.runtime import Runtime, is_out_of_memory
+from pdd_cli.weights.states import read_state
+
+# What may differ between the machines of one run.
+_OF_A_MACHINE = {
+    "real_dir", "hr_dir", "base", "name", "runs_dir", "features", "export", "device", "offline", "val_lr", "val_hr",
+}  # fmt: skip
+
+# Of a x1 base's synthetic domain, where none is set: a moderate camera, saved once or twice.
+_X1_DEGRADATION = {"noise": (0.0, 15.0), "jpeg": (40.0, 95.0)}
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weights that a run starts from, as files, and the feature network that was chosen."""
+
+    base: Path
+    generalist: Path | None  # static mode only
+    feature_network: str
+    features: Path
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run that is ready to train: `loop.train` trains it, `publish` makes weights and a report of the result."""
+
+    name: str
+    config: AdaptConfig
+    folder: RunFolder
+    resumed: bool
+    sources: Sequence[Source]
+    models: Models
+    features_name: str
+    domains: CropSampler
+    judge: Judge
+    state: TrainState
+    inputs: dict[str, Any]  # checksums of all that is trained on and from
+    notify: Callable[[str], None]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain values, with absolute paths."""
+        return absolute(self.config.model_copy(update={"name": self.name})).model_dump(mode="json")
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether so many judgements as the settings say have brought nothing better."""
+        scores: dict[int, float] = {}
+        for judged in self.state.judgements:
+            scores[judged["step"]] = max(judged["score"], scores.get(judged["step"], judged["score"]))
+        patience = self.config.early_stopping
+        return patience is not False and stalled(list(scores.values()), patience)
+
+    @property
+    def finished(self) -> bool:
+        return self.state.step >= self.config.steps or self.stopped_early
+
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with this run."""
+        runs = self.folder.path.parent
+        where = "" if runs == AdaptConfig.model_fields["runs_dir"].default else f" --runs-dir {shlex.quote(str(runs))}"
+        return f"pdd adapt --resume --name {self.name}{where}"
+
+
+@contextlib.contextmanager
+def memory_errors(config: AdaptConfig) -> Iterator[None]:
+    """Out of memory, of the machine or of the GPU, as a ResourceError with what would help."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(
+            f"out of memory with batch_size {config.batch_size} and crops of {config.crop} LR pixels",
+            "Close other programs, or start anew with a smaller --batch-size, --set crop=32, or a smaller --base.",
+        ) from error
+
+
+def prepare_run(
+    config: AdaptConfig,
+    weights: WeightFiles,
+    runtime: Runtime,
+    *,
+    name: str,
+    resume: bool,
+    overwrite: bool,
+    notify: Callable[[str], None],
+    say: Callable[[str], None] = lambda text: None,
+    world: World = ALONE,
+) -> Run:
+    """Check and load all that a run needs; nothing is written. `notify` is given warnings, `say` what is being done.
+
+    Raises InputError for images, weights or a run folder that can't be used.
+    """
+    folder = RunFolder(config.runs_dir / name)
+    if world.is_first:
+        check_inputs(config, folder, resume=resume, overwrite=overwrite)
+    base = load_sr_model(weights.base)
+    check_trainable(base, config.base)
+    generalist = base
+    if weights.generalist is not None and config.generalist.mode == "static":
+        generalist = load_sr_model(weights.generalist)
+        check_rgb(generalist, config.generalist.weights)
+        if generalist.scale != base.scale:
+            raise InputError(
+                f"generalist.weights {config.generalist.weights} upscales x{generalist.scale}, "
+                f"base {config.base} x{base.scale}",
+                "Specialist and generalist must have one scale.",
+            )
+    features = feature_network(weights.feature_network, read_state(weights.features), origin=str(weights.features))
+    place(features, runtime)
+
+    images = read_sources(config, base.scale, notify, say)
+    real, hr = images.real, images.hr
+    kept_out = held_out(len(real), config.held_out)
+    judged_on = [real[index] for index in kept_out] or real
+    real = [image for index, image in enumerate(real) if index not in kept_out]
+    if reason := too_little(judged_on, real):
+        notify(f"there is too little to judge the result on: {reason}")
+    hr_crop = config.crop * base.scale
+    synthetic = config.synthetic
+    if base.scale == 1 and not (synthetic.blur or synthetic.noise or synthetic.jpeg):
+        synthetic = synthetic.model_copy(update=_X1_DEGRADATION)
+        notify(
+            f"{config.base} restores images at their size: noise and JPEG compression are added to the synthetic "
+            "domain, which has nothing to restore otherwise (synthetic.noise, .jpeg and .blur choose others)"
+        )
+    domains = CropSampler(
+        real,
+        downscaled(hr or hr_from_real(real, hr_crop), synthetic.hr_scales, hr_crop),
+        config.crop,
+        base.scale,
+        Degradation(synthetic.filters, synthetic.blur, synthetic.noise, synthetic.jpeg, synthetic.second_order),
+        config.seed,
+        config.crop_candidates,
+        config.crop_texture,
+    )
+
+    if world.size > 1:
+        facts = config.model_dump(mode="json", exclude=_OF_A_MACHINE)
+        seen = {"images": domains.digest(), "feature weights": state_sha256(features.state_dict())}
+        world.require_same({**facts, **seen, "precision": runtime.precision})
+    pairs = None
+    if world.is_first and config.val_lr is not None and config.val_hr is not None:
+        pairs = read_pairs(config.val_lr, config.val_hr, base.scale, features)
+
+    inputs = {
+        "base": state_sha256(base.module.state_dict()),
+        "generalist": None if generalist is base else state_sha256(generalist.module.state_dict()),
+        "features": state_sha256(features.state_dict()),
+        **{source.option: dict(source.content) for source in images.sources},
+    }
+    state = new_state(config, base, generalist, domains, features, runtime)
+    if resume and world.is_first:
+        check_inputs_are_same(folder.checkpoint, inputs)
+        load_checkpoint(folder.checkpoint, state)
+        before = AdaptConfig.model_validate(checkpoint_settings(folder.checkpoint))
+        if before.steps != config.steps:
+            now, then = (scheduled_rate(one, state.step) for one in (config, before))
+            notify(
+                f"{config.steps} steps instead of {before.steps}: the learning rate is that of a run of "
+                f"{config.steps}, {now:g} of the first at step {state.step} (it was {then:g}); "
+                f"the warm-up of {state.warmup_steps} steps is not repeated"
+            )
+    place(base.module, runtime)
+    return Run(
+        name=name,
+        config=config,
+        folder=folder,
+        resumed=resume,
+        sources=images.sources,
+        models=Models(base, generalist, features, config.generalist, runtime, world),
+        features_name=weights.feature_network,
+        domains=domains,
+        judge=Judge(base, judged_on, real, pairs, runtime),
+        state=state,
+        inputs=inputs,
+        notify=notify,
+    )
+
+
+def new_state(
+    config: AdaptConfig,
+    base: SRModel,
+    generalist: SRModel,
+    domains: CropSampler,
+    features: FeatureNetwork,
+    runtime: Runtime,
+) -> TrainState:
+    """The state before the first step: the specialist starts from `base`, the discriminator from scratch."""
+    torch.manual_seed(config.seed)
+    specialist = copy.deepcopy(base.module).train().requires_grad_(True)
+    frozen = copy.deepcopy(generalist.module).eval().requires_grad_(False)
+    discriminator: nn.Module = UNetDiscriminator()
+    if config.discriminator == "features":
+        hr = domains.batch(0, 8).hr_s.to(runtime.device)
+        with torch.no_grad(), runtime.autocast():
+            phi = features(hr, DISCRIMINATOR_LAYERS)
+        rms = {layer: value.float().square().mean((0, 2, 3)).sqrt().clamp_min(1e-3) for layer, value in phi.items()}
+        discriminator = FeatureDiscriminator(rms)
+    for network in (specialist, frozen, discriminator):
+        place(network, runtime)
+    betas, rates = config.optimizer.betas, config.optimizer
+    return TrainState(
+        specialist=specialist,
+        generalist=frozen,
+        discriminator=discriminator,
+        optimizer=torch.optim.Adam(specialist.parameters(), rates.learning_rate, betas, fused=True),
+        discriminator_optimizer=torch.optim.Adam(
+            discriminator.parameters(), rates.discriminator_learning_rate, betas, fused=True
+        ),
+        warmup_steps=config.discriminator_warmup_steps,
+    )
+
+
+def place(network: nn.Module, runtime: Runtime) -> None:
+    """Put a network where it is trained, and let it compute in the fastest way there."""
+    network.to(runtime.device).to(memory_format=torch.channels_last)
+    if winograd_pays(runtime):
+        from pdd_cli.engines.winograd.training import accelerate
+
+        accelerate(network)
+
+
+def check_inputs(config: AdaptConfig, folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
+    """Raise InputError for what is known to fail before weights are downloaded and images read."""
+    check_folder(folder, config, resume=resume, overwrite=overwrite)
+    for option, images in _image_folders(config).items():
+        images_below(images, option)
+    if config.tensorboard:
+        check_board()
+    check_export(config.export)
+
+
+def check_folder(folder: RunFolder, config: AdaptConfig, *, resume: bool, overwrite: bool) -> None:
+    """Raise InputError where the run can't begin in `folder`, or can't go on there."""
+    for option, images in _image_folders(config).items():
+        if is_within(folder.path, images) or is_within(images, folder.path):
+            raise InputError(
+                f"the run folder {folder.path} and {option} {images} lie in each other",
+                "A run keeps its files apart from images: choose another --runs-dir or --name.",
+            )
+    if not resume:
+        if folder.path.exists() and not folder.holds_run and not _is_empty(folder.path):
+            raise InputError(
+                f"{folder.path} exists and holds no run of pdd", "Choose another --name or --runs-dir for the run."
+            )
+        if folder.checkpoint.exists() and not overwrite:
+            raise InputError(
+                f"{folder.path} holds a run already",
+                "Continue it with --resume, replace it with --overwrite, or choose another --name.",
+            )
+        return
+    if not folder.checkpoint.exists():
+        raise InputError(f"--resume: there is no checkpoint in {folder.path}", "Leave --resume out to start a run.")
+    check_settings(folder.checkpoint, config)
+
+
+def _image_folders(config: AdaptConfig) -> dict[str, Path]:
+    """Every folder of images that the settings name, by its option."""
+    folders = {
+        "--real-dir": config.real_dir,
+        "--hr-dir": config.hr_dir,
+        "--val-lr": config.val_lr,
+        "--val-hr": config.val_hr,
+    }
+    return {option: folder for option, folder in folders.items() if folder is not None}
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())

@@ -1,0 +1,142 @@
+"""What a trained run leaves: the verdict's file, the weights in the store, exports, and the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pdd_cli.adaptation.export import export
+from pdd_cli.adaptation.judge import Conclusion, Verdict
+from pdd_cli.adaptation.prepare import Run
+from pdd_cli.adaptation.preview import to_rgb8, upscaled
+from pdd_cli.config import AdaptConfig
+from pdd_cli.data.datasets import RGB
+from pdd_cli.errors import InputError
+from pdd_cli.files import write_text
+from pdd_cli.models.loading import load_sr_model
+from pdd_cli.reporting.adaptation import ReportImage, RunReport, as_page
+from pdd_cli.reporting.html import window
+from pdd_cli.weights.states import read_state
+from pdd_cli.weights.store import Card, Entry, Store
+
+_REPORT_IMAGES = 6
+_REPORT_SIZE = 128
+
+
+def write_verdict(run: Run, conclusion: Conclusion) -> None:
+    """Write verdict.json."""
+    write_text(run.folder.verdict, json.dumps(_verdict_document(run, conclusion), indent=2) + "\n")
+
+
+def write_report(run: Run, conclusion: Conclusion | None) -> Path:
+    """Write the page; without a conclusion one without verdict and pictures, which takes no time."""
+    base = run.models.base
+    page = as_page(
+        RunReport(
+            name=run.name,
+            steps=run.state.step,
+            most_steps=run.config.steps,
+            facts={
+                "Base": f"{run.config.base} ({base.architecture} x{base.scale})",
+                "Features": run.features_name,
+                "Device": str(run.models.runtime),
+                "Real images": f"{len(run.domains.real)} trained on, {len(run.judge.images)} judged on",
+            },
+            settings=run.settings,
+            defaults={**AdaptConfig(real_dir=Path()).model_dump(mode="json"), "real_dir": None},
+            log=_read_lines(run.folder.log),
+            judgements=run.state.judgements,
+            base=run.judge.base_judged.as_document(),
+            verdict=_verdict_document(run, conclusion) if conclusion else None,
+            truth=conclusion.truth_in_words() if conclusion else "",
+            shots=_report_images(run, conclusion.strength) if conclusion else (),
+        )
+    )
+    write_text(run.folder.report, page)
+    return run.folder.report
+
+
+def register(run: Run, store: Store, verdict: Verdict) -> Entry:
+    """Put the best weights into the store under the run's name."""
+    weights = read_state(run.folder.best)
+    broken = [key for key, value in weights.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise InputError(f"the adapted weights hold values that are not finite ({broken[0]}); nothing was registered")
+    base, settings = run.models.base, run.settings
+    card = Card(
+        name=run.name,
+        architecture=base.architecture,
+        scale=base.scale,
+        licence=base.card.licence if base.card else "that of the base weights",
+        source=f"pdd adapt, {run.state.step} steps from {run.config.base}",
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        base=settings["base"],
+        base_sha256=run.inputs["base"],
+        adapted={
+            "steps": run.state.step,
+            "features": run.features_name,
+            "real_images": len(run.domains.real),
+            "hr_images": run.sources[-1].used if run.config.hr_dir else len(run.domains.real),
+            "hr_from": "hr_dir" if run.config.hr_dir else "the real images, downscaled",
+            "precision": run.models.runtime.precision,
+            "verdict": verdict.word,
+            "reason": verdict.reason,
+            "strength": verdict.strength,
+            "settings": settings,
+        },
+    )
+    return store.add(card, weights)
+
+
+def write_export(run: Run, form: str) -> Path:
+    """Write the best weights in a form for other programs; `runs/NAME/NAME.pth` and the like."""
+    path = run.folder.path / f"{run.name}.{form}"
+    export(path, load_sr_model(run.folder.best))
+    return path
+
+
+def _verdict_document(run: Run, conclusion: Conclusion) -> dict[str, Any]:
+    verdict = conclusion.verdict
+    return {
+        "keep": verdict.keep,
+        "reason": verdict.reason,
+        "strength": verdict.strength,
+        "images": len(run.judge.images),
+        "pairs": run.judge.pairs.found if run.judge.pairs else 0,
+        "base": conclusion.base.as_document(),
+        "adapted": [
+            {"strength": strength, "score": run.judge.score(found), **found.as_document()}
+            for strength, found in conclusion.adapted.items()
+        ],
+    }
+
+
+def _report_images(run: Run, strength: float) -> list[ReportImage]:
+    """Pictures of held-out images, where they have most detail, and of pairs; the best weights at `strength`."""
+    base, runtime = run.models.base, run.models.runtime
+    adapted = run.judge.mixed(read_state(run.folder.best), strength)
+    crops: list[tuple[str, str, RGB, RGB | None]] = []
+    for number, image in enumerate(run.judge.images[:_REPORT_IMAGES], 1):
+        x, y, width, height = window(image, side=_REPORT_SIZE)
+        crop = np.ascontiguousarray(image[y : y + height, x : x + width])
+        crops.append((f"image {number}", "held-out images", crop, None))
+    if pairs := run.judge.pairs:
+        known = zip(pairs.names, pairs.lr, pairs.hr, strict=True)
+        crops += [(name, "with ground truth", lr, hr) for name, lr, hr in list(known)[:_REPORT_IMAGES]]
+    pictures = ([to_rgb8(upscaled(model, lr, runtime)) for model in (base, adapted)] for _, _, lr, _ in crops)
+    return [
+        ReportImage(name, group, lr, by_base, by_adapted, hr)
+        for (name, group, lr, hr), (by_base, by_adapted) in zip(crops, pictures, strict=True)
+    ]
+
+
+def _read_lines(path: Path) -> Sequence[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,177 @@
+"""One step of Pairwise Distance Distillation: predictions, losses, and the updates of all networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from pdd_cli.adaptation.checkpoint import TrainState
+from pdd_cli.adaptation.generalist import ema_update
+from pdd_cli.adaptation.losses import (
+    ALL_LAYERS,
+    Features,
+    adversarial_loss,
+    consistency_loss,
+    feature_distance_loss,
+    inter_loss,
+    intra_loss,
+    perceptual_loss,
+    pixel_loss,
+)
+from pdd_cli.config import AdaptConfig, EmaGeneralist, LossWeights, StaticGeneralist
+from pdd_cli.data.datasets import Batch
+from pdd_cli.distributed import World
+from pdd_cli.models.discriminator import FeatureDiscriminator
+from pdd_cli.models.features import FeatureNetwork
+from pdd_cli.models.loading import SRModel
+from pdd_cli.runtime import Runtime
+
+
+@dataclass(frozen=True, eq=False)
+class Models:
+    """What a step computes with and doesn't change. The networks that it changes are those of the TrainState."""
+
+    base: SRModel  # scale and size needs of the specialist
+    generalist: SRModel  # … and of the generalist
+    features: FeatureNetwork
+    distillation: EmaGeneralist | StaticGeneralist
+    runtime: Runtime
+    world: World
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`losses` are unweighted means over the whole batch; those that are off in this step are absent."""
+
+    losses: dict[str, float]
+    finite: bool  # if not, the step was skipped: no network was changed by the loss that isn't finite
+
+
+def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWeights) -> StepResult:
+    """Train the networks of `state` on `batch`, which is on their device, and count the step.
+
+    The outcome depends on the arguments alone. Among several processes each passes its part of the batch; losses and
+    gradients are those of the whole batch, and alike in all of them.
+    """
+    runtime, world, features = models.runtime, models.world, models.features
+    specialist = replace(models.base, module=state.specialist)
+    generalist = replace(models.generalist, module=state.generalist)
+    D, n = state.discriminator, len(batch.lr_s)
+    ema = models.distillation if isinstance(models.distillation, EmaGeneralist) else None
+    only_discriminator = state.step < state.warmup_steps
+    distilling = state.step >= state.warmup_steps + models.distillation.warmup_steps
+    losses: dict[str, Tensor] = {}
+    finite = True
+
+    # predictions
+    with torch.set_grad_enabled(not only_discriminator), runtime.autocast():
+        S = specialist.upscale(torch.cat((batch.lr_s, batch.lr_t)) if distilling else batch.lr_s).float()
+    S_s = S[:n]
+
+    # specialist: losses and step
+    if not only_discriminator:
+        D.requires_grad_(False)
+        with torch.no_grad(), runtime.autocast():
+            constants = [batch.hr_s]
+            if distilling:
+                constants.append(generalist.upscale(torch.cat((batch.lr_s, batch.lr_t))).float())
+            phi_constant = features(torch.cat(constants), ALL_LAYERS)
+        with runtime.autocast():
+            phi = features(S, ALL_LAYERS)
+            judged = len(S) if distilling and weights.adversarial_on_target else n
+            logits = _logits(D, S[:judged], _part(phi, 0, judged))
+        phi_S_s, phi_hr = _part(phi, 0, n), _part(phi_constant, 0, n)
+        losses["pixel"] = pixel_loss(S_s, batch.hr_s)
+        losses["perceptual"] = perceptual_loss(phi_S_s, phi_hr)
+        if weights.feature_distance:
+            losses["feature_distance"] = feature_distance_loss(phi_S_s, phi_hr)
+        # S_s and, once it is on, S_t must each look real: the two means add up.
+        losses["adversarial"] = adversarial_loss(logits, real=True) * (judged / n)
+        if distilling:
+            phi_S_t, phi_G_s, phi_G_t = (
+                _part(phi, n, 2 * n),
+                _part(phi_constant, n, 2 * n),
+                _part(phi_constant, 2 * n, 3 * n),
+            )
+            # static: the synthetic prediction is led by its ground truth alone.
+            distilled = phi_S_s if ema else {layer: value.detach() for layer, value in phi_S_s.items()}
+            losses["inter"] = inter_loss(distilled, phi_S_t, phi_G_s, phi_G_t, world)
+            losses["intra"] = intra_loss(distilled, phi_S_t, phi_G_s, phi_G_t)
+            if weights.consistency:
+                losses["consistency"] = consistency_loss(S[n:], batch.lr_t, specialist.scale)
+        total = sum(getattr(weights, name) * loss for name, loss in losses.items())
+        assert isinstance(total, Tensor)
+        finite = _update(state.optimizer, total, world)
+
+    # discriminator: losses and step
+    D.requires_grad_(True)
+    with runtime.autocast():
+        both = torch.cat((batch.hr_s, S_s.detach()))
+        if only_discriminator:
+            with torch.no_grad():
+                phi_both = features(both, ALL_LAYERS)
+        else:
+            phi_both = {layer: torch.cat((phi_hr[layer], phi_S_s[layer].detach())) for layer in ALL_LAYERS}
+        logits = _logits(D, both, phi_both)
+    losses["discriminator_real"] = adversarial_loss([one[:n] for one in logits], real=True)
+    losses["discriminator_fake"] = adversarial_loss([one[n:] for one in logits], real=False)
+    if finite:
+        total = losses["discriminator_real"] + losses["discriminator_fake"]
+        finite = _update(state.discriminator_optimizer, total, world)
+
+    # EMA
+    if ema and finite and not only_discriminator:
+        ema_update(state.generalist, state.specialist, ema.decay)
+    state.step += 1
+
+    means = torch.stack([loss.detach() for loss in losses.values()])
+    world.average_([means])
+    return StepResult(dict(zip(losses, means.tolist(), strict=True)), finite)
+
+
+def scheduled_rate(config: AdaptConfig, step: int) -> float:
+    """The part of the learning rate at `step`: halved at each fraction of the run that lies behind."""
+    halvings = sum(step >= fraction * config.steps for fraction in config.optimizer.halve_at)
+    return float(0.5**halvings)
+
+
+def set_learning_rates(config: AdaptConfig, state: TrainState) -> float:
+    """Set the rates of the coming step; returns the specialist's."""
+    factor = state.guard.rate_factor * scheduled_rate(config, state.step)
+    for optimizer, rate in (
+        (state.optimizer, config.optimizer.learning_rate),
+        (state.discriminator_optimizer, config.optimizer.discriminator_learning_rate),
+    ):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor
+    return float(config.optimizer.learning_rate * factor)
+
+
+def _logits(discriminator: nn.Module, images: Tensor, features: Features) -> list[Tensor]:
+    """Logits of realness for the images, or for their features, by what the discriminator looks at."""
+    if isinstance(discriminator, FeatureDiscriminator):
+        return discriminator(features)  # type: ignore[no-any-return]
+    return [discriminator(images)]
+
+
+def _part(features: Features, start: int, end: int) -> dict[str, Tensor]:
+    """Elements `start` to `end` of the batch, at every layer."""
+    return {layer: value[start:end] for layer, value in features.items()}
+
+
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor, world: World) -> bool:
+    """One step of `optimizer` on the mean of `loss` over the processes.
+
+    False, and nothing is changed, where loss or gradient isn't finite: in all processes, where it isn't in one.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    means = [loss.detach(), *gradients]
+    world.average_(means)
+    if not torch.isfinite(torch.stack(torch._foreach_norm(means)).sum()):
+        return False
+    optimizer.step()
+    return True
