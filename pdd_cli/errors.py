@@ -49,3 +49,14 @@ class Interrupted(PddError):  # noqa: N818 - asked for by the user
     """Stopped by Ctrl-C or SIGTERM after the state was saved."""
 
     exit_code = 130
+
+
+def unloadable(error: ImportError) -> InputError:
+    """What to say of an installed package that does not load: a library of the system is missing, usually."""
+    hint = "Install what is missing."
+    if "libGL" in str(error):
+        hint = (
+            "OpenCV looks for a desktop's libraries. Install them (Debian: apt install libgl1), or run: "
+            "pip install --force-reinstall --no-deps opencv-python-headless"
+        )
+    return InputError(f"a package cannot be loaded: {error}", hint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
@@ -915,3 +916,28 @@ def test_avif_of_more_than_8_bits_keeps_them_and_its_colours(tmp_path: Path, dep
     for suffix in ("avif", "jpg", "webp", "tif", "jxl", "bmp"):
         with pytest.raises(InputError, match="PQ"):
             write_image(tmp_path / f"b.{suffix}", picture)
+
+
+def test_a_package_that_cannot_be_loaded_is_not_blamed_on_the_image(tmp_path: Path) -> None:
+    """A server without libGL, and OpenCV for desktops, which facexlib asks for."""
+    (tmp_path / "cv2").mkdir()
+    reason = "libGL.so.1: cannot open shared object file: No such file or directory"
+    (tmp_path / "cv2/__init__.py").write_text(f"raise ImportError({reason!r})\n")
+    write_image(tmp_path / "deep.png", Picture(np.full((4, 4, 3), 300, np.uint16)))
+    read = f"from pdd_cli.imaging.decode import read_image; read_image(Path({str(tmp_path / 'deep.png')!r}))"
+    score = "import sys; from pdd_cli.cli import main; sys.argv = ['pdd', 'evaluate', 'a.png']; main()"
+    path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"
+    for program in (read, score):
+        done = subprocess.run(
+            [sys.executable, "-c", f"from pathlib import Path; {program}"],
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == (1 if program is read else 2), done.stderr
+        last = done.stderr[done.stderr.rindex("rror: ") :]
+        assert "a package cannot be loaded: libGL.so.1" in last
+        assert "damaged" not in last
+        assert "bug" not in last
+    assert "opencv-python-headless" in last

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
-from pdd_cli.errors import InputError
+from pdd_cli.errors import InputError, unloadable
 from pdd_cli.imaging import png, tiff, xmp
 from pdd_cli.imaging.bmp import bit_fields, decode_bit_fields
 from pdd_cli.imaging.encode import (
@@ -279,6 +279,8 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except MemoryError:
         raise
+    except ImportError as error:
+        raise unloadable(error) from error
     except UnidentifiedImageError as error:
         raise InputError(f"can't read {path}: not a {_KINDS} image, or damaged") from error
     except InputError as error:
