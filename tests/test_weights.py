@@ -120,7 +120,7 @@ def test_truncated_each_time_is_told_and_the_next_run_goes_on(server: Server, tm
     server.break_after = [100] * 4
     store = Store(tmp_path / "weights")
     known = entry(Https(f"{server.address}/tiny.pth"))
-    with pytest.raises(DownloadError, match="broke off"):
+    with pytest.raises(DownloadError, match="broke off, 4 times; the next run goes on from there"):
         fetch(known, store=store)
     assert files_below(tmp_path) == ["downloads/tiny.pth.part"]
     assert store.get("tiny") is None
@@ -128,6 +128,17 @@ def test_truncated_each_time_is_told_and_the_next_run_goes_on(server: Server, tm
     assert_holds_the_weights(fetch(known, store=store).path)
     assert server.requests == [("/tiny.pth", "bytes=400-")]
     assert files_below(tmp_path) == ["weights/tiny.safetensors"]
+
+
+def test_without_a_checksum_nothing_says_that_the_next_run_goes_on(server: Server, tmp_path: Path) -> None:
+    server.files["/tiny.pth"] = PTH
+    server.break_after = [100] * 4
+    unknown = entry(Https(f"{server.address}/tiny.pth"), sha256=None)
+    with pytest.raises(DownloadError) as raised:
+        fetch(unknown, store=Store(tmp_path / "weights"))
+    told = f"{raised.value.message} {raised.value.hint}"
+    assert "broke off, 4 times" in told
+    assert "goes on" not in told
 
 
 def test_a_server_without_ranges_sends_it_all_again(server: Server, tmp_path: Path) -> None:

@@ -244,7 +244,8 @@ def _transfer(url: str, part: Path, sha256: str | None, size: int | None, on_byt
             return version
         except requests.RequestException as error:
             if attempt + 1 == _TRIES or _is_final(error):
-                raise DownloadError(reason(error, url)) from error
+                kept = "; the next run goes on from there" if sha256 and part.exists() else ""
+                raise DownloadError(reason(error, url) + kept) from error
     raise AssertionError
 
 
@@ -344,7 +345,7 @@ def reason(error: BaseException, url: str) -> str:
         code = error.response.status_code
         return f"the server answered {code} {error.response.reason}{_MEANINGS.get(code, '')}"
     if "broken off" in str(error) or isinstance(error, requests.exceptions.ChunkedEncodingError):
-        return f"the connection broke off, {_TRIES} times; the next try goes on from there"
+        return f"the connection broke off, {_TRIES} times"
     texts: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
