@@ -923,7 +923,7 @@ def test_a_package_that_cannot_be_loaded_is_not_blamed_on_the_image(tmp_path: Pa
     (tmp_path / "cv2").mkdir()
     reason = "libGL.so.1: cannot open shared object file: No such file or directory"
     (tmp_path / "cv2/__init__.py").write_text(f"raise ImportError({reason!r})\n")
-    write_image(tmp_path / "deep.png", Picture(np.full((4, 4, 3), 300, np.uint16)))
+    write_image(tmp_path / "deep.png", DecodedImage(np.full((4, 4, 3), 300, np.uint16)))
     read = f"from pdd_cli.imaging.decode import read_image; read_image(Path({str(tmp_path / 'deep.png')!r}))"
     score = "import sys; from pdd_cli.cli import main; sys.argv = ['pdd', 'evaluate', 'a.png']; main()"
     path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"
