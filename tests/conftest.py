@@ -1,10 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
-import subprocess
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +14,8 @@ from typer.testing import CliRunner
 from pdd_cli.cli import app
 from pdd_cli.errors import PddError
 from pdd_cli.models.rrdbnet import RRDBNet
-from tests.test_models import efficientnet_state
+from tests.helpers.commands import Outcome
+from tests.helpers.networks import efficientnet_state
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,6 +63,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder of metrics' weights, and an empty PDD_HOME."""
+    monkeypatch.setenv("PDD_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("pyiqa.utils.download_util.DEFAULT_CACHE_DIR", str(tmp_path / "hub" / "pyiqa"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path / "hub" / "pyiqa"
+
+
 @pytest.fixture(scope="session")
 def ground(tmp_path_factory):
     """A folder with a tiny base model, feature weights, and images that aren't flat."""
@@ -82,38 +89,10 @@ def ground(tmp_path_factory):
     return folder
 
 
-class Hold:
-    """A moment at which `pdd`, started with `command` for "-m pdd_cli", waits to be let go; by `tests/held.py`."""
-
-    def __init__(self, folder: Path, name: str, count: int) -> None:
-        self.folder = folder
-        folder.mkdir()
-        self.command = ["-m", "tests.held", name, str(count), str(folder)]
-        self.path = os.pathsep.join((str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")))  # PYTHONPATH
-
-    def wait(self, process: subprocess.Popen[str]) -> None:
-        """Until it is there."""
-        while not (self.folder / "held").exists():
-            assert process.poll() is None, "it ended before"
-            time.sleep(0.01)
-
-    def let_go(self) -> None:
-        (self.folder / "go").touch()
-
-
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """What a test draws doesn't depend on those before it, some of which only some CPUs can run."""
     torch.manual_seed(0)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command did: `err` ends with the error's message and hint."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture

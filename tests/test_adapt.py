@@ -1,7 +1,6 @@
 """`pdd adapt` from the command line, on a tiny network: files, weights, interruption, resuming."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -20,24 +19,7 @@ from spandrel import ModelLoader
 from pdd_cli.adaptation.generalist import ema_update
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.weights.store import Store
-from tests.conftest import Hold
-
-STEPS = 12
-
-
-def command(ground, *more, steps=STEPS):
-    return [
-        sys.executable, "-m", "pdd_cli", "adapt",
-        "--real-dir", str(ground / "realLR"), "--hr-dir", str(ground / "hr"),
-        "--base", str(ground / "base.safetensors"),
-        "--features", "efficientnet-lite0", "--feature-weights", str(ground / "features.safetensors"),
-        "--steps", str(steps), "--batch-size", "1", "--device", "cpu", "--precision", "fp32",
-        "--set", "crop=16", "--set", "checkpoint_every=4", "--set", "preview_every=6", *more,
-    ]  # fmt: skip
-
-
-def environment(folder):
-    return {**os.environ, "PDD_HOME": str(folder / "home")}
+from tests.helpers.commands import STEPS, Hold, command, environment
 
 
 def finish(arguments, folder):

@@ -15,14 +15,8 @@ from torch import Tensor, nn
 from pdd_cli.adaptation.trainable import check_trainable
 from pdd_cli.errors import InputError
 from pdd_cli.models.loading import SRModel
-from pdd_cli.models.rrdbnet import RRDBNet
-from tests.conftest import Outcome
-from tests.test_adapt import command
-from tests.test_models import bsrgan_layout, old_layout
-
-
-def rrdbnet(**more: int) -> Mapping[str, Tensor]:
-    return RRDBNet(**{"features": 8, "blocks": 1, **more}).state_dict()
+from tests.helpers.commands import Outcome, command
+from tests.helpers.networks import bsrgan_layout, old_layout, rrdbnet, swinir
 
 
 def compact() -> Mapping[str, Tensor]:
@@ -35,15 +29,6 @@ def span() -> Mapping[str, Tensor]:
     from spandrel.architectures.SPAN.__arch.span import SPAN
 
     return SPAN(num_in_ch=3, num_out_ch=3, feature_channels=8, upscale=2).state_dict()
-
-
-def swinir() -> Mapping[str, Tensor]:
-    from spandrel.architectures.SwinIR.__arch.SwinIR import SwinIR
-
-    return SwinIR(
-        img_size=16, window_size=8, embed_dim=12, depths=[2], num_heads=[2], mlp_ratio=2, upscale=2,
-        upsampler="pixelshuffledirect",
-    ).state_dict()  # fmt: skip
 
 
 BASES: dict[str, tuple[Callable[[], Mapping[str, Tensor]], str, int]] = {

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import Outcome
-from tests.test_adapt import command
+from tests.helpers.commands import Outcome, command
 
 RUN = Path("runs/realLR")
 

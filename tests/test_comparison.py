@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +26,12 @@ from pdd_cli.iqa.datasets import DatasetName, find_dataset
 from pdd_cli.iqa.metrics import Item, metric_infos, score
 from pdd_cli.iqa.pyiqa_adapter import weights_here
 from pdd_cli.last_run import LatestUpscale, UpscaledPair, remember_upscale
-from tests.test_evaluate import evaluate, hub, photo, pixels, psnr, run, save
+from tests.helpers.commands import evaluate, run
+from tests.helpers.images import photo, pixels, psnr, save
+from tests.helpers.pages import Page
 
-__all__ = ["hub"]  # the fixture applies to every test here, too
 RNG = np.random.default_rng(1)
+pytestmark = pytest.mark.usefixtures("hub")
 
 
 def noisy(clean: np.ndarray, most: int) -> np.ndarray:
@@ -437,38 +438,6 @@ def test_upscaled_images_never_replace_others(tmp_path: Path, monkeypatch: pytes
 
 
 # --- the page ---------------------------------------------------------------------------------------------------
-
-
-class Page(HTMLParser):
-    """The texts, the links, the ids, and the JSON of a page; complains of tags that aren't closed in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.texts: list[str] = []
-        self.links: list[str] = []
-        self.values: list[str] = []
-        self.json = ""
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        known = dict(attributes)
-        self.links += [known[key] or "" for key in ("href", "src", "action") if key in known]
-        self.values += [known["data-value"] or ""] if "data-value" in known else []
-        if tag not in ("meta", "link", "br", "input"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        pass
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-1:] == ["script"] and data.startswith("["):
-            self.json = data
-        self.texts.append(data)
 
 
 def test_the_page_holds_everything_and_asks_for_nothing(sets: Path) -> None:

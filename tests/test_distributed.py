@@ -21,8 +21,8 @@ from pdd_cli.data.degradations import Degradation
 from pdd_cli.distributed import ALONE, World
 from pdd_cli.errors import InputError
 from pdd_cli.models.rrdbnet import RRDBNet
-from tests import distributed_worker
-from tests.conftest import Hold
+from tests.helpers import distributed_worker
+from tests.helpers.commands import Hold
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12
@@ -98,7 +98,7 @@ def undisturbed(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outcomes(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """What one process and what two made of every case."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    process = torchrun("-m", "tests.distributed_worker", ground, two, folder=two)
+    process = torchrun("-m", "tests.helpers.distributed_worker", ground, two, folder=two)
     distributed_worker.main(ground, one, ALONE)
     _, errors = finish(process)
     assert process.returncode == 0, errors

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Outcome
-from tests.test_adapt import STEPS, command
+from tests.helpers.commands import STEPS, Outcome, command
 
 
 def adapt(pdd: Callable[..., Outcome], ground: Path, *more: str) -> Outcome:

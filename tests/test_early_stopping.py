@@ -15,8 +15,7 @@ from pdd_cli.adaptation.prepare import Run, WeightFiles, prepare_run
 from pdd_cli.config import AdaptConfig, resolve
 from pdd_cli.errors import InputError
 from pdd_cli.runtime import Runtime
-from tests.conftest import Outcome
-from tests.test_adapt import command
+from tests.helpers.commands import Outcome, command
 
 # A step of 1e-30 changes nothing.
 NEVER_BETTER = (

@@ -26,11 +26,9 @@ import scipy.signal
 import torch
 from PIL import Image
 from pyiqa.models.inference_model import InferenceModel
-from typer.testing import CliRunner
 
-from pdd_cli.cli import app
-from pdd_cli.errors import DownloadError, InputError, PartialFailure, PddError
-from pdd_cli.imaging.decode import DecodedImage, write_image
+from pdd_cli.errors import DownloadError, InputError, PartialFailure
+from pdd_cli.imaging.decode import DecodedImage
 from pdd_cli.iqa import metrics as metrics_module
 from pdd_cli.iqa.metrics import Item, metric_infos, score
 from pdd_cli.iqa.pairing import pair, plain_stem
@@ -38,49 +36,12 @@ from pdd_cli.iqa.report import Report, ScoredSet
 from pdd_cli.last_run import LatestUpscale, UpscaledPair, remember_upscale
 from pdd_cli.reporting.evaluation import write_report
 from pdd_cli.weights import sources
-from tests.server import Server, serving
+from tests.helpers.commands import evaluate, run
+from tests.helpers.images import DATA, needs_data, photo, pixels, psnr, save
+from tests.helpers.server import Server, serving
 
-DATA = Path(os.environ.get("PDD_TEST_DATA", "nowhere"))
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="PDD_TEST_DATA doesn't name the data folder")
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True)
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder of metrics' weights, and an empty PDD_HOME."""
-    monkeypatch.setenv("PDD_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("pyiqa.utils.download_util.DEFAULT_CACHE_DIR", str(tmp_path / "hub" / "pyiqa"))
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    return tmp_path / "hub" / "pyiqa"
-
-
-def run(*arguments: object) -> tuple[int, str, str, BaseException | None]:
-    """Exit code, stdout, stderr with the message of the error, and the error."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    error = result.exception
-    if isinstance(error, PddError):
-        return error.exit_code, result.stdout, f"{result.stderr}\n{error.message}\n{error.hint}", error
-    assert error is None or isinstance(error, SystemExit), error
-    return result.exit_code, result.stdout, result.stderr, None
-
-
-def evaluate(*arguments: object) -> tuple[int, dict[str, object], str]:
-    code, out, err, _ = run("evaluate", *arguments, "--json")
-    return code, json.loads(out) if out else {}, err
-
-
-def photo(height: int = 64, width: int = 80, seed: int = 0) -> np.ndarray:
-    """Smooth content with some grain, (h, w, 3) uint8."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize(
-        (width, height), Image.Resampling.BICUBIC
-    )
-    return np.clip(np.asarray(coarse).astype(int) + rng.integers(-9, 10, (height, width, 3)), 0, 255).astype(np.uint8)
-
-
-def save(path: Path, pixels: np.ndarray) -> Path:
-    write_image(path, DecodedImage(pixels))
-    return path
+pytestmark = pytest.mark.usefixtures("hub")
 
 
 @pytest.fixture
@@ -93,14 +54,6 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
         noisy = np.clip(clean.astype(int) + RNG.integers(-12, 13, clean.shape), 0, 255).astype(np.uint8)
         save(sr / f"{name}.png", noisy)
     return sr, gt
-
-
-def pixels(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path)).astype(np.float64)
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return float(10 * np.log10(255**2 / np.mean((a - b) ** 2)))
 
 
 # --- values -----------------------------------------------------------------------------------------------------

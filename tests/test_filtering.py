@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pyiqa.utils.img_util import imread2tensor
 
 from pdd_cli.iqa.filtering import FastFilters
-from tests.test_evaluate import DATA, needs_data
+from tests.helpers.images import DATA, needs_data
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

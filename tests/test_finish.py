@@ -27,10 +27,8 @@ from pdd_cli.errors import PddError
 from pdd_cli.models.loading import load_sr_model, model_from_state
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.weights.store import Store, name_from, name_problem, read_card
-from tests.conftest import Outcome
-from tests.test_adapt import command, environment
-from tests.test_bases import rrdbnet, swinir
-from tests.test_models import old_layout
+from tests.helpers.commands import Outcome, command, environment
+from tests.helpers.networks import old_layout, rrdbnet, swinir
 
 STEPS = 8
 

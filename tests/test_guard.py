@@ -23,17 +23,8 @@ from pdd_cli.errors import PddError, ResourceError
 from pdd_cli.files import append_line, atomic_write
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.runtime import Runtime
-from tests.test_models import efficientnet_state
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Disturbed(CropSampler):
-    """Crops whose batches `disturb` changes."""
-
-    disturb: Callable[[int, Batch], Batch] = lambda step, batch: batch
-
-    def batch(self, step: int, size: int, first: int = 0) -> Batch:
-        return self.disturb(step, super().batch(step, size, first))
+from tests.helpers.crops import Disturbed
+from tests.helpers.networks import efficientnet_state
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from pdd_cli.imaging.encode import ImageSpec, ImageStream, write_images
 from pdd_cli.imaging.metadata import GeoTag, Metadata
 from pdd_cli.upscaling.jobs import Job, Result
 from pdd_cli.upscaling.pipeline import run_jobs
-from tests.test_upscale import repeating, upscaler
+from tests.helpers.networks import repeating, upscaler
 
 pillow_heif.register_heif_opener()
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)

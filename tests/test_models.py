@@ -14,41 +14,12 @@ from pdd_cli.models.features import feature_network
 from pdd_cli.models.loading import load_sr_model, model_from_state
 from pdd_cli.models.rrdbnet import RRDBNet, rrdbnet_from_state, standard_keys
 from pdd_cli.weights.states import read_state
+from tests.helpers.networks import bsrgan_layout, efficientnet_state, old_layout
 
 
 def tiny(**changes):
     torch.manual_seed(0)
     return RRDBNet(**{"features": 8, "growth": 32, "blocks": 2, **changes})
-
-
-def old_layout(state):
-    """ESRGAN's own key names, written out independently of pdd's renaming."""
-    last = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("body."))
-    plain = {"conv_first": "model.0", "conv_body": f"model.1.sub.{last}", "conv_up1": "model.3", "conv_up2": "model.6",
-             "conv_hr": "model.8", "conv_last": "model.10"}  # fmt: skip
-    renamed = {}
-    for key, value in state.items():
-        module, kind = key.rsplit(".", 1)
-        if module.startswith("body."):
-            _, block, dense, conv = module.split(".")
-            module = f"model.1.sub.{block}.RDB{dense[-1]}.{conv}.0"
-        else:
-            module = plain[module]
-        renamed[f"{module}.{kind}"] = value
-    return renamed
-
-
-def bsrgan_layout(state):
-    swaps = {"conv_body": "trunk_conv", "conv_up1": "upconv1", "conv_up2": "upconv2", "conv_hr": "HRconv"}
-    renamed = {}
-    for key, value in state.items():
-        head, rest = key.split(".", 1)
-        if head == "body":
-            block, dense, tail = rest.split(".", 2)
-            renamed[f"RRDB_trunk.{block}.RDB{dense[-1]}.{tail}"] = value
-        else:
-            renamed[f"{swaps.get(head, head)}.{rest}"] = value
-    return renamed
 
 
 @pytest.mark.parametrize("layout", [dict, old_layout, bsrgan_layout])
@@ -275,26 +246,6 @@ def test_vgg_features_are_torchvisions_before_the_relu(name):
             expected = reference[: number + 1](x)
             assert torch.allclose(found[layer], expected, atol=1e-4), layer
             assert (found[layer] < 0).any()
-
-
-def efficientnet_state():
-    """Random weights under the published file's keys, in timm's order (which is the file's order)."""
-    import timm
-
-    torch.manual_seed(0)
-    network = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=True).eval()
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-    keys = ["_conv_stem.weight", *(f"_bn0.{k}" for k in ("weight", "bias", "running_mean", "running_var"))]
-    for block in range(16):
-        layers = (["_expand_conv", "_bn0"] if block else []) + ["_depthwise_conv", "_bn1", "_project_conv", "_bn2"]
-        for layer in layers:
-            kinds = ("weight", "bias", "running_mean", "running_var") if "bn" in layer else ("weight",)
-            keys += [f"_blocks.{block}.{layer}.{kind}" for kind in kinds]
-    values = [v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")]
-    return network, dict(zip(keys, values, strict=True))
 
 
 def test_efficientnet_features_are_timms_up_to_their_scale():

@@ -15,9 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from spandrel import ModelLoader
 
-from tests.conftest import Outcome
-from tests.test_adapt import command
-from tests.test_comparison import Page
+from tests.helpers.commands import Outcome, command
+from tests.helpers.pages import Page
 
 RUN = Path("runs/realLR")
 

@@ -26,7 +26,9 @@ from pdd_cli.upscaling.jobs import Job, Result, results_from_json, results_to_js
 from pdd_cli.upscaling.manifest import NAME as MANIFEST
 from pdd_cli.upscaling.manifest import Manifest
 from pdd_cli.upscaling.pipeline import run_jobs
-from tests.test_upscale import compact, picture, run_upscale, saved, upscaler
+from tests.helpers.commands import run_upscale
+from tests.helpers.images import picture
+from tests.helpers.networks import compact, saved, upscaler
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from pdd_cli.engines.torch_engine import TorchEngine
 from pdd_cli.models.loading import SRModel
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.runtime import Runtime
-from tests.test_upscale import psnr
+from tests.helpers.images import psnr
 
 pytest.importorskip("triton")
 
@@ -50,7 +50,7 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             elif value.ndim == 1:  # of PReLU: each channel another slope
                 value.uniform_(0, 0.5)
         torch.save(state, folder / f"{name}.pt")
-    subprocess.run([sys.executable, "-m", "tests.triton_conv_worker", str(folder)], check=True, timeout=300)
+    subprocess.run([sys.executable, "-m", "tests.helpers.triton_conv_worker", str(folder)], check=True, timeout=300)
     return folder
 
 

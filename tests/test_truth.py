@@ -14,9 +14,8 @@ from PIL import Image
 from spandrel import ModelLoader
 from torch.nn.functional import normalize, relu
 
-from tests.conftest import Outcome
-from tests.test_adapt import command
-from tests.test_models import efficientnet_state
+from tests.helpers.commands import Outcome, command
+from tests.helpers.networks import efficientnet_state
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import struct
@@ -18,13 +17,10 @@ import torch
 from PIL import Image, ImageCms
 from safetensors.torch import save_file
 from spandrel import ModelLoader
-from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 from spandrel.architectures.ESRGAN.__arch.RRDB import RRDBNet as SpandrelRRDBNet
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 from pdd_cli.batch.plan import plan_jobs
-from pdd_cli.cli import app
 from pdd_cli.engines.openvino_engine import OpenVINOEngine
 from pdd_cli.engines.select import choose_engine
 from pdd_cli.engines.torch_engine import TorchEngine, bytes_per_pixel
@@ -41,7 +37,9 @@ from pdd_cli.upscaling.manifest import NAME as MANIFEST
 from pdd_cli.upscaling.pipeline import run_jobs
 from pdd_cli.upscaling.resizing import SizeRequest
 from pdd_cli.upscaling.upscaler import Upscaler
-from tests.conftest import Hold
+from tests.helpers.commands import Hold, run_upscale
+from tests.helpers.images import picture, psnr
+from tests.helpers.networks import compact, repeating, saved, upscaler
 
 CPU = Runtime(torch.device("cpu"), "fp32")
 RNG = np.random.default_rng(0)
@@ -60,12 +58,6 @@ def new_esrgan(blocks: int = 1, unshuffle: int = 1, features: int = 8) -> dict[s
     return dict(state)
 
 
-def compact(scale: int = 4, channels: int = 3) -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    net = SRVGGNetCompact(num_in_ch=channels, num_out_ch=channels, num_feat=16, num_conv=3, upscale=scale)
-    return dict(net.state_dict())
-
-
 STATES = {
     "old-esrgan": old_esrgan(),
     "old-esrgan-x2": old_esrgan(2),
@@ -77,27 +69,6 @@ STATES = {
     "compact-x3": compact(3),
     "compact-x1": compact(1),
 }
-
-
-def saved(tmp_path: Path, state: dict[str, Tensor]) -> Path:
-    path = tmp_path / "model.safetensors"
-    save_file({key: tensor.contiguous() for key, tensor in state.items()}, path)
-    return path
-
-
-def upscaler(model: SRModel, *, tile: int | str = 0, overlap: int = 16, notify: list[str] | None = None) -> Upscaler:
-    return Upscaler(
-        TorchEngine(model, CPU), tile=tile, overlap=overlap, notify=([] if notify is None else notify).append
-    )
-
-
-def picture(height: int, width: int, channels: int = 3) -> DecodedImage:
-    return DecodedImage(RNG.integers(0, 256, (height, width, channels), np.uint8))
-
-
-def psnr(a: np.ndarray, b: np.ndarray, top: float = 255) -> float:
-    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
-    return float("inf") if error == 0 else float(10 * np.log10(top**2 / error))
 
 
 def spandrel_forward(state: dict[str, Tensor], pixels: np.ndarray) -> np.ndarray:
@@ -438,13 +409,6 @@ def batch(tmp_path: Path) -> Path:
     return folder
 
 
-def run_upscale(*arguments: object) -> tuple[dict[str, object], BaseException | None]:
-    result = CliRunner().invoke(
-        app, ["upscale", "--precision", "fp32", *map(str, arguments), "--engine", "torch", "--json"]
-    )
-    return (json.loads(result.stdout) if result.stdout else {}), result.exception
-
-
 def test_a_folder_with_a_broken_file(batch: Path, home: Path) -> None:
     out = batch.parent / "out"
     weights = batch.parent / "model.safetensors"
@@ -530,13 +494,6 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(tmp_path: Path, home:
 
 
 # --- memory -----------------------------------------------------------------------------------------------------
-
-
-def repeating(scale: int) -> SRModel:
-    """A network that repeats each pixel, and so costs nothing."""
-    module = nn.Upsample(scale_factor=scale)
-    module.register_parameter("unused", nn.Parameter(torch.zeros(1)))
-    return SRModel(module=module, scale=scale, in_channels=3, out_channels=3, architecture="test")
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])

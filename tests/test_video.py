@@ -22,11 +22,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
-from typer.testing import CliRunner
 
 from pdd_cli.batch.devices import partition
 from pdd_cli.batch.plan import plan_jobs
-from pdd_cli.cli import app
 from pdd_cli.distributed import World
 from pdd_cli.engines.torch_engine import TorchEngine
 from pdd_cli.errors import InputError, PartialFailure, PddError
@@ -41,7 +39,8 @@ from pdd_cli.upscaling.upscaler import Upscaler
 from pdd_cli.video import decode as clips
 from pdd_cli.video.pipeline import PART_FRAMES, run_videos
 from pdd_cli.video.yuv import Coding, from_rgb, to_rgb
-from tests.conftest import Hold
+from tests.helpers.commands import Hold, run_upscale
+from tests.helpers.images import psnr
 
 WIDTH, HEIGHT = 32, 24
 MATRICES = {1: (0.2126, 0.0722), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}  # BT.709, 601, 2020, by H.273's numbers
@@ -56,12 +55,6 @@ def weights(tmp_path: Path, home: Path) -> Path:
     path = tmp_path / "twice.safetensors"
     save_file({key: torch.zeros_like(value) for key, value in network.state_dict().items()}, path)
     return path
-
-
-def run_upscale(*arguments: object) -> tuple[dict[str, Any], BaseException | None]:
-    options = ["--engine", "torch", "--precision", "fp32", "--json"]
-    result = CliRunner().invoke(app, ["upscale", *map(str, arguments), *options])
-    return (json.loads(result.stdout) if result.stdout else {}), result.exception
 
 
 def smooth(seed: int, low: float = 0, high: float = 255, size: tuple[int, int] = (WIDTH, HEIGHT)) -> np.ndarray:
@@ -169,10 +162,6 @@ def packets_of(path: Path, kind: str) -> list[tuple[Fraction, str]]:
         streams = [stream for stream in container.streams if stream.type == kind]
         packets = [packet for packet in container.demux(streams[0]) if packet.size] if streams else []
         return [(p.pts * p.time_base, hashlib.md5(bytes(p)).hexdigest()) for p in packets]
-
-
-def psnr(a: np.ndarray, b: np.ndarray, top: float) -> float:
-    return float(10 * np.log10(top**2 / max(np.mean((a - b) ** 2), 1e-12)))
 
 
 def twice(plane: np.ndarray) -> np.ndarray:

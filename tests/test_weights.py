@@ -35,7 +35,7 @@ from pdd_cli.weights import ncnn, sources
 from pdd_cli.weights.catalog import CATALOG, CatalogEntry, GoogleDrive, Https, HuggingFace, Package, find
 from pdd_cli.weights.fetch import FetchEvent, ensure, fetch
 from pdd_cli.weights.store import Card, Store
-from tests.server import Server, serving
+from tests.helpers.server import Server, serving
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import Batch, CropSampler
 from pdd_cli.distributed import World
 from pdd_cli.runtime import Runtime
-from tests.test_guard import Disturbed
+from tests.helpers.crops import Disturbed
 
 # The inter-model distance weighs so much that a wrong gradient of it shows in the weights. These rates keep rounding
 # small: the specialist soon differs from the generalist by far more, and no discriminator wins within two steps, from

@@ -1,4 +1,4 @@
-"""`pdd`, held at a moment of its own choosing: python -m tests.held NAME COUNT FOLDER ARGUMENTS
+"""`pdd`, held at a moment of its own choosing: python -m tests.helpers.held NAME COUNT FOLDER ARGUMENTS
 
 Where it is about to append to a file NAME, or to rename a file to it, for the COUNT-th time it makes FOLDER/held and
 waits for FOLDER/go: what a test does meanwhile it does at that moment, however fast or busy the machine is.
