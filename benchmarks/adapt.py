@@ -36,13 +36,14 @@ from pdd_cli.adaptation.checkpoint import TrainState
 from pdd_cli.adaptation.loop import batch_source
 from pdd_cli.adaptation.prepare import Run, WeightFiles, prepare_run
 from pdd_cli.adaptation.train_step import set_learning_rates, train_step
-from pdd_cli.config import AdaptConfig, resolve
 from pdd_cli.data.datasets import Batch
 from pdd_cli.engines.winograd import training as winograd
 from pdd_cli.engines.winograd import winograd_pays
 from pdd_cli.engines.winograd.kernel import AVX2, Kernel
 from pdd_cli.engines.winograd.training_kernel import TrainingEmitter
 from pdd_cli.runtime import choose_runtime, keep_freed_memory
+from pdd_cli.settings.adapt import AdaptConfig
+from pdd_cli.settings.resolve import resolve
 from pdd_cli.weights.states import read_state
 
 # The paper's objective (METHOD: layers by VGG-19's names; VGG-16's third convolution is its stage's last).

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from pdd_cli.adaptation.loop import train
 from pdd_cli.adaptation.prepare import Run, WeightFiles, prepare_run
-from pdd_cli.config import AdaptConfig, resolve
 from pdd_cli.data.datasets import texture
 from pdd_cli.imaging.decode import find_images, read_image
 from pdd_cli.iqa.feature_distance import feature_distance, unit_features
@@ -34,6 +33,8 @@ from pdd_cli.iqa.pyiqa_adapter import load_metric
 from pdd_cli.models.features import FeatureNetwork, feature_network
 from pdd_cli.models.loading import SRModel, interpolated
 from pdd_cli.runtime import Runtime, choose_runtime
+from pdd_cli.settings.adapt import AdaptConfig
+from pdd_cli.settings.resolve import resolve
 from pdd_cli.weights.states import read_state
 
 # Settings that make each variant; all others are the defaults.

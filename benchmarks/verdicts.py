@@ -23,10 +23,11 @@ import torch
 from benchmarks.adapt_domains import Pairs, load_pairs, score
 from pdd_cli.adaptation.loop import train
 from pdd_cli.adaptation.prepare import Run, WeightFiles, prepare_run
-from pdd_cli.config import AdaptConfig, resolve
 from pdd_cli.data.datasets import RGB, Batch, CropSampler, read_folder
 from pdd_cli.errors import PddError
 from pdd_cli.runtime import Runtime, choose_runtime
+from pdd_cli.settings.adapt import AdaptConfig
+from pdd_cli.settings.resolve import resolve
 from pdd_cli.weights.states import read_state
 
 RUNS = ("sound", "sound, seed 1", "rate x30", "another domain", "tinted HR", "blurred HR", "noisy HR")

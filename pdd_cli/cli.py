@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import sys
 import traceback
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from pdd_cli import __version__
 from pdd_cli.commands.adapt import adapt
@@ -16,23 +17,45 @@ from pdd_cli.commands.fetch_weights import fetch_weights
 from pdd_cli.commands.upscale import upscale
 from pdd_cli.console import Console, prepare_streams
 from pdd_cli.distributed import World
-from pdd_cli.errors import Interrupted, PddError, unloadable
+from pdd_cli.errors import Interrupted, PddError
 from pdd_cli.interruption import EXIT_CODE as INTERRUPTED
 from pdd_cli.interruption import ignore_signals, raise_on_signals, was_raised
 from pdd_cli.system import wait_without_spinning
 
+
+class _Help:
+    """Help without a type beside what takes no value, and with `--help` among the general options."""
+
+    def get_params(self, ctx: Any) -> Any:
+        parameters: Any = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in parameters:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+            if parameter.name == "help" and not isinstance(self, TyperGroup):
+                parameter.rich_help_panel = "General"
+        return parameters
+
+
+class _Command(_Help, TyperCommand):
+    pass
+
+
+class _Group(_Help, TyperGroup):
+    pass
+
+
 app = typer.Typer(
     name="pdd",
+    cls=_Group,
     help="Adapt a super-resolution model to your own images, upscale with it, and score the result.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(adapt)
-app.command()(upscale)
-app.command()(evaluate)
-app.command("fetch-weights")(fetch_weights)
+app.command("adapt", cls=_Command)(adapt)
+app.command("upscale", cls=_Command)(upscale)
+app.command("evaluate", cls=_Command)(evaluate)
+app.command("fetch-weights", cls=_Command)(fetch_weights)
 
 
 def _version(value: bool) -> None:
@@ -44,8 +67,9 @@ def _version(value: bool) -> None:
 @app.callback()
 def _global(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     pass
@@ -75,8 +99,6 @@ def main() -> NoReturn:
             traceback.print_exception(error)
         if was_raised() and not isinstance(error, Interrupted):
             error = KeyboardInterrupt()  # what a library has made of it
-        elif isinstance(error, ImportError) and not (error.name or "").startswith("pdd_cli"):
-            error = unloadable(error)
         world.report_once(functools.partial(_tell, error))
         code = _exit_code(error)
     sys.exit(code)

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from pdd_cli.config import AdaptConfig, UpscaleConfig, resolve
 from pdd_cli.errors import InputError
+from pdd_cli.settings.adapt import AdaptConfig
+from pdd_cli.settings.resolve import resolve
+from pdd_cli.settings.upscale import UpscaleConfig
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,10 @@ import torch
 from pdd_cli.adaptation.judge import stalled
 from pdd_cli.adaptation.loop import train
 from pdd_cli.adaptation.prepare import Run, WeightFiles, prepare_run
-from pdd_cli.config import AdaptConfig, resolve
 from pdd_cli.errors import InputError
 from pdd_cli.runtime import Runtime
+from pdd_cli.settings.adapt import AdaptConfig
+from pdd_cli.settings.resolve import resolve
 from tests.helpers.commands import Outcome, command
 
 # A step of 1e-30 changes nothing.

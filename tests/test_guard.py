@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from pdd_cli.adaptation.loop import train
 from pdd_cli.adaptation.prepare import Run, WeightFiles, prepare_run
 from pdd_cli.adaptation.publish import write_report
-from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import Batch, CropSampler
 from pdd_cli.errors import PddError, ResourceError
 from pdd_cli.files import append_line, atomic_write
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.runtime import Runtime
+from pdd_cli.settings.adapt import AdaptConfig
 from tests.helpers.crops import Disturbed
 from tests.helpers.networks import efficientnet_state
 

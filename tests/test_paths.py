@@ -14,7 +14,10 @@ import pytest
 from PIL import Image
 
 from pdd_cli.batch.plan import plan_jobs
-from pdd_cli.config import AdaptConfig, EvaluateConfig, UpscaleConfig, resolve
+from pdd_cli.settings.adapt import AdaptConfig
+from pdd_cli.settings.evaluate import EvaluateConfig
+from pdd_cli.settings.resolve import resolve
+from pdd_cli.settings.upscale import UpscaleConfig
 from pdd_cli.upscaling.manifest import NAME
 
 

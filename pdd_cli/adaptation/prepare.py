@@ -24,7 +24,6 @@ from pdd_cli.adaptation.tensorboard import check_board
 from pdd_cli.adaptation.train_step import Models, scheduled_rate
 from pdd_cli.adaptation.trainable import check_rgb, check_trainable
 from pdd_cli.adaptation.validation import read_pairs
-from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import CropSampler, downscaled, hr_from_real, images_below
 from pdd_cli.data.degradations import Degradation
 from pdd_cli.distributed import ALONE, World
@@ -35,6 +34,7 @@ from pdd_cli.models.discriminator import FeatureDiscriminator, UNetDiscriminator
 from pdd_cli.models.features import FeatureNetwork, feature_network
 from pdd_cli.models.loading import SRModel, load_sr_model, state_sha256
 from pdd_cli.runtime import Runtime, is_out_of_memory
+from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.weights.states import read_state
 
 # What may differ between the machines of one run.

@@ -15,13 +15,13 @@ from pdd_cli.adaptation.export import export
 from pdd_cli.adaptation.judge import Conclusion, Verdict
 from pdd_cli.adaptation.prepare import Run
 from pdd_cli.adaptation.preview import to_rgb8, upscaled
-from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import RGB
 from pdd_cli.errors import InputError
 from pdd_cli.files import write_text
 from pdd_cli.models.loading import load_sr_model
 from pdd_cli.reporting.adaptation import ReportImage, RunReport, as_page
 from pdd_cli.reporting.html import window
+from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.weights.states import read_state
 from pdd_cli.weights.store import Card, Entry, Store
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pdd_cli.adaptation.checkpoint import checkpoint_inputs, checkpoint_settings
-from pdd_cli.config import AdaptConfig, StaticGeneralist
 from pdd_cli.errors import InputError
+from pdd_cli.settings.adapt import AdaptConfig, StaticGeneralist
 from pdd_cli.weights.states import names_file
 
 # What a resumed run may change: these don't alter what is learnt, or (steps) only how long.

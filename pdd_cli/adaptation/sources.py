@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdd_cli.adaptation.folder import RunFolder
-from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import RGB, images_below, read_images
 from pdd_cli.data.layouts import Side, wanted_of
 from pdd_cli.errors import InputError, ResourceError
 from pdd_cli.imaging.decode import image_size
 from pdd_cli.imaging.provenance import made_by_pdd
+from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.system import free_memory
 from pdd_cli.upscaling.manifest import recorded
 

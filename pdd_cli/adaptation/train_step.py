@@ -20,13 +20,13 @@ from pdd_cli.adaptation.losses import (
     perceptual_loss,
     pixel_loss,
 )
-from pdd_cli.config import AdaptConfig, EmaGeneralist, LossWeights, StaticGeneralist
 from pdd_cli.data.datasets import Batch
 from pdd_cli.distributed import World
 from pdd_cli.models.discriminator import FeatureDiscriminator
 from pdd_cli.models.features import FeatureNetwork
 from pdd_cli.models.loading import SRModel
 from pdd_cli.runtime import Runtime
+from pdd_cli.settings.adapt import AdaptConfig, EmaGeneralist, LossWeights, StaticGeneralist
 
 
 @dataclass(frozen=True, eq=False)

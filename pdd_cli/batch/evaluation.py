@@ -8,7 +8,6 @@ from pathlib import Path
 
 from pdd_cli.batch.plan import refuse_collisions
 from pdd_cli.batch.run import run
-from pdd_cli.config import EvaluateConfig, UpscaleConfig
 from pdd_cli.errors import InputError
 from pdd_cli.iqa.datasets import Dataset, find_dataset
 from pdd_cli.iqa.inputs import Inputs, folders_as_dataset, gather, upscaled_sets
@@ -17,6 +16,8 @@ from pdd_cli.iqa.run import Evaluation, score_inputs
 from pdd_cli.observer import Observer
 from pdd_cli.reporting.evaluation import check_format
 from pdd_cli.runtime import choose_runtime
+from pdd_cli.settings.evaluate import EvaluateConfig
+from pdd_cli.settings.upscale import UpscaleConfig
 from pdd_cli.upscaling.jobs import Job
 from pdd_cli.weights.fetch import ensure
 from pdd_cli.weights.store import Store

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pdd_cli.config import UpscaleConfig
 from pdd_cli.engines.cache import fingerprint
 from pdd_cli.engines.select import open_engine
 from pdd_cli.errors import DownloadError, InputError
@@ -16,6 +15,7 @@ from pdd_cli.imaging.provenance import Provenance
 from pdd_cli.meeting import Meeting
 from pdd_cli.observer import Observer
 from pdd_cli.runtime import choose_runtime, resident_memory
+from pdd_cli.settings.upscale import UpscaleConfig
 from pdd_cli.upscaling.jobs import provenance_of
 from pdd_cli.upscaling.resizing import SizeRequest
 from pdd_cli.upscaling.strength import at_strength, files_at_strength, recommended

@@ -13,7 +13,6 @@ from pathlib import Path
 from pdd_cli.batch.devices import partition, run_on_devices
 from pdd_cli.batch.loading import Loaded, load_upscalers
 from pdd_cli.batch.plan import Plan, manifest_folder, plan_jobs
-from pdd_cli.config import UpscaleConfig
 from pdd_cli.distributed import World
 from pdd_cli.errors import Interrupted, PartialFailure, PddError, ResourceError
 from pdd_cli.files import append_line, check_writable, remove_leftovers
@@ -21,6 +20,7 @@ from pdd_cli.imaging.encode import Encoding
 from pdd_cli.last_run import LatestUpscale, UpscaledPair, remember_upscale
 from pdd_cli.meeting import Meeting
 from pdd_cli.observer import Observer, Progress
+from pdd_cli.settings.upscale import UpscaleConfig
 from pdd_cli.upscaling.jobs import Job, Output, Result, check_own, results_from_json, results_to_json
 from pdd_cli.upscaling.manifest import Manifest
 from pdd_cli.upscaling.pipeline import preview_jobs, run_jobs

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pdd_cli.adaptation.folder import RunFolder
     from pdd_cli.adaptation.prepare import Run, WeightFiles
     from pdd_cli.adaptation.sources import Source
-    from pdd_cli.config import AdaptConfig
+    from pdd_cli.settings.adapt import AdaptConfig
     from pdd_cli.weights.store import Store
 
 
@@ -51,7 +51,7 @@ def stored_run(given: Mapping[str, Any]) -> RunFolder:
     Raises InputError where that doesn't say which.
     """
     from pdd_cli.adaptation.folder import RunFolder
-    from pdd_cli.config import AdaptConfig
+    from pdd_cli.settings.adapt import AdaptConfig
     from pdd_cli.weights.store import name_from
 
     runs = Path(given.get("runs_dir") or AdaptConfig.model_fields["runs_dir"].default).expanduser()

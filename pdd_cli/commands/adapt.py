@@ -2,114 +2,37 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal
-
-import typer
-
-from pdd_cli.console import Console
 from pdd_cli.distributed import World
 from pdd_cli.errors import Interrupted
+from pdd_cli.options import Call, command
+from pdd_cli.settings.adapt import AdaptConfig, AdaptFlags
 
 
-def adapt(
-    real_dir: Annotated[
-        Path | None, typer.Option(help="Folder of real LR images of one source; searched recursively.")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="Weights to start from: NAME or FILE. [default: realesrgan]")] = None,
-    hr_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of sharp HR photographs for the synthetic domain. [default: made from the real images]"
-        ),
-    ] = None,
-    mode: Annotated[
-        Literal["ema", "static"] | None,
-        typer.Option(help="Generalist: moving average of the specialist, or a second, frozen model. [default: ema]"),
-    ] = None,
-    generalist: Annotated[str | None, typer.Option(help="The frozen model of --mode static: NAME or FILE.")] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of the run and of its weights. [default: the real-dir's name]")
-    ] = None,
-    runs_dir: Annotated[Path | None, typer.Option(help="Where runs are kept. [default: runs]")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps. [default: 200]")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Synthetic and real crops a step, each, over all processes. [default: 2]")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of crops and initial weights. [default: 0]")] = None,
-    features: Annotated[
-        Literal["auto", "vgg19", "vgg16", "efficientnet-lite0"] | None,
-        typer.Option(help="Feature network of the distances. [default: auto: vgg19, else what can be had]"),
-    ] = None,
-    feature_weights: Annotated[Path | None, typer.Option(help="File with the weights of --features.")] = None,
-    intra_weight: Annotated[float | None, typer.Option(help="Weight of the intra-model distance. [default: 1]")] = None,
-    inter_weight: Annotated[float | None, typer.Option(help="Weight of the inter-model distance. [default: 1]")] = None,
-    val_lr: Annotated[
-        Path | None,
-        typer.Option(help="LR images whose HR is in --val-hr: true scores are shown, nothing is chosen by them."),
-    ] = None,
-    val_hr: Annotated[Path | None, typer.Option(help="Ground truth of --val-lr, paired by name.")] = None,
-    export: Annotated[
-        str | None,
-        typer.Option(help="Write the result for other programs, too: pth (BasicSR's form), onnx.", metavar="pth,onnx"),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run of this name from its checkpoint.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier run and weights of this name.")
-    ] = False,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. [default: auto]")] = None,
-    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"] | None, typer.Option(help="[default: auto]")] = None,
-    offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with an `adapt:` section. [default: ./pdd.yaml]")
-    ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting: key.path=value; repeatable.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, estimate time, memory and disk; write nothing.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
-) -> None:
-    """Adapt a model to your own real images, without ground truth (Pairwise Distance Distillation).
+def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
+    """Adapt a model to your own real images, without ground truth.
 
-    Writes runs/NAME/ (settings, log, previews, checkpoint) and registers the weights NAME for `pdd upscale`.
-    Ctrl-C saves a checkpoint; `pdd adapt --resume --name NAME` goes on.
+    The method is Pairwise Distance Distillation. Writes runs/NAME/ (settings,
+    log, previews, checkpoint) and registers the weights NAME for `pdd upscale`.
+    Ctrl-C saves a checkpoint; `pdd adapt --resume --name NAME` continues.
+
+    Examples:
+      pdd adapt --real-dir ./realLR
+      pdd adapt --real-dir ./realLR --hr-dir ./photos --name mine --steps 300
     """
     from pdd_cli.commands._adapting import check_name, derived_name, dry_adapt, finish, stored_run, weight_files
     from pdd_cli.commands._fetching import fetch_progress
-    from pdd_cli.config import AdaptConfig, given, resolve
     from pdd_cli.weights.fetch import ensure
 
-    console = Console(json=json)
-    options: dict[str, object] = {
-        "real_dir": real_dir,
-        "base": base,
-        "hr_dir": hr_dir,
-        "generalist.mode": mode,
-        "generalist.weights": generalist,
-        "name": name,
-        "runs_dir": runs_dir,
-        "steps": steps,
-        "batch_size": batch_size,
-        "seed": seed,
-        "features.network": features,
-        "features.weights": feature_weights,
-        "losses.intra": intra_weight,
-        "losses.inter": inter_weight,
-        "val_lr": val_lr,
-        "val_hr": val_hr,
-        "export": tuple(part.strip() for part in export.split(",") if part.strip()) if export else None,
-        "device": device,
-        "precision": precision,
-        "offline": offline,
-    }
-    stored = None
+    console = call.console
+    resume, overwrite = call.flags.resume, call.flags.overwrite
     if resume:
-        folder = stored_run(given(AdaptConfig, "adapt", options=options, overrides=set_ or (), file=config))
-        options |= {"runs_dir": folder.path.parent, "name": folder.path.name}
-        stored = folder.config if folder.config.exists() else None
-    settings = resolve(AdaptConfig, "adapt", options=options, overrides=set_ or (), file=config, stored=stored)
+        folder = stored_run(call.given())
+        settings = call.settings(
+            {"runs_dir": folder.path.parent, "name": folder.path.name},
+            stored=folder.config if folder.config.exists() else None,
+        )
+    else:
+        settings = call.settings()
 
     from pdd_cli.adaptation.estimate import check_places
     from pdd_cli.adaptation.folder import RunFolder
@@ -122,7 +45,7 @@ def adapt(
 
     store = Store.default()
     run_name = settings.name or derived_name(settings.real_dir, console)
-    if dry_run:
+    if call.flags.dry_run:
         dry_adapt(settings, store, console, name=run_name, resume=resume, overwrite=overwrite)
         return
     world = World.from_environment()
@@ -185,3 +108,6 @@ def adapt(
     if not world.is_first:
         return
     finish(run, store, console, losses)
+
+
+adapt = command(AdaptConfig, "adapt", AdaptFlags, _adapt)

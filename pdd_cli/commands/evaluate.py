@@ -82,7 +82,8 @@ def evaluate(
     A metric that needs ground truth is passed over where there is none. Images that can't be read or compared
     are named; the others are scored (exit code 3).
     """
-    from pdd_cli.config import EvaluateConfig, resolve
+    from pdd_cli.settings.evaluate import EvaluateConfig
+    from pdd_cli.settings.resolve import resolve
 
     console = Console(json=json)
     settings = resolve(

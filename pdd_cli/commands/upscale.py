@@ -97,7 +97,8 @@ def upscale(
     The same command again makes what is missing, and what has changed: inputs, weights, settings. A file that can't
     be read is reported at the end; the others are done (exit code 3).
     """
-    from pdd_cli.config import UpscaleConfig, resolve
+    from pdd_cli.settings.resolve import resolve
+    from pdd_cli.settings.upscale import UpscaleConfig
 
     console = Console(json=json)
     settings = resolve(

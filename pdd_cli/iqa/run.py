@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from pdd_cli.config import EvaluateConfig
 from pdd_cli.errors import CheckFailed, DownloadError, InputError, PartialFailure, PddError
 from pdd_cli.iqa.compare import Comparison
 from pdd_cli.iqa.inputs import ImageSet, Inputs
@@ -24,6 +23,7 @@ from pdd_cli.iqa.metrics import (
 from pdd_cli.iqa.report import Report, ScoredSet
 from pdd_cli.observer import Observer
 from pdd_cli.runtime import choose_runtime
+from pdd_cli.settings.evaluate import EvaluateConfig
 
 
 @dataclass(frozen=True)

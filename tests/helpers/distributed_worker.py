@@ -13,10 +13,10 @@ import torch
 from pdd_cli.adaptation.loop import train
 from pdd_cli.adaptation.losses import INTER_LAYERS, inter_loss
 from pdd_cli.adaptation.prepare import Run, WeightFiles, prepare_run
-from pdd_cli.config import AdaptConfig
 from pdd_cli.data.datasets import Batch, CropSampler
 from pdd_cli.distributed import World
 from pdd_cli.runtime import Runtime
+from pdd_cli.settings.adapt import AdaptConfig
 from tests.helpers.crops import Disturbed
 
 # The inter-model distance weighs so much that a wrong gradient of it shows in the weights. These rates keep rounding

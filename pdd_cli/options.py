@@ -1,0 +1,214 @@
+"""Settings models as command-line options: name, help, default and allowed values stand once, in the model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import GenericAlias, NoneType, UnionType
+from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from rich.markup import escape
+
+from pdd_cli.console import Console
+from pdd_cli.settings.base import Option, Settings
+from pdd_cli.settings.resolve import Section, given, models_in, resolve
+
+S = TypeVar("S", bound=Settings)
+F = TypeVar("F", bound=Settings)
+
+_METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+
+@dataclass(frozen=True)
+class Call(Generic[S, F]):
+    """One call of a command: its settings, yet to be resolved, its flags, and where it prints."""
+
+    model: type[S]
+    section: Section
+    options: Mapping[str, object]
+    overrides: Sequence[str]
+    file: Path | None
+    flags: F
+    console: Console
+
+    def settings(self, options: Mapping[str, object] | None = None, stored: Path | None = None) -> S:
+        """The settings; `options` win over those of the call, `stored` is the file of an earlier run."""
+        return resolve(
+            self.model,
+            self.section,
+            options={**self.options, **(options or {})},
+            overrides=self.overrides,
+            file=self.file,
+            stored=stored,
+        )
+
+    def given(self) -> dict[str, Any]:
+        """The values that were given, without the defaults."""
+        return given(self.model, self.section, options=self.options, overrides=self.overrides, file=self.file)
+
+
+def command(model: type[S], section: Section, flags: type[F], run: Callable[[Call[S, F]], None]) -> Callable[..., None]:
+    """The function that Typer registers for `run`, whose docstring is the help.
+
+    Its parameters are the fields that carry an `Option`: those of `model`, nested ones included, and of `flags`.
+    """
+    settings = {key.replace(".", "_"): (key, field) for key, field in _fields(model).items()}
+    switches = _fields(flags)
+    general = {
+        "config": _Field((Path,), f"YAML file with a section `{section}:`.", Option("General", default="./pdd.yaml")),
+        "set_": _Field(
+            (tuple[str, ...],),
+            "Any setting; may be given several times.",
+            Option("General", flags=("--set",), metavar="KEY=VALUE"),
+        ),
+        "json": _Field((bool,), "Print one JSON document on stdout.", Option("General")),
+        "debug": _Field((bool,), "Show a traceback when something fails.", Option("General")),
+    }
+    fields = {name: field for name, (_, field) in settings.items()} | switches | general
+    parameters = [parameter for name, field in fields.items() for parameter in _parameters(name, field)]
+
+    def call(context: typer.Context, **values: Any) -> None:
+        chosen = {name: _value(field, values[name], values.get(_AS_OPTION + name)) for name, field in fields.items()}
+        run(
+            Call(
+                model,
+                section,
+                options={key: chosen[name] for name, (key, _) in settings.items()},
+                overrides=values["set_"] or (),
+                file=values["config"],
+                flags=flags(**{name: chosen[name] for name in switches if chosen[name] is not None}),
+                console=Console(json=bool(chosen["json"] or context.find_root().params.get("json"))),
+            )
+        )
+
+    call.__doc__ = run.__doc__
+    parameters.insert(0, inspect.Parameter("context", _KEYWORD, annotation=typer.Context))
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # Typer reads them from here
+    return call
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A field of a settings model, as the command line needs to know it."""
+
+    annotations: tuple[Any, ...]
+    description: str
+    option: Option
+    default: object = None
+
+    @property
+    def is_several(self) -> bool:
+        return any(
+            get_origin(part) is tuple for annotation in self.annotations for part in (annotation, *get_args(annotation))
+        )
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values that are allowed, where all are listed."""
+        leaves = self._leaves
+        listed = [get_args(leaf) for leaf in leaves if get_origin(leaf) is Literal]
+        return tuple(str(value) for values in listed for value in values) if len(listed) == len(leaves) else ()
+
+    @property
+    def kind(self) -> Any:
+        """The type of one value; `str` where several are possible: the model reads it."""
+        kinds = set(self._leaves)
+        return kinds.pop() if kinds in ({bool}, *({kind} for kind in _METAVARS)) else str
+
+    @property
+    def _leaves(self) -> list[Any]:
+        return [leaf for annotation in self.annotations for leaf in _leaves(annotation)]
+
+    @property
+    def help(self) -> str:
+        choices = f" One of {', '.join(self.choices)}." if self.choices else ""
+        default = self.option.default or shown(self.default)
+        # Square brackets are markup in Typer's help.
+        return escape(f"{self.description}{choices}" + (f" [default: {default}]" if default else ""))
+
+
+def _fields(model: type[BaseModel]) -> dict[str, _Field]:
+    """The fields with an `Option` by their dotted keys; branches of a union that share a key are one field."""
+    found: dict[str, list[FieldInfo]] = {}
+    for key, field in _all_fields(model):
+        found.setdefault(key, []).append(field)
+    fields = {}
+    for key, branches in found.items():
+        for field in branches:
+            for option in field.metadata:
+                if isinstance(option, Option):
+                    annotations = tuple(branch.annotation for branch in branches)
+                    fields[key] = _Field(annotations, field.description or "", option, field.default)
+    return fields
+
+
+def _all_fields(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        yield path + name, field
+        for nested in models_in(field.annotation):
+            yield from _all_fields(nested, f"{path}{name}.")
+
+
+_KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD
+_AS_OPTION = "option_"
+
+
+def _parameters(name: str, field: _Field) -> Iterator[inspect.Parameter]:
+    """The Typer parameter of a field; of a field by position that has flags, too, both."""
+    option = field.option
+    kind: Any = Literal[field.choices] if field.choices else field.kind  # type: ignore[valid-type]
+    if field.is_several:
+        kind = str if option.comma_separated else GenericAlias(list, (kind,))
+    form = "A,B,…" if option.comma_separated else "NAME" if field.choices else _METAVARS.get(field.kind)
+    if option.argument:
+        argument = typer.Argument(help=field.help, metavar=option.metavar, show_default=False)
+        yield _parameter(name, kind, argument)
+        if not option.flags:
+            return
+    flags = option.flags or (f"--{name.rstrip('_').replace('_', '-')}",)
+    help = f"The same as {option.metavar}, by name." if option.argument else field.help
+    info = typer.Option(
+        *flags, help=help, metavar=option.metavar or form, rich_help_panel=option.panel, show_default=False
+    )
+    yield _parameter(_AS_OPTION + name if option.argument else name, kind, info)
+
+
+def _parameter(name: str, kind: Any, info: Any) -> inspect.Parameter:
+    annotated: Any = Annotated
+    return inspect.Parameter(name, _KEYWORD, default=None, annotation=annotated[kind | None, info])
+
+
+def _value(field: _Field, value: Any, by_option: Any) -> object:
+    """What the model is given; None for an option that was not used."""
+    value = value or by_option if field.option.argument else value
+    if field.option.comma_separated and value is not None:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) or None
+    return (tuple(value) or None) if isinstance(value, list) else value
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """The types of single values in an annotation, without None."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _leaves(get_args(annotation)[0])
+    elif origin in (Union, UnionType, tuple):
+        for part in get_args(annotation):
+            if part not in (NoneType, ...):
+                yield from _leaves(part)
+    else:
+        yield annotation
+
+
+def shown(default: object) -> str:
+    """A default as one would type it; "" for one that means "not given"."""
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    if isinstance(default, float):
+        return f"{default:g}"
+    return str(default) if isinstance(default, (str, int, Path)) and not isinstance(default, bool) else ""

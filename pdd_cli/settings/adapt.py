@@ -1,0 +1,257 @@
+"""Settings of `pdd adapt`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from pdd_cli.settings.base import (
+    Device,
+    Fraction,
+    NonNegative,
+    Offline,
+    Option,
+    Positive,
+    PositiveInt,
+    Precision,
+    Settings,
+)
+
+
+class EmaGeneralist(Settings):
+    """The generalist is the exponential moving average of the specialist."""
+
+    mode: Annotated[
+        Literal["ema"],
+        Field(description="Generalist: moving average of the specialist, or a second, frozen model."),
+        Option("Method", flags=("--mode",)),
+    ] = "ema"
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    # While S = G every inter-model distance is exactly zero, where the Frobenius norm has no gradient.
+    warmup_steps: PositiveInt = 5
+
+
+class StaticGeneralist(Settings):
+    """The generalist is a second, frozen model."""
+
+    mode: Literal["static"]
+    weights: Annotated[
+        str,
+        Field(description="The frozen model of --mode static: NAME or FILE."),
+        Option("Method", flags=("--generalist",)),
+    ]
+    warmup_steps: Annotated[int, Field(ge=0)] = 5
+
+
+def _generalist_mode(value: Any) -> str:
+    return str(value.get("mode", "ema") if isinstance(value, dict) else getattr(value, "mode", "ema"))
+
+
+Generalist = Annotated[
+    Annotated[EmaGeneralist, Tag("ema")] | Annotated[StaticGeneralist, Tag("static")], Discriminator(_generalist_mode)
+]
+
+
+class FeatureSettings(Settings):
+    """The perceptual space that distances and the perceptual loss are measured in."""
+
+    # auto: vgg19; where it can't be had vgg16, and where that can't be had efficientnet-lite0, with a warning.
+    network: Annotated[
+        Literal["auto", "vgg19", "vgg16", "efficientnet-lite0"],
+        Field(description="Feature network of the distances; auto: the first that is available."),
+        Option("Method", flags=("--features",)),
+    ] = "auto"
+    weights: Annotated[
+        Path | None,
+        Field(description="File with the weights of --features."),
+        Option("Method", flags=("--feature-weights",)),
+    ] = None
+
+    @model_validator(mode="after")
+    def _weights_name_their_network(self) -> FeatureSettings:
+        if self.weights is not None and self.network == "auto":
+            raise ValueError(f"weights {self.weights} are given, but not the network they are for (--features vgg19)")
+        return self
+
+
+Range = tuple[float, float]
+
+
+class SyntheticSettings(Settings):
+    """How LR is made from HR in the synthetic domain. Without blur, noise and JPEG: the paper's clean downsampling.
+
+    Each range is drawn from uniformly, anew for each crop.
+    """
+
+    filters: tuple[Literal["bicubic", "bilinear", "area"], ...] = Field(
+        default=("bicubic", "bilinear", "area"), min_length=1
+    )
+    # HR is taken at these sizes, too: made smaller, a photograph is sharp to its last pixel.
+    hr_scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=(1.0, 0.7, 0.5), min_length=1)
+    blur: Range | None = None  # standard deviation of a Gaussian, LR pixels
+    noise: Range | None = None  # standard deviation of white noise, 8-bit levels
+    jpeg: Range | None = None  # quality, 1 to 100
+    # All of it twice, with a size between HR's and LR's drawn in between (Real-ESRGAN's second order).
+    second_order: bool = False
+
+    @model_validator(mode="after")
+    def _ranges_are_in_order(self) -> SyntheticSettings:
+        for name, least, most in (("blur", 0, 8), ("noise", 0, 100), ("jpeg", 1, 100)):
+            span = getattr(self, name)
+            if span is not None and not least <= span[0] <= span[1] <= most:
+                raise ValueError(f"{name} {list(span)} is not a range [low, high] within {least} to {most}")
+        return self
+
+
+class LossWeights(Settings):
+    """Weights of the whole objective (the paper's names: inter, intra, pixel, perceptual, adversarial).
+
+    The defaults are for runs of hundreds of steps (docs/results.md); configs/paper/ has the paper's.
+    """
+
+    inter: Annotated[
+        NonNegative,
+        Field(description="Weight of the inter-model distance."),
+        Option("Method", flags=("--inter-weight",)),
+    ] = 1.0
+    intra: Annotated[
+        NonNegative,
+        Field(description="Weight of the intra-model distance."),
+        Option("Method", flags=("--intra-weight",)),
+    ] = 1.0
+    pixel: NonNegative = 0.2
+    perceptual: NonNegative = 1.0
+    feature_distance: NonNegative = 8.0  # not in the paper: features compared at unit length
+    adversarial: NonNegative = 0.45  # with discriminator unet, which is another scale: the paper's 0.01
+    # Not in the paper: S_t, brought back to LR size, must have the LR's colours and coarse shading.
+    consistency: NonNegative = 5.0
+    adversarial_on_target: bool = True
+
+
+class OptimizerSettings(Settings):
+    """Adam, for the specialist and the discriminator alike."""
+
+    learning_rate: Positive = 1e-4
+    discriminator_learning_rate: Positive = 1e-3
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    # Fractions of the run at which the rate halves. The paper's long run: 25k of 100k.
+    halve_at: tuple[Fraction, ...] = (0.35, 0.55, 0.75, 0.9)
+
+
+class AdaptConfig(Settings):
+    """`pdd adapt`."""
+
+    real_dir: Annotated[
+        Path,
+        Field(description="Folder of real LR images of one source; searched recursively."),
+        Option("Input"),
+    ]
+    base: Annotated[
+        str,
+        Field(description="Weights to start from: NAME or FILE."),
+        Option("Input"),
+    ] = "realesrgan"
+    hr_dir: Annotated[
+        Path | None,
+        Field(description="Folder of sharp HR photographs for the synthetic domain."),
+        Option("Input", default="made from the real images"),
+    ] = None
+    generalist: Generalist = EmaGeneralist()
+    name: Annotated[
+        str | None,
+        Field(description="Name of the run and of its weights."),
+        Option("Output", default="that of --real-dir"),
+    ] = None
+    runs_dir: Annotated[
+        Path,
+        Field(description="Folder of the runs."),
+        Option("Output"),
+    ] = Path("runs")
+    steps: Annotated[
+        PositiveInt,
+        Field(description="Training steps."),
+        Option("Training"),
+    ] = 100
+    batch_size: Annotated[
+        PositiveInt,
+        Field(description="Synthetic and real crops a step, each, over all processes."),
+        Option("Training"),
+    ] = 4
+    crop: Annotated[int, Field(ge=16, multiple_of=4)] = 48
+    # Flat crops teach nothing: so many random ones are tried, until one has this much texture (deviation of the
+    # Laplacian in 8-bit levels); where none has, the one with the most is taken.
+    crop_candidates: PositiveInt = 8
+    crop_texture: NonNegative = 30.0
+    seed: Annotated[int, Field(ge=0, description="Seed of crops and initial weights."), Option("Training")] = 0
+    features: FeatureSettings = FeatureSettings()
+    synthetic: SyntheticSettings = SyntheticSettings()
+    losses: LossWeights = LossWeights()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    # unet: the paper's; features: heads on the feature network, which learn within hundreds of steps.
+    discriminator: Literal["unet", "features"] = "features"
+    # Steps of the run in which the discriminator alone learns: the paper's 300 of 100k.
+    discriminator_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.06
+    # The share of the real images that is kept from training, to judge the result on.
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    # The run ends when so many judgements (one each `checkpoint_every` steps) have brought nothing better.
+    early_stopping: Literal[False] | Annotated[int, Field(ge=1, strict=True)] = 20
+    # Pairs of the same look, to show true scores beside the judgements; nothing is trained on or chosen by them.
+    val_lr: Annotated[
+        Path | None,
+        Field(description="LR images whose HR is in --val-hr: true scores are shown, nothing is chosen by them."),
+        Option("Input"),
+    ] = None
+    val_hr: Annotated[
+        Path | None,
+        Field(description="Ground truth of --val-lr, paired by name."),
+        Option("Input"),
+    ] = None
+    # What to write for other programs, beside the store's entry.
+    export: Annotated[
+        tuple[Literal["pth", "onnx"], ...],
+        Field(description="Write the result for other programs, too: pth is BasicSR's form."),
+        Option("Output", comma_separated=True),
+    ] = ()
+    checkpoint_every: PositiveInt = 50
+    preview_every: PositiveInt = 50
+    tensorboard: bool = False  # log for TensorBoard, too
+    device: Device = "auto"
+    precision: Precision = "auto"
+    offline: Offline = False
+
+    @model_validator(mode="after")
+    def _pairs_have_both_sides(self) -> AdaptConfig:
+        if (self.val_lr is None) != (self.val_hr is None):
+            raise ValueError("--val-lr DIR and --val-hr DIR belong together")
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_leaves_steps(self) -> AdaptConfig:
+        # A run shorter than the warm-up would never distil anything.
+        if self.steps <= self.discriminator_warmup_steps + self.generalist.warmup_steps:
+            raise ValueError(
+                f"steps {self.steps} leaves nothing after the warm-up of "
+                f"{self.discriminator_warmup_steps} + {self.generalist.warmup_steps} steps"
+            )
+        return self
+
+    @property
+    def discriminator_warmup_steps(self) -> int:
+        """Steps at the start in which only the discriminator learns."""
+        return round(self.discriminator_warmup * self.steps)
+
+
+class AdaptFlags(Settings):
+    """Switches of one call, which no file holds."""
+
+    resume: Annotated[bool, Field(description="Continue the run of this name from its checkpoint."), Option("Run")] = (
+        False
+    )
+    overwrite: Annotated[bool, Field(description="Replace an earlier run and weights of this name."), Option("Run")] = (
+        False
+    )
+    dry_run: Annotated[
+        bool, Field(description="Check everything, estimate time, memory and disk; write nothing."), Option("Run")
+    ] = False
