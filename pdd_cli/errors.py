@@ -33,6 +33,10 @@ class DownloadError(PddError):
     exit_code = 4
 
 
+class OutOfMemory(MemoryError):  # noqa: N818 - as PyTorch's is called
+    """The machine or device ran out of memory. `runtime.one_memory_error` raises it for each library's own error."""
+
+
 class ResourceError(PddError):
     """Out of memory or disk."""
 

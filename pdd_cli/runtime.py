@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from pdd_cli import system
-from pdd_cli.errors import InputError
+from pdd_cli.errors import InputError, OutOfMemory
 from pdd_cli.system import available_cpus, cpu_features, free_memory, keep_freed_memory, resident_memory, usable_cpus
 
 if TYPE_CHECKING:
@@ -18,8 +19,19 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "bf16", "fp16"]
 
 __all__ = [
-    "Precision", "Runtime", "available_cpus", "available_memory", "choose_runtime", "cpu_computes_bf16_fast",
-    "cpu_has_amx", "is_out_of_memory", "keep_freed_memory", "peak_memory", "resident_memory", "usable_cpus",
+    "Precision",
+    "Runtime",
+    "available_cpus",
+    "available_memory",
+    "choose_runtime",
+    "cpu_computes_bf16_fast",
+    "cpu_has_amx",
+    "is_out_of_memory",
+    "keep_freed_memory",
+    "one_memory_error",
+    "peak_memory",
+    "resident_memory",
+    "usable_cpus",
 ]  # fmt: skip
 
 # Without one of these Linux has no GPU that PyTorch could use: the drivers of NVIDIA, Jetson, WSL and AMD.
@@ -112,9 +124,23 @@ def peak_memory(device: torch.device) -> int:
     return system.peak_memory()
 
 
+@contextlib.contextmanager
+def one_memory_error() -> Iterator[None]:
+    """Raise OutOfMemory in place of each library's own error for it; can be used as a decorator."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(str(error)) from error
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the memory of the machine or of the device ran out."""
-    if isinstance(error, MemoryError):
+    """Whether `error` says that the memory of the machine or of the device ran out.
+
+    The only place that reads an error's text for it: PyTorch on CPUs and OpenVINO raise a RuntimeError, OpenCV its own.
+    """
+    if isinstance(error, MemoryError) or "OutOfMemory" in str(error):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(

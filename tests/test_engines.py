@@ -10,7 +10,11 @@ from spandrel.architectures.DAT import DAT
 from spandrel.architectures.RCAN import RCAN
 from torch import Tensor, nn
 
+from pdd_cli.engines.openvino_engine import OpenVINOEngine
 from pdd_cli.engines.torch_engine import TorchEngine
+from pdd_cli.engines.winograd import kernel as winograd_kernel
+from pdd_cli.engines.winograd.engine import WinogradEngine
+from pdd_cli.errors import OutOfMemory
 from pdd_cli.models.loading import SRModel, model_from_state
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.runtime import Runtime, available_cpus, choose_runtime, usable_cpus
@@ -67,3 +71,23 @@ def test_a_cpu_is_chosen_by_name_or_for_want_of_a_gpu() -> None:
     found = choose_runtime("auto", "fp32").kind
     assert found == ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     assert 1 <= usable_cpus() <= available_cpus()
+
+
+@pytest.mark.parametrize("kind", [TorchEngine, OpenVINOEngine, WinogradEngine])
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_every_engine_raises_one_error_when_memory_runs_out(
+    kind: type[TorchEngine] | type[OpenVINOEngine] | type[WinogradEngine],
+) -> None:
+    if kind is OpenVINOEngine:
+        pytest.importorskip("openvino")
+    if kind is WinogradEngine and winograd_kernel.kernel() is None:
+        pytest.skip("there is no kernel for this CPU")
+    engine = kind(
+        model_from_state(SRVGGNetCompact(num_feat=16, num_conv=1).state_dict(), origin=""), Runtime("cpu", "fp32")
+    )
+    side = 1 << 24  # 3 petabytes, more than the addresses that a process has
+    with pytest.raises(OutOfMemory):
+        engine.run(np.broadcast_to(np.float32(0), (1, 3, side, side)))
+    with pytest.raises(OutOfMemory):
+        engine.run_rounded(np.broadcast_to(np.uint8(0), (1, side, side, 3)))
+    assert np.isfinite(engine.run(LR)).all()

@@ -26,7 +26,7 @@ from pdd_cli.engines.select import choose_engine
 from pdd_cli.engines.torch_engine import TorchEngine, bytes_per_pixel
 from pdd_cli.engines.winograd import kernel as winograd_kernel
 from pdd_cli.engines.winograd.engine import WinogradEngine
-from pdd_cli.errors import InputError, PartialFailure, PddError, ResourceError
+from pdd_cli.errors import InputError, OutOfMemory, PartialFailure, PddError, ResourceError
 from pdd_cli.imaging.decode import DecodedImage, read_image, write_image
 from pdd_cli.imaging.encode import Encoding
 from pdd_cli.last_run import latest_upscale
@@ -267,7 +267,7 @@ def test_pictures_of_one_size_together_are_as_one_by_one(tmp_path: Path, monkeyp
 
     def hungry(lr: np.ndarray) -> np.ndarray | None:
         if len(lr) > 1:
-            raise RuntimeError("CUDA out of memory. Tried to allocate")
+            raise OutOfMemory("CUDA out of memory. Tried to allocate")
         return run_rounded(lr)
 
     monkeypatch.setattr(engine, "run_rounded", hungry)

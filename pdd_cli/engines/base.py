@@ -20,7 +20,7 @@ EngineChoice = Literal["auto", "torch", "openvino", "winograd"]
 
 
 class Engine(Protocol):
-    """Computes the forward pass of one model."""
+    """Computes the forward pass of one model. `run` and `run_rounded` raise OutOfMemory."""
 
     name: str
     runtime: Runtime

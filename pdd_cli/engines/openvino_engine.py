@@ -13,7 +13,7 @@ from pdd_cli.engines.base import FloatArray, Usable, spec_of
 from pdd_cli.errors import InputError
 from pdd_cli.imaging.decode import Array
 from pdd_cli.imaging.encode import from_float, to_float
-from pdd_cli.runtime import Precision, Runtime, available_cpus, usable_cpus
+from pdd_cli.runtime import Precision, Runtime, available_cpus, one_memory_error, usable_cpus
 
 if TYPE_CHECKING:
     from pdd_cli.models.loading import SRModel
@@ -53,6 +53,7 @@ class OpenVINOEngine:
         exported = bytes(self._compiled.export_model().getvalue())
         return Usable(self.model, self.weights_sha256, self.bytes_per_pixel, exported)
 
+    @one_memory_error()
     def run(self, lr: FloatArray, *, exact: bool = False) -> FloatArray:
         if exact and self._exact is None:
             self._exact = _compile(self._source, "fp32").create_infer_request()
@@ -60,6 +61,7 @@ class OpenVINOEngine:
         # A copy, for the next call writes there.
         return np.array(sr.transpose(0, 2, 3, 1), np.float32, order="C").transpose(0, 3, 1, 2)
 
+    @one_memory_error()
     def run_rounded(self, lr: Array) -> Array | None:
         sr = self._infer(self._fast, to_float(lr.transpose(0, 3, 1, 2)))
         found = np.empty((len(sr), *sr.shape[2:], sr.shape[1]), lr.dtype)

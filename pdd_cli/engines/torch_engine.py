@@ -14,7 +14,7 @@ import numpy as np
 from pdd_cli.engines.base import Engine, FloatArray
 from pdd_cli.imaging.decode import Array
 from pdd_cli.imaging.encode import to_float
-from pdd_cli.runtime import Runtime, usable_cpus
+from pdd_cli.runtime import Runtime, one_memory_error, usable_cpus
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +67,7 @@ class TorchEngine:
     def bytes_per_pixel(self) -> int:
         return bytes_per_pixel(self.model)
 
+    @one_memory_error()
     def run(self, lr: FloatArray, *, exact: bool = False) -> FloatArray:
         import torch
 
@@ -77,6 +78,7 @@ class TorchEngine:
             # Brought to fp32 on this side of the bus.
             return np.asarray(model.upscale(batch).cpu().float().numpy())
 
+    @one_memory_error()
     def run_rounded(self, lr: Array) -> Array | None:
         import torch
 

@@ -419,8 +419,7 @@ def _on_cpu(network: Any, *images: Tensor | None) -> Any:
 
 def _reason(error: Exception) -> str:
     """The kind and first line of a library's failure; of memory in plain words."""
-    # OpenCV's is an error of its own.
-    if is_out_of_memory(error) or "OutOfMemory" in str(error):
+    if is_out_of_memory(error):
         return "not enough memory for an image of this size"
     return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
 

@@ -192,9 +192,9 @@ def _compute(
             channel.abandon()
             if future is not None and not isinstance(error, _WriterFailed):
                 future.exception()  # until the temporary file is gone
-            if isinstance(error, MemoryError | RuntimeError) and picture is not None:
+            if isinstance(error, MemoryError) and picture is not None:
                 try:
-                    upscaler.shrink_after(error, picture)
+                    upscaler.shrink(picture)
                 except Exception as final:
                     return _settled(failed(job, final, started, done))
                 pages = decode_pages(job.source, loaded.data, most_pixels=upscaler.most_pixels)

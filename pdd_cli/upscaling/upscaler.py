@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pdd_cli.engines.base import Engine, FloatArray
-from pdd_cli.errors import InputError, PddError, ResourceError
+from pdd_cli.errors import InputError, OutOfMemory, PddError, ResourceError
 from pdd_cli.imaging.decode import MOST_PIXELS, Array, DecodedImage
 from pdd_cli.imaging.encode import ImageSpec, ImageStream, from_float, to_float
-from pdd_cli.runtime import available_memory, is_out_of_memory, resident_memory
+from pdd_cli.runtime import available_memory, resident_memory
 from pdd_cli.upscaling.colour import Correction, bleed, correct
 from pdd_cli.upscaling.resizing import SizeRequest, passes, resize_row_chunks
 from pdd_cli.upscaling.tiling import Span, TilePlan, Weights, fit_tile, plan_tiles
@@ -198,8 +198,8 @@ class Upscaler:
                 run = self.start(picture, on_tile)
                 whole = _collect(run.output.row_chunks, run.output.spec)
                 return UpscaleResult(_picture(whole, run.output, picture), run.tiles, run.model_seconds)
-            except (MemoryError, RuntimeError) as error:
-                self.shrink_after(error, picture)
+            except MemoryError:
+                self.shrink(picture)
 
     def batch(self, width: int, height: int) -> int:
         """How many images of this size are upscaled fastest together, by `upscale_all`."""
@@ -211,9 +211,7 @@ class Upscaler:
             started = time.perf_counter()
             try:
                 sr = self.engine.run_rounded(np.stack([picture.pixels for picture in pictures]))
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
+            except OutOfMemory:
                 sr = None
                 self._batch_pixels = 0
             if sr is not None:
@@ -239,17 +237,15 @@ class Upscaler:
     def start(self, picture: DecodedImage, on_tile: OnTile = lambda done, total: None) -> UpscaleStream:
         """`picture` as a stream whose rows are computed as they are taken: what `upscale` gives, but never held whole.
 
-        Taking them raises PddError as `upscale` does, and what `shrink_after` is for.
+        Taking them raises PddError as `upscale` does, and MemoryError, after which `shrink` is called for another try.
         """
         return UpscaleStream(self, picture, on_tile)
 
-    def shrink_after(self, error: BaseException, picture: DecodedImage) -> None:
-        """Make the tiles smaller after `error` while `picture` was computed; raise `error` if it isn't about memory.
+    def shrink(self, picture: DecodedImage) -> None:
+        """Make the tiles smaller after memory ran out while `picture` was computed.
 
         Raises ResourceError when they can't be any smaller.
         """
-        if not is_out_of_memory(error):
-            raise error
         seen = max(self.plan(picture.height, picture.width).tile_size)
         side = seen // 2
         if side < _SMALLEST_SIDE:

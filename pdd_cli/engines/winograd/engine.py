@@ -10,7 +10,7 @@ from pdd_cli.engines.base import FloatArray, Usable, spec_of
 from pdd_cli.errors import InputError
 from pdd_cli.imaging.decode import Array
 from pdd_cli.imaging.encode import from_float, to_float
-from pdd_cli.runtime import Runtime
+from pdd_cli.runtime import Runtime, one_memory_error
 
 if TYPE_CHECKING:
     from pdd_cli.models.loading import SRModel
@@ -56,6 +56,7 @@ class WinogradEngine:
 
         return Usable(self.model, self.weights_sha256, self.bytes_per_pixel, bytes(save(self._state)))
 
+    @one_memory_error()
     def run(self, lr: FloatArray, *, exact: bool = False) -> FloatArray:
         images, _, height, width = lr.shape
         scale = self.model.scale
@@ -64,6 +65,7 @@ class WinogradEngine:
             target[:] = self._infer(image)
         return found.transpose(0, 3, 1, 2)
 
+    @one_memory_error()
     def run_rounded(self, lr: Array) -> Array | None:
         found = []
         for image in lr:
