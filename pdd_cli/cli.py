@@ -10,7 +10,6 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from pdd_cli import __version__
 from pdd_cli.commands.adapt import adapt
 from pdd_cli.commands.evaluate import evaluate
 from pdd_cli.commands.fetch_weights import fetch_weights
@@ -21,6 +20,7 @@ from pdd_cli.errors import Interrupted, PddError
 from pdd_cli.interruption import EXIT_CODE as INTERRUPTED
 from pdd_cli.interruption import ignore_signals, raise_on_signals, was_raised
 from pdd_cli.system import wait_without_spinning
+from pdd_cli.version import __version__
 
 
 class _Help:

@@ -223,7 +223,7 @@ def test_a_name_that_cannot_be_used_later_is_refused(pdd: Callable[..., Outcome]
 def test_a_card_finds_its_base_from_any_folder(
     pdd: Callable[..., Outcome], ground: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pdd_cli import __version__
+    from pdd_cli.version import __version__
 
     shutil.copy(ground / "base.safetensors", "mine.safetensors")
     shutil.copytree(ground / "realLR", "Old Camera")

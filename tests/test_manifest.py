@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pdd_cli import __version__
 from pdd_cli.errors import ResourceError
 from pdd_cli.imaging.decode import read_image
 from pdd_cli.upscaling.manifest import NAME
+from pdd_cli.version import __version__
 
 
 def sha256(path: Path) -> str:

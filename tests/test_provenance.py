@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pdd_cli import __version__
 from pdd_cli.imaging.decode import read_image
 from pdd_cli.imaging.encode import FORMATS, ImageSpec, ImageStream, Metadata, write_images
 from pdd_cli.imaging.provenance import Provenance, made_by_pdd, source_of
+from pdd_cli.version import __version__
 
 MADE = Provenance("realsr", "ab" * 32, "x4, strength 0.5", "cd" * 32)
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)

@@ -23,8 +23,8 @@ from xml.sax.saxutils import escape, quoteattr
 
 from PIL import Image
 
-from pdd_cli import __version__
 from pdd_cli.imaging.xmp import serialised
+from pdd_cli.version import __version__
 
 SOFTWARE = f"pdd {__version__}"
 

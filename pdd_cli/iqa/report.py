@@ -10,9 +10,9 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
-from pdd_cli import __version__
 from pdd_cli.iqa.compare import Comparison, compare, in_words
 from pdd_cli.iqa.metrics import LUMA_METRICS, ImageScores, Luma, MetricInfo
+from pdd_cli.version import __version__
 
 
 @dataclass(frozen=True)

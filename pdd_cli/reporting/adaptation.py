@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from pdd_cli import __version__
 from pdd_cli.data.datasets import RGB
 from pdd_cli.reporting.html import GALLERY, apart, card, figure, lr_views, number, page, scroll, short, view
+from pdd_cli.version import __version__
 
 _LOSSES = ("pixel", "perceptual", "adversarial", "inter", "intra", "consistency", "feature_distance")
 _POINTS = 150  # of a curve

@@ -59,6 +59,14 @@ def resolve(
     return _check(model, values, "")
 
 
+def checked(model: type[T], options: Mapping[str, object]) -> T:
+    """The settings of `options` (dotted key → value) and the defaults. Raises InputError as `resolve` does."""
+    values: dict[str, Any] = {}
+    for key, option in options.items():
+        _put(values, key, option)
+    return _check(model, values, "")
+
+
 def given(
     model: type[T],
     section: Section,

@@ -12,10 +12,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
-from pdd_cli import __version__
 from pdd_cli.errors import InputError
 from pdd_cli.files import atomic_write, write_errors
 from pdd_cli.imaging.provenance import Provenance, made_by_pdd
+from pdd_cli.version import __version__
 from pdd_cli.weights.sources import file_sha256
 
 NAME = ".pdd-manifest.jsonl"

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 from pydantic import BaseModel, ConfigDict
 
-from pdd_cli import __version__
 from pdd_cli.errors import InputError
 from pdd_cli.files import atomic_write, locked, write_errors
+from pdd_cli.version import __version__
 from pdd_cli.weights.states import SUFFIXES, state_sha256
 
 if TYPE_CHECKING:

@@ -1,0 +1,84 @@
+"""The Python interface of upscaling: a model for arrays, and files as one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pdd_cli.batch.loading import load_upscalers
+from pdd_cli.batch.run import run
+from pdd_cli.distributed import World
+from pdd_cli.errors import InputError, PartialFailure
+from pdd_cli.imaging.decode import DecodedImage
+from pdd_cli.meeting import Meeting
+from pdd_cli.observer import Observer
+from pdd_cli.settings.resolve import checked
+from pdd_cli.settings.upscale import UpscaleConfig
+from pdd_cli.upscaling.upscaler import Upscaler
+
+Array = npt.NDArray[Any]
+
+
+class Model:
+    """A loaded super-resolution model."""
+
+    def __init__(self, upscaler: Upscaler) -> None:
+        self._upscaler = upscaler
+
+    @property
+    def scale(self) -> int:
+        """The model's own scale; outputs have another size where `settings` asked for one."""
+        return self._upscaler.scale
+
+    @property
+    def architecture(self) -> str:
+        """The name of the architecture, such as RRDBNet."""
+        return self._upscaler.engine.model.architecture
+
+    def upscale(self, image: Array) -> Array:
+        """Upscale one image.
+
+        Args:
+            image: (H, W) or (H, W, C), uint8 or uint16, C as in `pdd_cli.upscale`.
+
+        Returns:
+            (H', W') or (H', W', C) of the same type.
+
+        Raises:
+            InputError: an array of another shape or type.
+            ResourceError: the memory does not suffice.
+        """
+        if image.dtype not in (np.uint8, np.uint16):
+            raise InputError(
+                f"the array is of the type {image.dtype}, not uint8 or uint16",
+                "Scale its values to 0 to 255 or 0 to 65535 and convert it with `astype`.",
+            )
+        channels = image[..., None] if image.ndim == 2 else image
+        if channels.ndim != 3 or not 1 <= channels.shape[2] <= 4 or not channels.size:
+            raise InputError(f"the array has the shape {image.shape}, not (H, W) or (H, W, 1 to 4)")
+        has_alpha = channels.shape[2] in (2, 4)
+        pixels = np.ascontiguousarray(channels[..., :-1] if has_alpha else channels)
+        alpha = np.ascontiguousarray(channels[..., -1]) if has_alpha else None
+        whole: Array = self._upscaler.upscale(DecodedImage(pixels, alpha)).picture.interleaved
+        return whole[..., 0] if image.ndim == 2 else whole
+
+
+def open_model(values: Mapping[str, Any]) -> Model:
+    """The model that settings of `upscale` name."""
+    settings = checked(UpscaleConfig, {**values, "input": ("",), "output": ""})
+    return Model(load_upscalers(settings, Meeting(World()), Observer(), dry_run=False).upscalers[0])
+
+
+def upscale_files(sources: Sequence[Path], output: str, values: Mapping[str, Any]) -> list[Path]:
+    """The outputs of `sources`, in their order. Raises PartialFailure that names each input that failed."""
+    outcome = run(checked(UpscaleConfig, {**values, "input": tuple(sources), "output": output}))
+    try:
+        outcome.raise_for_failures()
+    except PartialFailure as error:
+        failed = [result.problem for result in outcome.results if result.status == "failed"]
+        raise PartialFailure("\n".join([error.message, *failed, *outcome.plan.problems]), error.hint) from None
+    return [result.job.target for result in outcome.results]
