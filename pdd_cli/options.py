@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from rich.markup import escape
 
 from pdd_cli.console import Console
-from pdd_cli.settings.base import Option, Settings
+from pdd_cli.settings.base import Option, Panel, Settings
 from pdd_cli.settings.resolve import Section, given, models_in, resolve
 
 S = TypeVar("S", bound=Settings)
@@ -70,10 +70,12 @@ def command(model: type[S], section: Section, flags: type[F], run: Callable[[Cal
         "debug": _Field((bool,), "Show a traceback when something fails.", Option("General")),
     }
     fields = {name: field for name, (_, field) in settings.items()} | switches | general
-    parameters = [parameter for name, field in fields.items() for parameter in _parameters(name, field)]
+    panels = get_args(Panel)
+    by_panel = sorted(fields.items(), key=lambda item: panels.index(item[1].option.panel))
+    parameters = sorted((_parameter(*item) for item in by_panel), key=_is_optional)
 
     def call(context: typer.Context, **values: Any) -> None:
-        chosen = {name: _value(field, values[name], values.get(_AS_OPTION + name)) for name, field in fields.items()}
+        chosen = {name: _value(field, values[name]) for name, field in fields.items()}
         run(
             Call(
                 model,
@@ -101,6 +103,7 @@ class _Field:
     description: str
     option: Option
     default: object = None
+    is_required: bool = False
 
     @property
     def is_several(self) -> bool:
@@ -144,7 +147,9 @@ def _fields(model: type[BaseModel]) -> dict[str, _Field]:
             for option in field.metadata:
                 if isinstance(option, Option):
                     annotations = tuple(branch.annotation for branch in branches)
-                    fields[key] = _Field(annotations, field.description or "", option, field.default)
+                    fields[key] = _Field(
+                        annotations, field.description or "", option, field.default, field.is_required()
+                    )
     return fields
 
 
@@ -156,37 +161,34 @@ def _all_fields(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, F
 
 
 _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD
-_AS_OPTION = "option_"
 
 
-def _parameters(name: str, field: _Field) -> Iterator[inspect.Parameter]:
-    """The Typer parameter of a field; of a field by position that has flags, too, both."""
+def _parameter(name: str, field: _Field) -> inspect.Parameter:
     option = field.option
     kind: Any = Literal[field.choices] if field.choices else field.kind  # type: ignore[valid-type]
     if field.is_several:
         kind = str if option.comma_separated else GenericAlias(list, (kind,))
-    form = "A,B,…" if option.comma_separated else "NAME" if field.choices else _METAVARS.get(field.kind)
+    info: Any
     if option.argument:
-        argument = typer.Argument(help=field.help, metavar=option.metavar, show_default=False)
-        yield _parameter(name, kind, argument)
-        if not option.flags:
-            return
-    flags = option.flags or (f"--{name.rstrip('_').replace('_', '-')}",)
-    help = f"The same as {option.metavar}, by name." if option.argument else field.help
-    info = typer.Option(
-        *flags, help=help, metavar=option.metavar or form, rich_help_panel=option.panel, show_default=False
-    )
-    yield _parameter(_AS_OPTION + name if option.argument else name, kind, info)
-
-
-def _parameter(name: str, kind: Any, info: Any) -> inspect.Parameter:
+        info = typer.Argument(help=field.help, metavar=option.metavar, show_default=False)
+    else:
+        flags = option.flags or (f"--{name.rstrip('_').replace('_', '-')}",)
+        form = "A,B,…" if option.comma_separated else "NAME" if field.choices else _METAVARS.get(field.kind)
+        info = typer.Option(
+            *flags, help=field.help, metavar=option.metavar or form, rich_help_panel=option.panel, show_default=False
+        )
     annotated: Any = Annotated
+    if option.argument and field.is_required:
+        return inspect.Parameter(name, _KEYWORD, annotation=annotated[kind, info])
     return inspect.Parameter(name, _KEYWORD, default=None, annotation=annotated[kind | None, info])
 
 
-def _value(field: _Field, value: Any, by_option: Any) -> object:
+def _is_optional(parameter: inspect.Parameter) -> bool:
+    return parameter.default is not inspect.Parameter.empty
+
+
+def _value(field: _Field, value: Any) -> object:
     """What the model is given; None for an option that was not used."""
-    value = value or by_option if field.option.argument else value
     if field.option.comma_separated and value is not None:
         return tuple(part.strip() for part in value.split(",") if part.strip()) or None
     return (tuple(value) or None) if isinstance(value, list) else value

@@ -19,10 +19,14 @@ from pdd_cli.cli import app
 from pdd_cli.options import Call, command
 from pdd_cli.settings.adapt import AdaptConfig, AdaptFlags, Generalist
 from pdd_cli.settings.base import Option, Settings
+from pdd_cli.settings.evaluate import EvaluateConfig
 from pdd_cli.settings.fetch import FetchConfig, FetchFlags
+from pdd_cli.settings.upscale import UpscaleConfig, UpscaleFlags
 
 COMMANDS: dict[str, tuple[type[Settings], type[Settings]]] = {
     "adapt": (AdaptConfig, AdaptFlags),
+    "upscale": (UpscaleConfig, UpscaleFlags),
+    "evaluate": (EvaluateConfig, Settings),
     "fetch-weights": (FetchConfig, FetchFlags),
 }
 
@@ -79,7 +83,7 @@ def test_the_examples_of_help_are_valid(name):
 
 
 class Inner(Settings):
-    mode: Annotated[Literal["b"], Field(description="Which."), Option("Some", flags=("--mode",))] = "b"
+    mode: Annotated[Literal["b"], Field(description="Which."), Option("Method", flags=("--mode",))] = "b"
 
 
 class Other(Settings):
@@ -87,10 +91,10 @@ class Other(Settings):
 
 
 class Toy(Settings):
-    files: Annotated[tuple[Path, ...], Option("In", argument=True, flags=("--input", "-i"), metavar="FILE")] = ()
-    names: Annotated[tuple[str, ...], Option("In", comma_separated=True)] = ()
-    number: Annotated[Literal["auto"] | int, Option("Some")] = "auto"
-    deep: Annotated[bool, Option("Some", flags=("--deep/--flat",))] = True
+    files: Annotated[tuple[Path, ...], Option("Input", argument=True, metavar="FILE")] = ()
+    names: Annotated[tuple[str, ...], Option("Input", comma_separated=True)] = ()
+    number: Annotated[Literal["auto"] | int, Option("Method")] = "auto"
+    deep: Annotated[bool, Option("Method", flags=("--deep/--flat",))] = True
     both: Inner | Other = Inner()
     secret: int = 3
 
@@ -104,7 +108,6 @@ class ToyFlags(Settings):
     [
         ("", Toy(), False),
         ("a b --dry", Toy(files=(Path("a"), Path("b"))), True),
-        ("-i a --input b", Toy(files=(Path("a"), Path("b"))), False),
         ("--names x,y, --number 4", Toy(names=("x", "y"), number=4), False),
         ("--number auto --flat", Toy(deep=False), False),
         ("--mode c --set secret=5", Toy(both=Other(mode="c"), secret=5), False),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import typer
+from typing import TYPE_CHECKING
 
 from pdd_cli.console import Console
+from pdd_cli.options import Call, command
+from pdd_cli.settings.base import Settings
+from pdd_cli.settings.evaluate import EvaluateConfig
 
 if TYPE_CHECKING:
     from pdd_cli.iqa.report import Report
@@ -15,100 +15,18 @@ if TYPE_CHECKING:
 _ROWS = 60  # of the table on screen; the rest is in --output
 
 
-def evaluate(
-    sr_dir: Annotated[
-        Path | None,
-        typer.Argument(help="Image or folder to score. [default: what the latest `pdd upscale` made]"),
-    ] = None,
-    gt_dir: Annotated[
-        Path | None, typer.Option(help="Ground truth (HR originals), image or folder; paired by name.")
-    ] = None,
-    lr_dir: Annotated[
-        Path | None,
-        typer.Option(help="The LR inputs, image or folder: adds downscale consistency and colour drift."),
-    ] = None,
-    baseline: Annotated[
-        list[Path] | None, typer.Option(help="Other SR images of the same inputs to compare with; repeatable.")
-    ] = None,
-    fail_if_worse: Annotated[
-        str | None,
-        typer.Option(help="Exit code 6 when a baseline is clearly better by one of these metrics.", metavar="A,B,…"),
-    ] = None,
-    metrics: Annotated[
-        str | None,
-        typer.Option(
-            help="Metrics of pyiqa, for example niqe,psnr,lpips; `list` shows all. [default: niqe]", metavar="A,B,…"
-        ),
-    ] = None,
-    dataset: Annotated[
-        Literal["realsr", "drealsr", "ntire20", "dped", "videolq"] | None,
-        typer.Option(help="LR and HR images from --root in the layout this data set is published in."),
-    ] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder that --dataset was unpacked into.")] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="Upscale the LR images (--lr-dir or --dataset) with each of these, then score; the last one is "
-            "compared with the others.",
-            metavar="A,B,…",
-        ),
-    ] = None,
-    upscaled_dir: Annotated[
-        Path | None, typer.Option(help="Where --weights puts the images, a folder a model. [default: upscaled]")
-    ] = None,
-    crop_border: Annotated[
-        int | None, typer.Option(help="Pixels to leave out at each side. [default: 0]", show_default=False)
-    ] = None,
-    luma: Annotated[
-        Literal["full", "matlab"] | None,
-        typer.Option(
-            help="Luma of psnry, ssim, ms_ssim and cw_ssim: full (0..255), or matlab (16..235, as papers have it). "
-            "[default: full]"
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Write the report: a page to look at (.html), or all scores (.csv, .json).")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. [default: auto]")] = None,
-    offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with an `evaluate:` section. [default: ./pdd.yaml]")
-    ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting: key.path=value; repeatable.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
-) -> None:
-    """Score images with any metric of pyiqa, with ground truth or without, and compare them with others.
+def _evaluate(call: Call[EvaluateConfig, Settings]) -> None:
+    """Score images by any metric of pyiqa, and compare them with others.
 
-    A metric that needs ground truth is passed over where there is none. Images that can't be read or compared
-    are named; the others are scored (exit code 3).
+    Ground truth is optional: a metric that needs it is skipped without it.
+    Images that can't be read or compared are named; the others are scored
+    (exit code 3).
+
+    Examples:
+      pdd evaluate out/ --metrics niqe,musiq
+      pdd evaluate out/ --gt-dir hr/ --metrics psnr,lpips --output report.html
     """
-    from pdd_cli.settings.evaluate import EvaluateConfig
-    from pdd_cli.settings.resolve import resolve
-
-    console = Console(json=json)
-    settings = resolve(
-        EvaluateConfig,
-        "evaluate",
-        options={
-            "sr_dir": sr_dir,
-            "gt_dir": gt_dir,
-            "lr_dir": lr_dir,
-            "baseline": tuple(baseline) if baseline else None,
-            "fail_if_worse": _names(fail_if_worse),
-            "metrics": _names(metrics),
-            "dataset": dataset,
-            "root": root,
-            "weights": _names(weights),
-            "upscaled_dir": upscaled_dir,
-            "crop_border": crop_border,
-            "luma": luma,
-            "output": output,
-            "device": device,
-            "offline": offline,
-        },
-        overrides=set_ or (),
-        file=config,
-    )
+    console, settings = call.console, call.settings()
     if settings.metrics == ("list",):
         _list_metrics(console)
         return
@@ -133,8 +51,7 @@ def evaluate(
     evaluation.raise_for_failures(settings.fail_if_worse)
 
 
-def _names(text: str | None) -> tuple[str, ...] | None:
-    return tuple(part.strip() for part in text.split(",") if part.strip()) if text else None
+evaluate = command(EvaluateConfig, "evaluate", Settings, _evaluate)
 
 
 def _show(report: Report, console: Console) -> None:

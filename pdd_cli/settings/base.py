@@ -15,16 +15,23 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
+# Groups of options, in the order in which help shows them.
+Panel = Literal[
+    "Input", "Weights", "Source", "Model", "Size", "Metrics", "Comparison", "Method", "Training", "Output", "Run",
+    "Computing", "General",
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Option:
     """How a field appears on the command line; one without it is only for files and `--set`.
 
     `flags`: its names, by default the field's own. `default`: what is done without it, where the value does not say
     so. `metavar`: the form of the value. `comma_separated`: several values are given as `A,B`. `argument`: it is given
-    by position, and by `flags` where there are any.
+    by position.
     """
 
-    panel: str
+    panel: Panel
     flags: tuple[str, ...] = ()
     default: str = ""
     metavar: str | None = None

@@ -7,25 +7,82 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pdd_cli.settings.base import Device, Offline, Settings
+from pdd_cli.settings.base import Device, Offline, Option, Settings
 
 
 class EvaluateConfig(Settings):
     """`pdd evaluate`."""
 
-    sr_dir: Path | None = None
-    gt_dir: Path | None = None
-    lr_dir: Path | None = None
-    baseline: tuple[Path, ...] = ()
-    fail_if_worse: tuple[str, ...] = ()
-    dataset: Literal["realsr", "drealsr", "ntire20", "dped", "videolq"] | None = None
-    root: Path | None = None
-    weights: tuple[str, ...] = ()
-    upscaled_dir: Path = Path("upscaled")
-    metrics: tuple[str, ...] = Field(default=("niqe",), min_length=1)
-    crop_border: Annotated[int, Field(ge=0)] = 0
-    luma: Literal["full", "matlab"] = "full"
-    output: Path | None = None
+    sr_dir: Annotated[
+        Path | None,
+        Field(description="Image or folder to score."),
+        Option("Input", argument=True, metavar="SR_DIR", default="what the latest `pdd upscale` made"),
+    ] = None
+    gt_dir: Annotated[
+        Path | None,
+        Field(description="Ground truth (HR originals), image or folder; paired by name."),
+        Option("Input"),
+    ] = None
+    lr_dir: Annotated[
+        Path | None,
+        Field(description="The LR inputs, image or folder: adds downscale consistency and colour drift."),
+        Option("Input"),
+    ] = None
+    baseline: Annotated[
+        tuple[Path, ...],
+        Field(description="Other SR images of the same inputs to compare with; may be given several times."),
+        Option("Comparison"),
+    ] = ()
+    fail_if_worse: Annotated[
+        tuple[str, ...],
+        Field(description="Exit code 6 when a baseline is clearly better by one of these metrics."),
+        Option("Comparison", comma_separated=True),
+    ] = ()
+    dataset: Annotated[
+        Literal["realsr", "drealsr", "ntire20", "dped", "videolq"] | None,
+        Field(description="LR and HR images from --root in the layout this data set is published in."),
+        Option("Input"),
+    ] = None
+    root: Annotated[
+        Path | None,
+        Field(description="Folder that --dataset was unpacked into."),
+        Option("Input"),
+    ] = None
+    weights: Annotated[
+        tuple[str, ...],
+        Field(
+            description="Upscale the LR images (--lr-dir or --dataset) with each of these, then score; "
+            "the last one is compared with the others."
+        ),
+        Option("Model", flags=("--weights", "-n"), comma_separated=True),
+    ] = ()
+    upscaled_dir: Annotated[
+        Path,
+        Field(description="Where --weights puts the images, a folder a model."),
+        Option("Model"),
+    ] = Path("upscaled")
+    metrics: Annotated[
+        tuple[str, ...],
+        Field(min_length=1, description="Metrics of pyiqa, for example niqe,psnr,lpips; `list` shows all."),
+        Option("Metrics", comma_separated=True),
+    ] = ("niqe",)
+    crop_border: Annotated[
+        Annotated[int, Field(ge=0)],
+        Field(description="Pixels to leave out at each side."),
+        Option("Metrics"),
+    ] = 0
+    luma: Annotated[
+        Literal["full", "matlab"],
+        Field(
+            description="Luma of psnry, ssim, ms_ssim and cw_ssim: full (0..255), or matlab (16..235, as in papers)."
+        ),
+        Option("Metrics"),
+    ] = "full"
+    output: Annotated[
+        Path | None,
+        Field(description="Write the report: a page to look at (.html), or all scores (.csv, .json)."),
+        Option("Output", flags=("--output", "-o")),
+    ] = None
     device: Device = "auto"
     offline: Offline = False
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pdd_cli.settings.base import Device, Fraction, Offline, Precision, Settings
+from pdd_cli.settings.base import Device, Fraction, Offline, Option, Precision, Settings
 
 Side = Annotated[int, Field(ge=1, le=1_000_000)]
 
@@ -20,33 +20,123 @@ def _several(value: Any) -> Any:
 class UpscaleConfig(Settings):
     """`pdd upscale`."""
 
-    input: Annotated[tuple[Path, ...], BeforeValidator(_several), Field(min_length=1)]
-    output: str  # not a Path, which would lose the trailing slash that says "a folder"
-    weights: str = "realesrgan"
-    tile: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
-    overlap: Annotated[int, Field(ge=0)] = 64
+    input: Annotated[
+        tuple[Path, ...],
+        BeforeValidator(_several),
+        Field(min_length=1, description="Images, videos, folders of them, or patterns in quotes ('in/**/*.png')."),
+        Option("Input", argument=True, metavar="INPUT"),
+    ]
+    output: Annotated[
+        str,  # not a Path, which would lose the trailing slash that says "a folder"
+        Field(description="Folder for the outputs; for one input a file, too."),
+        Option("Output", argument=True, metavar="OUTPUT"),
+    ]
+    weights: Annotated[
+        str,
+        Field(description="NAME or FILE of the model."),
+        Option("Model", flags=("--weights", "-n")),
+    ] = "realesrgan"
+    tile: Annotated[
+        Literal["auto"] | Annotated[int, Field(ge=0)],
+        Field(description="Longest side of a tile in LR pixels; 0: the whole image; auto: by memory."),
+        Option("Computing", metavar="N"),
+    ] = "auto"
+    overlap: Annotated[
+        Annotated[int, Field(ge=0)],
+        Field(description="LR pixels around a tile that the model sees, too."),
+        Option("Computing"),
+    ] = 64
     # At most one of these; without them the model's own scale.
-    scale: Annotated[float, Field(gt=0, le=64)] | None = None
-    width: Side | None = None
-    height: Side | None = None
-    long_side: Side | None = None
-    fit: Annotated[str, Field(pattern=r"^[1-9]\d{0,6}x[1-9]\d{0,6}$")] | None = None
-    strength: Fraction | None = None  # None: as the weights' card recommends
-    color_correction: Literal["none", "mean-std", "low-frequency"] = "none"
-    format: Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl", "mp4", "mov", "mkv", "webm"] = (
-        "keep"
-    )
-    quality: Annotated[int, Field(ge=1, le=100)] = 95
-    lossless: bool = False
-    strip_metadata: bool = False
-    suffix: str = ""
-    recursive: bool = True
-    overwrite: bool = False
-    log: Path | None = None  # a line of JSON for each file, as it ends
-    engine: Literal["auto", "torch", "openvino", "winograd"] = "auto"
-    device: Device = "auto"
+    scale: Annotated[
+        Annotated[float, Field(gt=0, le=64)] | None,
+        Field(description="Output size as a multiple of the input's."),
+        Option("Size", flags=("--scale", "-s"), default="the model's"),
+    ] = None
+    width: Annotated[
+        Side | None,
+        Field(description="Output width in pixels; the aspect is kept."),
+        Option("Size"),
+    ] = None
+    height: Annotated[
+        Side | None,
+        Field(description="Output height in pixels; the aspect is kept."),
+        Option("Size"),
+    ] = None
+    long_side: Annotated[
+        Side | None,
+        Field(description="Longer side of the output in pixels."),
+        Option("Size"),
+    ] = None
+    fit: Annotated[
+        Annotated[str, Field(pattern=r"^[1-9]\d{0,6}x[1-9]\d{0,6}$")] | None,
+        Field(description="The largest output inside this box."),
+        Option("Size", metavar="WxH"),
+    ] = None
+    strength: Annotated[
+        Fraction | None,
+        Field(description="Of adapted weights: 0 is their base, 1 the adapted."),
+        Option("Model", default="as their card recommends"),
+    ] = None
+    color_correction: Annotated[
+        Literal["none", "mean-std", "low-frequency"],
+        Field(description="Give the output the input's colours."),
+        Option("Model"),
+    ] = "none"
+    format: Annotated[
+        Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl", "mp4", "mov", "mkv", "webm"],
+        Field(description="Format of the outputs: images or videos; keep: the input's."),
+        Option("Output"),
+    ] = "keep"
+    quality: Annotated[
+        Annotated[int, Field(ge=1, le=100)],
+        Field(description="Of lossy formats, 1 to 100."),
+        Option("Output"),
+    ] = 95
+    lossless: Annotated[
+        bool,
+        Field(description="Refuse lossy formats; WebP, JPEG XL and .mkv lossless."),
+        Option("Output"),
+    ] = False
+    strip_metadata: Annotated[
+        bool,
+        Field(description="Keep no EXIF, XMP, text, dpi or tags; only the colour profile."),
+        Option("Output"),
+    ] = False
+    suffix: Annotated[
+        str,
+        Field(description="Text to put behind each output's name."),
+        Option("Output", default="none"),
+    ] = ""
+    recursive: Annotated[
+        bool,
+        Field(description="Go into subfolders."),
+        Option("Input", flags=("--recursive/--no-recursive",), default="recursive"),
+    ] = True
+    overwrite: Annotated[
+        bool,
+        Field(description="Make pdd's own outputs again."),
+        Option("Output", flags=("--overwrite/--skip-existing",), default="skip"),
+    ] = False
+    log: Annotated[
+        Path | None,
+        Field(description="Add a line of JSON to this file for each input as it ends."),
+        Option("Output", metavar="FILE"),
+    ] = None
+    engine: Annotated[
+        Literal["auto", "torch", "openvino", "winograd"],
+        Field(description="What computes; auto: the fastest that agrees with PyTorch."),
+        Option("Computing"),
+    ] = "auto"
+    device: Annotated[
+        Device,
+        Field(description="auto, cpu, cuda, cuda:N or mps; several: cuda:0,cuda:1."),
+    ] = "auto"
     precision: Precision = "auto"
-    max_memory: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[MG]$")] | None = None
+    max_memory: Annotated[
+        Annotated[str, Field(pattern=r"^\d+(\.\d+)?[MG]$")] | None,
+        Field(description="Most memory that the process takes, as 800M or 2G."),
+        Option("Computing", metavar="SIZE", default="what is free"),
+    ] = None
     offline: Offline = False
 
     @model_validator(mode="after")
@@ -63,3 +153,9 @@ class UpscaleConfig(Settings):
         if self.max_memory is None:
             return None
         return int(float(self.max_memory[:-1]) * {"M": 2**20, "G": 2**30}[self.max_memory[-1]])
+
+
+class UpscaleFlags(Settings):
+    """Switches of one call, which no file holds."""
+
+    dry_run: Annotated[bool, Field(description="Say what would be done, and do nothing."), Option("Output")] = False
