@@ -26,7 +26,8 @@ from torch import Tensor
 from pdd_cli.adaptation.loop import train
 from pdd_cli.adaptation.prepare import Run, WeightFiles, prepare_run
 from pdd_cli.data.datasets import texture
-from pdd_cli.imaging.decode import find_images, read_image
+from pdd_cli.imaging.decode import read_image
+from pdd_cli.imaging.find import find_images
 from pdd_cli.iqa.feature_distance import feature_distance, unit_features
 from pdd_cli.iqa.pairing import pair
 from pdd_cli.iqa.pyiqa_adapter import load_metric

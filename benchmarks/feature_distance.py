@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pdd_cli.imaging.decode import find_images, read_image
+from pdd_cli.imaging.decode import read_image
+from pdd_cli.imaging.find import find_images
 from pdd_cli.iqa.feature_distance import feature_distance, unit_features
 from pdd_cli.iqa.pairing import pair
 from pdd_cli.models.features import feature_network

@@ -20,7 +20,8 @@ import torch
 from spandrel import ModelLoader
 
 from pdd_cli.engines.select import choose_engine
-from pdd_cli.imaging.decode import DecodedImage, read_image
+from pdd_cli.imaging.decode import read_image
+from pdd_cli.imaging.image import DecodedImage
 from pdd_cli.models.loading import load_sr_model
 from pdd_cli.runtime import choose_runtime
 from pdd_cli.upscaling.tiling import Span, TilePlan

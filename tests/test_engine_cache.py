@@ -20,7 +20,9 @@ from pdd_cli.engines.base import Unfit, Usable
 from pdd_cli.engines.select import choose_engine, open_engine
 from pdd_cli.engines.torch_engine import TorchEngine
 from pdd_cli.engines.winograd import kernel as winograd_kernel
-from pdd_cli.imaging.decode import DecodedImage, read_image, write_image
+from pdd_cli.imaging.decode import read_image
+from pdd_cli.imaging.encode import write_image
+from pdd_cli.imaging.image import DecodedImage
 from pdd_cli.models.loading import SRModel, load_sr_model, state_sha256
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.models.traits import ModelSpec

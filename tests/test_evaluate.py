@@ -28,7 +28,7 @@ from PIL import Image
 from pyiqa.models.inference_model import InferenceModel
 
 from pdd_cli.errors import DownloadError, InputError, PartialFailure
-from pdd_cli.imaging.decode import DecodedImage
+from pdd_cli.imaging.image import DecodedImage
 from pdd_cli.iqa import metrics as metrics_module
 from pdd_cli.iqa.metrics import Item, metric_infos, score
 from pdd_cli.iqa.pairing import pair, plain_stem

@@ -23,16 +23,11 @@ from PIL import Image, ImageCms, ImageOps
 from benchmarks.fuzz import handmade
 from pdd_cli.errors import InputError, PddError
 from pdd_cli.imaging import png
-from pdd_cli.imaging.decode import (
-    MOST_PIXELS,
-    DecodedImage,
-    decode_pages,
-    find_images,
-    image_size,
-    read_image,
-    write_image,
-)
-from pdd_cli.imaging.encode import Encoding, ImageSpec, ImageStream, check_size, from_float, write_images
+from pdd_cli.imaging.decode import decode_pages, image_size, read_image
+from pdd_cli.imaging.encode import Encoding, write_image, write_images
+from pdd_cli.imaging.find import find_images
+from pdd_cli.imaging.formats import check_size
+from pdd_cli.imaging.image import MOST_PIXELS, DecodedImage, ImageSpec, ImageStream, from_float
 from pdd_cli.imaging.metadata import Metadata
 
 pillow_heif.register_heif_opener()  # pillow_jxl registers itself

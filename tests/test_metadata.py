@@ -21,7 +21,8 @@ import tifffile
 from PIL import Image, ImageCms, PngImagePlugin
 
 from pdd_cli.imaging.decode import read_image
-from pdd_cli.imaging.encode import ImageSpec, ImageStream, write_images
+from pdd_cli.imaging.encode import write_images
+from pdd_cli.imaging.image import ImageSpec, ImageStream
 from pdd_cli.imaging.metadata import GeoTag, Metadata
 from pdd_cli.upscaling.jobs import Job, Result
 from pdd_cli.upscaling.pipeline import run_jobs

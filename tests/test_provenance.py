@@ -13,7 +13,10 @@ import pytest
 from PIL import Image
 
 from pdd_cli.imaging.decode import read_image
-from pdd_cli.imaging.encode import FORMATS, ImageSpec, ImageStream, Metadata, write_images
+from pdd_cli.imaging.encode import write_images
+from pdd_cli.imaging.formats import FORMATS
+from pdd_cli.imaging.image import ImageSpec, ImageStream
+from pdd_cli.imaging.metadata import Metadata
 from pdd_cli.imaging.provenance import Provenance, made_by_pdd, source_of
 from pdd_cli.version import __version__
 

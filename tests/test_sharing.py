@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pdd_cli.batch.devices import partition, run_on_devices
 from pdd_cli.distributed import World
 from pdd_cli.errors import InputError, PartialFailure
-from pdd_cli.imaging.decode import write_image
+from pdd_cli.imaging.encode import write_image
 from pdd_cli.last_run import latest_upscale
 from pdd_cli.meeting import Meeting
 from pdd_cli.models.loading import load_sr_model

@@ -27,8 +27,9 @@ from pdd_cli.engines.torch_engine import TorchEngine, bytes_per_pixel
 from pdd_cli.engines.winograd import kernel as winograd_kernel
 from pdd_cli.engines.winograd.engine import WinogradEngine
 from pdd_cli.errors import InputError, OutOfMemory, PartialFailure, PddError, ResourceError
-from pdd_cli.imaging.decode import DecodedImage, read_image, write_image
-from pdd_cli.imaging.encode import Encoding
+from pdd_cli.imaging.decode import read_image
+from pdd_cli.imaging.encode import Encoding, write_image
+from pdd_cli.imaging.image import DecodedImage
 from pdd_cli.last_run import latest_upscale
 from pdd_cli.models.loading import SRModel, load_sr_model
 from pdd_cli.runtime import Runtime

@@ -13,7 +13,7 @@ from pdd_cli.batch.loading import load_upscalers
 from pdd_cli.batch.run import run
 from pdd_cli.distributed import World
 from pdd_cli.errors import InputError, PartialFailure
-from pdd_cli.imaging.decode import DecodedImage
+from pdd_cli.imaging.image import DecodedImage
 from pdd_cli.meeting import Meeting
 from pdd_cli.observer import Observer
 from pdd_cli.settings.resolve import checked

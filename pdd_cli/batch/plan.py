@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from pdd_cli.errors import InputError
-from pdd_cli.imaging.decode import find_images, is_image, probe
-from pdd_cli.imaging.encode import (
-    FORMATS,
-    format_of,
-    load_plugin,
-)
+from pdd_cli.imaging.decode import probe
+from pdd_cli.imaging.find import find_images, is_image
+from pdd_cli.imaging.formats import FORMATS, format_of, load_plugin
 from pdd_cli.imaging.provenance import source_of
 from pdd_cli.upscaling.jobs import Job
 from pdd_cli.upscaling.manifest import NAME, Manifest

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pdd_cli.data.degradations import Degradation, downsample
 from pdd_cli.errors import InputError
-from pdd_cli.imaging.decode import decode_pages, find_images, read_bytes
+from pdd_cli.imaging.decode import decode_pages, read_bytes
+from pdd_cli.imaging.find import find_images
 
 RGB = NDArray[np.uint8]  # (H, W, 3)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pdd_cli.imaging.decode import Array
+from pdd_cli.imaging.image import Array
 from pdd_cli.models.traits import ModelSpec
 from pdd_cli.runtime import Runtime
 

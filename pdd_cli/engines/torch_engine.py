@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pdd_cli.engines.base import Engine, FloatArray
-from pdd_cli.imaging.decode import Array
-from pdd_cli.imaging.encode import to_float
+from pdd_cli.imaging.image import Array, to_float
 from pdd_cli.runtime import Runtime, one_memory_error, usable_cpus
 
 if TYPE_CHECKING:

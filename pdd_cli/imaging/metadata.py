@@ -15,13 +15,13 @@ from pdd_cli.imaging import icc as profiles
 from pdd_cli.imaging import xmp as packets
 
 Size = tuple[int, int]
-
 EXIF_IFD, GPS_IFD = 0x8769, 0x8825
 ORIENTATION, USER_COMMENT = 0x0112, 0x9286
 
 # Tags of the image itself that stay true when the pixels change: who, when, with what, where.
 _KEPT = {0x010D, 0x010E, 0x010F, 0x0110, 0x011D, 0x011E, 0x011F, 0x0129, 0x0131, 0x0132, 0x013B, 0x013C, 0x0150, 0x4746}
 _KEPT |= {0x4749, 0x8298, 0x9C9B, 0x9C9C, 0x9C9D, 0x9C9E, 0x9C9F, 0xC614, 0xC615, 0xC62F}
+
 # How the pixels are stored, and what has a place of its own here: the resolution, XMP, IPTC, the profile, the Earth.
 _STRUCTURE = {*range(0x00FE, 0x010D), *range(0x0111, 0x011D), *range(0x0120, 0x0126), 0x0128, 0x012D, 0x013D, 0x013E}
 _STRUCTURE |= {0x013F, *range(0x0140, 0x0150), *range(0x0151, 0x015C), *range(0x0200, 0x0216), 0x02BC, 0x83BB, 0x8649}
@@ -29,12 +29,11 @@ _STRUCTURE |= {0x8773, EXIF_IFD, GPS_IFD, 0xA005, 0x1000, 0x1001, 0x1002, 0xC4A5
 _WIDTH, _HEIGHT, _INTEROPERABILITY, _AREA, _PLACE = 0xA002, 0xA003, 0xA005, 0x9214, 0xA214
 _FOCAL_PLANE = (0xA20E, 0xA20F)
 _X_RESOLUTION, _Y_RESOLUTION, _UNIT = 0x011A, 0x011B, 0x0128
-
 PIXEL_SCALE, TIE_POINTS, TRANSFORMATION, GEO_KEYS = 33550, 33922, 34264, 34735
 GEO_TAGS = (PIXEL_SCALE, TIE_POINTS, TRANSFORMATION, GEO_KEYS, 34736, 34737, 42113)
 _RASTER_TYPE, _POINT = 1025, 2
-
 _PQ, _HLG = 16, 18
+
 # Of the transfer characteristics of H.273 those that are a power of so much; None is the curve of sRGB. Pictures that
 # are marked with a camera's curve (1, 6) are shown with that of sRGB by all browsers.
 _GAMMAS: dict[int, float | None] = {1: None, 2: None, 4: 2.2, 5: 2.8, 6: None, 8: 1.0, 13: None, 14: None, 15: None}
@@ -50,6 +49,7 @@ _HOLDS = {
     "JXL": {"exif", "xmp"},
     "BMP": {"dpi"},
 }
+
 # What one segment of a JPEG holds.
 _MOST_JPEG = {"exif": 65_533, "xmp": 65_504, "iptc": 65_490, "comment": 65_533}
 
@@ -158,9 +158,6 @@ class Metadata:
         return kept, tuple(dict.fromkeys(left))
 
 
-# --- EXIF -------------------------------------------------------------------------------------------------------
-
-
 def kept_exif(exif: Image.Exif, size: Size) -> tuple[bytes | None, tuple[str, ...]]:
     """The tags that stay true for the upright image of `size`, and names of lost ones."""
     kept, lost = Image.Exif(), []
@@ -241,9 +238,6 @@ def _with_parameters(metadata: Metadata, has_exif: bool) -> tuple[Metadata, list
     return replace(metadata, exif=bytes(tags.tobytes())), [text for text in metadata.text if text != found]
 
 
-# --- colours ----------------------------------------------------------------------------------------------------
-
-
 def _profile_of_cicp(cicp: tuple[int, int, int, int], format: str) -> bytes | None:
     primaries, transfer = cicp[:2]
     if transfer in (_PQ, _HLG):
@@ -283,9 +277,6 @@ def _profile_of_chunks(chunks: Iterable[tuple[bytes, bytes]], *, gray: bool) -> 
     return profiles.profile(points, gamma, gray=gray)
 
 
-# --- the Earth --------------------------------------------------------------------------------------------------
-
-
 def _resized_geo(tags: tuple[GeoTag, ...], factors: tuple[float, float]) -> tuple[GeoTag, ...]:
     """Pixels are smaller by `factors`; where places are those of their centres, the first one's moves, too."""
     fx, fy = factors
@@ -315,3 +306,44 @@ def _resized_geo(tags: tuple[GeoTag, ...], factors: tuple[float, float]) -> tupl
 def _is_of_centres(tags: tuple[GeoTag, ...]) -> bool:
     keys = next((tag.values for tag in tags if tag.code == GEO_KEYS), ())
     return any(keys[at] == _RASTER_TYPE and keys[at + 3] == _POINT for at in range(4, len(keys) - 3, 4))
+
+
+Notes = tuple[str, ...]
+NO_NOTES: Notes = ()
+
+
+def true_exif(exif: Image.Exif, size: tuple[int, int]) -> tuple[bytes | None, Notes, Notes]:
+    try:
+        return (*kept_exif(exif, size), ())
+    except Exception:
+        # Values of a type that the tag doesn't have: the picture is worth more than its EXIF.
+        return None, (), ("its EXIF is damaged and left out",)
+
+
+def true_xmp(packet: object, orientation: int, size: tuple[int, int]) -> tuple[bytes | None, Notes]:
+    if isinstance(packet, str):
+        packet = packet.encode()
+    if not isinstance(packet, bytes) or not packet.strip(b"\0 \n"):
+        return None, ()
+    return packets.upright(packet, orientation, size)
+
+
+def dpi_of(values: object) -> tuple[float, float] | None:
+    try:
+        x, y = (float(value) for value in values)  # type: ignore[attr-defined]
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+    return (x, y) if 1 <= x < 1e5 and 1 <= y < 1e5 else None
+
+
+def dpi_of_exif(exif: Image.Exif) -> tuple[float, float] | None:
+    unit = {2: 1.0, 3: 2.54}.get(exif.get(0x0128, 2), 1.0)
+    try:
+        return dpi_of([float(exif[0x011A]) * unit, float(exif[0x011B]) * unit])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+
+
+def photoshop_block(iptc: bytes) -> bytes:
+    """IPTC as a resource of Photoshop."""
+    return b"8BIM\x04\x04\0\0" + struct.pack(">I", len(iptc)) + iptc + b"\0" * (len(iptc) % 2)

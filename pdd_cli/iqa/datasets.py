@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from pdd_cli.errors import InputError
-from pdd_cli.imaging.decode import find_images
+from pdd_cli.imaging.find import find_images
 
 DatasetName = Literal["realsr", "drealsr", "ntire20", "dped", "videolq"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdd_cli.errors import InputError
-from pdd_cli.imaging.decode import find_images
+from pdd_cli.imaging.find import find_images
 from pdd_cli.iqa.datasets import Dataset
 from pdd_cli.iqa.metrics import Item
 from pdd_cli.iqa.pairing import Pairing, pair

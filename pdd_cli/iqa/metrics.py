@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from pdd_cli.errors import InputError, PddError
-from pdd_cli.imaging.decode import DecodedImage, image_size, read_image, write_image
+from pdd_cli.imaging.decode import image_size, read_image
+from pdd_cli.imaging.encode import write_image
+from pdd_cli.imaging.image import DecodedImage
 from pdd_cli.iqa.consistency import Array, colour_drift, downscale_consistency
 from pdd_cli.iqa.filtering import FastFilters
 from pdd_cli.iqa.pyiqa_adapter import check_names, is_of_folders, load_metric, metric_config, quiet, sample_pair

@@ -12,7 +12,8 @@ import numpy as np
 
 from pdd_cli.errors import InputError, PddError
 from pdd_cli.files import write_text
-from pdd_cli.imaging.decode import Array, DecodedImage, read_image
+from pdd_cli.imaging.decode import read_image
+from pdd_cli.imaging.image import Array, DecodedImage
 from pdd_cli.iqa.compare import Comparison
 from pdd_cli.iqa.metrics import Item, MetricInfo
 from pdd_cli.reporting.html import (

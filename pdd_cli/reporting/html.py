@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pdd_cli.imaging.decode import Array
+from pdd_cli.imaging.image import Array
 
 WINDOW = 512
 """Pixels a side of an image that are put into a page."""

@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from pdd_cli.errors import InputError, PddError
-from pdd_cli.imaging.encode import (
-    Encoding,
-    check_lossless,
-    check_size,
-)
+from pdd_cli.imaging.encode import Encoding
+from pdd_cli.imaging.formats import check_lossless, check_size
 from pdd_cli.imaging.provenance import Provenance, made_by_pdd
 from pdd_cli.upscaling.manifest import Manifest
 from pdd_cli.weights.sources import file_sha256

@@ -15,16 +15,10 @@ from hashlib import sha256
 import numpy as np
 
 from pdd_cli.errors import ResourceError
-from pdd_cli.imaging.decode import Array, DecodedImage, decode_pages, probe, read_bytes
-from pdd_cli.imaging.encode import (
-    STREAMED,
-    ImageStream,
-    format_of,
-    keeps_frames,
-    left_out,
-    stored_spec,
-    write_images,
-)
+from pdd_cli.imaging.decode import decode_pages, probe, read_bytes
+from pdd_cli.imaging.encode import left_out, write_images
+from pdd_cli.imaging.formats import STREAMED, format_of, keeps_frames, stored_spec
+from pdd_cli.imaging.image import Array, DecodedImage, ImageStream
 from pdd_cli.runtime import usable_cpus
 from pdd_cli.upscaling.jobs import Abandoned, Job, Output, Result, check_target, failed, skipped
 from pdd_cli.upscaling.manifest import Manifest
@@ -135,7 +129,7 @@ def _load(job: Job, upscaler: Upscaler, output: Output, manifest: Manifest | Non
         result = skipped(job, key, output, manifest)
         if result is not None:
             return _Loaded(job, result)
-        header = probe(job.source, most_pixels=upscaler.most_pixels)
+        header = probe(job.source, data, most_pixels=upscaler.most_pixels)
         size_in = header.size
         check_target(job, upscaler.output_size(*header.size), output)
         estimate = upscaler.estimate(header.spec, streamed=format_of(job.target) in STREAMED, timed=False)

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pdd_cli.engines.base import Engine, FloatArray
 from pdd_cli.errors import InputError, OutOfMemory, PddError, ResourceError
-from pdd_cli.imaging.decode import MOST_PIXELS, Array, DecodedImage
-from pdd_cli.imaging.encode import ImageSpec, ImageStream, from_float, to_float
+from pdd_cli.imaging.image import (
+    MOST_PIXELS,
+    Array,
+    DecodedImage,
+    ImageSpec,
+    ImageStream,
+    collect_rows,
+    from_float,
+    to_float,
+)
 from pdd_cli.runtime import available_memory, resident_memory
 from pdd_cli.upscaling.colour import Correction, bleed, correct
 from pdd_cli.upscaling.resizing import SizeRequest, passes, resize_row_chunks
@@ -196,7 +204,7 @@ class Upscaler:
         while True:
             try:
                 run = self.start(picture, on_tile)
-                whole = _collect(run.output.row_chunks, run.output.spec)
+                whole = collect_rows(run.output)
                 return UpscaleResult(_picture(whole, run.output, picture), run.tiles, run.model_seconds)
             except MemoryError:
                 self.shrink(picture)
@@ -415,15 +423,6 @@ def _is_gray(pixels: Array) -> bool:
 def _rows_bytes(rows: int, width: int, scale: int) -> int:
     """Bytes of a row of tiles, `rows` LR pixels high: as it is blended, quantised and waits to be written."""
     return rows * scale * width * scale * 4 * (2 * 4 + 4 + 3)
-
-
-def _collect(row_chunks: Iterable[Array], spec: ImageSpec) -> Array:
-    whole = np.empty((spec.height, spec.width, spec.samples), np.uint16 if spec.bits == 16 else np.uint8)
-    row = 0
-    for rows in row_chunks:
-        whole[row : row + len(rows)] = rows
-        row += len(rows)
-    return whole
 
 
 def _picture(whole: Array, stream: ImageStream, source: DecodedImage) -> DecodedImage:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pdd_cli.errors import InputError
-from pdd_cli.imaging.encode import Array, from_float, to_float
+from pdd_cli.imaging.image import Array, from_float, to_float
 from pdd_cli.video.yuv import Coding, to_rgb
 
 if TYPE_CHECKING:

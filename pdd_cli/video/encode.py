@@ -18,7 +18,8 @@ import numpy as np
 
 from pdd_cli.errors import InputError, PddError
 from pdd_cli.files import atomic_write
-from pdd_cli.imaging.encode import Array, Encoding, from_float, to_float
+from pdd_cli.imaging.encode import Encoding
+from pdd_cli.imaging.image import Array, from_float, to_float
 from pdd_cli.imaging.provenance import seal
 from pdd_cli.video.decode import (
     CONTAINERS,

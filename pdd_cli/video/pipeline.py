@@ -21,8 +21,7 @@ import numpy as np
 
 from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.files import write_text
-from pdd_cli.imaging.decode import Array, DecodedImage
-from pdd_cli.imaging.encode import ImageSpec
+from pdd_cli.imaging.image import Array, DecodedImage, ImageSpec
 from pdd_cli.imaging.provenance import sealed_text
 from pdd_cli.upscaling.jobs import Job, Output, Result, check_name, failed, skipped
 from pdd_cli.upscaling.manifest import Manifest, key_of

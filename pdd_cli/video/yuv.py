@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pdd_cli.imaging.encode import Array, from_float
+from pdd_cli.imaging.image import Array, from_float
 
 FloatArray = npt.NDArray[np.float32]
 

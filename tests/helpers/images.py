@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pdd_cli.imaging.decode import DecodedImage, write_image
+from pdd_cli.imaging.encode import write_image
+from pdd_cli.imaging.image import DecodedImage
 
 DATA = Path(os.environ.get("PDD_TEST_DATA", "nowhere"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="PDD_TEST_DATA doesn't name the data folder")

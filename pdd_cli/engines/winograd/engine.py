@@ -8,8 +8,7 @@ import numpy as np
 
 from pdd_cli.engines.base import FloatArray, Usable, spec_of
 from pdd_cli.errors import InputError
-from pdd_cli.imaging.decode import Array
-from pdd_cli.imaging.encode import from_float, to_float
+from pdd_cli.imaging.image import Array, from_float, to_float
 from pdd_cli.runtime import Runtime, one_memory_error
 
 if TYPE_CHECKING:
