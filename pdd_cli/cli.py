@@ -15,10 +15,10 @@ from pdd_cli.commands.evaluate import evaluate
 from pdd_cli.commands.fetch_weights import fetch_weights
 from pdd_cli.commands.upscale import upscale
 from pdd_cli.console import Console, prepare_streams
-from pdd_cli.distributed import World
 from pdd_cli.errors import Interrupted, PddError
 from pdd_cli.interruption import EXIT_CODE as INTERRUPTED
 from pdd_cli.interruption import ignore_signals, raise_on_signals, was_raised
+from pdd_cli.ranks import Ranks
 from pdd_cli.system import wait_without_spinning
 from pdd_cli.version import __version__
 
@@ -80,17 +80,17 @@ def main() -> NoReturn:
     raise_on_signals()
     prepare_streams()
     wait_without_spinning()
-    world = World.from_environment()
+    ranks = Ranks.from_environment()
     code: int | str | None
     try:
-        with world.one_voice():
+        with ranks.one_voice():
             # Typer answers its own usage errors with exit 2, `--help` with 0, and exits with 130 for KeyboardInterrupt.
             code = app(standalone_mode=True)
     except SystemExit as left:
         ignore_signals()
         code = left.code
         if code == INTERRUPTED and was_raised():
-            world.report_once(functools.partial(_tell, KeyboardInterrupt()))
+            ranks.report_once(functools.partial(_tell, KeyboardInterrupt()))
     except BrokenPipeError:
         code = 0
     except (Exception, KeyboardInterrupt) as error:
@@ -99,7 +99,7 @@ def main() -> NoReturn:
             traceback.print_exception(error)
         if was_raised() and not isinstance(error, Interrupted):
             error = KeyboardInterrupt()  # what a library has made of it
-        world.report_once(functools.partial(_tell, error))
+        ranks.report_once(functools.partial(_tell, error))
         code = _exit_code(error)
     sys.exit(code)
 

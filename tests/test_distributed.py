@@ -16,11 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pdd_cli.adaptation.loop import train
 from pdd_cli.data.datasets import CropSampler
 from pdd_cli.data.degradations import Degradation
-from pdd_cli.distributed import ALONE, World
 from pdd_cli.errors import InputError
 from pdd_cli.models.rrdbnet import RRDBNet
+from pdd_cli.ranks import ALONE, Ranks
 from tests.helpers import distributed_worker
 from tests.helpers.commands import Hold
 
@@ -82,7 +83,7 @@ def in_this_process(ground: Path, folder: Path, *, resume: bool = False, until: 
         batch_size=2, crop=16, checkpoint_every=4, device="cpu", precision="fp32",
         features={"network": "efficientnet-lite0", "weights": str(ground / "features.safetensors")},
     )  # fmt: skip
-    for _ in run.train(lambda: run.state.step == until):
+    for _ in train(run, lambda: run.state.step == until):
         pass
 
 
@@ -191,17 +192,17 @@ def test_a_process_that_fails_says_why_and_ends_all(ground: Path, tmp_path: Path
 
 def test_the_world_is_what_torchrun_says() -> None:
     said = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    assert World.from_environment(said) == World(5, 8, 1)
-    assert World.from_environment({"RANK": "5"}) == ALONE
+    assert Ranks.from_environment(said) == Ranks(5, 8, 1)
+    assert Ranks.from_environment({"RANK": "5"}) == ALONE
 
 
 def test_a_batch_that_can_not_be_shared_is_refused_with_one_that_can() -> None:
-    assert World(1, 4).share(8) == 2
+    assert Ranks(1, 4).per_rank(8) == 2
     with pytest.raises(InputError, match="batch_size 6") as raised:
-        World(1, 4).share(6)
+        Ranks(1, 4).per_rank(6)
     assert "--batch-size 8" in raised.value.hint
     with pytest.raises(InputError, match="cuda:1"):
-        World(1, 4).device("cuda:1")
+        Ranks(1, 4).device("cuda:1")
 
 
 def test_shares_of_a_batch_are_its_parts() -> None:

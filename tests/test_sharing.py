@@ -16,12 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdd_cli.batch.devices import partition, run_on_devices
-from pdd_cli.distributed import World
 from pdd_cli.errors import InputError, PartialFailure
 from pdd_cli.imaging.encode import write_image
 from pdd_cli.last_run import latest_upscale
-from pdd_cli.meeting import Meeting
 from pdd_cli.models.loading import load_sr_model
+from pdd_cli.ranks import Ranks
 from pdd_cli.upscaling.jobs import Job, Result, results_from_json, results_to_json
 from pdd_cli.upscaling.manifest import NAME as MANIFEST
 from pdd_cli.upscaling.manifest import Manifest
@@ -106,13 +105,13 @@ def test_a_device_list_must_name_devices(images: Path, home: Path) -> None:
 
 
 def test_a_process_takes_its_own_of_several_devices() -> None:
-    assert World().devices("cuda:0, cuda:1") == ["cuda:0", "cuda:1"]
-    assert World(5, 8, 1).devices("cuda:2,cuda:3,cuda:4") == ["cuda:3"]
-    assert World(5, 8, 4).devices("cuda:2,cuda:3,cuda:4") == ["cuda:3"]
-    assert World(5, 8, 1).devices("cpu") == ["cpu"]
+    assert Ranks().devices("cuda:0, cuda:1") == ["cuda:0", "cuda:1"]
+    assert Ranks(5, 8, 1).devices("cuda:2,cuda:3,cuda:4") == ["cuda:3"]
+    assert Ranks(5, 8, 4).devices("cuda:2,cuda:3,cuda:4") == ["cuda:3"]
+    assert Ranks(5, 8, 1).devices("cpu") == ["cpu"]
     with pytest.raises(InputError, match="share one device"):
-        World(5, 8, 1).devices("cuda:1")
-    assert Meeting(World()).gather("anything", "text") == ["text"]
+        Ranks(5, 8, 1).devices("cuda:1")
+    assert Ranks().gather("text") == ["text"]
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(1, 5))
@@ -120,7 +119,7 @@ def test_shares_are_whole_disjoint_and_balanced(sides: list[int], count: int) ->
     jobs = [Job(Path(f"{index}-{side}"), Path(f"out/{index}")) for index, side in enumerate(sides)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pdd_cli.batch.devices._pixels", lambda source: int(source.name.split("-")[1]) ** 2)
-        shares = [partition(jobs, World(index, count)) for index in range(count)]
+        shares = [partition(jobs, Ranks(index, count)) for index in range(count)]
     assert sorted((job for share in shares for job in share), key=jobs.index) == jobs
     assert all(share == sorted(share, key=jobs.index) for share in shares)
     loads = [sum(int(job.source.name.split("-")[1]) ** 2 for job in share) for share in shares]

@@ -25,13 +25,13 @@ from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 
 from pdd_cli.batch.devices import partition
 from pdd_cli.batch.plan import plan_jobs
-from pdd_cli.distributed import World
 from pdd_cli.engines.torch_engine import TorchEngine
 from pdd_cli.errors import InputError, PartialFailure, PddError
 from pdd_cli.imaging.encode import Encoding
 from pdd_cli.imaging.provenance import made_by_pdd, source_of
 from pdd_cli.last_run import latest_upscale
 from pdd_cli.models.loading import load_sr_model
+from pdd_cli.ranks import Ranks
 from pdd_cli.runtime import Runtime
 from pdd_cli.upscaling.jobs import Job, Output
 from pdd_cli.upscaling.manifest import NAME as MANIFEST
@@ -670,7 +670,7 @@ def test_devices_and_processes_share_videos(tmp_path: Path, weights: Path) -> No
             np.testing.assert_array_equal(frame.to_ndarray(format="rgb24"), twice(rgb))
     # By the pixels of all frames: the longest video to one process, all else to the other.
     jobs = plan_jobs([tmp_path / "in"], str(tmp_path / "out"), format="keep", suffix="", recursive=True).jobs
-    shares = [[job.source.name for job in partition(jobs, World(rank, 2))] for rank in range(2)]
+    shares = [[job.source.name for job in partition(jobs, Ranks(rank, 2))] for rank in range(2)]
     assert shares == [["2.mkv", "still.png"], ["0.mkv", "1.mkv"]]
 
 

@@ -65,11 +65,11 @@ def train(run: Run, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
 
 
 def _train(run: Run, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
-    config, state, models, world = run.config, run.state, run.models, run.models.world
-    first = world.is_first
+    config, state, models, ranks = run.config, run.state, run.models, run.models.ranks
+    first = ranks.is_first
     if first:
         _open_folder(run)
-    if world.any(run.finished):
+    if ranks.any(run.finished):
         return
     base_panels = [to_rgb8(upscaled(models.base, lr, models.runtime)) for lr in _preview_crops(run)] if first else []
     tensorboard = TensorBoardLog(run.folder.board if config.tensorboard and first else None, run.notify)
@@ -78,8 +78,8 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
         batches = batch_source(run)
         if state.step == 0 and first:
             _save(run)
-        if world.size > 1:
-            load_checkpoint(run.folder.checkpoint, state, world)  # all begin where the first does
+        if ranks.size > 1:
+            load_checkpoint(run.folder.checkpoint, state, ranks)  # all begin where the first does
         saved = time.monotonic()
         while state.step < config.steps:
             # data
@@ -105,7 +105,7 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
                 continue
 
             # checkpoint
-            stop, last = world.any(should_stop()), state.step == config.steps
+            stop, last = ranks.any(should_stop()), state.step == config.steps
             due = state.step % config.checkpoint_every == 0 and result.finite  # a rollback must return to a sound one
             if stop or due or last:
                 # An interruption doesn't judge: the run that goes on from there is to be the one that wasn't
@@ -116,7 +116,7 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
                             _judge_candidates(run, tensorboard)
                     finally:  # what was learnt stays, whatever went wrong in judging it
                         _save(run)
-                stop = world.any((first and run.stopped_early) or should_stop()) or stop
+                stop = ranks.any((first and run.stopped_early) or should_stop()) or stop
                 saved = time.monotonic()
             elif first and result.finite and time.monotonic() - saved > _SAVE_SECONDS:
                 _save(run)
@@ -131,11 +131,11 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
 
 def batch_source(run: Run) -> Callable[[int], Batch]:
     """This process's part of the batch of each step."""
-    world = run.models.world
-    n = world.share(run.config.batch_size)
+    ranks = run.models.ranks
+    n = ranks.per_rank(run.config.batch_size)
 
     def draw(step: int) -> Batch:
-        return run.domains.batch(step, n, world.rank * n)
+        return run.domains.batch(step, n, ranks.rank * n)
 
     # Not on a CPU: its cores have enough to do, and a step takes a tenth longer.
     return draw if run.models.runtime.kind == "cpu" else Prefetcher(draw)
@@ -176,7 +176,7 @@ def _monitor(run: Run, result: StepResult) -> str:
             f"step {failed_at}: {why}, though the rate has been halved {_MOST_ROLLBACKS} times: training diverges",
             "The last good state is kept. Start anew with a lower rate: --overwrite --set optimizer.learning_rate=1e-5",
         )
-    load_checkpoint(run.folder.checkpoint, state, run.models.world)
+    load_checkpoint(run.folder.checkpoint, state, run.models.ranks)
     state.guard.rate_factor, state.guard.rollbacks = factor, rollbacks
     return f"step {failed_at}: {why}; back to step {state.step} at {factor:g} of the learning rate"
 

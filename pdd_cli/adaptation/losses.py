@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pdd_cli.adaptation.distances import inter_model_distance, intra_model_distance
-from pdd_cli.distributed import ALONE, World
 from pdd_cli.iqa.feature_distance import at_unit_length, feature_distance
+from pdd_cli.ranks import ALONE, Ranks
 
 Features = Mapping[str, Tensor]  # layer -> (N, C, H, W), before the ReLU
 
@@ -25,9 +25,9 @@ ALL_LAYERS = tuple(sorted({*INTER_LAYERS, *INTRA_LAYERS, *PERCEPTUAL_LAYERS}))
 _LOG_EPSILON = 1e-6
 
 
-def inter_loss(S_s: Features, S_t: Features, G_s: Features, G_t: Features, world: World = ALONE) -> Tensor:
+def inter_loss(S_s: Features, S_t: Features, G_s: Features, G_t: Features, ranks: Ranks = ALONE) -> Tensor:
     """Σ_l a_l ‖A_t − A_s‖_F, A the inter-model distance in each domain; one norm over the whole batch tensor, of
-    which each process of `world` has its share.
+    which each process of `ranks` has its share.
 
     Its gradient is undefined where S = G exactly (A is zero in both domains).
     """
@@ -37,7 +37,7 @@ def inter_loss(S_s: Features, S_t: Features, G_s: Features, G_t: Features, world
         A_s = inter_model_distance(S_s[layer], G_s[layer])
         norms.append(torch.linalg.vector_norm(A_t - A_s))
     total = torch.zeros((), device=norms[0].device)
-    for weight, norm in zip(INTER_LAYERS.values(), world.norm(torch.stack(norms)), strict=True):
+    for weight, norm in zip(INTER_LAYERS.values(), ranks.norm(torch.stack(norms)), strict=True):
         total = total + weight * norm
     return total
 

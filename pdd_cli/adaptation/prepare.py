@@ -26,13 +26,13 @@ from pdd_cli.adaptation.trainable import check_rgb, check_trainable
 from pdd_cli.adaptation.validation import read_pairs
 from pdd_cli.data.datasets import CropSampler, downscaled, hr_from_real, images_below
 from pdd_cli.data.degradations import Degradation
-from pdd_cli.distributed import ALONE, World
 from pdd_cli.engines.winograd import winograd_pays
 from pdd_cli.errors import InputError, ResourceError
 from pdd_cli.files import is_within
 from pdd_cli.models.discriminator import FeatureDiscriminator, UNetDiscriminator
 from pdd_cli.models.features import FeatureNetwork, feature_network
 from pdd_cli.models.loading import SRModel, load_sr_model, state_sha256
+from pdd_cli.ranks import ALONE, Ranks
 from pdd_cli.runtime import Runtime, is_out_of_memory
 from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.weights.states import read_state
@@ -123,14 +123,14 @@ def prepare_run(
     overwrite: bool,
     notify: Callable[[str], None],
     say: Callable[[str], None] = lambda text: None,
-    world: World = ALONE,
+    ranks: Ranks = ALONE,
 ) -> Run:
     """Check and load all that a run needs; nothing is written. `notify` is given warnings, `say` what is being done.
 
     Raises InputError for images, weights or a run folder that can't be used.
     """
     folder = RunFolder(config.runs_dir / name)
-    if world.is_first:
+    if ranks.is_first:
         check_inputs(config, folder, resume=resume, overwrite=overwrite)
     base = load_sr_model(weights.base)
     check_trainable(base, config.base)
@@ -173,12 +173,12 @@ def prepare_run(
         config.crop_texture,
     )
 
-    if world.size > 1:
+    if ranks.size > 1:
         facts = config.model_dump(mode="json", exclude=_OF_A_MACHINE)
         seen = {"images": domains.digest(), "feature weights": state_sha256(features.state_dict())}
-        world.require_same({**facts, **seen, "precision": runtime.precision})
+        ranks.require_same({**facts, **seen, "precision": runtime.precision})
     pairs = None
-    if world.is_first and config.val_lr is not None and config.val_hr is not None:
+    if ranks.is_first and config.val_lr is not None and config.val_hr is not None:
         pairs = read_pairs(config.val_lr, config.val_hr, base.scale, features)
 
     inputs = {
@@ -188,7 +188,7 @@ def prepare_run(
         **{source.option: dict(source.content) for source in images.sources},
     }
     state = new_state(config, base, generalist, domains, features, runtime)
-    if resume and world.is_first:
+    if resume and ranks.is_first:
         check_inputs_are_same(folder.checkpoint, inputs)
         load_checkpoint(folder.checkpoint, state)
         before = AdaptConfig.model_validate(checkpoint_settings(folder.checkpoint))
@@ -206,7 +206,7 @@ def prepare_run(
         folder=folder,
         resumed=resume,
         sources=images.sources,
-        models=Models(base, generalist, features, config.generalist, runtime, world),
+        models=Models(base, generalist, features, config.generalist, runtime, ranks),
         features_name=weights.feature_network,
         domains=domains,
         judge=Judge(base, judged_on, real, pairs, runtime),

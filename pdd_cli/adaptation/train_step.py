@@ -21,10 +21,10 @@ from pdd_cli.adaptation.losses import (
     pixel_loss,
 )
 from pdd_cli.data.datasets import Batch
-from pdd_cli.distributed import World
 from pdd_cli.models.discriminator import FeatureDiscriminator
 from pdd_cli.models.features import FeatureNetwork
 from pdd_cli.models.loading import SRModel
+from pdd_cli.ranks import Ranks
 from pdd_cli.runtime import Runtime
 from pdd_cli.settings.adapt import AdaptConfig, EmaGeneralist, LossWeights, StaticGeneralist
 
@@ -38,7 +38,7 @@ class Models:
     features: FeatureNetwork
     distillation: EmaGeneralist | StaticGeneralist
     runtime: Runtime
-    world: World
+    ranks: Ranks
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
     The outcome depends on the arguments alone. Among several processes each passes its part of the batch; losses and
     gradients are those of the whole batch, and alike in all of them.
     """
-    runtime, world, features = models.runtime, models.world, models.features
+    runtime, ranks, features = models.runtime, models.ranks, models.features
     specialist = replace(models.base, module=state.specialist)
     generalist = replace(models.generalist, module=state.generalist)
     D, n = state.discriminator, len(batch.lr_s)
@@ -97,13 +97,13 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
             )
             # static: the synthetic prediction is led by its ground truth alone.
             distilled = phi_S_s if ema else {layer: value.detach() for layer, value in phi_S_s.items()}
-            losses["inter"] = inter_loss(distilled, phi_S_t, phi_G_s, phi_G_t, world)
+            losses["inter"] = inter_loss(distilled, phi_S_t, phi_G_s, phi_G_t, ranks)
             losses["intra"] = intra_loss(distilled, phi_S_t, phi_G_s, phi_G_t)
             if weights.consistency:
                 losses["consistency"] = consistency_loss(S[n:], batch.lr_t, specialist.scale)
         total = sum(getattr(weights, name) * loss for name, loss in losses.items())
         assert isinstance(total, Tensor)
-        finite = _update(state.optimizer, total, world)
+        finite = _update(state.optimizer, total, ranks)
 
     # discriminator: losses and step
     D.requires_grad_(True)
@@ -119,7 +119,7 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
     losses["discriminator_fake"] = adversarial_loss([one[n:] for one in logits], real=False)
     if finite:
         total = losses["discriminator_real"] + losses["discriminator_fake"]
-        finite = _update(state.discriminator_optimizer, total, world)
+        finite = _update(state.discriminator_optimizer, total, ranks)
 
     # EMA
     if ema and finite and not only_discriminator:
@@ -127,7 +127,7 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
     state.step += 1
 
     means = torch.stack([loss.detach() for loss in losses.values()])
-    world.average_([means])
+    ranks.average_([means])
     return StepResult(dict(zip(losses, means.tolist(), strict=True)), finite)
 
 
@@ -161,7 +161,7 @@ def _part(features: Features, start: int, end: int) -> dict[str, Tensor]:
     return {layer: value[start:end] for layer, value in features.items()}
 
 
-def _update(optimizer: torch.optim.Optimizer, loss: Tensor, world: World) -> bool:
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor, ranks: Ranks) -> bool:
     """One step of `optimizer` on the mean of `loss` over the processes.
 
     False, and nothing is changed, where loss or gradient isn't finite: in all processes, where it isn't in one.
@@ -170,7 +170,7 @@ def _update(optimizer: torch.optim.Optimizer, loss: Tensor, world: World) -> boo
     loss.backward()
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     means = [loss.detach(), *gradients]
-    world.average_(means)
+    ranks.average_(means)
     if not torch.isfinite(torch.stack(torch._foreach_norm(means)).sum()):
         return False
     optimizer.step()

@@ -11,27 +11,27 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from pdd_cli.distributed import World
 from pdd_cli.imaging.decode import probe
+from pdd_cli.ranks import Ranks
 from pdd_cli.upscaling.jobs import Abandoned, Job, Result
 from pdd_cli.upscaling.upscaler import OnTile, Upscaler
 from pdd_cli.video.decode import is_video, video_pixels
 
 
-def partition(jobs: Sequence[Job], world: World) -> list[Job]:
+def partition(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
     """The jobs that one of several processes does, by the pixels of the inputs: the same in each of them.
 
     The largest input goes to the process that has the least so far, and so on. What can't be read counts nothing.
     """
-    if world.size == 1:
+    if ranks.size == 1:
         return list(jobs)
     pixels = [_pixels(job.source) for job in jobs]
-    loads = [(0, rank) for rank in range(world.size)]
+    loads = [(0, rank) for rank in range(ranks.size)]
     mine = []
     for index in sorted(range(len(jobs)), key=lambda index: (-pixels[index], index)):
         load, rank = heapq.heappop(loads)
         heapq.heappush(loads, (load + pixels[index], rank))
-        if rank == world.rank:
+        if rank == ranks.rank:
             mine.append(index)
     return [jobs[index] for index in sorted(mine)]
 

@@ -12,8 +12,8 @@ from pdd_cli.engines.cache import fingerprint
 from pdd_cli.engines.select import open_engine
 from pdd_cli.errors import DownloadError, InputError
 from pdd_cli.imaging.provenance import Provenance
-from pdd_cli.meeting import Meeting
 from pdd_cli.observer import Observer
+from pdd_cli.ranks import Ranks
 from pdd_cli.runtime import choose_runtime, resident_memory
 from pdd_cli.settings.upscale import UpscaleConfig
 from pdd_cli.upscaling.jobs import provenance_of
@@ -51,14 +51,10 @@ class _Weights:
     to_fetch: Sequence[str]
 
 
-def load_upscalers(settings: UpscaleConfig, meeting: Meeting, observer: Observer, *, dry_run: bool) -> Loaded:
+def load_upscalers(settings: UpscaleConfig, ranks: Ranks, observer: Observer, *, dry_run: bool) -> Loaded:
     """The models; the weights are fetched by one process on each machine, by a dry run not at all."""
-    runtimes = [choose_runtime(name, settings.precision) for name in meeting.world.devices(settings.device)]
-    if meeting.world.local_rank != 0:
-        meeting.gather("fetched")
-    weights = _find_weights(settings, observer, dry_run=dry_run)
-    if meeting.world.local_rank == 0:
-        meeting.gather("fetched")
+    runtimes = [choose_runtime(name, settings.precision) for name in ranks.devices(settings.device)]
+    weights = ranks.first_per_machine(partial(_find_weights, settings, observer, dry_run=dry_run))
     for name in weights.to_fetch:
         observer.say(f"dry run: the weights {name} are not installed; the run would fetch them ({_published(name)})")
     load = partial(_load_model, settings, weights)
@@ -67,7 +63,7 @@ def load_upscalers(settings: UpscaleConfig, meeting: Meeting, observer: Observer
     free = settings.precision == "auto"
     engines = [open_engine(load, known, runtime, engine_choice, free=free) for runtime in runtimes]
     places = "; ".join(f"{engine.runtime}, {engine.name}" for engine in engines)
-    processes = f", {meeting.world.size} processes" if meeting.world.size > 1 else ""
+    processes = f", {ranks.size} processes" if ranks.size > 1 else ""
     model = engines[0].model
     observer.say(f"{settings.weights}: {model.architecture} x{model.scale} on {places}{processes}")
     most_memory = settings.most_memory

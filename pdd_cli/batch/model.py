@@ -11,11 +11,10 @@ import numpy.typing as npt
 
 from pdd_cli.batch.loading import load_upscalers
 from pdd_cli.batch.run import run
-from pdd_cli.distributed import World
 from pdd_cli.errors import InputError, PartialFailure
 from pdd_cli.imaging.image import DecodedImage
-from pdd_cli.meeting import Meeting
 from pdd_cli.observer import Observer
+from pdd_cli.ranks import ALONE
 from pdd_cli.settings.resolve import checked
 from pdd_cli.settings.upscale import UpscaleConfig
 from pdd_cli.upscaling.upscaler import Upscaler
@@ -70,7 +69,7 @@ class Model:
 def open_model(values: Mapping[str, Any]) -> Model:
     """The model that settings of `upscale` name."""
     settings = checked(UpscaleConfig, {**values, "input": ("",), "output": ""})
-    return Model(load_upscalers(settings, Meeting(World()), Observer(), dry_run=False).upscalers[0])
+    return Model(load_upscalers(settings, ALONE, Observer(), dry_run=False).upscalers[0])
 
 
 def upscale_files(sources: Sequence[Path], output: str, values: Mapping[str, Any]) -> list[Path]:

@@ -13,13 +13,12 @@ from pathlib import Path
 from pdd_cli.batch.devices import partition, run_on_devices
 from pdd_cli.batch.loading import Loaded, load_upscalers
 from pdd_cli.batch.plan import Plan, manifest_folder, plan_jobs
-from pdd_cli.distributed import World
 from pdd_cli.errors import Interrupted, PartialFailure, PddError, ResourceError
 from pdd_cli.files import append_line, check_writable, remove_leftovers
 from pdd_cli.imaging.encode import Encoding
 from pdd_cli.last_run import LatestUpscale, UpscaledPair, remember_upscale
-from pdd_cli.meeting import Meeting
 from pdd_cli.observer import Observer, Progress
+from pdd_cli.ranks import ALONE, Ranks
 from pdd_cli.settings.upscale import UpscaleConfig
 from pdd_cli.upscaling.jobs import Job, Output, Result, check_own, results_from_json, results_to_json
 from pdd_cli.upscaling.manifest import Manifest
@@ -113,7 +112,7 @@ def run(
     *,
     jobs: Sequence[Job] | None = None,
     dry_run: bool = False,
-    meeting: Meeting | None = None,
+    ranks: Ranks = ALONE,
     observer: Observer = Observer(),
 ) -> BatchResult:
     """Upscale images and videos.
@@ -123,7 +122,7 @@ def run(
         jobs: Inputs and outputs, where they are not found from the settings. `settings.output` is then the folder of
             all outputs, and the run is not recorded as the last one.
         dry_run: Only estimate sizes, memory and time; nothing is written or fetched.
-        meeting: The processes among which the jobs are divided; without it this one does all.
+        ranks: The processes among which the jobs are divided.
         observer: Receives messages and progress.
 
     Returns:
@@ -134,7 +133,6 @@ def run(
         DownloadError: the weights can't be fetched.
         Interrupted: by Ctrl-C or SIGTERM; finished outputs are kept.
     """
-    meeting = meeting or Meeting(World())
     # Wrong paths are reported before a model is fetched and loaded.
     plan = Plan(jobs=list(jobs)) if jobs is not None else _plan(settings)
     folder = manifest_folder(settings.input, settings.output, plan.jobs, strip=settings.strip_metadata)
@@ -142,11 +140,11 @@ def run(
         check_own(plan.jobs[0].target)
     if settings.log is not None and not dry_run:
         check_writable(settings.log)
-    loaded = load_upscalers(settings, meeting, observer, dry_run=dry_run)
+    loaded = load_upscalers(settings, ranks, observer, dry_run=dry_run)
     # What a run that died has left is put in order before others write.
-    if meeting.world.is_first and not dry_run:
+    if ranks.is_first and not dry_run:
         remove_leftovers({job.target.parent for job in plan.jobs})
-    batch = _batch(settings, plan, folder, loaded, meeting, dry_run=dry_run)
+    batch = _batch(settings, plan, folder, loaded, ranks, dry_run=dry_run)
     started = time.perf_counter()
     stopped = None
     if dry_run:
@@ -155,13 +153,13 @@ def run(
             results = [replace(result, tiles=0, memory=0, seconds=0.0, model_seconds=0.0) for result in results]
     else:
         results, stopped = _run(batch, settings, observer)
-    results = _of_all(results, plan.jobs, meeting)
+    results = _of_all(results, plan.jobs, ranks)
     outcome = BatchResult(settings, plan, results, loaded, time.perf_counter() - started, dry_run, stopped)
-    if meeting.world.is_first and not dry_run:
+    if ranks.is_first and not dry_run:
         try:
             if jobs is None:
                 _remember(outcome)
-            if folder is not None and meeting.world.size > 1:
+            if folder is not None and ranks.size > 1:
                 Manifest(folder, batch.recipe).tidy()
         except PddError as error:  # all outputs are there
             observer.warn(
@@ -181,28 +179,27 @@ def _plan(settings: UpscaleConfig) -> Plan:
 
 
 def _batch(
-    settings: UpscaleConfig, plan: Plan, folder: Path | None, loaded: Loaded, meeting: Meeting, *, dry_run: bool
+    settings: UpscaleConfig, plan: Plan, folder: Path | None, loaded: Loaded, ranks: Ranks, *, dry_run: bool
 ) -> _Batch:
     """The part of the plan that this process does."""
-    world = meeting.world
     recipe = settings.model_dump(include=_RECIPE)
     recipe["weights"] = loaded.upscalers[0].engine.weights_sha256
     manifest = None
     if folder is not None:
-        if world.is_first and not dry_run:
+        if ranks.is_first and not dry_run:
             Manifest(folder, recipe).tidy()
-        meeting.gather("tidied")
-        part = world.rank if world.size > 1 else None
+        ranks.barrier()
+        part = ranks.rank if ranks.size > 1 else None
         manifest = Manifest(folder, recipe, provenance=loaded.provenance, part=part)
     # Nobody begins before all have found the inputs and read the manifest.
-    meeting.gather("planned")
+    ranks.barrier()
     output = Output(
         Encoding(settings.quality, settings.lossless),
         overwrite=settings.overwrite,
         strip=settings.strip_metadata,
         provenance=loaded.provenance,
     )
-    return _Batch(partition(plan.jobs, world), loaded.upscalers, output, recipe, manifest)
+    return _Batch(partition(plan.jobs, ranks), loaded.upscalers, output, recipe, manifest)
 
 
 def _preview(batch: _Batch) -> list[Result]:
@@ -256,9 +253,9 @@ def _results(batch: _Batch, progress: Progress) -> Iterator[Result]:
         yield from run_on_devices(runner, jobs, batch.upscalers, on_start=on_start, on_tile=progress.step)
 
 
-def _of_all(results: Sequence[Result], jobs: Sequence[Job], meeting: Meeting) -> list[Result]:
+def _of_all(results: Sequence[Result], jobs: Sequence[Job], ranks: Ranks) -> list[Result]:
     """The results of all processes, in the order of the jobs."""
-    found = [result for text in meeting.gather("done", results_to_json(results)) for result in results_from_json(text)]
+    found = [result for text in ranks.gather(results_to_json(results)) for result in results_from_json(text)]
     place = {job: index for index, job in enumerate(jobs)}
     return sorted(found, key=lambda result: place[result.job])
 

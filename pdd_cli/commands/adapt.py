@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pdd_cli.distributed import World
 from pdd_cli.errors import Interrupted
 from pdd_cli.options import Call, command
+from pdd_cli.ranks import Ranks
 from pdd_cli.settings.adapt import AdaptConfig, AdaptFlags
 
 
@@ -48,12 +48,12 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
     if call.flags.dry_run:
         dry_adapt(settings, store, console, name=run_name, resume=resume, overwrite=overwrite)
         return
-    world = World.from_environment()
-    world.share(settings.batch_size)
-    runtime = choose_runtime(world.device(settings.device), settings.precision)
-    world.join(runtime.device)
+    ranks = Ranks.from_environment()
+    ranks.per_rank(settings.batch_size)
+    runtime = choose_runtime(ranks.device(settings.device), settings.precision)
+    ranks.join(runtime.device)
     keep_freed_memory()
-    if world.is_first:
+    if ranks.is_first:
         check_name(run_name, store, replace=resume or overwrite)
         check_inputs(settings, RunFolder(settings.runs_dir / run_name), resume=resume, overwrite=overwrite)
 
@@ -65,18 +65,18 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
                 console.warn,
             )
 
-    weights = world.first_on_machine(find_weights)
+    weights = ranks.first_per_machine(find_weights)
     with memory_errors(settings):
         run = prepare_run(
             settings, weights, runtime,
-            name=run_name, resume=resume, overwrite=overwrite, notify=console.warn, say=console.say, world=world,
+            name=run_name, resume=resume, overwrite=overwrite, notify=console.warn, say=console.say, ranks=ranks,
         )  # fmt: skip
-    if world.is_first:
+    if ranks.is_first:
         check_places(run, store)
     console.say(
         f"adapting {settings.base} to {len(run.domains.real)} real images as '{run_name}': "
         f"{settings.steps - run.state.step} steps on {runtime}, features of {run.features_name}"
-        + (f", {world.size} processes" if world.size > 1 else "")
+        + (f", {ranks.size} processes" if ranks.size > 1 else "")
     )
 
     interruption = Interruption(
@@ -96,16 +96,16 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
                 if key in losses
             )
             progress.update(task, completed=report.step, note=shown)
-    finished = world.any(run.finished)
-    world.leave()
+    finished = ranks.any(run.finished)
+    ranks.leave()
     if not finished:
-        if world.is_first:
+        if ranks.is_first:
             write_report(run, None)
         raise Interrupted(
             f"stopped after step {run.state.step} of {settings.steps}; the state is saved in {run.folder.checkpoint}",
             f"To go on: {run.resume_command}",
         )
-    if not world.is_first:
+    if not ranks.is_first:
         return
     finish(run, store, console, losses)
 

@@ -29,18 +29,16 @@ def _upscale(call: Call[UpscaleConfig, UpscaleFlags]) -> None:
 
     from pdd_cli.batch.run import run
     from pdd_cli.commands._observer import ConsoleObserver
-    from pdd_cli.distributed import World
-    from pdd_cli.meeting import Meeting
+    from pdd_cli.ranks import Ranks
 
-    meeting = Meeting(World.from_environment())
-    outcome = run(settings, dry_run=dry_run, meeting=meeting, observer=ConsoleObserver(console))
+    ranks = Ranks.from_environment()
+    outcome = run(settings, dry_run=dry_run, ranks=ranks, observer=ConsoleObserver(console))
     if dry_run:
         _show_preview(outcome, console)
     console.result(outcome.as_document())
     _describe(outcome, console)
     # torchrun ends the others as soon as one exits with a failure: not before the first has reported it.
-    meeting.gather("reported")
-    meeting.end()
+    ranks.leave()
     outcome.raise_for_failures()
 
 

@@ -14,7 +14,7 @@ from pdd_cli.adaptation.loop import train
 from pdd_cli.adaptation.losses import INTER_LAYERS, inter_loss
 from pdd_cli.adaptation.prepare import Run, WeightFiles, prepare_run
 from pdd_cli.data.datasets import Batch, CropSampler
-from pdd_cli.distributed import World
+from pdd_cli.ranks import Ranks
 from pdd_cli.runtime import Runtime
 from pdd_cli.settings.adapt import AdaptConfig
 from tests.helpers.crops import Disturbed
@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, object]] = {
 }
 
 
-def prepare(ground: Path, runs: Path, name: str, world: World, *, resume: bool = False, **settings: object) -> Run:
+def prepare(ground: Path, runs: Path, name: str, ranks: Ranks, *, resume: bool = False, **settings: object) -> Run:
     """A run on the images and weights below `ground`, its folder below `runs`."""
     config = AdaptConfig(real_dir=ground / "realLR", hr_dir=ground / "hr", runs_dir=runs, **settings)  # type: ignore[arg-type]
     static = config.generalist.mode == "static"
@@ -47,7 +47,7 @@ def prepare(ground: Path, runs: Path, name: str, world: World, *, resume: bool =
     )
     return prepare_run(
         config, files, Runtime(torch.device("cpu"), "fp32"),
-        name=name, resume=resume, overwrite=False, notify=print, world=world,
+        name=name, resume=resume, overwrite=False, notify=print, ranks=ranks,
     )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def disturbed(run: Run) -> Run:
 
     def disturb(step: int, batch: Batch) -> Batch:
         first, _ = step not in seen, seen.add(step)
-        if step not in (2, 6, 7, 8) or not first or run.models.world.rank != run.models.world.size - 1:
+        if step not in (2, 6, 7, 8) or not first or run.models.ranks.rank != run.models.ranks.size - 1:
             return batch
         return dataclasses.replace(batch, hr_s=batch.hr_s * float("inf" if step == 2 else "nan"))
 
@@ -77,31 +77,31 @@ def disturbed(run: Run) -> Run:
     return dataclasses.replace(run, domains=Disturbed(**plain, disturb=disturb))
 
 
-def inter_gradients(world: World) -> dict[str, torch.Tensor]:
+def inter_gradients(ranks: Ranks) -> dict[str, torch.Tensor]:
     """The inter loss of random features, and its gradient with regard to this process's share of them."""
     generator = torch.Generator().manual_seed(0)
-    n = world.share(4)
-    mine = slice(world.rank * n, (world.rank + 1) * n)
+    n = ranks.per_rank(4)
+    mine = slice(ranks.rank * n, (ranks.rank + 1) * n)
     four = [
         {layer: torch.randn(4, 6, 5, 5, generator=generator)[mine].requires_grad_() for layer in INTER_LAYERS}
         for _ in range(4)
     ]
     S_s, S_t, G_s, G_t = four
-    loss = inter_loss(S_s, S_t, G_s, G_t, world)
+    loss = inter_loss(S_s, S_t, G_s, G_t, ranks)
     loss.backward()
     gradients = {f"{number} {layer}": phi.grad for number, of in enumerate(four) for layer, phi in of.items()}
-    return {"loss": loss.detach(), **{key: value / world.size for key, value in gradients.items() if value is not None}}
+    return {"loss": loss.detach(), **{key: value / ranks.size for key, value in gradients.items() if value is not None}}
 
 
-def main(ground: Path, runs: Path, world: World) -> None:
-    torch.save(inter_gradients(world), runs / f"inter_{world.rank}.pt")
+def main(ground: Path, runs: Path, ranks: Ranks) -> None:
+    torch.save(inter_gradients(ranks), runs / f"inter_{ranks.rank}.pt")
     for name, settings in CASES.items():
-        run = prepare(ground, runs, name, world, **{**COMMON, **settings})
-        torch.save(outcome(disturbed(run) if name == "disturbed" else run), runs / f"{name}_{world.rank}.pt")
+        run = prepare(ground, runs, name, ranks, **{**COMMON, **settings})
+        torch.save(outcome(disturbed(run) if name == "disturbed" else run), runs / f"{name}_{ranks.rank}.pt")
 
 
 if __name__ == "__main__":
-    world = World.from_environment()
-    world.join(torch.device("cpu"))
-    main(Path(sys.argv[1]), Path(sys.argv[2]), world)
-    world.leave()
+    ranks = Ranks.from_environment()
+    ranks.join(torch.device("cpu"))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), ranks)
+    ranks.leave()

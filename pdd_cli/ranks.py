@@ -1,8 +1,9 @@
-"""The processes that train together: started by `torchrun`, one a GPU, each with its share of every batch."""
+"""The processes that `torchrun` started: they train together, or divide the files of `pdd upscale` among them."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pdd_cli.errors import InputError, PddError
 
@@ -24,14 +25,17 @@ T = TypeVar("T")
 # by its closed connection.
 _PATIENCE = timedelta(hours=6)
 _USAGE_ERROR = 2  # Typer's exit code
+_POLL_SECONDS = 0.1
+_CHUNK = 1 << 20  # a value of the store holds 8 MiB at most
 
 
 @dataclass(frozen=True)
-class World:
-    """Which of how many processes this one is. Alone (the default) every method costs nothing.
+class Ranks:
+    """The rank of this process and their number. With one process (the default) every method returns at once.
 
-    Whatever is done together must be called by all processes in the same order. Each method that talks raises PddError
-    where another process has ended.
+    All processes must call the collective methods in the same order; these raise PddError where another process has
+    ended. Training calls `join` first and communicates through a process group. Without `join`, `barrier` and `gather`
+    use the store that torchrun keeps: waiting takes no processor time, has no time limit and can be interrupted.
     """
 
     rank: int = 0
@@ -39,11 +43,11 @@ class World:
     local_rank: int = 0  # on this machine
 
     @staticmethod
-    def from_environment(environment: Mapping[str, str] = os.environ) -> World:
-        """The world that `torchrun`, or a scheduler that sets the same variables, has put this process into."""
+    def from_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
+        """As the variables of `torchrun`, or of a scheduler that sets the same ones, say."""
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
-            return World()
-        return World(int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", 0)))
+            return Ranks()
+        return Ranks(int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", 0)))
 
     @property
     def is_first(self) -> bool:
@@ -76,8 +80,8 @@ class World:
             return names
         return [names[self.local_rank % len(names)] if len(names) > 1 else self.device(names[0])]
 
-    def share(self, batch_size: int) -> int:
-        """How many of the batch's elements are this process's: those from rank · share on."""
+    def per_rank(self, batch_size: int) -> int:
+        """The number n of the batch's elements that each process takes: this one those from rank · n on."""
         if batch_size % self.size:
             raise InputError(
                 f"batch_size {batch_size} is that of all processes together, and {self.size} can't share it equally",
@@ -100,12 +104,37 @@ class World:
                 distributed.init_process_group("gloo", timeout=_PATIENCE)
 
     def leave(self) -> None:
-        """Part from the other processes, when nothing is left to be done together."""
-        if self.size > 1:
-            from torch import distributed
+        """Disconnect, when nothing is left to be done together; no process closes a connection that another needs."""
+        if self.size == 1:
+            return
+        from torch import distributed
 
-            self.any(False)  # no connection is closed while another process still talks
+        self.barrier()
+        if distributed.is_initialized():
             distributed.destroy_process_group()
+        else:
+            self._store.leave(self)
+
+    def gather(self, text: str) -> list[str]:
+        """The `text` of every process, by rank."""
+        if self.size == 1:
+            return [text]
+        from torch import distributed
+
+        if not distributed.is_initialized():
+            return self._store.gather(self, text)
+        texts = [""] * self.size
+        with _talking():
+            distributed.all_gather_object(texts, text)
+        return texts
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.gather("")
+
+    @functools.cached_property
+    def _store(self) -> _Store:
+        return _Store(self)
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Replace the tensors by their means over the processes; all have one dtype and device."""
@@ -180,14 +209,14 @@ class World:
                         "Give all machines the same command, images and weights.",
                     )
 
-    def first_on_machine(self, work: Callable[[], T]) -> T:
+    def first_per_machine(self, work: Callable[[], T]) -> T:
         """`work()` in one process of each machine, then in the others, which find its downloads done."""
-        if self.local_rank == 0:
-            result = work()
-            self.any(False)
-            return result
-        self.any(False)
-        return work()
+        if self.local_rank != 0:
+            self.barrier()
+            return work()
+        result = work()
+        self.barrier()
+        return result
 
     @contextlib.contextmanager
     def one_voice(self) -> Iterator[None]:
@@ -208,10 +237,10 @@ class World:
                         time.sleep(60)
                 raise
 
-    def report_once(self, tell: Callable[[], None]) -> None:
-        """`tell()` in the process that fails first: what the others would say is a consequence. They wait for it."""
+    def report_once(self, report: Callable[[], None]) -> None:
+        """`report()` in the process that fails first; the others, whose errors follow from it, wait for it."""
         if self.size == 1:
-            tell()
+            report()
             return
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -221,10 +250,10 @@ class World:
             store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
             failed_before = store.add(f"{attempt}/failed", 1) > 1
         except Exception:
-            tell()  # rather twice than never
+            report()  # better twice than never
             return
         if not failed_before:
-            tell()
+            report()
         with contextlib.suppress(Exception):
             if failed_before:
                 store.wait([f"{attempt}/reported"])
@@ -232,7 +261,53 @@ class World:
                 store.set(f"{attempt}/reported", "")
 
 
-ALONE = World()
+ALONE = Ranks()
+
+
+class _Store:
+    """torchrun's key-value store: texts are exchanged without a process group."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        from torch.distributed.rendezvous import rendezvous
+
+        self._exchanges = 0
+        try:
+            self._store: Any = next(iter(rendezvous("env://", timeout=timedelta(minutes=5))))[0]
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"process {ranks.rank} of {ranks.size} can't reach the others: {error}",
+                "Start it through torchrun, or unset RANK and WORLD_SIZE.",
+            ) from error
+
+    def gather(self, ranks: Ranks, text: str) -> list[str]:
+        self._exchanges += 1
+        self._put(f"{self._exchanges}/{ranks.rank}", text)
+        return [self._get(f"{self._exchanges}/{rank}") for rank in range(ranks.size)]
+
+    def leave(self, ranks: Ranks) -> None:
+        """The first process, which may host the store, leaves last."""
+        if not ranks.is_first:
+            self._put(f"end/{ranks.rank}", "")
+            return
+        for rank in range(1, ranks.size):
+            self._get(f"end/{rank}")
+
+    def _put(self, key: str, text: str) -> None:
+        data = text.encode("utf-8", "surrogateescape")
+        parts = [data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK)]
+        for number, part in enumerate(parts):
+            self._store.set(f"pdd/{key}/{number}", part)
+        self._store.set(f"pdd/{key}", str(len(parts)))
+
+    def _get(self, key: str) -> str:
+        try:
+            while not self._store.check([f"pdd/{key}"]):
+                time.sleep(_POLL_SECONDS)
+            count = int(self._store.get(f"pdd/{key}"))
+            data = b"".join(self._store.get(f"pdd/{key}/{number}") for number in range(count))
+        except RuntimeError as error:
+            raise PddError("the other processes of this run have ended", "Their last messages say why.") from error
+        return data.decode("utf-8", "surrogateescape")
 
 
 def _with_gradient_times(value: Tensor, factor: int) -> Tensor:
@@ -251,5 +326,5 @@ def _talking() -> Iterator[None]:
     except RuntimeError as error:
         raise PddError(
             "another process of this run has ended, or can't be reached",
-            "Its message, torchrun's, or `pdd --debug adapt` says why; --resume goes on from the last checkpoint.",
+            "Its message, torchrun's, or `pdd --debug adapt` says why; --resume continues from the last checkpoint.",
         ) from error
