@@ -10,7 +10,7 @@ from types import GenericAlias, NoneType, UnionType
 from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
@@ -22,6 +22,25 @@ S = TypeVar("S", bound=Settings)
 F = TypeVar("F", bound=Settings)
 
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+
+class General(Settings):
+    """Options of every command."""
+
+    config: Annotated[
+        Path | None,
+        Field(description="YAML file with a section for each command."),
+        Option("General", default="./pdd.yaml"),
+    ] = None
+    set: Annotated[
+        tuple[str, ...],
+        Field(description="Any setting; may be given several times."),
+        Option("General", metavar="KEY=VALUE"),
+    ] = ()
+    as_json: Annotated[
+        bool, Field(description="Print one JSON document on stdout."), Option("General", flags=("--json",))
+    ] = False
+    debug: Annotated[bool, Field(description="Show a traceback when something fails."), Option("General")] = False
 
 
 @dataclass(frozen=True)
@@ -59,17 +78,7 @@ def command(model: type[S], section: Section, flags: type[F], run: Callable[[Cal
     """
     settings = {key.replace(".", "_"): (key, field) for key, field in _fields(model).items()}
     switches = _fields(flags)
-    general = {
-        "config": _Field((Path,), f"YAML file with a section `{section}:`.", Option("General", default="./pdd.yaml")),
-        "set_": _Field(
-            (tuple[str, ...],),
-            "Any setting; may be given several times.",
-            Option("General", flags=("--set",), metavar="KEY=VALUE"),
-        ),
-        "json": _Field((bool,), "Print one JSON document on stdout.", Option("General")),
-        "debug": _Field((bool,), "Show a traceback when something fails.", Option("General")),
-    }
-    fields = {name: field for name, (_, field) in settings.items()} | switches | general
+    fields = {name: field for name, (_, field) in settings.items()} | switches | _fields(General)
     panels = get_args(Panel)
     by_panel = sorted(fields.items(), key=lambda item: panels.index(item[1].option.panel))
     parameters = sorted((_parameter(*item) for item in by_panel), key=_is_optional)
@@ -81,10 +90,10 @@ def command(model: type[S], section: Section, flags: type[F], run: Callable[[Cal
                 model,
                 section,
                 options={key: chosen[name] for name, (key, _) in settings.items()},
-                overrides=values["set_"] or (),
+                overrides=values["set"] or (),
                 file=values["config"],
                 flags=flags(**{name: chosen[name] for name in switches if chosen[name] is not None}),
-                console=Console(json=bool(chosen["json"] or context.find_root().params.get("json"))),
+                console=Console(json=bool(chosen["as_json"] or context.find_root().params.get("json"))),
             )
         )
 
@@ -172,7 +181,7 @@ def _parameter(name: str, field: _Field) -> inspect.Parameter:
     if option.argument:
         info = typer.Argument(help=field.help, metavar=option.metavar, show_default=False)
     else:
-        flags = option.flags or (f"--{name.rstrip('_').replace('_', '-')}",)
+        flags = option.flags or (f"--{name.replace('_', '-')}",)
         form = "A,B,…" if option.comma_separated else "NAME" if field.choices else _METAVARS.get(field.kind)
         info = typer.Option(
             *flags, help=field.help, metavar=option.metavar or form, rich_help_panel=option.panel, show_default=False
