@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from pdd_cli.adaptation.export import check_export
+from pdd_cli.adaptation.folder import RunFolder
 from pdd_cli.adaptation.judge import STRENGTHS
 from pdd_cli.adaptation.loop import batch_source
-from pdd_cli.adaptation.prepare import Run
+from pdd_cli.adaptation.prepare import Run, check_folder, check_name, memory_errors, prepare_run, weight_files
 from pdd_cli.adaptation.preview import PREVIEW_IMAGES, PREVIEW_SIZE
+from pdd_cli.adaptation.sources import Source, read_sources
 from pdd_cli.adaptation.train_step import set_learning_rates, train_step
-from pdd_cli.errors import InputError, ResourceError
-from pdd_cli.runtime import available_memory, peak_memory
+from pdd_cli.errors import DownloadError, InputError, PddError, ResourceError
+from pdd_cli.runtime import available_memory, choose_runtime, peak_memory
+from pdd_cli.settings.adapt import AdaptConfig
+from pdd_cli.weights.catalog import find
+from pdd_cli.weights.fetch import ensure
 from pdd_cli.weights.store import Store
 
 _STEPS = 3  # the first one warms up
@@ -49,6 +56,80 @@ class Space:
     folder: Path
     needed: int
     free: int
+
+
+@dataclass
+class DryRun:
+    """What a dry run finds out, as far as it gets."""
+
+    name: str
+    folder: Path
+    settings: AdaptConfig
+    run: Run | None = None
+    sources: Sequence[Source] = ()
+    spaces: Sequence[Space] = ()
+    estimate: Estimate | None = None
+    to_fetch: list[str] = field(default_factory=list)
+    problems: list[PddError] = field(default_factory=list)
+
+
+def dry_run(
+    settings: AdaptConfig,
+    store: Store,
+    *,
+    name: str,
+    resume: bool,
+    overwrite: bool,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> DryRun:
+    """Find out what the run would do and take, and all that it would fail of."""
+    found = DryRun(name, settings.runs_dir / name, settings)
+
+    @contextlib.contextmanager
+    def collected() -> Iterator[None]:
+        try:
+            yield
+        except PddError as error:
+            found.problems.append(error)
+
+    def installed(reference: str) -> Path:
+        try:
+            return ensure(reference, store=store, offline=True, on_event=lambda event: None)
+        except DownloadError:
+            if not settings.offline:
+                found.to_fetch.append(reference)
+            raise
+
+    with collected():
+        check_name(name, store, replace=resume or overwrite)
+    with collected():
+        check_folder(RunFolder(found.folder), settings, resume=resume, overwrite=overwrite)
+    with collected():
+        check_export(settings.export)
+    goes_on = resume and not found.problems
+    with collected():
+        runtime = choose_runtime(settings.device, settings.precision)
+        weights = None
+        try:
+            weights = weight_files(settings, installed, warn if settings.offline else lambda text: None)
+        except DownloadError:
+            if not found.to_fetch:
+                raise
+        if weights is None:
+            scale = find(settings.base).scale or 4  # of a catalogued base that isn't installed
+            found.sources = read_sources(settings, scale, warn, say).sources
+        else:
+            with memory_errors(settings):
+                run = prepare_run(
+                    settings, weights, runtime, name=name, resume=goes_on, overwrite=True, notify=warn, say=say
+                )
+            found.run, found.sources = run, run.sources
+            with collected():
+                found.spaces = check_places(run, store)
+            with memory_errors(settings):
+                found.estimate = estimate(run, say)
+    return found
 
 
 def estimate(run: Run, say: Callable[[str], None]) -> Estimate:

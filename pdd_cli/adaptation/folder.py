@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from pdd_cli.errors import InputError
 from pdd_cli.files import write_errors
+from pdd_cli.settings.adapt import AdaptConfig
+from pdd_cli.weights.store import name_from
 
 
 @dataclass(frozen=True)
@@ -73,3 +78,23 @@ class RunFolder:
         with write_errors(self.path):
             for file in files:
                 file.unlink(missing_ok=True)
+
+
+def stored_run(given: Mapping[str, Any]) -> RunFolder:
+    """The folder of the run that `--resume` means, by what is given beside it.
+
+    Raises InputError where that doesn't say which.
+    """
+    runs = Path(given.get("runs_dir") or AdaptConfig.model_fields["runs_dir"].default).expanduser()
+    if given.get("name"):
+        named = Path(given["name"]).expanduser()
+        return RunFolder(named if len(named.parts) > 1 else runs / named)
+    if given.get("real_dir"):
+        return RunFolder(runs / name_from(Path(given["real_dir"]).expanduser().resolve().name))
+    found = sorted(path.parent for path in runs.glob("*/checkpoint.pt"))
+    if len(found) == 1:
+        return RunFolder(found[0])
+    raise InputError(
+        "--resume: which run goes on? Give its --name",
+        f"In {runs}: {', '.join(path.name for path in found)}." if found else f"There is no run in {runs}.",
+    )

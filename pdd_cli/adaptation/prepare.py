@@ -27,7 +27,7 @@ from pdd_cli.adaptation.validation import read_pairs
 from pdd_cli.data.datasets import CropSampler, downscaled, hr_from_real, images_below
 from pdd_cli.data.degradations import Degradation
 from pdd_cli.engines.winograd import winograd_pays
-from pdd_cli.errors import InputError, ResourceError
+from pdd_cli.errors import DownloadError, InputError, ResourceError
 from pdd_cli.files import is_within
 from pdd_cli.models.discriminator import FeatureDiscriminator, UNetDiscriminator
 from pdd_cli.models.features import FeatureNetwork, feature_network
@@ -36,6 +36,7 @@ from pdd_cli.ranks import ALONE, Ranks
 from pdd_cli.runtime import Runtime, is_out_of_memory
 from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.weights.states import read_state
+from pdd_cli.weights.store import Store, name_from, name_problem
 
 # What may differ between the machines of one run.
 _OF_A_MACHINE = {
@@ -257,6 +258,46 @@ def place(network: nn.Module, runtime: Runtime) -> None:
         from pdd_cli.engines.winograd.training import accelerate
 
         accelerate(network)
+
+
+def check_name(name: str, store: Store, *, replace: bool) -> None:
+    """Refuse a name that `upscale --weights NAME` would not find, or that would hide other weights."""
+    if problem := name_problem(name):
+        raise InputError(f"--name {name}: {problem}", f"Choose another --name, such as {name_from(name)}.")
+    if not replace and store.get(name) is not None:
+        raise InputError(
+            f"weights '{name}' exist already in the store", "Choose another --name, or replace them with --overwrite."
+        )
+
+
+def derived_name(real_dir: Path, say: Callable[[str], None]) -> str:
+    """The name of a run that was given none: that of the folder of its images, as far as it can be one."""
+    folder = real_dir.resolve().name
+    name = name_from(folder)
+    if name != folder:
+        say(f"the run and its weights are named '{name}', for '{folder}' can't be a name (--name: another)")
+    return name
+
+
+def weight_files(settings: AdaptConfig, have: Callable[[str], Path], warn: Callable[[str], None]) -> WeightFiles:
+    """The files of base, generalist and features; `have` gives the file of a name or path, or raises DownloadError."""
+    base = have(settings.base)
+    generalist = have(settings.generalist.weights) if settings.generalist.mode == "static" else None
+    network, file = settings.features.network, settings.features.weights
+    if file is not None:
+        return WeightFiles(base, generalist, network, have(str(file)))
+    if network != "auto":
+        return WeightFiles(base, generalist, network, have(network))
+    for candidate in ("vgg19", "vgg16"):
+        try:
+            return WeightFiles(base, generalist, candidate, have(candidate))
+        except (DownloadError, InputError):
+            warn(f"{candidate} can't be had, trying the next feature network")
+    warn(
+        "neither VGG-19 nor VGG-16 can be had: distances are measured with efficientnet-lite0, which the method "
+        "was not made for; with VGG the result is better (pdd fetch-weights vgg19 --from FILE)"
+    )
+    return WeightFiles(base, generalist, "efficientnet-lite0", have("efficientnet-lite0"))
 
 
 def check_inputs(config: AdaptConfig, folder: RunFolder, *, resume: bool, overwrite: bool) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,10 @@ import torch
 
 from pdd_cli.adaptation.export import export
 from pdd_cli.adaptation.judge import Conclusion, Verdict
-from pdd_cli.adaptation.prepare import Run
+from pdd_cli.adaptation.prepare import Run, memory_errors
 from pdd_cli.adaptation.preview import to_rgb8, upscaled
 from pdd_cli.data.datasets import RGB
-from pdd_cli.errors import InputError
+from pdd_cli.errors import InputError, Interrupted, PartialFailure, PddError, ResourceError
 from pdd_cli.files import write_text
 from pdd_cli.models.loading import load_sr_model
 from pdd_cli.reporting.adaptation import ReportImage, RunReport, as_page
@@ -27,6 +29,91 @@ from pdd_cli.weights.store import Card, Entry, Store
 
 _REPORT_IMAGES = 6
 _REPORT_SIZE = 128
+
+
+@dataclass
+class Published:
+    """What came of a trained run, as far as it succeeded."""
+
+    verdict: Verdict = field(default_factory=lambda: Verdict(None, "it could not be judged", 1.0))
+    conclusion: Conclusion | None = None
+    weights: Entry | None = None
+    report: Path | None = None
+    exported: list[Path] = field(default_factory=list)
+    failures: list[PddError] = field(default_factory=list)
+
+    def failure(self, run: Run) -> PddError | None:
+        """All failures as one error: the first, with what helps; None where there are none."""
+        if not self.failures:
+            return None
+        first = self.failures[0]
+        kind = ResourceError if any(isinstance(failure, ResourceError) for failure in self.failures) else PartialFailure
+        return kind(
+            first.message,
+            f"{first.hint} The trained weights are in {run.folder.best}; to try again: {run.resume_command}",
+        )
+
+
+def publish(run: Run, store: Store, say: Callable[[str], None], warn: Callable[[str], None]) -> Published:
+    """Judge what was trained, register the weights, write the report and the exports, and say all that.
+
+    Each of these may fail without the others.
+    """
+    done = Published()
+
+    @contextlib.contextmanager
+    def kept() -> Iterator[None]:
+        try:
+            with memory_errors(run.config):
+                yield
+        except PddError as error:
+            done.failures.append(error)
+        except Exception as error:
+            done.failures.append(PddError(f"a bug in pdd: {type(error).__name__}: {error}", "--debug shows where."))
+
+    try:
+        if run.state.step < run.config.steps:
+            say(
+                f"stopped early after step {run.state.step} of {run.config.steps}: the last "
+                f"{run.config.early_stopping} judgements brought nothing better "
+                f"({run.resume_command} --set early_stopping=off goes on)"
+            )
+        say("judging the trained weights")
+        with kept():
+            done.conclusion = run.judge.conclude(read_state(run.folder.best))
+            done.verdict = done.conclusion.verdict
+            (warn if done.verdict.keep is False else say)(f"verdict: {done.verdict.word}. {done.verdict.reason}")
+            if text := done.conclusion.truth_in_words():
+                say(text)
+            write_verdict(run, done.conclusion)
+        try:
+            with memory_errors(run.config):
+                done.weights = register(run, store, done.verdict)
+            say(f"done: weights '{run.name}' in {done.weights.path}")
+        except PddError as error:
+            done.failures.append(error)
+            with kept():
+                done.weights = register(run, replace(store, root=run.folder.path), done.verdict)
+                say(f"the weights are not registered; they are kept in {done.weights.path}")
+        with kept():
+            done.report = write_report(run, done.conclusion)
+            say(f"report: {done.report}")
+        for form in run.config.export:
+            with kept():
+                done.exported.append(write_export(run, form))
+                say(f"exported: {done.exported[-1]}")
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped; all {run.state.step} steps are done and saved in {run.folder.path}",
+            f"To finish: {run.resume_command}",
+        ) from None
+    if done.weights is not None and done.verdict.keep is not False:
+        strength = f" --strength {done.verdict.strength:g}" if done.verdict.strength < 1 else ""
+        reference = run.name if done.weights.path.parent == store.root else done.weights.path
+        say(f"next: pdd upscale IN OUT --weights {reference}{strength}")
+    else:
+        say("Look at the report before you use it. More images of one look, or --hr-dir, may help.")
+    return done
 
 
 def write_verdict(run: Run, conclusion: Conclusion) -> None:

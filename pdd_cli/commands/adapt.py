@@ -19,7 +19,8 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
       pdd adapt --real-dir ./realLR
       pdd adapt --real-dir ./realLR --hr-dir ./photos --name mine --steps 300
     """
-    from pdd_cli.commands._adapting import check_name, derived_name, dry_adapt, finish, stored_run, weight_files
+    from pdd_cli.adaptation.folder import stored_run
+    from pdd_cli.commands._adapting import dry_run_document, dry_run_table, run_document
     from pdd_cli.commands._fetching import fetch_progress
     from pdd_cli.weights.fetch import ensure
 
@@ -34,19 +35,36 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
     else:
         settings = call.settings()
 
-    from pdd_cli.adaptation.estimate import check_places
+    from pdd_cli.adaptation import estimate
     from pdd_cli.adaptation.folder import RunFolder
     from pdd_cli.adaptation.loop import train
-    from pdd_cli.adaptation.prepare import WeightFiles, check_inputs, memory_errors, prepare_run
-    from pdd_cli.adaptation.publish import write_report
+    from pdd_cli.adaptation.prepare import (
+        WeightFiles,
+        check_inputs,
+        check_name,
+        derived_name,
+        memory_errors,
+        prepare_run,
+        weight_files,
+    )
+    from pdd_cli.adaptation.publish import publish, write_report
     from pdd_cli.interruption import Interruption
     from pdd_cli.runtime import choose_runtime, keep_freed_memory
     from pdd_cli.weights.store import Store
 
     store = Store.default()
-    run_name = settings.name or derived_name(settings.real_dir, console)
+    run_name = settings.name or derived_name(settings.real_dir, console.say)
     if call.flags.dry_run:
-        dry_adapt(settings, store, console, name=run_name, resume=resume, overwrite=overwrite)
+        keep_freed_memory()  # as the run does whose time and memory are estimated
+        found = estimate.dry_run(
+            settings, store, name=run_name, resume=resume, overwrite=overwrite, say=console.say, warn=console.warn
+        )
+        console.table(dry_run_table(found))
+        console.result(dry_run_document(found))
+        for error in found.problems[1:]:
+            console.fail(error)
+        if found.problems:
+            raise found.problems[0]
         return
     ranks = Ranks.from_environment()
     ranks.per_rank(settings.batch_size)
@@ -72,7 +90,7 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
             name=run_name, resume=resume, overwrite=overwrite, notify=console.warn, say=console.say, ranks=ranks,
         )  # fmt: skip
     if ranks.is_first:
-        check_places(run, store)
+        estimate.check_places(run, store)
     console.say(
         f"adapting {settings.base} to {len(run.domains.real)} real images as '{run_name}': "
         f"{settings.steps - run.state.step} steps on {runtime}, features of {run.features_name}"
@@ -107,7 +125,12 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
         )
     if not ranks.is_first:
         return
-    finish(run, store, console, losses)
+    done = publish(run, store, console.say, console.warn)
+    console.result(run_document(run, done, losses))
+    for error in done.failures[1:]:
+        console.fail(error)
+    if failure := done.failure(run):
+        raise failure
 
 
 adapt = command(AdaptConfig, "adapt", AdaptFlags, _adapt)
