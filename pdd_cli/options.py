@@ -181,10 +181,13 @@ def _parameter(name: str, field: _Field) -> inspect.Parameter:
     if option.argument:
         info = typer.Argument(help=field.help, metavar=option.metavar, show_default=False)
     else:
-        flags = option.flags or (f"--{name.replace('_', '-')}",)
         form = "A,B,…" if option.comma_separated else "NAME" if field.choices else _METAVARS.get(field.kind)
         info = typer.Option(
-            *flags, help=field.help, metavar=option.metavar or form, rich_help_panel=option.panel, show_default=False
+            *option.names(name),
+            help=field.help,
+            metavar=option.metavar or form,
+            rich_help_panel=option.panel,
+            show_default=False,
         )
     annotated: Any = Annotated
     if option.argument and field.is_required:

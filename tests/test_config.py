@@ -44,7 +44,7 @@ def test_nested_keys_and_yaml_values():
         (["steps=-1"], ["steps", "-1", "greater than or equal to 1"]),
         (["steps=many"], ["steps", "'many'", "integer"]),
         (["generalist.warmup_steps=0"], ["generalist.warmup_steps", "0", "greater than or equal to 1"]),
-        (["generalist.mode=static"], ["generalist.weights", "missing"]),
+        (["generalist.mode=static"], ["generalist.weights", "missing", "give --generalist"]),
         (["generalist.mode=dynamic"], ["generalist", "ema", "static"]),
         (["precision=int8"], ["precision", "'int8'", "bf16"]),
         (["steps=4"], ["steps 4", "warm-up"]),

@@ -38,6 +38,10 @@ class Option:
     comma_separated: bool = False
     argument: bool = False
 
+    def names(self, field: str) -> tuple[str, ...]:
+        """The flags of the option of this field."""
+        return self.flags or ("--" + field.replace("_", "-"),)
+
 
 class Settings(BaseModel):
     """Base of all settings: frozen, unknown keys forbidden, ~ in paths expanded."""

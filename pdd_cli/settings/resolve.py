@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from pdd_cli.errors import InputError
-from pdd_cli.settings.base import Settings, expanded
+from pdd_cli.settings.base import Option, Settings, expanded
 
 DEFAULT_FILE = Path("pdd.yaml")
 
@@ -181,7 +181,7 @@ def _explain(path: Sequence[str], problems: Sequence[ErrorDetails], model: type[
     value = problem["input"]
     match problem["type"]:
         case "missing":
-            return f"{key}: missing; give {_option(key)}"
+            return f"{key}: missing; give {_option(path, model)}"
         case "extra_forbidden":
             known = _keys(model, path[:-1])
             close = difflib.get_close_matches(path[-1], known, 1)
@@ -198,8 +198,16 @@ def _allowed(message: str) -> str:
     return message.removeprefix("Input should be ").removesuffix(", unable to parse string as an integer")
 
 
-def _option(key: str) -> str:
-    return "--" + key.replace("_", "-") if "." not in key else f"--set {key}=…"
+def _option(path: Sequence[str], model: type[BaseModel]) -> str:
+    """How the setting is given on the command line."""
+    models, fields = [model], []
+    for part in path:
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        models = [sub for field in fields for sub in models_in(field.annotation)]
+    for option in (part for field in fields for part in field.metadata):
+        if isinstance(option, Option):
+            return option.metavar or path[-1] if option.argument else option.names(path[-1])[0]
+    return f"--set {'.'.join(path)}=…"
 
 
 def _keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
