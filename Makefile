@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STAMP_TEST := $(VENV)/.installed-test
 
-.PHONY: install demo test check clean
+.PHONY: install demo test test-fast check clean
 install: $(STAMP)
 
 $(BIN)/python:
@@ -33,6 +33,9 @@ demo: $(STAMP)  ## from nothing to an adapted model, an upscaled folder and its 
 
 test: $(STAMP_TEST)  ## the whole suite
 	$(BIN)/python -m pytest
+
+test-fast: $(STAMP_TEST)  ## the tests that take a second or so each
+	$(BIN)/python -m pytest -m 'not slow'
 
 check: $(STAMP_TEST)  ## style, types, layering
 	$(BIN)/ruff check .

@@ -21,6 +21,8 @@ from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.weights.store import Store
 from tests.helpers.commands import STEPS, Hold, command, environment
 
+pytestmark = pytest.mark.slow
+
 
 def finish(arguments, folder):
     return subprocess.run(arguments, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=300)

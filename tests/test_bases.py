@@ -42,6 +42,7 @@ BASES: dict[str, tuple[Callable[[], Mapping[str, Tensor]], str, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASES)
 def test_it_is_adapted_and_exported(pdd: Callable[..., Outcome], ground: Path, home: Path, name: str) -> None:
     make, architecture, scale = BASES[name]

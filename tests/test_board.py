@@ -12,6 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.helpers.commands import Outcome, command
 
+pytestmark = pytest.mark.slow
+
 RUN = Path("runs/realLR")
 
 

@@ -146,6 +146,7 @@ def test_what_is_no_lr_of_the_image_is_refused(lr: tuple[int, int], words: str) 
             function(np.zeros((64, 96, 3)), np.zeros((*lr, 3)))
 
 
+@pytest.mark.slow
 def test_scores_computed_at_the_same_time_are_those_of_one_after_the_other(sets: Path) -> None:
     infos = metric_infos(["psnr", "ssim", "gmsd", "nlpd", "entropy"])
     networks = {info: pyiqa.create_metric(info.name, device="cpu") for info in infos}
@@ -273,6 +274,7 @@ def test_bad_usage_is_told(sets: Path, monkeypatch: pytest.MonkeyPatch, argument
     assert words in err
 
 
+@pytest.mark.slow
 def test_the_list_of_metrics_says_whose_weights_are_here(hub: Path) -> None:
     code, document, err = evaluate("--metrics", "list")
     assert code == 0, err
@@ -288,6 +290,7 @@ def test_the_list_of_metrics_says_whose_weights_are_here(hub: Path) -> None:
     assert (here["lpips"], here["lpips-vgg"], here["niqe"]) == ("here", "not here", "not here")
 
 
+@pytest.mark.slow
 def test_metrics_of_whole_sets_are_pyiqas(sets: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The real network; its published weights can't be had from a package index, so random ones.
     from pyiqa.archs import inception
@@ -371,6 +374,7 @@ def test_data_sets_are_found_in_their_published_layouts(tmp_path: Path, name: Da
     assert len(found.problems) == len(words)
 
 
+@pytest.mark.slow
 def test_models_are_run_on_a_data_set_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for index in range(6):

@@ -25,6 +25,8 @@ from pdd_cli.ranks import ALONE, Ranks
 from tests.helpers import distributed_worker
 from tests.helpers.commands import Hold
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 STEPS = 12
 

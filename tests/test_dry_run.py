@@ -11,6 +11,8 @@ import pytest
 
 from tests.helpers.commands import STEPS, Outcome, command
 
+pytestmark = pytest.mark.slow
+
 
 def adapt(pdd: Callable[..., Outcome], ground: Path, *more: str) -> Outcome:
     return pdd(*command(ground)[3:], *more)

@@ -50,6 +50,7 @@ def test_off_and_numbers_are_allowed() -> None:
             read(wrong)
 
 
+@pytest.mark.slow
 def test_the_run_ends_early_with_a_verdict(pdd: Callable[..., Outcome], ground: Path) -> None:
     done = pdd(*command(ground, *NEVER_BETTER, steps=40)[3:], "--json")
     assert done.code == 0, done.err
@@ -62,6 +63,7 @@ def test_the_run_ends_early_with_a_verdict(pdd: Callable[..., Outcome], ground: 
     assert (more.code, json.loads(more.out)["steps"]) == (0, 24)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_at_the_same_step(tmp_path: Path, ground: Path) -> None:
     def prepared(folder: str, *, resume: bool) -> Run:
         config = AdaptConfig(

@@ -59,6 +59,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 # --- values -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_data
 def test_published_scores_are_reproduced(hub: Path) -> None:
     calibration = DATA / "iqa" / "calibration"
@@ -724,6 +725,7 @@ def test_other_values_in_niqes_file_are_found(hub: Path, tmp_path: Path, publish
     assert (hub / real.name).read_bytes() == real.read_bytes()
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_scored(tmp_path: Path) -> None:
     sr, hr = tmp_path / "sr", tmp_path / "hr"
     Image.fromarray(photo(500, 500)).save(tmp_path / "one.png")

@@ -30,6 +30,8 @@ from pdd_cli.weights.store import Store, name_from, name_problem, read_card
 from tests.helpers.commands import Outcome, command, environment
 from tests.helpers.networks import old_layout, rrdbnet, swinir
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 
 

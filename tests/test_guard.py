@@ -26,6 +26,8 @@ from pdd_cli.settings.adapt import AdaptConfig
 from tests.helpers.crops import Disturbed
 from tests.helpers.networks import efficientnet_state
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def prepare(tmp_path: Path) -> Callable[..., Run]:

@@ -22,6 +22,7 @@ def tiny(**changes):
     return RRDBNet(**{"features": 8, "growth": 32, "blocks": 2, **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [dict, old_layout, bsrgan_layout])
 def test_rrdbnet_equals_spandrels_forward_in_every_key_layout(layout):
     state = layout(tiny().state_dict())
@@ -270,6 +271,7 @@ def test_wrong_feature_weights_are_refused():
         feature_network("vgg16", state, origin="x.pth")
 
 
+@pytest.mark.slow
 def test_discriminator_has_real_esrgans_keys_and_per_pixel_logits():
     network = UNetDiscriminator(8)
     spectral = {f"conv{i}.weight_{kind}" for i in range(1, 9) for kind in ("orig", "u", "v")}

@@ -173,6 +173,7 @@ def test_imagemagick_reads_it_without_a_warning(tmp_path: Path, suffix: str) -> 
         assert f"pdd {__version__}: upscaled with realsr" in found.stdout
 
 
+@pytest.mark.slow
 def test_upscale_says_it_in_each_output_unless_metadata_is_stripped(tmp_path: Path, pdd, ground: Path) -> None:
     weights = ground / "base.safetensors"
     lr = ground / "realLR" / "0.png"

@@ -51,6 +51,7 @@ def odd(tmp_path: Path, ground: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @LINUX
 def test_names_that_are_not_utf8(pdd, odd: Path, ground: Path, tmp_path: Path) -> None:
     out, log = tmp_path / os.fsdecode(b"out\xff"), tmp_path / "log.jsonl"
@@ -84,6 +85,7 @@ def test_a_card_may_hold_such_names(tmp_path: Path, odd: Path) -> None:
     assert found.card.adapted == {"real_dir": str(odd)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     [
@@ -130,6 +132,7 @@ def test_scores_are_shown_where_the_report_cannot_be_written(pdd, ground: Path) 
     assert "x.csv" in found.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["read", "compute", "write"])
 def test_an_error_that_nobody_expected_is_one_jobs_failure(
     pdd, ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str

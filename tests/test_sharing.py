@@ -135,6 +135,7 @@ def test_results_travel_as_text() -> None:
     assert results_from_json(results_to_json(results)) == results
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun_make_what_one_makes(images: Path, home: Path) -> None:
     weights, one, two = images.parent / "model.safetensors", images.parent / "one", images.parent / "two"
     (images / "broken.png").unlink()
@@ -153,6 +154,7 @@ def test_two_processes_under_torchrun_make_what_one_makes(images: Path, home: Pa
     assert len(latest.pairs) == 8
 
 
+@pytest.mark.slow
 def test_every_process_ends_with_the_exit_code_of_all(images: Path, home: Path) -> None:
     out, weights = images.parent / "out", images.parent / "model.safetensors"
     run_upscale(images, out, "--weights", weights)

@@ -22,6 +22,8 @@ from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.runtime import Runtime
 from tests.helpers.images import psnr
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {

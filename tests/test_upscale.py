@@ -458,6 +458,7 @@ def test_dry_run_writes_nothing(batch: Path, home: Path) -> None:
     assert files["a.png"]["tiles"] == 2
 
 
+@pytest.mark.slow
 def test_a_single_broken_file_fails_the_command(batch: Path, home: Path) -> None:
     weights = batch.parent / "model.safetensors"
     command = [sys.executable, "-m", "pdd_cli", "upscale", batch / "broken.png", batch.parent / "out"]
@@ -467,6 +468,7 @@ def test_a_single_broken_file_fails_the_command(batch: Path, home: Path) -> None
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_an_interrupted_run_leaves_whole_files_and_goes_on(tmp_path: Path, home: Path) -> None:
     saved(tmp_path, compact())
@@ -497,6 +499,7 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(tmp_path: Path, home:
 # --- memory -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_a_large_output_is_never_held_whole(tmp_path: Path, suffix: str) -> None:
     worker = upscaler(repeating(4), tile=32, overlap=4)
@@ -544,6 +547,7 @@ def test_inputs_beyond_the_limit_against_bombs_need_max_memory(tmp_path: Path, h
 # --- sizes, strength, colours -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(24, 32), (1, 1), (3, 70), (31, 17)])
 @pytest.mark.parametrize("scale", [0.5, 1.5, 4.0, 6.0])
 def test_any_target_size(tmp_path: Path, size: tuple[int, int], scale: float) -> None:
@@ -758,6 +762,7 @@ def test_a_pattern_takes_what_matches(tmp_path: Path, home: Path) -> None:
     assert "no images or videos match" in str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_killed_run_leaves_whole_files_and_the_next_completes(tmp_path: Path, home: Path) -> None:
     weights = saved(tmp_path, compact())

