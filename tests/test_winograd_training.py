@@ -25,7 +25,10 @@ from pdd_cli.runtime import Runtime
 
 CPUS = {"skylake-avx512": (AVX512, "avx512f"), "haswell": (AVX2, "avx2")}
 
-pytestmark = pytest.mark.skipif(winograd._machine() is None, reason="there is no kernel for this CPU, or no OpenMP")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(winograd._machine() is None, reason="there is no kernel for this CPU, or no OpenMP"),
+]
 
 
 @pytest.fixture(params=CPUS)
