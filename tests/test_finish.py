@@ -20,9 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from spandrel import ModelLoader
 from torch import Tensor
+from typer.testing import CliRunner
 
 from pdd_cli.adaptation.export import export
 from pdd_cli.adaptation.judge import too_little
+from pdd_cli.cli import app
 from pdd_cli.errors import PddError
 from pdd_cli.models.loading import load_sr_model, model_from_state
 from pdd_cli.models.rrdbnet import RRDBNet
@@ -37,6 +39,26 @@ STEPS = 8
 
 def adapt(pdd: Callable[..., Outcome], ground: Path, *more: object) -> Outcome:
     return pdd(*command(ground, steps=STEPS)[3:], *more)
+
+
+@pytest.fixture(scope="module")
+def trained(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, `runs/realLR`, and its store, `pdd-home`."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("PDD_HOME", str(folder / "pdd-home"))
+        monkeypatch.chdir(folder)
+        result = CliRunner().invoke(app, command(ground, steps=STEPS)[3:])
+    assert result.exit_code == 0, result.stderr
+    return folder
+
+
+@pytest.fixture
+def finished(pdd: Callable[..., Outcome], trained: Path, home: Path) -> Callable[..., Outcome]:
+    """`pdd`, where this run is already finished."""
+    shutil.copytree(trained / "runs", "runs")
+    shutil.copytree(trained / "pdd-home", home)
+    return pdd
 
 
 # --- exports ----------------------------------------------------------------------------------------------------
@@ -114,26 +136,19 @@ def test_a_missing_package_is_known_before_the_run(
 # --- late failures ----------------------------------------------------------------------------------------------
 
 
-def test_each_late_step_fails_without_the_others(pdd: Callable[..., Outcome], ground: Path, home: Path) -> None:
+def test_each_late_step_fails_without_the_others(finished: Callable[..., Outcome], home: Path) -> None:
     run = Path("runs/realLR")
-    for blocked in ("report.html", "realLR.onnx", "verdict.json"):  # a folder where a file is to be
-        (run / blocked).mkdir(parents=True)
-    shutil.copytree(run, "blocked")
-    shutil.rmtree(run)
-    home.mkdir()
-    first = adapt(pdd, ground)
-    assert first.code == 0, first.err
     registered = load_file(home / "weights" / "realLR.safetensors")
     shutil.rmtree(home / "weights")
     (home / "weights").write_text("not a folder")
-    for obstacle in Path("blocked").iterdir():
-        (run / obstacle.name).unlink(missing_ok=True)
-        obstacle.rename(run / obstacle.name)
-    done = pdd("adapt", "--resume", "--name", "realLR", "--export", "onnx,pth", "--json")
+    for blocked in ("report.html", "realLR.onnx", "verdict.json"):  # a folder where a file is to be
+        (run / blocked).unlink(missing_ok=True)
+        (run / blocked).mkdir()
+    done = finished("adapt", "--resume", "--name", "realLR", "--export", "onnx,pth", "--json")
     assert done.code == 2, done.err  # before the run: the store can't be written
 
     (home / "weights").unlink()
-    done = pdd("adapt", "--resume", "--name", "realLR", "--export", "onnx,pth", "--json")
+    done = finished("adapt", "--resume", "--name", "realLR", "--export", "onnx,pth", "--json")
     assert done.code == 3, done.err
     document = json.loads(done.out)
     assert "verdict: " in done.err
@@ -145,19 +160,19 @@ def test_each_late_step_fails_without_the_others(pdd: Callable[..., Outcome], gr
 
 
 def test_weights_that_cannot_be_registered_stay_in_the_run_folder(
-    pdd: Callable[..., Outcome], ground: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Callable[..., Outcome], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pdd_cli.adaptation.judge import Judge
 
     conclude = Judge.conclude
 
     def and_block(self: Judge, best: Mapping[str, Tensor]) -> object:
-        home.mkdir(exist_ok=True)
+        shutil.rmtree(home / "weights")
         (home / "weights").write_text("in the way")  # as a disk that was taken away
         return conclude(self, best)
 
     monkeypatch.setattr(Judge, "conclude", and_block)
-    done = adapt(pdd, ground, "--json")
+    done = finished("adapt", "--resume", "--json")
     assert done.code == 3, done.err
     document = json.loads(done.out)
     kept = Path("runs/realLR/realLR.safetensors")
@@ -171,10 +186,10 @@ def test_weights_that_cannot_be_registered_stay_in_the_run_folder(
 
 
 def test_a_judgement_that_fails_leaves_checkpoint_and_weights(
-    pdd: Callable[..., Outcome], ground: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Callable[..., Outcome], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pdd_cli.adaptation.judge.decide", lambda *_: 1 / 0)
-    done = adapt(pdd, ground, "--json")
+    done = finished("adapt", "--resume", "--json")
     assert done.code == 3, done.err
     document = json.loads(done.out)
     assert document["verdict"]["keep"] is None
@@ -273,8 +288,7 @@ def test_a_name_is_enough_to_resume_and_images_are_compared(pdd: Callable[..., O
     assert "1 changed (0.png); 1 missing (1.png)" in done.err
 
 
-def test_a_run_folder_of_an_earlier_version_goes_on(pdd: Callable[..., Outcome], ground: Path) -> None:
-    assert adapt(pdd, ground).code == 0
+def test_a_run_folder_of_an_earlier_version_goes_on(finished: Callable[..., Outcome], ground: Path) -> None:
     checkpoint = Path("runs/realLR/checkpoint.pt")
     content = torch.load(checkpoint, weights_only=True)
     judged = [json.loads(line) for line in Path("runs/realLR/judgements.jsonl").read_text().splitlines()]
@@ -284,10 +298,10 @@ def test_a_run_folder_of_an_earlier_version_goes_on(pdd: Callable[..., Outcome],
     torch.save(content, checkpoint)
     config = Path("runs/realLR/config.yaml")
     config.write_text(config.read_text().replace("name: realLR", "name: null"))
-    assert adapt(pdd, ground, "--resume").code == 0
+    assert adapt(finished, ground, "--resume").code == 0
     assert [json.loads(line) for line in Path("runs/realLR/judgements.jsonl").read_text().splitlines()] == judged
-    assert pdd("adapt", "--resume", "--name", "realLR").code == 0
-    assert pdd("adapt", "--resume").code == 0  # the only one
+    assert finished("adapt", "--resume", "--name", "realLR").code == 0
+    assert finished("adapt", "--resume").code == 0  # the only one
 
 
 # --- what is judged and trained on ------------------------------------------------------------------------------
@@ -382,15 +396,13 @@ def test_names_and_sizes_that_say_hr_are_warned_of(tmp_path: Path) -> None:
     assert "(b/one.png)" in notes[1]
 
 
-def test_what_pdd_made_is_not_trained_on(pdd: Callable[..., Outcome], ground: Path, tmp_path: Path) -> None:
+def test_what_pdd_made_is_not_trained_on(finished: Callable[..., Outcome], ground: Path) -> None:
     shutil.copytree(ground / "realLR", "photos")
-    run = adapt(pdd, ground, "--runs-dir", tmp_path / "runs")
-    assert run.code == 0, run.err
     for more in (("--suffix", "_up"), ("--suffix", "_stripped", "--strip-metadata")):
-        done = pdd("upscale", "photos", "photos", "--weights", "realLR", "--device", "cpu", *more)
+        done = finished("upscale", "photos", "photos", "--weights", "realLR", "--device", "cpu", *more)
         assert done.code == 0, done.err
-    shutil.copytree(tmp_path / "runs", "photos/older")  # its previews
-    done = adapt(pdd, ground, "--real-dir", "photos", "--dry-run", "--json")
+    shutil.copytree("runs", "photos/older")  # its previews
+    done = adapt(finished, ground, "--real-dir", "photos", "--dry-run", "--json")
     assert done.code == 0, done.err
     real = json.loads(done.out)["images"][0]
     assert real["used"] == 3
@@ -446,9 +458,13 @@ def test_signals_are_answered_at_once_while_a_library_computes(number: int) -> N
 
 
 @pytest.mark.parametrize("word", ["reading the", "judging the trained"])
-def test_an_interruption_before_and_after_training_exits_with_130(ground: Path, tmp_path: Path, word: str) -> None:
+def test_an_interruption_before_and_after_training_exits_with_130(
+    ground: Path, tmp_path: Path, trained: Path, word: str
+) -> None:
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    more = ["--resume"] if word.startswith("judging") else ["--overwrite"]
     process = subprocess.Popen(
-        command(ground, steps=6), cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.PIPE, text=True
+        command(ground, *more, steps=STEPS), cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
     messages = ""
