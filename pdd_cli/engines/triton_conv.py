@@ -36,21 +36,21 @@ def convolve(  # type: ignore[no-untyped-def]  # annotations would be Triton's
     weight,
     bias,
     slope,
-    near,
-    far,
+    residual1,
+    residual2,
     out,
     count,
     height,
     width,
     x_stride,
-    near_stride,
-    far_stride,
+    residual1_stride,
+    residual2_stride,
     out_stride,
-    share,
+    residual_scale,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     STORED: tl.constexpr,
-    GROWN: tl.constexpr,
+    UPSAMPLE_LOG2: tl.constexpr,
     BORDER: tl.constexpr,
     ACTIVATE: tl.constexpr,
     RESIDUALS: tl.constexpr,
@@ -60,10 +60,10 @@ def convolve(  # type: ignore[no-untyped-def]  # annotations would be Triton's
     """A 3x3 convolution as products of matrices: PIXELS of the `count` output pixels, all OUTPUTS channels.
 
     x: (N, h + 2, w + 2, x_stride), of which the first INPUTS channels count; h, w are height, width, or half of them
-    with GROWN 1, which doubles x by nearest neighbours first. weight: (9, INPUTS, OUTPUTS). Then bias, a leaky ReLU
-    with a slope for each channel (ACTIVATE), and up to two RESIDUALS: near + share * result, then far + share * that.
-    The first STORED channels go to out: (N, height + 2 * BORDER, width + 2 * BORDER, out_stride); near and far have a
-    border of 1.
+    with UPSAMPLE_LOG2 1, which doubles x by nearest neighbours first. weight: (9, INPUTS, OUTPUTS). Then bias, a leaky
+    ReLU with a slope for each channel (ACTIVATE), and up to two RESIDUALS: residual1 + residual_scale * result, then
+    residual2 + residual_scale * that. The first STORED channels are written to out: (N, height + 2 * BORDER, width +
+    2 * BORDER, out_stride); the residuals have a border of 1.
     """
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     there = pixel < count
@@ -79,9 +79,9 @@ def convolve(  # type: ignore[no-untyped-def]  # annotations would be Triton's
     for step in range(0, INPUTS // CHANNELS * 9):
         tap = step % 9
         first = step // 9 * CHANNELS
-        y = (row + tap // 3 + GROWN) >> GROWN
-        z = (column + tap % 3 + GROWN) >> GROWN
-        place = (image * ((height >> GROWN) + 2) + y) * ((width >> GROWN) + 2) + z
+        y = (row + tap // 3 + UPSAMPLE_LOG2) >> UPSAMPLE_LOG2
+        z = (column + tap % 3 + UPSAMPLE_LOG2) >> UPSAMPLE_LOG2
+        place = (image * ((height >> UPSAMPLE_LOG2) + 2) + y) * ((width >> UPSAMPLE_LOG2) + 2) + z
         values = tl.load(
             x + (place.to(tl.int64) * x_stride)[:, None] + (first + channel)[None, :], cache_modifier=".ca"
         )
@@ -94,9 +94,13 @@ def convolve(  # type: ignore[no-untyped-def]  # annotations would be Triton's
     stored = there[:, None] & (output < STORED)[None, :]
     centre = ((image * (height + 2) + row + 1) * (width + 2) + column + 1).to(tl.int64)
     if RESIDUALS > 0:
-        total = total * share + tl.load(near + (centre * near_stride)[:, None] + output[None, :], mask=stored, other=0)
+        total = total * residual_scale + tl.load(
+            residual1 + (centre * residual1_stride)[:, None] + output[None, :], mask=stored, other=0
+        )
     if RESIDUALS > 1:
-        total = total * share + tl.load(far + (centre * far_stride)[:, None] + output[None, :], mask=stored, other=0)
+        total = total * residual_scale + tl.load(
+            residual2 + (centre * residual2_stride)[:, None] + output[None, :], mask=stored, other=0
+        )
     target = ((image * (height + 2 * BORDER) + row + BORDER) * (width + 2 * BORDER) + column + BORDER).to(tl.int64)
     tl.store(out + (target * out_stride)[:, None] + output[None, :], total.to(out.dtype.element_ty), mask=stored)
 
@@ -111,7 +115,7 @@ def _fitting(configs: list[triton.Config], _: Any, **constants: Any) -> list[tri
 
 _tuned = triton.autotune(
     _CONFIGS,
-    key=["INPUTS", "OUTPUTS", "GROWN", "RESIDUALS"],
+    key=["INPUTS", "OUTPUTS", "UPSAMPLE_LOG2", "RESIDUALS"],
     prune_configs_by={"early_config_prune": _fitting},
     restore_value=["out"],
     cache_results=True,
@@ -141,14 +145,14 @@ class _Convolution:
         x: Tensor,
         out: Tensor,
         *residuals: Tensor,
-        share: float = 1.0,
-        grown: bool = False,
+        residual_scale: float = 1.0,
+        upsample: bool = False,
         border: bool = True,
     ) -> None:
-        """From (N, h + 2, w + 2, C) into `out`, the same with h and w doubled if `grown`, without `border` if not."""
-        images, height, width = x.shape[0], (x.shape[1] - 2) << grown, (x.shape[2] - 2) << grown
+        """From (N, h + 2, w + 2, C) into `out`, with h and w doubled if `upsample`, and a border only if `border`."""
+        images, height, width = x.shape[0], (x.shape[1] - 2) << upsample, (x.shape[2] - 2) << upsample
         count = images * height * width
-        near, far = (*residuals, out, out)[:2]
+        residual1, residual2 = (*residuals, out, out)[:2]
         # The tuner isn't made for several threads, and what it starts runs on the current device.
         with _starting, torch.cuda.device_of(x):
             _tuned[lambda config: (triton.cdiv(count, config["PIXELS"]),)](
@@ -156,21 +160,21 @@ class _Convolution:
                 self.weight,
                 self.bias,
                 self.bias if self.slope is None else self.slope,
-                near,
-                far,
+                residual1,
+                residual2,
                 out,
                 count,
                 height,
                 width,
                 x.stride(2),
-                near.stride(2),
-                far.stride(2),
+                residual1.stride(2),
+                residual2.stride(2),
                 out.stride(2),
-                share,
+                residual_scale,
                 INPUTS=self.inputs,
                 OUTPUTS=self.weight.shape[2],
                 STORED=self.outputs,
-                GROWN=int(grown),
+                UPSAMPLE_LOG2=int(upsample),
                 BORDER=int(border),
                 ACTIVATE=self.slope is not None,
                 RESIDUALS=len(residuals),
@@ -248,10 +252,10 @@ class TritonRRDBNet(nn.Module):
             for number in range(4):
                 self._dense[index + number](block, block[..., features + number * growth :])
             residuals = (block, after) if place == 2 else (block,)
-            self._dense[index + 4](block, after, *residuals, share=0.2)
+            self._dense[index + 4](block, after, *residuals, residual_scale=0.2)
         self._body(blocks[0], blocks[1], first)
-        self._up1(blocks[1], half, grown=True)
-        self._up2(half, full, grown=True)
+        self._up1(blocks[1], half, upsample=True)
+        self._up2(half, full, upsample=True)
         self._hr(full, hr)
         sr = torch.empty(*_inside(hr).shape[:3], self._last.outputs, dtype=self._dtype, device=lr.device)
         self._last(hr, sr, border=False)

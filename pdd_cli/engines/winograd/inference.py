@@ -1,6 +1,6 @@
 """Networks of 3x3 convolutions on a CPU by Winograd's algorithm, in fp32.
 
-A network is a list of layers, each of which reads a feature map and writes another; `winograd_kernel.py` computes them
+A network is a list of layers, each of which reads a feature map and writes another; `kernel.py` computes them
 one after the other. A dense block is one map: its convolutions read the front of it and write behind that, so that
 nothing is concatenated. The last layers, at full size, are computed in strips.
 """
@@ -24,7 +24,7 @@ from pdd_cli.runtime import usable_cpus
 FloatArray = npt.NDArray[np.float32]
 
 _SCRATCH = 1 << 19  # bytes that the transformed tiles of a thread may take: they should stay in its cache
-_TOGETHER = 28  # tiles that a thread transforms at once at most: all have their share of small images, too
+_MOST_TILES = 28  # most tiles that a thread transforms at once, so that small images have work for all threads
 _STRIP = 1 << 26  # bytes of a layer at full size that is computed in strips
 
 
@@ -41,8 +41,8 @@ class _Layer:
     out: str
     at: int = 0
     residuals: tuple[str, ...] = ()
-    share: float = 1.0
-    grown: bool = False
+    residual_scale: float = 1.0
+    upsample: bool = False
     addresses: dict[str, int] = field(default_factory=dict)  # of weight (36, wide / group, deep, group), bias, slope
 
     @property
@@ -111,7 +111,7 @@ class Network:
             self._compute(one)
         return self._finish(lr, self._found["out"])
 
-    # What there is to compute.
+    # Layers to compute.
 
     def _add(self, state: Mapping[str, FloatArray], name: str, x: str, out: str, slope: Any = 1.0, **more: Any) -> None:
         outputs, inputs, *sides = state[f"{name}.weight"].shape
@@ -167,10 +167,10 @@ class Network:
                 at = (features + index * growth) // BLOCK
                 add(f"{name}.conv{index + 1}", block, block, 0.2, at=at)
             residuals = (block, after) if number % 3 == 2 else (block,)
-            add(f"{name}.conv5", block, after, residuals=residuals, share=0.2)
+            add(f"{name}.conv5", block, after, residuals=residuals, residual_scale=0.2)
         add("conv_body", "dense0", "dense1", residuals=("first",))
-        add("conv_up1", "dense1", "half", 0.2, grown=True)
-        add("conv_up2", "half", "full", 0.2, grown=True)
+        add("conv_up1", "dense1", "half", 0.2, upsample=True)
+        add("conv_up2", "half", "full", 0.2, upsample=True)
         add("conv_hr", "full", "hr", 0.2)
         add("conv_last", "hr", "out")
 
@@ -215,7 +215,7 @@ class Network:
         list(self._pool.map(shuffle, range(0, height, rows)))
         return sr.reshape(height * scale, width * scale, colours)
 
-    # Where it is computed.
+    # Memory to compute in.
 
     def _lay_out(self, height: int, width: int) -> None:
         """The maps for this size, in one piece of memory that is kept, and the passes that refer to them."""
@@ -275,35 +275,37 @@ class Network:
             return 0 if self._maps[name].whole else spans[name][0]
 
         x, out = self._found[layer.x], self._found[layer.out]
-        near, far = (*(self._found[name] for name in layer.residuals), out, out)[:2]
+        residual1, residual2 = (*(self._found[name] for name in layer.residuals), out, out)[:2]
         values = layer.addresses | {
             "height": end - first,
             "width": width,
             "columns": _tiles(width),
             "tiles": _tiles(end - first) * _tiles(width),
-            "together": self._together(layer),
+            "tiles_per_batch": self._tiles_per_batch(layer),
             "inputs": layer.deep,
             "outputs": layer.wide,
             "stored": _blocks(layer.outputs) * BLOCK,
-            "grown": int(layer.grown),
+            "upsample_log2": int(layer.upsample),
             "residuals": len(layer.residuals),
-            "share": int(np.float32(layer.share).view(np.uint32)),
+            "residual_scale": int(np.float32(layer.residual_scale).view(np.uint32)),
         }
-        for name, found in (("x", x), ("near", near), ("far", far), ("out", out)):
+        for name, found in (("x", x), ("residual1", residual1), ("residual2", residual2), ("out", out)):
             values |= {name: found.ctypes.data, f"{name}_plane": found[0].size, f"{name}_row": found[0, 0].size}
-        values["x"] = x[:, (first >> layer.grown) - origin(layer.x) :].ctypes.data
+        values["x"] = x[:, (first >> layer.upsample) - origin(layer.x) :].ctypes.data
         values["out"] = out[layer.at :, first - origin(layer.out) :].ctypes.data
         return [values[name] for name in FIELDS]
 
-    def _together(self, layer: _Layer) -> int:
-        """How many tiles a thread transforms at once: whole products, and few enough for its cache."""
+    def _tiles_per_batch(self, layer: _Layer) -> int:
+        """The number of tiles that a thread transforms at once: whole products, and few enough for its cache."""
         tiles = self._kernel.shape.tiles
         fitting = _SCRATCH // (4 * PLACES * (layer.deep + layer.wide))
-        return max(1, min(fitting, _TOGETHER) // tiles) * tiles
+        return max(1, min(fitting, _MOST_TILES) // tiles) * tiles
 
     def _most_scratch(self) -> int:
         """Bytes."""
-        return max(4 * PLACES * (2 * GAP + self._together(layer) * (layer.deep + layer.wide)) for layer in self._layers)
+        return max(
+            4 * PLACES * (2 * GAP + self._tiles_per_batch(layer) * (layer.deep + layer.wide)) for layer in self._layers
+        )
 
     def _compute(self, one: _Pass) -> None:
         sync = np.zeros(1 + 2 * len(one.program), np.int64)

@@ -32,21 +32,22 @@ TILE, PIECE = 4, 6  # sides of what comes out of a tile and of what goes into it
 PLACES = PIECE**2
 GAP = 48  # floats between places, which would share the cache's sets else
 _DIGEST = hashlib.sha256().digest_size
-_LOOKS = 2000  # of a thread that waits for others, before it sleeps: some 50 microseconds
+_LOOKS = 2000  # spins of a waiting thread before it sleeps: some 50 microseconds
 _FUTEX = {"x86_64": 202, "aarch64": 98}  # Linux' number of that call
 _FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # within this process
-_PATIENCE = 50_000_000  # nanoseconds that a thread sleeps before it looks whether it was told to stop
+_PATIENCE = 50_000_000  # nanoseconds that a thread sleeps before it checks `stop` again
 
-_POINTERS = ("x", "weight", "bias", "slope", "near", "far", "out")
+_POINTERS = ("x", "weight", "bias", "slope", "residual1", "residual2", "out")
 _NUMBERS = (
-    "height", "width", "columns", "tiles", "together", "inputs", "outputs", "stored", "grown", "residuals", "share",
-    "x_plane", "x_row", "near_plane", "near_row", "far_plane", "far_row", "out_plane", "out_row",
+    "height", "width", "columns", "tiles", "tiles_per_batch", "inputs", "outputs", "stored", "upsample_log2",
+    "residuals", "residual_scale",
+    "x_plane", "x_row", "residual1_plane", "residual1_row", "residual2_plane", "residual2_row", "out_plane", "out_row",
 )  # fmt: skip
 FIELDS = (*_POINTERS, *_NUMBERS)
-"""A layer as the kernel reads it, a 64-bit integer each: the addresses of its maps and weights; what it computes, in
-pixels; tiles in a row and in all, and how many are transformed together; channels read, computed, and blocks of them
-stored; whether x is enlarged twofold in reading; residuals and (the bits of) their share; floats to a map's next
-block of channels and next row."""
+"""A layer as the kernel reads it, a 64-bit integer each: the addresses of its maps and weights; height and width in
+pixels; tiles in a row, in all, and in a batch that is transformed at once; channels read, computed and stored; 1 if x
+is upsampled twofold while it is read, else 0; the number of residuals and the bits of their scale; floats from a
+map's block of channels and row to the next."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ I64, FLOAT, VOID = ir.IntType(64), ir.FloatType(), ir.VoidType()
 
 
 class Emitter:
-    """Writes the kernel, layer after layer: transforms, products, transforms back, a meeting of all threads."""
+    """Writes the kernel, layer by layer: transforms, products, inverse transforms, a barrier."""
 
     fields: tuple[str, ...] = FIELDS
     pointers: tuple[str, ...] = _POINTERS
@@ -91,7 +92,7 @@ class Emitter:
         self.module = ir.Module("winograd")
         self.module.triple = triple
         integers = I64.as_pointer()
-        # The program, its length, [stop, then for each layer tiles taken and threads done], scratch, threads, pause.
+        # The program, its length, [stop, then of each layer the next tile and the threads done], scratch, threads, pause.
         signature = ir.FunctionType(VOID, [integers, I64, integers, FLOAT.as_pointer(), I64, I64])
         self.run = ir.Function(self.module, signature, "run")
         self.begin(self.run)
@@ -106,7 +107,7 @@ class Emitter:
         self.patience.initializer = ir.Constant(time, [0, _PATIENCE])
         self.patience.global_constant, self.patience.linkage = True, "internal"
 
-    # Small words of the language.
+    # Helpers for writing LLVM's instructions.
 
     def begin(self, function: ir.Function) -> None:
         self.function = function
@@ -133,12 +134,12 @@ class Emitter:
         b.position_at_end(after)
 
     @contextmanager
-    def shares(self, taken: Any, end: Any, step: Any) -> Iterator[Any]:
-        """From 0 to `end`, but only what no other thread has `taken`."""
+    def partition(self, next_tile: Any, end: Any, step: Any) -> Iterator[Any]:
+        """From 0 to `end`, divided among the threads: `next_tile` counts the parts that a thread has begun."""
         b, again, some, done = self.b, self.block("again"), self.block("some"), self.block("done")
         b.branch(again)
         b.position_at_end(again)
-        first = self.times(b.atomic_rmw("add", taken, integer(1), "monotonic"), step)
+        first = self.times(b.atomic_rmw("add", next_tile, integer(1), "monotonic"), step)
         b.cbranch(b.icmp_signed("<", first, end), some, done)
         b.position_at_end(some)
         yield first
@@ -189,9 +190,9 @@ class Emitter:
             layer = {name: b.load(self.at(row, integer(place))) for place, name in enumerate(self.fields)}
             for name in self.pointers:
                 layer[name] = b.inttoptr(layer[name], FLOAT.as_pointer())
-            taken = self.at(sync, self.times(number, 2), integer(1))
-            self.layer(layer, scratch, taken)
-            self.meet(sync, self.at(taken, integer(1)), threads, pause, leave)
+            next_tile = self.at(sync, self.times(number, 2), integer(1))
+            self.layer(layer, scratch, next_tile)
+            self.meet(sync, self.at(next_tile, integer(1)), threads, pause, leave)
         b.branch(leave)
         b.position_at_end(leave)
         b.ret_void()
@@ -219,13 +220,13 @@ class Emitter:
             ]
             self.store_tile(self.both(self._to_weight, taps), self.at(target, output), to_next)
 
-    def layer(self, layer: dict[str, Any], scratch: Any, taken: Any) -> None:
-        """Some tiles after others, as long as no thread has `taken` them all."""
-        together = layer["together"]
-        layer["x_place"] = self.sum(self.times(layer["inputs"], together), integer(GAP))
-        layer["y_place"] = self.sum(self.times(layer["outputs"], together), integer(GAP))
+    def layer(self, layer: dict[str, Any], scratch: Any, next_tile: Any) -> None:
+        """Compute batches of tiles until none is left; `next_tile` is the counter that the threads share."""
+        tiles_per_batch = layer["tiles_per_batch"]
+        layer["x_place"] = self.sum(self.times(layer["inputs"], tiles_per_batch), integer(GAP))
+        layer["y_place"] = self.sum(self.times(layer["outputs"], tiles_per_batch), integer(GAP))
         xs, ys = scratch, self.at(scratch, self.times(layer["x_place"], PLACES))
-        with self.shares(taken, layer["tiles"], together) as first:
+        with self.partition(next_tile, layer["tiles"], tiles_per_batch) as first:
             self.transform_inputs(layer, first, xs)
             self.multiply(layer, xs, ys)
             self.transform_outputs(layer, first, ys)
@@ -249,7 +250,7 @@ class Emitter:
         """To xs: (place, tiles / shape.tiles, channels / 16, shape.tiles, 16)."""
         b, some = self.b, integer(self.shape.tiles)
         last = b.sub(layer["tiles"], integer(1))
-        with self.each(layer["inputs"], layer["together"]) as (channel, tile):
+        with self.each(layer["inputs"], layer["tiles_per_batch"]) as (channel, tile):
             # Beyond the last tile it once more, for there is nothing there.
             piece = self.piece(layer, channel, self.least(b.add(first, tile), last))
             lots = b.add(self.times(b.udiv(tile, some), b.udiv(layer["inputs"], integer(BLOCK))),
@@ -263,8 +264,8 @@ class Emitter:
         top, left = self.corner(layer, tile)
 
         def along(start: Any, step: Any) -> list[Any]:
-            """Six pixels, from the one before `start`; half as far apart where x is enlarged."""
-            places = [self.b.ashr(self.b.add(start, integer(i - 1)), layer["grown"]) for i in range(PIECE)]
+            """Six pixels, from the one before `start`; half as far apart where x is upsampled."""
+            places = [self.b.ashr(self.b.add(start, integer(i - 1)), layer["upsample_log2"]) for i in range(PIECE)]
             return [self.times(self.b.add(place, integer(1)), step) for place in places]
 
         x = self.at(layer["x"], self.channels(channel, layer["x_plane"]))
@@ -291,7 +292,7 @@ class Emitter:
         with (
             self.loop(integer(PLACES)) as place,
             self.loop(groups) as number,
-            self.loop(layer["together"], shape.tiles) as tile,
+            self.loop(layer["tiles_per_batch"], shape.tiles) as tile,
         ):
             weight = self.at(layer["weight"], self.times(b.add(self.times(place, groups), number), panel))
             x = self.at(xs, self.times(place, layer["x_place"]), self.times(tile, layer["inputs"]))
@@ -326,11 +327,11 @@ class Emitter:
                 self.store(value, self.at(y, row, integer(v * shape.lanes)))
 
     def transform_outputs(self, layer: dict[str, Any], first: Any, ys: Any) -> None:
-        """From ys to the map: bias, leaky ReLU with a slope for each channel, near + share * result, and so far."""
+        """From ys to the map: bias, leaky ReLU with a slope for each channel, then residual + scale * result."""
         b, zero = self.b, self.constant(0)
-        share = self.share(layer)
+        residual_scale = self.residual_scale(layer)
         one, two = (b.icmp_signed(">", layer["residuals"], integer(count)) for count in (0, 1))
-        there = self.least(b.sub(layer["tiles"], first), layer["together"])
+        there = self.least(b.sub(layer["tiles"], first), layer["tiles_per_batch"])
         with self.each(layer["stored"], there) as (channel, tile):
             y = self.at(ys, self.times(tile, layer["outputs"]), channel)
             columns = [
@@ -354,22 +355,22 @@ class Emitter:
                     )
                     with b.if_then(inside):
                         plain, store = b.block, self.block("store")
-                        near, far = self.block("near"), self.block("far")
-                        b.cbranch(one, near, store)
-                        b.position_at_end(near)
-                        nearer = self.fma(value, share, self.load(place("near")))
-                        b.cbranch(two, far, store)
-                        b.position_at_end(far)
-                        farther = self.fma(nearer, share, self.load(place("far")))
+                        residual1, residual2 = self.block("residual1"), self.block("residual2")
+                        b.cbranch(one, residual1, store)
+                        b.position_at_end(residual1)
+                        sum1 = self.fma(value, residual_scale, self.load(place("residual1")))
+                        b.cbranch(two, residual2, store)
+                        b.position_at_end(residual2)
+                        sum2 = self.fma(sum1, residual_scale, self.load(place("residual2")))
                         b.branch(store)
                         b.position_at_end(store)
                         result = b.phi(self.vector)
-                        for found, origin in ((value, plain), (nearer, near), (farther, far)):
+                        for found, origin in ((value, plain), (sum1, residual1), (sum2, residual2)):
                             result.add_incoming(found, origin)
                         self.store(result, place("out"))
 
-    def share(self, layer: dict[str, Any]) -> Any:
-        return self.spread(self.b.bitcast(self.b.trunc(layer["share"], ir.IntType(32)), FLOAT))
+    def residual_scale(self, layer: dict[str, Any]) -> Any:
+        return self.spread(self.b.bitcast(self.b.trunc(layer["residual_scale"], ir.IntType(32)), FLOAT))
 
     def pixel(self, layer: dict[str, Any], name: str, channel: Any, tile: Any, row: Any, column: Any) -> Any:
         """Where channels of a map's pixel lie, behind the border."""
@@ -378,7 +379,7 @@ class Emitter:
         return self.at(layer[name], self.channels(channel, layer[f"{name}_plane"]), offset)
 
     def meet(self, stop: Any, done: Any, threads: Any, pause: Any, leave: Any) -> None:
-        """Wait until all threads are `done`; leave when told to stop."""
+        """A barrier: wait until all threads are `done`; leave if `stop` is set."""
         b = self.b
         before, look, ask, rest, wake, go_on = (
             self.block(name) for name in ("meet", "look", "ask", "rest", "wake", "go_on")
@@ -393,7 +394,7 @@ class Emitter:
         seen = b.load_atomic(done, "acquire", 8)
         b.cbranch(b.icmp_signed("==", seen, threads), go_on, ask)
         b.position_at_end(ask)
-        # At first only looked, which is fastest; then the core is left to others, who may be those waited for.
+        # Spinning is fastest; after some time the core is left to other threads, perhaps to those that it waits for.
         if self.spin is not None:
             b.call(self.spin, [])
         looks.add_incoming(b.add(looks, integer(1)), ask)

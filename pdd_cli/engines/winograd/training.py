@@ -36,7 +36,7 @@ from pdd_cli.runtime import usable_cpus
 
 _SCRATCH = 1 << 19  # bytes that the transformed tiles of a thread may take: they should stay in its cache
 _SHARED = 1 << 22  # bytes of a dense block's maps, of the images that go through it together
-_TOGETHER = 28  # tiles that a thread transforms at once at most
+_MOST_TILES = 28  # most tiles that a thread transforms at once
 _FEWEST_TILES = 64  # below, transforming the weights takes more time than is saved
 _MOST_CHANNELS = 512
 _ALIGNMENT = 64
@@ -173,9 +173,9 @@ class _DenseBlock(torch.autograd.Function):
             some = whole[images]
             for index in range(4):
                 read = features + index * growth
-                grown = some[:, read : read + growth]
-                program.convolve(some[:, :read], filters[index], grown, bias=biases[index], slope=ActivatedConv2d.SLOPE)
-            program.convolve(some, filters[4], out[images], bias=biases[4], near=x[images], share=0.2)
+                new = some[:, read : read + growth]
+                program.convolve(some[:, :read], filters[index], new, bias=biases[index], slope=ActivatedConv2d.SLOPE)
+            program.convolve(some, filters[4], out[images], bias=biases[4], residual1=x[images], residual_scale=0.2)
         program.run()
         ctx.save_for_backward(whole, *weights)
         return out
@@ -187,7 +187,7 @@ class _DenseBlock(torch.autograd.Function):
         growth = weights[0].shape[0]
         features = whole.shape[1] - 4 * growth
         reads = [slice(features + index * growth) for index in range(5)]  # the channels that each convolution reads
-        grown = [slice(read.stop, read.stop + growth) for read in reads[:4]]  # … and that the first four write
+        written = [slice(read.stop, read.stop + growth) for read in reads[:4]]  # the channels that the first four write
         gradient = _plain(gradient)
         last = gradient * 0.2
         of_whole = torch.empty_like(whole)
@@ -198,18 +198,18 @@ class _DenseBlock(torch.autograd.Function):
             some, of_some = whole[images], of_whole[images]
             program.convolve(last[images], filters[4], of_some)
             for index in (3, 2, 1, 0):
-                arrived = of_some[:, grown[index]]
-                program.gate(some[:, grown[index]], arrived, arrived, ActivatedConv2d.SLOPE)
+                arrived = of_some[:, written[index]]
+                program.gate(some[:, written[index]], arrived, arrived, ActivatedConv2d.SLOPE)
                 of_read = of_some[:, reads[index]]
-                program.convolve(arrived, filters[index], of_read, near=of_read)
+                program.convolve(arrived, filters[index], of_read, residual1=of_read)
             for index, of_weight in enumerate(of_weights):
-                arrived = of_some[:, grown[index]] if index < 4 else last[images]
+                arrived = of_some[:, written[index]] if index < 4 else last[images]
                 program.correlate(some[:, reads[index]], arrived, of_weight, add=images.start > 0)
         program.run()
         found: list[Tensor | None] = [None] * 10
         if of_weights:
             found[::2] = of_weights
-            found[1::2] = [*(of_whole[:, channels].sum((0, 2, 3)) for channels in grown), last.sum((0, 2, 3))]
+            found[1::2] = [*(of_whole[:, channels].sum((0, 2, 3)) for channels in written), last.sum((0, 2, 3))]
         return (of_whole[:, :features] + gradient, *found)
 
 
@@ -223,7 +223,7 @@ class _Filter:
 
 
 class _Program:
-    """What the kernel is to do, step by step; it holds the tensors until that is done."""
+    """The steps of the kernel; holds the tensors until they are done."""
 
     def __init__(self) -> None:
         machine = _machine()
@@ -253,33 +253,36 @@ class _Program:
         *,
         bias: Tensor | None = None,
         slope: float = 1.0,
-        near: Tensor | None = None,
-        share: float = 1.0,
+        residual1: Tensor | None = None,
+        residual_scale: float = 1.0,
     ) -> None:
-        """out = leaky ReLU(conv(x) + bias); with near it is near + share times that."""
+        """out = leaky ReLU(conv(x) + bias); with a residual it is residual + residual_scale times that."""
         machine = self._machine
         bias = machine.constants(0.0) if bias is None else bias
         slopes = machine.constants(slope)
         self._step(
-            CONVOLVE, x=x, out=out, near=near, share=share, residuals=int(near is not None), inputs=by.inputs,
-            outputs=by.outputs, packed=by.packed.data_ptr(), bias=bias.data_ptr(), slope=slopes.data_ptr(),
-            together=machine.together(by.inputs, by.outputs),
+            CONVOLVE, x=x, out=out, residual1=residual1, residual_scale=residual_scale,
+            residuals=int(residual1 is not None), inputs=by.inputs, outputs=by.outputs,
+            packed=by.packed.data_ptr(), bias=bias.data_ptr(), slope=slopes.data_ptr(),
+            tiles_per_batch=machine.tiles_per_batch(by.inputs, by.outputs),
         )  # fmt: skip
         self._held += [by.packed, bias, slopes]
 
     def correlate(self, x: Tensor, gradient: Tensor, out: Tensor, *, add: bool = False) -> None:
         """out = the gradient by the weights; with `add` it is added to out."""
-        together = min(_TOGETHER, _SCRATCH // (4 * PLACES * 2 * CHANNELS))
+        tiles_per_batch = min(_MOST_TILES, _SCRATCH // (4 * PLACES * 2 * CHANNELS))
         channel, _, row, column = out.stride()
         self._step(
-            CORRELATE, x=x, near=gradient, inputs=x.shape[1], outputs=gradient.shape[1], together=together,
-            residuals=int(add), address=out.data_ptr(), tap_row=row, tap_column=column, tap_channel=channel,
+            CORRELATE, x=x, residual1=gradient, inputs=x.shape[1], outputs=gradient.shape[1],
+            tiles_per_batch=tiles_per_batch, residuals=int(add), address=out.data_ptr(),
+            tap_row=row, tap_column=column, tap_channel=channel,
         )  # fmt: skip
         self._held.append(out)
 
-    def gate(self, x: Tensor, near: Tensor, out: Tensor, slope: float) -> None:
-        """out = near, times the slope where x is negative."""
-        self._step(GATE, x=x, near=near, out=out, outputs=x.shape[1], tiles=x.shape[0] * x.shape[2], share=slope)
+    def gate(self, x: Tensor, gradient: Tensor, out: Tensor, slope: float) -> None:
+        """out = gradient, multiplied by the slope where x is negative."""
+        rows = x.shape[0] * x.shape[2]
+        self._step(GATE, x=x, residual1=gradient, out=out, outputs=x.shape[1], tiles=rows, residual_scale=slope)
 
     def run(self) -> None:
         if self._steps:
@@ -299,19 +302,20 @@ class _Program:
         kind: int,
         *,
         x: Tensor,
-        near: Tensor | None = None,
+        residual1: Tensor | None = None,
         out: Tensor | None = None,
         address: int = 0,
-        share: float = 1.0,
+        residual_scale: float = 1.0,
         **values: int,
     ) -> None:
         images, _, height, width = x.shape
         columns, per_image = _tiles(width), _tiles(height) * _tiles(width)
         values = {
             "kind": kind, "height": height, "width": width, "columns": columns, "per_image": per_image,
-            "tiles": images * per_image, "share": int(np.float32(share).view(np.uint32)), "out": address, **values,
+            "tiles": images * per_image, "residual_scale": int(np.float32(residual_scale).view(np.uint32)),
+            "out": address, **values,
         }  # fmt: skip
-        for name, found in (("x", x), ("near", near), ("out", out)):
+        for name, found in (("x", x), ("residual1", residual1), ("out", out)):
             if found is not None:
                 image, _, row, pixel = found.stride()
                 values |= {name: found.data_ptr(), f"{name}_image": image, f"{name}_row": row, f"{name}_pixel": pixel}
@@ -352,9 +356,9 @@ class _Machine:
             self._constants[value] = torch.full((_MOST_CHANNELS,), value)
         return self._constants[value]
 
-    def together(self, inputs: int, outputs: int) -> int:
-        """How many tiles a thread transforms at once: whole products, and few enough for its cache."""
-        fitting = min(_TOGETHER, _SCRATCH // (4 * PLACES * (inputs + outputs)))
+    def tiles_per_batch(self, inputs: int, outputs: int) -> int:
+        """The number of tiles that a thread transforms at once: whole products, and few enough for its cache."""
+        fitting = min(_MOST_TILES, _SCRATCH // (4 * PLACES * (inputs + outputs)))
         return max(1, fitting // self._compute.shape.tiles) * self._compute.shape.tiles
 
     def run(self, program: Any) -> None:

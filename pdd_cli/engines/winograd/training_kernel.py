@@ -19,22 +19,25 @@ from pdd_cli.engines.winograd.kernel import FLOAT, GAP, I64, PIECE, PLACES, TILE
 
 CHANNELS = 32  # inputs and outputs come in as many, or a multiple
 TRANSFORM, CONVOLVE, GATE, CORRELATE = range(4)
-"""What a row of the program does: weights, transformed, to `packed`; x with these to out, with bias, leaky ReLU and,
-where there is near, near + share * that; near to out, times `share` where x is negative; the gradient by the weights,
-from x and near, to out, or (`residuals`) added to it."""
+"""The kinds of a row of the program.
 
-_POINTERS = ("x", "weight", "packed", "bias", "slope", "near", "out")
-_MAPS = ("x", "near", "out")
+TRANSFORM: packed = the weights, transformed. CONVOLVE: out = x convolved with these, with bias and leaky ReLU; if there
+is a residual1, residual1 + residual_scale * that. GATE: out = residual1, multiplied by residual_scale where x is
+negative. CORRELATE: out = the gradient by the weights, from x and residual1; added to out if `residuals` is 1."""
+
+_POINTERS = ("x", "weight", "packed", "bias", "slope", "residual1", "out")
+_MAPS = ("x", "residual1", "out")
 _NUMBERS = (
-    "kind", "height", "width", "columns", "per_image", "tiles", "together", "inputs", "outputs", "residuals", "share",
+    "kind", "height", "width", "columns", "per_image", "tiles", "tiles_per_batch", "inputs", "outputs", "residuals",
+    "residual_scale",
     *(f"{name}_{step}" for name in _MAPS for step in ("image", "row", "pixel")),
     "tap_row", "tap_column", "tap_channel",
 )  # fmt: skip
 FIELDS = (*_POINTERS, *_NUMBERS)
-"""A row of the program, a 64-bit integer each: addresses; in pixels what is computed; tiles in a row, in an image and
-in all, and how many are transformed together; the bits of `share`; floats from a map's image, row and pixel to the
-next; floats from a tap of the weights to the one below, to its right, and to the next channel: that of the inputs where
-weights are read (their outputs are neighbours), that of the outputs where gradients are written."""
+"""A row of the program, a 64-bit integer each: addresses; height and width in pixels; tiles in a row, in an image,
+in all, and in a batch that is transformed at once; the bits of `residual_scale`; floats from a map's image, row and
+pixel to the next; floats from a tap of the weights to the one below, to its right, and to the next channel: that of the
+inputs where weights are read (their outputs are neighbours), that of the outputs where gradients are written."""
 
 TEAM = ("program", "steps", "sync", "scratch", "scratch_bytes", "pause", "thread_number", "thread_count")
 """What `team` is given, a 64-bit integer each; the last three are addresses of functions."""
@@ -75,25 +78,29 @@ class TrainingEmitter(Emitter):
         b.ret_void()
         return self.module
 
-    def layer(self, layer: dict[str, Any], scratch: Any, taken: Any) -> None:
+    def layer(self, layer: dict[str, Any], scratch: Any, next_tile: Any) -> None:
         for kind, emit in (
             (TRANSFORM, self.transform_weights), (CONVOLVE, self.convolve), (GATE, self.gate),
             (CORRELATE, self.correlate),
         ):  # fmt: skip
             with self.b.if_then(self.b.icmp_signed("==", layer["kind"], integer(kind))):
-                emit(dict(layer), scratch, taken)
+                emit(dict(layer), scratch, next_tile)
 
-    def convolve(self, layer: dict[str, Any], scratch: Any, taken: Any) -> None:
+    def convolve(self, layer: dict[str, Any], scratch: Any, next_tile: Any) -> None:
         layer |= {"weight": layer["packed"], "stored": layer["outputs"]}
-        layer |= {name.replace("near", "far"): value for name, value in layer.items() if name.startswith("near")}
-        super().layer(layer, scratch, taken)
+        layer |= {
+            name.replace("residual1", "residual2"): value
+            for name, value in layer.items()
+            if name.startswith("residual1")
+        }
+        super().layer(layer, scratch, next_tile)
 
-    def transform_weights(self, layer: dict[str, Any], scratch: Any, taken: Any) -> None:
+    def transform_weights(self, layer: dict[str, Any], scratch: Any, next_tile: Any) -> None:
         """To (place, outputs / group, inputs, group)."""
         b, group, lanes = self.b, self.shape.group, self.shape.lanes
         groups = b.udiv(layer["outputs"], integer(group))
         to_next = self.times(layer["inputs"], layer["outputs"])
-        with self.shares(taken, self.times(groups, layer["inputs"]), integer(lanes)) as first:
+        with self.partition(next_tile, self.times(groups, layer["inputs"]), integer(lanes)) as first:
             number, channel = b.udiv(first, layer["inputs"]), b.urem(first, layer["inputs"])
             with self.loop(integer(lanes)) as more:
                 source = self.sum(self.times(b.add(channel, more), layer["tap_channel"]), self.times(number, group))
@@ -102,31 +109,32 @@ class TrainingEmitter(Emitter):
                     self.at(layer["weight"], source), layer["tap_row"], layer["tap_column"], target, to_next
                 )
 
-    def gate(self, layer: dict[str, Any], scratch: Any, taken: Any) -> None:
+    def gate(self, layer: dict[str, Any], scratch: Any, next_tile: Any) -> None:
         b, zero = self.b, self.constant(0)
-        share = self.share(layer)
-        with self.shares(taken, layer["tiles"], integer(1)) as row:
+        residual_scale = self.residual_scale(layer)
+        with self.partition(next_tile, layer["tiles"], integer(1)) as row:
             image, row = b.udiv(row, layer["height"]), b.urem(row, layer["height"])
             with self.loop(layer["width"]) as column, self.loop(layer["outputs"], self.shape.lanes) as channel:
-                x, near, out = (self.where(layer, name, channel, image, row, column) for name in _MAPS)
-                value = self.load(near)
-                self.store(b.select(b.fcmp_ordered("<", self.load(x), zero), b.fmul(value, share), value), out)
+                x, residual1, out = (self.where(layer, name, channel, image, row, column) for name in _MAPS)
+                value = self.load(residual1)
+                self.store(b.select(b.fcmp_ordered("<", self.load(x), zero), b.fmul(value, residual_scale), value), out)
 
-    def correlate(self, layer: dict[str, Any], scratch: Any, taken: Any) -> None:
+    def correlate(self, layer: dict[str, Any], scratch: Any, next_tile: Any) -> None:
         """The gradients of 32 x 32 pairs of channels at a time: their products at each place, summed over all tiles."""
         b, shape, lanes = self.b, self.shape, self.shape.lanes
-        to_next = b.add(self.times(layer["together"], CHANNELS), integer(GAP))
+        to_next = b.add(self.times(layer["tiles_per_batch"], CHANNELS), integer(GAP))
         xs, ys = scratch, self.at(scratch, self.times(to_next, PLACES))
         sums = self.at(scratch, self.times(to_next, 2 * PLACES))
         to_next_sum = CHANNELS * CHANNELS + GAP
         blocks = b.udiv(layer["inputs"], integer(CHANNELS))
         more = b.icmp_signed("!=", layer["residuals"], integer(0))
-        with self.shares(taken, self.times(blocks, b.udiv(layer["outputs"], integer(CHANNELS))), integer(1)) as item:
+        pairs = self.times(blocks, b.udiv(layer["outputs"], integer(CHANNELS)))
+        with self.partition(next_tile, pairs, integer(1)) as item:
             ins, outs = (self.times(divide(item, blocks), CHANNELS) for divide in (b.urem, b.udiv))
             with self.loop(integer(PLACES * to_next_sum), lanes) as index:
                 self.store(self.constant(0), self.at(sums, index))
-            with self.loop(layer["tiles"], layer["together"]) as first:
-                there = self.least(b.sub(layer["tiles"], first), layer["together"])
+            with self.loop(layer["tiles"], layer["tiles_per_batch"]) as first:
+                there = self.least(b.sub(layer["tiles"], first), layer["tiles_per_batch"])
                 with self.loop(integer(CHANNELS), lanes) as channel, self.loop(there) as tile:
                     target = b.add(self.times(tile, CHANNELS), channel)
                     for channels, read, transform, to in (
@@ -201,7 +209,7 @@ class TrainingEmitter(Emitter):
         return self.read(layer, "x", channel, tile, range(-1, PIECE - 1))
 
     def gradient(self, layer: dict[str, Any], channel: Any, tile: Any) -> list[list[Any]]:
-        return self.read(layer, "near", channel, tile, range(TILE))
+        return self.read(layer, "residual1", channel, tile, range(TILE))
 
     def read(self, layer: dict[str, Any], name: str, channel: Any, tile: Any, pixels: range) -> list[list[Any]]:
         """Columns of the pixels around a tile, zeros beyond the image."""
@@ -232,13 +240,13 @@ class TrainingEmitter(Emitter):
     def _from_weight(self, m: Sequence[Any]) -> list[Any]:
         """Gᵀ m."""
         b, fma = self.b, self.fma
-        near, far = b.fadd(m[1], m[2]), b.fadd(m[3], m[4])
-        near_odd, far_odd = b.fsub(m[2], m[1]), b.fsub(m[3], m[4])
-        scaled = b.fmul(near, self.constant(-1 / 6))
+        even1, even2 = b.fadd(m[1], m[2]), b.fadd(m[3], m[4])
+        odd1, odd2 = b.fsub(m[2], m[1]), b.fsub(m[3], m[4])
+        scaled = b.fmul(even1, self.constant(-1 / 6))
         return [
-            fma(m[0], 1 / 4, fma(far, 1 / 24, scaled)),
-            fma(far_odd, 1 / 12, b.fmul(near_odd, self.constant(1 / 6))),
-            fma(far, 1 / 6, b.fadd(scaled, m[5])),
+            fma(m[0], 1 / 4, fma(even2, 1 / 24, scaled)),
+            fma(odd2, 1 / 12, b.fmul(odd1, self.constant(1 / 6))),
+            fma(even2, 1 / 6, b.fadd(scaled, m[5])),
         ]
 
     def _to_gradient(self, y: Sequence[Any]) -> list[Any]:
