@@ -18,13 +18,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pdd_cli.engines.winograd.kernel import BLOCK, FIELDS, GAP, PLACES, TILE, Kernel, pause_address
+from pdd_cli.engines.winograd.kernel import (
+    BLOCK,
+    FIELDS,
+    GAP,
+    PLACES,
+    SCRATCH,
+    TILE,
+    Kernel,
+    pause_address,
+    tiles_along,
+)
 from pdd_cli.runtime import usable_cpus
 
 FloatArray = npt.NDArray[np.float32]
 
-_SCRATCH = 1 << 19  # bytes that the transformed tiles of a thread may take: they should stay in its cache
-_MOST_TILES = 28  # most tiles that a thread transforms at once, so that small images have work for all threads
 _STRIP = 1 << 26  # bytes of a layer at full size that is computed in strips
 
 
@@ -203,7 +211,7 @@ class Network:
         scale, colours = self._scale, channels // self._scale**2
         sr = np.empty((height, scale, width, scale, colours), np.float32)
 
-        rows = max(1, _SCRATCH // (4 * channels * width))  # that stay in a thread's cache
+        rows = max(1, SCRATCH // (4 * channels * width))  # that stay in a thread's cache
 
         def shuffle(first: int) -> None:
             part = slice(first, first + rows)
@@ -227,7 +235,7 @@ class Network:
         for name, a_map in self._maps.items():
             high, wide = height * a_map.times, width * a_map.times
             high = high if a_map.whole else min(high, strip + 2 * self._tail)
-            shapes[name] = (_blocks(a_map.channels), _tiles(high) * TILE + 2, _tiles(wide) * TILE + 2, BLOCK)
+            shapes[name] = (_blocks(a_map.channels), tiles_along(high) * TILE + 2, tiles_along(wide) * TILE + 2, BLOCK)
         sizes = [math.prod(shape) for shape in shapes.values()]
         if sum(sizes) > self._arena.size:
             self._found: dict[str, FloatArray] = {}
@@ -279,9 +287,9 @@ class Network:
         values = layer.addresses | {
             "height": end - first,
             "width": width,
-            "columns": _tiles(width),
-            "tiles": _tiles(end - first) * _tiles(width),
-            "tiles_per_batch": self._tiles_per_batch(layer),
+            "columns": tiles_along(width),
+            "tiles": tiles_along(end - first) * tiles_along(width),
+            "tiles_per_batch": self._kernel.shape.tiles_per_batch(layer.deep, layer.wide),
             "inputs": layer.deep,
             "outputs": layer.wide,
             "stored": _blocks(layer.outputs) * BLOCK,
@@ -295,17 +303,11 @@ class Network:
         values["out"] = out[layer.at :, first - origin(layer.out) :].ctypes.data
         return [values[name] for name in FIELDS]
 
-    def _tiles_per_batch(self, layer: _Layer) -> int:
-        """The number of tiles that a thread transforms at once: whole products, and few enough for its cache."""
-        tiles = self._kernel.shape.tiles
-        fitting = _SCRATCH // (4 * PLACES * (layer.deep + layer.wide))
-        return max(1, min(fitting, _MOST_TILES) // tiles) * tiles
-
     def _most_scratch(self) -> int:
         """Bytes."""
-        return max(
-            4 * PLACES * (2 * GAP + self._tiles_per_batch(layer) * (layer.deep + layer.wide)) for layer in self._layers
-        )
+        shape = self._kernel.shape
+        tiles = (shape.tiles_per_batch(layer.deep, layer.wide) * (layer.deep + layer.wide) for layer in self._layers)
+        return 4 * PLACES * (2 * GAP + max(tiles))
 
     def _compute(self, one: _Pass) -> None:
         sync = np.zeros(1 + 2 * len(one.program), np.int64)
@@ -331,10 +333,6 @@ class Network:
 
 def _blocks(channels: int) -> int:
     return int(-(-channels // BLOCK))
-
-
-def _tiles(side: int) -> int:
-    return int(-(-side // TILE))
 
 
 def _inside(a_map: FloatArray, height: int, width: int) -> FloatArray:

@@ -31,6 +31,8 @@ BLOCK = 16  # channels that lie next to each other
 TILE, PIECE = 4, 6  # sides of what comes out of a tile and of what goes into it
 PLACES = PIECE**2
 GAP = 48  # floats between places, which would share the cache's sets else
+SCRATCH = 1 << 19  # bytes for the transformed tiles of a thread, which should stay in its cache
+MOST_TILES = 28  # most tiles that a thread transforms at once, so that small images have work for all threads
 _DIGEST = hashlib.sha256().digest_size
 _LOOKS = 2000  # spins of a waiting thread before it sleeps: some 50 microseconds
 _FUTEX = {"x86_64": 202, "aarch64": 98}  # Linux' number of that call
@@ -64,6 +66,11 @@ class Shape:
         """Output channels of one product."""
         return self.lanes * self.vectors
 
+    def tiles_per_batch(self, inputs: int, outputs: int) -> int:
+        """The number of tiles that a thread transforms at once: whole products, and few enough for its cache."""
+        fitting = min(MOST_TILES, SCRATCH // (4 * PLACES * (inputs + outputs)))
+        return max(1, fitting // self.tiles) * self.tiles
+
 
 AVX512, AVX2, NEON = Shape(16, 2, 14, 8), Shape(8, 2, 6, 4), Shape(4, 4, 6, 4)
 
@@ -92,7 +99,7 @@ class Emitter:
         self.module = ir.Module("winograd")
         self.module.triple = triple
         integers = I64.as_pointer()
-        # The program, its length, [stop, then of each layer the next tile and the threads done], scratch, threads, pause.
+        # Program, its length, [stop, then of each layer the next tile and the threads done], scratch, threads, pause.
         signature = ir.FunctionType(VOID, [integers, I64, integers, FLOAT.as_pointer(), I64, I64])
         self.run = ir.Function(self.module, signature, "run")
         self.begin(self.run)
@@ -218,7 +225,7 @@ class Emitter:
                 [self.load(self.at(source, self.times(row, i), self.times(column, j), output), 4) for i in range(3)]
                 for j in range(3)
             ]
-            self.store_tile(self.both(self._to_weight, taps), self.at(target, output), to_next)
+            self.store_tile(self.both(self.to_weight, taps), self.at(target, output), to_next)
 
     def layer(self, layer: dict[str, Any], scratch: Any, next_tile: Any) -> None:
         """Compute batches of tiles until none is left; `next_tile` is the counter that the threads share."""
@@ -257,7 +264,7 @@ class Emitter:
                          b.udiv(channel, integer(BLOCK)))  # fmt: skip
             place = self.sum(self.times(lots, self.shape.tiles), b.urem(tile, some))
             target = self.at(xs, self.times(place, BLOCK), b.urem(channel, integer(BLOCK)))
-            self.store_tile(self.both(self._to_tile, piece), target, layer["x_place"])
+            self.store_tile(self.both(self.to_tile, piece), target, layer["x_place"])
 
     def piece(self, layer: dict[str, Any], channel: Any, tile: Any) -> list[list[Any]]:
         """The columns of what goes into a tile, six vectors each."""
@@ -340,7 +347,7 @@ class Emitter:
             ]
             bias, slope = (self.load(self.at(layer[name], channel)) for name in ("bias", "slope"))
             top, left = self.corner(layer, b.add(first, tile))
-            for i, values in enumerate(self.both(self._from_tile, columns)):
+            for i, values in enumerate(self.both(self.from_tile, columns)):
                 row = b.add(top, integer(i))
                 for j, value in enumerate(values):
                     column = b.add(left, integer(j))
@@ -418,7 +425,7 @@ class Emitter:
         elif operation == _FUTEX_WAIT:
             b.call(b.inttoptr(pause, ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
 
-    def _to_weight(self, g: Sequence[Any]) -> list[Any]:
+    def to_weight(self, g: Sequence[Any]) -> list[Any]:
         """G g."""
         b, fma = self.b, self.fma
         middle, sixth = b.fmul(g[1], self.constant(1 / 12)), b.fmul(g[0], self.constant(1 / 24))
@@ -432,7 +439,7 @@ class Emitter:
             g[2],
         ]
 
-    def _to_tile(self, d: Sequence[Any]) -> list[Any]:
+    def to_tile(self, d: Sequence[Any]) -> list[Any]:
         """Bᵀ d."""
         b, fma = self.b, self.fma
         even, odd = fma(d[2], -4, d[4]), fma(d[1], -4, d[3])
@@ -446,7 +453,7 @@ class Emitter:
             fma(d[1], 4, fma(d[3], -5, d[5])),
         ]
 
-    def _from_tile(self, m: Sequence[Any]) -> list[Any]:
+    def from_tile(self, m: Sequence[Any]) -> list[Any]:
         """Aᵀ m."""
         b, fma = self.b, self.fma
         one, two = b.fadd(m[1], m[2]), b.fadd(m[3], m[4])
@@ -457,6 +464,11 @@ class Emitter:
             fma(two, 4, one),
             b.fadd(fma(other, 8, odd), m[5]),
         ]
+
+
+def tiles_along(side: int) -> int:
+    """The number of tiles that cover a side of an image."""
+    return -(-side // TILE)
 
 
 def integer(value: int) -> Any:

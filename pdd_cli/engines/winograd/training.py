@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pdd_cli.engines.winograd.kernel import GAP, PLACES, TILE, Kernel, kernel, pause_address
+from pdd_cli.engines.winograd.kernel import GAP, MOST_TILES, PLACES, SCRATCH, Kernel, kernel, pause_address, tiles_along
 from pdd_cli.engines.winograd.training_kernel import (
     CHANNELS,
     CONVOLVE,
@@ -34,9 +34,7 @@ from pdd_cli.engines.winograd.training_kernel import (
 from pdd_cli.models.rrdbnet import ActivatedConv2d, ResidualDenseBlock
 from pdd_cli.runtime import usable_cpus
 
-_SCRATCH = 1 << 19  # bytes that the transformed tiles of a thread may take: they should stay in its cache
 _SHARED = 1 << 22  # bytes of a dense block's maps, of the images that go through it together
-_MOST_TILES = 28  # most tiles that a thread transforms at once
 _FEWEST_TILES = 64  # below, transforming the weights takes more time than is saved
 _MOST_CHANNELS = 512
 _ALIGNMENT = 64
@@ -67,7 +65,7 @@ def _is_plain_3x3(layer: nn.Module) -> bool:
 
 def _has_tiles(x: Tensor) -> bool:
     images, _, height, width = x.shape
-    return x.device.type == "cpu" and images * _tiles(height) * _tiles(width) >= _FEWEST_TILES
+    return x.device.type == "cpu" and images * tiles_along(height) * tiles_along(width) >= _FEWEST_TILES
 
 
 class _Winograd(nn.Conv2d):
@@ -264,13 +262,13 @@ class _Program:
             CONVOLVE, x=x, out=out, residual1=residual1, residual_scale=residual_scale,
             residuals=int(residual1 is not None), inputs=by.inputs, outputs=by.outputs,
             packed=by.packed.data_ptr(), bias=bias.data_ptr(), slope=slopes.data_ptr(),
-            tiles_per_batch=machine.tiles_per_batch(by.inputs, by.outputs),
+            tiles_per_batch=machine.shape.tiles_per_batch(by.inputs, by.outputs),
         )  # fmt: skip
         self._held += [by.packed, bias, slopes]
 
     def correlate(self, x: Tensor, gradient: Tensor, out: Tensor, *, add: bool = False) -> None:
         """out = the gradient by the weights; with `add` it is added to out."""
-        tiles_per_batch = min(_MOST_TILES, _SCRATCH // (4 * PLACES * 2 * CHANNELS))
+        tiles_per_batch = min(MOST_TILES, SCRATCH // (4 * PLACES * 2 * CHANNELS))
         channel, _, row, column = out.stride()
         self._step(
             CORRELATE, x=x, residual1=gradient, inputs=x.shape[1], outputs=gradient.shape[1],
@@ -309,7 +307,7 @@ class _Program:
         **values: int,
     ) -> None:
         images, _, height, width = x.shape
-        columns, per_image = _tiles(width), _tiles(height) * _tiles(width)
+        columns, per_image = tiles_along(width), tiles_along(height) * tiles_along(width)
         values = {
             "kind": kind, "height": height, "width": width, "columns": columns, "per_image": per_image,
             "tiles": images * per_image, "residual_scale": int(np.float32(residual_scale).view(np.uint32)),
@@ -332,6 +330,7 @@ class _Machine:
 
     def __init__(self, compute: Kernel) -> None:
         self._compute = compute  # which holds the machine code
+        self.shape = compute.shape
         library = ctypes.CDLL(_openmp())
         pointer = ctypes.c_void_p
         prototype = ctypes.CFUNCTYPE(None, pointer, pointer, ctypes.c_uint, ctypes.c_uint)
@@ -339,7 +338,7 @@ class _Machine:
         self._team = compute.address("team")
         widest = 4 * PLACES * (2 * GAP + compute.shape.tiles * 2 * _MOST_CHANNELS)
         own = 4 * PLACES * (3 * GAP + CHANNELS * CHANNELS)
-        self._scratch = torch.empty(usable_cpus(), (max(_SCRATCH, widest) + own) // 4 // CHANNELS * CHANNELS)
+        self._scratch = torch.empty(usable_cpus(), (max(SCRATCH, widest) + own) // 4 // CHANNELS * CHANNELS)
         self._constants: dict[float, Tensor] = {}
         self._busy = threading.Lock()
         self._given = {
@@ -355,11 +354,6 @@ class _Machine:
         if value not in self._constants:
             self._constants[value] = torch.full((_MOST_CHANNELS,), value)
         return self._constants[value]
-
-    def tiles_per_batch(self, inputs: int, outputs: int) -> int:
-        """The number of tiles that a thread transforms at once: whole products, and few enough for its cache."""
-        fitting = min(_MOST_TILES, _SCRATCH // (4 * PLACES * (inputs + outputs)))
-        return max(1, fitting // self._compute.shape.tiles) * self._compute.shape.tiles
 
     def run(self, program: Any) -> None:
         sync = np.zeros(1 + 2 * len(program), np.int64)
@@ -412,7 +406,3 @@ def _like(x: Tensor, channels: int) -> Tensor:
     """Room for a map of as many images and pixels."""
     images, _, height, width = x.shape
     return torch.empty((images, channels, height, width), memory_format=torch.channels_last)
-
-
-def _tiles(side: int) -> int:
-    return -(-side // TILE)

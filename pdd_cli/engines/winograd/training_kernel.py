@@ -138,7 +138,7 @@ class TrainingEmitter(Emitter):
                 with self.loop(integer(CHANNELS), lanes) as channel, self.loop(there) as tile:
                     target = b.add(self.times(tile, CHANNELS), channel)
                     for channels, read, transform, to in (
-                        (ins, self.piece, self._to_tile, xs), (outs, self.gradient, self._to_gradient, ys),
+                        (ins, self.piece, self.to_tile, xs), (outs, self.gradient, self.to_gradient, ys),
                     ):  # fmt: skip
                         piece = read(layer, b.add(channels, channel), b.add(first, tile))
                         self.store_tile(self.both(transform, piece), self.at(to, target), to_next)
@@ -157,7 +157,7 @@ class TrainingEmitter(Emitter):
                     for j in range(PIECE)
                 ]
                 place = self.sum(self.times(b.add(outs, output), layer["tap_channel"]), ins, channel)
-                for i, values in enumerate(self.both(self._from_weight, columns)):
+                for i, values in enumerate(self.both(self.from_weight, columns)):
                     for j, value in enumerate(values):
                         tap = self.sum(place, self.times(layer["tap_row"], i), self.times(layer["tap_column"], j))
                         target = self.at(layer["out"], tap)
@@ -237,7 +237,7 @@ class TrainingEmitter(Emitter):
 
     # What is done to them.
 
-    def _from_weight(self, m: Sequence[Any]) -> list[Any]:
+    def from_weight(self, m: Sequence[Any]) -> list[Any]:
         """Gᵀ m."""
         b, fma = self.b, self.fma
         even1, even2 = b.fadd(m[1], m[2]), b.fadd(m[3], m[4])
@@ -249,7 +249,7 @@ class TrainingEmitter(Emitter):
             fma(even2, 1 / 6, b.fadd(scaled, m[5])),
         ]
 
-    def _to_gradient(self, y: Sequence[Any]) -> list[Any]:
+    def to_gradient(self, y: Sequence[Any]) -> list[Any]:
         """A y."""
         b, fma = self.b, self.fma
         even, odd = b.fadd(y[0], y[2]), b.fadd(y[1], y[3])
