@@ -220,7 +220,7 @@ def test_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         (Runtime("cpu", "bf16"), False, True),
         (Runtime("cpu", "bf16"), True, False),
     ):
-        monkeypatch.setattr("pdd_cli.runtime.cpu_has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr("pdd_cli.engines.winograd.cpu_has_amx", lambda amx=amx: amx)
         network = RRDBNet(blocks=1)
         place(network, runtime)
         assert isinstance(network.conv_body, winograd.WinogradConv2d) == expected
