@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,14 +17,14 @@ from pdd_cli.errors import ResourceError
 from pdd_cli.imaging.decode import decode_pages, probe, read_bytes
 from pdd_cli.imaging.encode import left_out, write_images
 from pdd_cli.imaging.formats import STREAMED, format_of, keeps_frames, stored_spec
-from pdd_cli.imaging.image import Array, DecodedImage, ImageStream
+from pdd_cli.imaging.image import DecodedImage, ImageStream
 from pdd_cli.runtime import usable_cpus
 from pdd_cli.upscaling.jobs import Abandoned, Job, Output, Result, check_target, failed, skipped
 from pdd_cli.upscaling.manifest import Manifest
 from pdd_cli.upscaling.upscaler import OnTile, Upscaler
+from pdd_cli.upscaling.writer import OutputWriter
 
-# Chunks of rows that wait to be written, and images whose writing isn't waited for.
-_WAITING_CHUNKS = 2
+# Images whose writing isn't waited for.
 _WAITING_IMAGES = 2
 # A GPU makes images faster than one core compresses them.
 _GPU_ENCODERS = 4
@@ -154,53 +153,47 @@ def _compute(
     job, started = loaded.job, time.perf_counter()
     pages = loaded.pages
     while True:
-        channel = _Channel()
-        picture = None
-        future: Future[None] | None = None
+        writer = OutputWriter(encoder, partial(_write, loaded, output, manifest))
+        image = None
         done = Result(job, "done")
         try:
-            for index, picture in enumerate(pages):
-                count = picture.frames if keeps_frames(job.target) else 1
-                if index == count:
-                    break
-                run = upscaler.start(picture, on_tile)
-                stream = replace(run.output, metadata=run.output.metadata.stripped) if output.strip else run.output
-                if future is None:
-                    future = encoder.submit(_write, loaded, channel, count, output, manifest)
-                channel.put(stream, future)
-                for rows in stream.row_chunks:
-                    channel.put(rows, future)
-                left = dict.fromkeys((*done.left_out, *_left_out(job, picture, stream, count)))
-                done = replace(
-                    done,
-                    problem="; ".join([*picture.notes, *_about_frames(job, picture.frames), *_as_line(left)]),
-                    left_out=tuple(left),
-                    size_in=done.size_in or (picture.width, picture.height),
-                    size_out=done.size_out or (stream.spec.width, stream.spec.height),
-                    tiles=done.tiles + run.tiles,
-                    model_seconds=done.model_seconds + run.model_seconds,
-                )
-            assert future is not None
-            channel.put(None, future)
-        except BaseException as error:
-            channel.abandon()
-            if future is not None and not isinstance(error, _WriterFailed):
-                future.exception()  # until the temporary file is gone
-            if isinstance(error, MemoryError) and picture is not None:
-                try:
-                    upscaler.shrink(picture)
-                except Exception as final:
-                    return _settled(failed(job, final, started, done))
-                pages = decode_pages(job.source, loaded.data, most_pixels=upscaler.most_pixels)
-                continue
-            if isinstance(error, Exception) and not isinstance(error, _WriterFailed | Abandoned):
+            with writer.opened():
+                for index, image in enumerate(pages):
+                    count = image.frames if keeps_frames(job.target) else 1
+                    if index == count:
+                        break
+                    run = upscaler.start(image, on_tile)
+                    stream = replace(run.output, metadata=run.output.metadata.stripped) if output.strip else run.output
+                    writer.put(stream, count)
+                    left = dict.fromkeys((*done.left_out, *_left_out(job, image, stream, count)))
+                    done = replace(
+                        done,
+                        problem="; ".join([*image.notes, *_about_frames(job, image.frames), *_as_line(left)]),
+                        left_out=tuple(left),
+                        size_in=done.size_in or (image.width, image.height),
+                        size_out=done.size_out or (stream.spec.width, stream.spec.height),
+                        tiles=done.tiles + run.tiles,
+                        model_seconds=done.model_seconds + run.model_seconds,
+                    )
+        except MemoryError:
+            try:
+                if image is None:
+                    raise
+                upscaler.shrink(image)
+            except Exception as error:
                 return _settled(failed(job, error, started, done))
-            if not isinstance(error, _WriterFailed):  # its own reason comes with the future
-                raise
-        return partial(_finished, job, future, started, done)
+            pages = decode_pages(job.source, loaded.data, most_pixels=upscaler.most_pixels)
+        except Abandoned:
+            raise
+        except Exception as error:
+            return _settled(failed(job, error, started, done))
+        else:
+            return partial(_finished, job, writer, started, done)
 
 
-def _write(loaded: _Loaded, channel: _Channel, count: int, output: Output, manifest: Manifest | None) -> None:
+def _write(
+    loaded: _Loaded, output: Output, manifest: Manifest | None, images: Iterator[ImageStream], count: int
+) -> None:
     """Write one output and its record. Runs in the encoding thread."""
     target = loaded.job.target
     made = None
@@ -208,7 +201,7 @@ def _write(loaded: _Loaded, channel: _Channel, count: int, output: Output, manif
         made = replace(output.provenance, source_sha256=loaded.digest)
     if manifest is not None:
         manifest.record(target, loaded.key, source=loaded.job.source, done=False)
-    write_images(target, channel.streams(), count=count, encoding=output.encoding, provenance=made)
+    write_images(target, images, count=count, encoding=output.encoding, provenance=made)
     if manifest is not None:
         manifest.record(target, loaded.key, source=loaded.job.source, done=True)
 
@@ -217,10 +210,9 @@ def _settled(result: Result) -> Callable[[], Result]:
     return lambda: result
 
 
-def _finished(job: Job, future: Future[None] | None, started: float, done: Result) -> Result:
-    assert future is not None
+def _finished(job: Job, writer: OutputWriter, started: float, done: Result) -> Result:
     try:
-        future.result()
+        writer.wait()
     except ResourceError:
         raise
     except Exception as error:
@@ -245,63 +237,3 @@ def _left_out(job: Job, picture: DecodedImage, stream: ImageStream, count: int) 
 
 def _as_line(left: Iterable[str]) -> list[str]:
     return [f"left out: {', '.join(left)}"] if left else []
-
-
-class _WriterFailed(Exception):  # noqa: N818 - the failure is in the writer's future
-    """Told to the computing thread: nobody takes its rows any more."""
-
-
-class _Channel:
-    """Carries streams and their rows from the computing thread to the writing one; a few chunks wait at most."""
-
-    def __init__(self) -> None:
-        self._queue: queue.Queue[ImageStream | Array | None] = queue.Queue(_WAITING_CHUNKS)
-        self._abandoned = False
-
-    def put(self, item: ImageStream | Array | None, writer: Future[None]) -> None:
-        """Hand over a stream, some rows of it, or None at the end. Raises _WriterFailed when the writer has ended."""
-        while True:
-            if writer.done():
-                raise _WriterFailed
-            try:
-                self._queue.put(item, timeout=0.2)
-                return
-            except queue.Full:
-                continue
-
-    def abandon(self) -> None:
-        """Make the writer drop its file."""
-        self._abandoned = True
-
-    def streams(self) -> Iterator[ImageStream]:
-        """The streams, for the writer, which takes the rows of each before the next."""
-        item = self._take()
-        while isinstance(item, ImageStream):
-            row_chunks = _RowChunks(self._take)
-            yield replace(item, row_chunks=row_chunks)
-            item = row_chunks.after
-
-    def _take(self) -> ImageStream | Array | None:
-        while True:
-            if self._abandoned:
-                raise Abandoned
-            try:
-                return self._queue.get(timeout=0.2)
-            except queue.Empty:
-                continue
-
-
-class _RowChunks:
-    """The rows of one stream; `after` is what came behind them."""
-
-    def __init__(self, take: Callable[[], ImageStream | Array | None]) -> None:
-        self._take = take
-        self.after: ImageStream | None = None
-
-    def __iter__(self) -> Iterator[Array]:
-        while True:
-            item = self._take()
-            if item is None or isinstance(item, ImageStream):
-                self.after = item
-                return
-            yield item

@@ -64,6 +64,21 @@ class Estimate:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class UpscalePlan:
+    """How one image is upscaled, decided once.
+
+    `size`: (width, height) of the output; `passes`: the tiles of each pass of the model; `gray`: all channels are
+    equal; `opaque`: there is no transparent pixel; `direct`: the output is what the model makes of the whole image.
+    """
+
+    size: tuple[int, int]
+    passes: tuple[TilePlan, ...]
+    gray: bool
+    opaque: bool
+    direct: bool
+
+
 class Upscaler:
     """Upscales pictures with one engine.
 
@@ -137,7 +152,7 @@ class Upscaler:
 
     def tiles(self, width: int, height: int) -> int:
         """How many tiles an input of this size takes, over all passes."""
-        return sum(len(self.plan(size[1], size[0])) for size in self._inputs(width, height))
+        return sum(map(len, self._passes(width, height)))
 
     def estimate(self, spec: ImageSpec, *, streamed: bool, timed: bool = True) -> Estimate:
         """What an input of this spec takes; `streamed`: its output is written row by row."""
@@ -151,7 +166,7 @@ class Upscaler:
             memory += 3 * width * height * spec.samples * 4
         if not streamed:
             memory += 2 * width * height * spec.samples * depth
-        plans = [self.plan(h, w) for w, h in inputs]
+        plans = self._passes(spec.width, spec.height)
         sides = max(plan.tile_size for plan in plans)
         memory += _rows_bytes(sides[0], inputs[-1][0], self.scale)
         activations = sides[0] * sides[1] * self._bytes_per_pixel
@@ -215,7 +230,7 @@ class Upscaler:
 
     def upscale_all(self, pictures: Sequence[DecodedImage]) -> list[UpscaleResult]:
         """What `upscale` gives for each of some pictures of one size, in one pass of the model where that can be."""
-        if len(pictures) > 1 and all(one.alpha is None and self.is_direct(one) for one in pictures):
+        if len(pictures) > 1 and all(one.alpha is None and self.plan_image(one).direct for one in pictures):
             started = time.perf_counter()
             try:
                 sr = self.engine.run_rounded(np.stack([picture.pixels for picture in pictures]))
@@ -230,17 +245,21 @@ class Upscaler:
                 ]
         return [self.upscale(picture) for picture in pictures]
 
-    def is_direct(self, picture: DecodedImage) -> bool:
-        """Whether the output is just what the model makes of all of `picture` at once."""
+    def plan_image(self, picture: DecodedImage) -> UpscalePlan:
+        """How `picture` would be upscaled now."""
         width, height = picture.width, picture.height
-        return (
+        size, tiles = self.output_size(width, height), self._passes(width, height)
+        gray = picture.channels == 1 or _is_gray(picture.pixels)
+        opaque = picture.alpha is None or _is_opaque(picture.alpha)
+        direct = (
             picture.channels == self.engine.model.in_channels == 3
             and self.correction == "none"
-            and self.output_size(width, height) == (width * self.scale, height * self.scale)
-            and len(self.plan(height, width)) == 1
-            and (picture.alpha is None or _is_opaque(picture.alpha))
-            and not _is_gray(picture.pixels)
+            and size == (width * self.scale, height * self.scale)
+            and len(tiles[0]) == 1
+            and opaque
+            and not gray
         )
+        return UpscalePlan(size, tiles, gray, opaque, direct)
 
     def start(self, picture: DecodedImage, on_tile: OnTile = lambda done, total: None) -> UpscaleStream:
         """`picture` as a stream whose rows are computed as they are taken: what `upscale` gives, but never held whole.
@@ -275,6 +294,10 @@ class Upscaler:
         count = passes((width, height), self.output_size(width, height), self.scale)
         return [(width * self.scale**n, height * self.scale**n) for n in range(count)]
 
+    def _passes(self, width: int, height: int) -> tuple[TilePlan, ...]:
+        """The tiles of each pass of the model over an image of this size."""
+        return tuple(self.plan(h, w) for w, h in self._inputs(width, height))
+
 
 class UpscaleStream:
     """One image being upscaled: `output` gives the rows; `tiles` and `model_seconds` tell what it takes."""
@@ -284,34 +307,35 @@ class UpscaleStream:
         self._on_tile = on_tile
         self._done = 0
         self.model_seconds = 0.0
-        self.tiles = upscaler.tiles(picture.width, picture.height)
-        width, height = upscaler.output_size(picture.width, picture.height)
+        self._plan = upscaler.plan_image(picture)
+        self.tiles = sum(map(len, self._plan.passes))
+        width, height = self._plan.size
         spec = replace(picture.spec, width=width, height=height)
         metadata = picture.metadata.resized((picture.width, picture.height), (width, height))
         self.output = ImageStream(spec, self._row_chunks(picture, spec), metadata, picture.duration)
 
     def _row_chunks(self, picture: DecodedImage, spec: ImageSpec) -> Iterator[Array]:
         """The rows of the output, in the picture's depth, colours first, alpha last."""
-        if self._upscaler.is_direct(picture):
+        plan = self._plan
+        if plan.direct:
             pixels = self._direct(picture)
             if pixels is not None:
                 yield pixels
                 return
-        opaque = picture.alpha is None or _is_opaque(picture.alpha)
-        gray = picture.channels == 1 or _is_gray(picture.pixels)
+        opaque, gray = plan.opaque, plan.gray
         colours = picture.pixels[:, :, :1] if gray else picture.pixels
         source = colours
         if not opaque and picture.alpha is not None:
             source = np.dstack([bleed(colours, picture.alpha), picture.alpha])
 
-        inputs = self._upscaler._inputs(picture.width, picture.height)
-        for _ in inputs[:-1]:
+        for tiles in plan.passes[:-1]:
             # Between two passes in 16 bits, which lose nothing that could be seen.
-            passed = (from_float(rows, 16) for rows in self._pass(source, gray))
+            passed = (from_float(rows, 16) for rows in self._pass(source, tiles, gray))
             source = np.concatenate(list(passed))
-        row_chunks = self._pass(source, gray)
-        grown = (inputs[-1][0] * self._upscaler.scale, inputs[-1][1] * self._upscaler.scale)
-        row_chunks = resize_row_chunks(row_chunks, grown, (spec.width, spec.height), alpha=not opaque)
+        row_chunks = self._pass(source, plan.passes[-1], gray)
+        factor = self._upscaler.scale ** len(plan.passes)
+        enlarged = (picture.width * factor, picture.height * factor)
+        row_chunks = resize_row_chunks(row_chunks, enlarged, (spec.width, spec.height), alpha=not opaque)
         if self._upscaler.correction != "none":
             row_chunks = iter([self._corrected(np.concatenate(list(row_chunks)), picture, colours, opaque)])
         for rows in row_chunks:
@@ -341,10 +365,10 @@ class UpscaleStream:
         sr[..., :count] = correct(sr[..., :count].clip(0, 1), to_float(colours), self._upscaler.correction, visible)
         return sr
 
-    def _pass(self, source: Array, gray: bool) -> Iterator[FloatArray]:
+    def _pass(self, source: Array, plan: TilePlan, gray: bool) -> Iterator[FloatArray]:
         """One pass of the model over (h, w, C), C = 1 (gray) or 3 and alpha: chunks of rows, w*scale wide, float."""
         height, width = source.shape[:2]
-        scale, plan = self._upscaler.scale, self._upscaler.plan(height, width)
+        scale = self._upscaler.scale
         if len(plan) == 1:
             yield self._tile(source, plan.tile_size, gray)[: height * scale, : width * scale]
             return
