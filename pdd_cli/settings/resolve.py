@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -99,6 +98,8 @@ def given(
 
 def as_yaml(settings: Settings) -> str:
     """The settings as YAML text that `yaml.safe_load` and the model read back to an equal value."""
+    import yaml
+
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
 
 
@@ -119,6 +120,8 @@ def _read_section(path: Path, section: str) -> dict[str, Any]:
 
 
 def _yaml(text: str, origin: str) -> Any:
+    import yaml  # here, as in as_yaml, because `pdd --help` needs no YAML
+
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
