@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader
 from PIL import Image
 
 from pdd_cli.imaging.image import Array
@@ -28,15 +27,8 @@ focus.</p>
 
 def page(title: str, body: str, cards: Sequence[Mapping[str, Any]]) -> str:
     """A whole page: the text `title`, the HTML `body` (with `GALLERY` in it), and `card`s."""
-    # Nothing in JSON can end the element that it stands in.
-    data = json.dumps(cards, ensure_ascii=False).replace("<", "\\u003c")
-    parts = {"title": escape(title), "body": body, "cards": data}
-    pieces = files("pdd_cli.reporting").joinpath("page.html").read_text(encoding="utf-8").split("{{")
-    filled = [pieces[0]]
-    for piece in pieces[1:]:
-        name, rest = piece.split("}}", 1)
-        filled += [parts[name], rest]
-    return "".join(filled)
+    environment = Environment(loader=PackageLoader("pdd_cli.reporting"), autoescape=True, keep_trailing_newline=True)
+    return environment.get_template("page.html").render(title=title, body=body, cards=cards)
 
 
 def card(
