@@ -29,7 +29,7 @@ def test_what_contributors_are_asked_to_edit_exists() -> None:
     assert len(named) > 15
     assert [path for path in named if not (ROOT / path).is_file()] == []
     for name, path in (("_candidates", "engines/select"), ("EngineChoice", "engines/base"), ("_OWN", "iqa/metrics"),
-                       ("FORMATS", "imaging/encode"), ("FormatChoice", "batch/plan"),
+                       ("FORMATS", "imaging/formats"), ("FormatChoice", "batch/plan"),
                        ("DatasetName", "iqa/datasets"), ("find_dataset", "iqa/datasets")):  # fmt: skip
         assert f"`{name}`" in text
         assert re.search(rf"\b{name}\b", (ROOT / f"pdd_cli/{path}.py").read_text(encoding="utf-8"))
