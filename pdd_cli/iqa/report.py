@@ -82,7 +82,7 @@ class Report:
 
     @property
     def unscored(self) -> list[str]:
-        """The metrics that were passed over and why, and all problems."""
+        """The metrics that were skipped and why, and all problems."""
         return [*(f"{name} was skipped: it {reason}" for name, reason in self.skipped.items()), *self.problems]
 
     @property

@@ -91,7 +91,7 @@ def _summary(report: RunReport) -> str:
     if report.verdict is None:
         lines = [
             f"Not finished: stopped after step {report.steps} of {report.most_steps}. "
-            "The same command with --resume goes on."
+            "The same command with --resume continues it."
         ]
     else:
         lines = [f"{_outcome(report).capitalize()}: {report.verdict['reason']}."]

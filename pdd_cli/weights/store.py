@@ -157,7 +157,7 @@ class Store:
         return Entry(name, path, card)
 
     def entries(self) -> Iterator[Entry]:
-        """All installed entries by name; a file without a card is passed over."""
+        """All installed entries by name; a file without a card is skipped."""
         for path in sorted(self.root.glob("*.safetensors")):
             card = read_card(path)
             if card is not None:
