@@ -15,10 +15,11 @@ from pdd_cli.errors import InputError, PddError
 from pdd_cli.version import __version__
 
 if TYPE_CHECKING:
+    from pdd_cli.adaptation.publish import Published
     from pdd_cli.batch.model import Array, Model
     from pdd_cli.iqa.report import Report
 
-__all__ = ["PddError", "__version__", "evaluate", "fetch_weights", "load_model", "upscale"]
+__all__ = ["PddError", "__version__", "adapt", "evaluate", "fetch_weights", "load_model", "upscale"]
 
 
 def load_model(weights: str | PathLike[str] = "realesrgan", *, settings: Mapping[str, Any] = {}) -> Model:
@@ -89,6 +90,58 @@ def upscale(
     if output is None:
         raise InputError("files need an output", "Name a folder; for one input a file, too.")
     return upscale_files([Path(path) for path in sources], str(output), {**settings, "weights": str(weights)})
+
+
+def adapt(
+    real_dir: str | PathLike[str],
+    *,
+    base: str | PathLike[str] = "realesrgan",
+    name: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    settings: Mapping[str, Any] = {},
+) -> Published:
+    """Adapt a model to real LR images as `pdd adapt` does.
+
+    Args:
+        real_dir: A folder of real LR images of one source.
+        base: The weights to start from, a name or a file.
+        name: Name of the run and of its weights; without it the folder's.
+        resume: Continue the run of this name from its checkpoint; the settings must be the same.
+        overwrite: Replace an earlier run and weights of this name.
+        settings: Settings of `pdd adapt` by name, such as `{"steps": 300, "losses.intra": 0.5, "device": "cpu"}`.
+
+    Returns:
+        The result: `result.weights.name` is for `upscale(..., weights=NAME)`, `result.verdict` says whether the
+        weights are better than their base, `result.report` is the page.
+
+    Raises:
+        InputError: images, weights or settings are not usable; nothing is written.
+        DownloadError: weights can't be fetched.
+        ResourceError: out of memory or disk.
+        PartialFailure: training is finished, but a later step failed.
+    """
+    from pdd_cli.adaptation.loop import train
+    from pdd_cli.adaptation.prepare import derived_name
+    from pdd_cli.adaptation.publish import publish
+    from pdd_cli.adaptation.run import start
+    from pdd_cli.settings.adapt import AdaptConfig
+    from pdd_cli.settings.resolve import checked
+    from pdd_cli.weights.store import Store
+
+    def ignore(text: str) -> None:
+        pass
+
+    given = {"real_dir": real_dir, "base": str(base), **({} if name is None else {"name": name})}
+    config = checked(AdaptConfig, {**settings, **given})
+    run_name = config.name or derived_name(config.real_dir, ignore)
+    run = start(config, name=run_name, resume=resume, overwrite=overwrite)
+    for _ in train(run, lambda: False):
+        pass
+    result = publish(run, Store.default(), ignore, ignore)
+    if error := result.failure(run):
+        raise error
+    return result
 
 
 def evaluate(

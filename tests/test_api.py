@@ -27,6 +27,7 @@ def place(ground: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     folder = tmp_path / "place"
     (folder / "photos").mkdir(parents=True)
     (folder / "model.safetensors").write_bytes((ground / "base.safetensors").read_bytes())
+    (folder / "features.safetensors").write_bytes((ground / "features.safetensors").read_bytes())
     for number in range(2):
         (folder / f"photos/{number}.png").write_bytes((ground / f"realLR/{number}.png").read_bytes())
     (folder / "photo.png").write_bytes((ground / "realLR/0.png").read_bytes())

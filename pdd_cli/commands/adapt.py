@@ -21,8 +21,6 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
     """
     from pdd_cli.adaptation.folder import stored_run
     from pdd_cli.commands._adapting import dry_run_document, dry_run_table, run_document
-    from pdd_cli.commands._fetching import fetch_progress
-    from pdd_cli.weights.fetch import ensure
 
     console = call.console
     resume, overwrite = call.flags.resume, call.flags.overwrite
@@ -36,20 +34,13 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
         settings = call.settings()
 
     from pdd_cli.adaptation import estimate
-    from pdd_cli.adaptation.folder import RunFolder
     from pdd_cli.adaptation.loop import train
-    from pdd_cli.adaptation.prepare import (
-        WeightFiles,
-        check_inputs,
-        check_name,
-        derived_name,
-        memory_errors,
-        prepare_run,
-        weight_files,
-    )
+    from pdd_cli.adaptation.prepare import derived_name
     from pdd_cli.adaptation.publish import publish, write_report
+    from pdd_cli.adaptation.run import start
+    from pdd_cli.commands._observer import ConsoleObserver
     from pdd_cli.interruption import Interruption
-    from pdd_cli.runtime import choose_runtime, keep_freed_memory
+    from pdd_cli.runtime import keep_freed_memory
     from pdd_cli.weights.store import Store
 
     store = Store.default()
@@ -67,35 +58,8 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
             raise found.problems[0]
         return
     ranks = Ranks.from_environment()
-    ranks.per_rank(settings.batch_size)
-    runtime = choose_runtime(ranks.device(settings.device), settings.precision)
-    ranks.join(runtime.device)
-    keep_freed_memory()
-    if ranks.is_first:
-        check_name(run_name, store, replace=resume or overwrite)
-        check_inputs(settings, RunFolder(settings.runs_dir / run_name), resume=resume, overwrite=overwrite)
-
-    def find_weights() -> WeightFiles:
-        with fetch_progress(console) as on_event:
-            return weight_files(
-                settings,
-                lambda reference: ensure(reference, store=store, offline=settings.offline, on_event=on_event),
-                console.warn,
-            )
-
-    weights = ranks.first_per_machine(find_weights)
-    with memory_errors(settings):
-        run = prepare_run(
-            settings, weights, runtime,
-            name=run_name, resume=resume, overwrite=overwrite, notify=console.warn, say=console.say, ranks=ranks,
-        )  # fmt: skip
-    if ranks.is_first:
-        estimate.check_places(run, store)
-    console.say(
-        f"adapting {settings.base} to {len(run.domains.real)} real images as '{run_name}': "
-        f"{settings.steps - run.state.step} steps on {runtime}, features of {run.features_name}"
-        + (f", {ranks.size} processes" if ranks.size > 1 else "")
-    )
+    observer = ConsoleObserver(console)
+    run = start(settings, name=run_name, resume=resume, overwrite=overwrite, ranks=ranks, observer=observer)
 
     interruption = Interruption(
         on_first=lambda: console.say("stopping after this step; press Ctrl-C again to stop at once"),

@@ -1,0 +1,67 @@
+"""Settings of `adapt` → a run that is ready to be trained."""
+
+from __future__ import annotations
+
+from pdd_cli.adaptation.estimate import check_places
+from pdd_cli.adaptation.folder import RunFolder
+from pdd_cli.adaptation.prepare import (
+    Run,
+    WeightFiles,
+    check_inputs,
+    check_name,
+    memory_errors,
+    prepare_run,
+    weight_files,
+)
+from pdd_cli.observer import Observer
+from pdd_cli.ranks import ALONE, Ranks
+from pdd_cli.runtime import choose_runtime, keep_freed_memory
+from pdd_cli.settings.adapt import AdaptConfig
+from pdd_cli.weights.fetch import ensure
+from pdd_cli.weights.store import Store
+
+
+def start(
+    settings: AdaptConfig,
+    *,
+    name: str,
+    resume: bool = False,
+    overwrite: bool = False,
+    ranks: Ranks = ALONE,
+    observer: Observer = Observer(),
+) -> Run:
+    """Check everything, fetch and load what training needs; no run folder or image is written.
+
+    Raises InputError for images, weights or settings that are not usable, DownloadError where weights can't be fetched.
+    """
+    store = Store.default()
+    ranks.per_rank(settings.batch_size)
+    runtime = choose_runtime(ranks.device(settings.device), settings.precision)
+    ranks.join(runtime.device)
+    keep_freed_memory()
+    if ranks.is_first:
+        check_name(name, store, replace=resume or overwrite)
+        check_inputs(settings, RunFolder(settings.runs_dir / name), resume=resume, overwrite=overwrite)
+
+    def find_weights() -> WeightFiles:
+        with observer.fetching() as on_event:
+            return weight_files(
+                settings,
+                lambda reference: ensure(reference, store=store, offline=settings.offline, on_event=on_event),
+                observer.warn,
+            )
+
+    weights = ranks.first_per_machine(find_weights)
+    with memory_errors(settings):
+        run = prepare_run(
+            settings, weights, runtime,
+            name=name, resume=resume, overwrite=overwrite, notify=observer.warn, say=observer.say, ranks=ranks,
+        )  # fmt: skip
+    if ranks.is_first:
+        check_places(run, store)
+    observer.say(
+        f"adapting {settings.base} to {len(run.domains.real)} real images as '{name}': "
+        f"{settings.steps - run.state.step} steps on {runtime}, features of {run.features_name}"
+        + (f", {ranks.size} processes" if ranks.size > 1 else "")
+    )
+    return run
