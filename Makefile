@@ -31,11 +31,14 @@ demo: $(STAMP)  ## from nothing to an adapted model, an upscaled folder and its 
 	@echo "Look at:"
 	@ls $(DEMO)/runs/demo/report.html $(DEMO)/upscaled/*.jpg $(DEMO)/scores.csv $(DEMO)/home/weights/demo.safetensors
 
+# Two at once, a thread each: most tests wait for programs that they start.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(STAMP_TEST)  ## the whole suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(STAMP_TEST)  ## the tests that take a second or so each
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 check: $(STAMP_TEST)  ## style, types, layering
 	$(BIN)/ruff check .

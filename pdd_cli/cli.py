@@ -15,7 +15,7 @@ from pdd_cli.commands.evaluate import evaluate
 from pdd_cli.commands.fetch_weights import fetch_weights
 from pdd_cli.commands.upscale import upscale
 from pdd_cli.console import Console, prepare_streams
-from pdd_cli.errors import Interrupted, PddError
+from pdd_cli.errors import Interrupted, PddError, unloadable
 from pdd_cli.interruption import EXIT_CODE as INTERRUPTED
 from pdd_cli.interruption import ignore_signals, raise_on_signals, was_raised
 from pdd_cli.ranks import Ranks
@@ -99,6 +99,8 @@ def main() -> NoReturn:
             traceback.print_exception(error)
         if was_raised() and not isinstance(error, Interrupted):
             error = KeyboardInterrupt()  # what a library has made of it
+        elif isinstance(error, ImportError) and not (error.name or "").startswith("pdd_cli"):
+            error = unloadable(error)
         ranks.report_once(functools.partial(_tell, error))
         code = _exit_code(error)
     sys.exit(code)

@@ -172,7 +172,7 @@ def test_static_mode_trains_beside_a_frozen_second_model(ground, tmp_path):
 
 def test_a_diverging_run_stops_and_registers_nothing(ground, tmp_path):
     result = run(ground, tmp_path, "--set", "optimizer.learning_rate=1e30")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "not finite" in result.stderr
     assert "learning_rate" in result.stderr
     assert Store(tmp_path / "home" / "weights").get("realLR") is None

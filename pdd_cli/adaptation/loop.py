@@ -20,7 +20,7 @@ from pdd_cli.adaptation.preview import PREVIEW_IMAGES, PREVIEW_SIZE, centre, she
 from pdd_cli.adaptation.tensorboard import TensorBoardLog
 from pdd_cli.adaptation.train_step import StepResult, set_learning_rates, train_step
 from pdd_cli.data.datasets import RGB, Batch
-from pdd_cli.errors import PddError, ResourceError
+from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.files import append_line, atomic_write, remove_leftovers, write_errors, write_text
 
 _WINDOW = 8  # steps whose mean loss is watched
@@ -52,7 +52,7 @@ def train(run: Run, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
     batch, and alike in all of them; only the first writes.
 
     Raises:
-        PddError: rollbacks don't help.
+        InputError: rollbacks don't help.
         ResourceError: memory or disk ran out; the last checkpoint is whole.
     """
     try:
@@ -172,7 +172,7 @@ def _monitor(run: Run, result: StepResult) -> str:
     why = f"the losses are {_SPIKE:g} times their best" if spiked else f"{guard.skipped} losses in a row are not finite"
     failed_at, factor, rollbacks = state.step, guard.rate_factor / 2, guard.rollbacks + 1
     if rollbacks > _MOST_ROLLBACKS:
-        raise PddError(
+        raise InputError(
             f"step {failed_at}: {why}, though the rate has been halved {_MOST_ROLLBACKS} times: training diverges",
             "The last good state is kept. Start anew with a lower rate: --overwrite --set optimizer.learning_rate=1e-5",
         )
