@@ -233,7 +233,7 @@ def _run(batch: _Batch, settings: UpscaleConfig, observer: Observer) -> tuple[li
             finished = sum(job.target.exists() for job in batch.jobs)
             raise Interrupted(
                 f"interrupted: {finished} of {len(batch.jobs)} outputs are there, whole",
-                "The same command again goes on from there.",
+                "" if batch.output.overwrite else "The same command again makes what is missing.",
             ) from None
         except ResourceError as error:
             error.hint += " The same command again makes what is missing."
