@@ -869,6 +869,13 @@ def test_damage_beside_the_pixels_of_a_png_is_noted(tmp_path: Path) -> None:
             read_image(path)
 
 
+@pytest.mark.parametrize("order", [b"MM\0*\0\0\0\x08", b"II*\0\x08\0\0\0"])
+def test_exif_with_a_thumbnail_alone_is_not_damaged(tmp_path: Path, order: bytes) -> None:
+    thumbnail = order + b"\0\0" + b"\0" * 40  # no tags in the first directory
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + thumbnail)
+    assert not read_image(tmp_path / "a.jpg").notes
+
+
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "PNG"])
 def test_garbage_for_exif_is_noted(tmp_path: Path, format: str) -> None:
     path = tmp_path / "a.png"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -322,6 +322,13 @@ def _frame(image: Image.Image) -> tuple[Image.Image, object]:
 _FILLING = 4096
 
 
+def _has_no_tags(exif: bytes) -> bool:
+    """Whether the first directory of `exif` is a sound one without tags, as beside a thumbnail alone."""
+    order: Literal["little", "big"] = "little" if exif.startswith(b"II*\0") else "big"
+    at = int.from_bytes(exif[4:8], order)
+    return exif.startswith((b"II*\0", b"MM\0*")) and exif[at : at + 2] == b"\0\0"
+
+
 def _exif(image: Image.Image, chunks: png.Chunks | None) -> tuple[Image.Exif, int, Notes]:
     """The EXIF of a file, its orientation, and what was wrong with it."""
     if chunks is not None:
@@ -337,8 +344,8 @@ def _exif(image: Image.Image, chunks: png.Chunks | None) -> tuple[Image.Exif, in
         orientation = int(exif.get(ORIENTATION, 1))
         for ifd in (EXIF_IFD, GPS_IFD):
             exif.get_ifd(ifd)
-        content = image.info.get("exif") or b""
-        if len(content.removeprefix(b"Exif\0\0")) > 8 and not len(exif):
+        content = (image.info.get("exif") or b"").removeprefix(b"Exif\0\0")
+        if len(content) > 8 and not len(exif) and not _has_no_tags(content):
             raise ValueError("no tags in it")
         return exif, orientation, ()
     except Exception:
