@@ -114,11 +114,17 @@ def append_line(path: Path, line: str) -> None:
         file.write(line + "\n")
 
 
-def check_writable(path: Path) -> None:
-    """Make the text file `path` where it isn't there. Raises InputError where nothing can be added to it."""
+def check_log(path: Path) -> None:
+    """Make the JSON lines file `path` where it isn't there.
+
+    Raises InputError where nothing can be added to it, and for a file that holds something else.
+    """
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
+        with path.open("a+b") as file:
+            file.seek(0)
+            if file.read(1) not in (b"", b"{"):
+                raise InputError(f"--log {path}: the file is no log of pdd, so nothing is added to it", "Name another.")
 
 
 def is_within(path: Path, folder: Path) -> bool:

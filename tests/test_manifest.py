@@ -69,6 +69,18 @@ def test_an_output_that_was_edited_is_not_replaced(pdd, ground: Path, tmp_path: 
     assert (out / "1.png").read_bytes() == edited
 
 
+def test_a_photograph_is_never_taken_for_a_log(pdd, ground: Path, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    photo.write_bytes((ground / "realLR/0.png").read_bytes())
+    for source in (photo, ground / "realLR/1.png"):
+        command = ("upscale", source, tmp_path / "out.png", "--weights", ground / "base.safetensors", "--log", photo)
+        found = pdd(*command)
+        assert found.code == 2
+        assert "no log of pdd" in found.err
+    assert photo.read_bytes() == (ground / "realLR/0.png").read_bytes()
+    assert not (tmp_path / "out.png").exists()
+
+
 def test_a_log_has_a_line_for_each_input(pdd, ground: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.png").write_bytes((ground / "realLR/0.png").read_bytes())

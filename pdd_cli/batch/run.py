@@ -14,7 +14,7 @@ from pdd_cli.batch.devices import partition, run_on_devices
 from pdd_cli.batch.loading import Loaded, load_upscalers
 from pdd_cli.batch.plan import Plan, manifest_folder, plan_jobs
 from pdd_cli.errors import Interrupted, PartialFailure, PddError, ResourceError
-from pdd_cli.files import append_line, check_writable, remove_leftovers
+from pdd_cli.files import append_line, check_log, remove_leftovers
 from pdd_cli.imaging.encode import Encoding
 from pdd_cli.last_run import LatestUpscale, UpscaledPair, remember_upscale
 from pdd_cli.observer import Observer, Progress
@@ -139,7 +139,7 @@ def run(
     if folder is None:
         check_own(plan.jobs[0].target)
     if settings.log is not None and not dry_run:
-        check_writable(settings.log)
+        check_log(settings.log)
     loaded = load_upscalers(settings, ranks, observer, dry_run=dry_run)
     # What a run that died has left is put in order before others write.
     if ranks.is_first and not dry_run:
