@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pdd_cli.runtime import available_cpus, cpu_computes_bf16_fast
+from pdd_cli.runtime import available_cpus, cpu_has_fast_bf16
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 _SIDE = 2048
@@ -58,7 +58,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     dtypes = {"fp32": torch.float32}
-    if device.type != "cpu" or (cpu_computes_bf16_fast() and "ONEDNN_MAX_CPU_ISA" not in os.environ):
+    if device.type != "cpu" or (cpu_has_fast_bf16() and "ONEDNN_MAX_CPU_ISA" not in os.environ):
         dtypes["bf16"] = torch.bfloat16  # which takes minutes elsewhere
     if device.type == "cuda":
         dtypes["fp16"] = torch.float16

@@ -1,7 +1,7 @@
 """pdd: adapt a super-resolution model to one real image domain, upscale with it, score it.
 
-The functions below are the public Python interface (docs/api.md). They never print; a failure is a subclass of
-`PddError`, whose `message` and `hint` are the words of the command line.
+The functions below are the public Python interface (docs/api.md). They never print. Every failure is a subclass of
+`PddError`; its `message` and `hint` are the text that the command line prints.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def load_model(weights: str | PathLike[str] = "realesrgan", *, settings: Mapping
     """Load a super-resolution model, to upscale many arrays with it.
 
     Args:
-        weights: A name of `pdd fetch-weights --list` or of adapted weights, or a weights file. A name that is not
-            installed is fetched.
+        weights: A name listed by `pdd fetch-weights --list`, the name of adapted weights, or a weights file. Weights
+            that are not installed are downloaded.
         settings: Settings of `pdd upscale` by name, such as `{"scale": 2, "device": "cpu", "offline": True}`.
 
     Returns:
-        The model: `model.upscale(array)` upscales, `model.scale` and `model.architecture` describe it.
+        The model. `model.upscale(array)` upscales an array; `model.scale` and `model.architecture` describe the model.
 
     Raises:
-        InputError: the weights or a setting are not usable.
-        DownloadError: the weights can't be fetched.
+        InputError: the weights or a setting can't be used.
+        DownloadError: the weights can't be downloaded.
     """
     from pdd_cli.batch.model import open_model
 
@@ -61,24 +61,25 @@ def upscale(
     weights: str | PathLike[str] = "realesrgan",
     settings: Mapping[str, Any] = {},
 ) -> Array | list[Path]:
-    """Upscale an array, or files as `pdd upscale` does.
+    """Upscale an array, or upscale files as `pdd upscale` does.
 
     Args:
         source: A NumPy array (H, W) or (H, W, C) of uint8 (0 to 255) or uint16 (0 to 65535), where C is 1 (gray),
-            2 (gray, alpha), 3 (RGB) or 4 (RGB, alpha; straight). Or an image, video, folder or pattern, or several.
-        output: For files: a folder, or the output of a single file. Outputs that are there already and up to date
-            are skipped.
+            2 (gray, alpha), 3 (RGB) or 4 (RGB and straight, not premultiplied, alpha). Or the path of an image, video
+            or folder, or a pattern, or a sequence of these.
+        output: Required for files: a folder, or the output file of a single input. Outputs that exist and are up to
+            date are skipped.
         weights: A name or a file, as for `load_model`.
         settings: Settings of `pdd upscale` by name, such as `{"scale": 2, "device": "cpu", "overwrite": True}`.
 
     Returns:
-        For an array: the array (H', W') or (H', W', C) of the same type. For files: the paths of all outputs.
+        For an array: an array (H', W') or (H', W', C) of the same type. For files: the paths of all outputs.
 
     Raises:
-        InputError: an array of another shape or type, bad paths, weights or settings; nothing is written.
-        DownloadError: the weights can't be fetched.
-        ResourceError: out of memory or disk.
-        PartialFailure: some files failed, each named in the message; the others are finished.
+        InputError: the array's shape or type, a path, the weights or a setting can't be used; nothing is written.
+        DownloadError: the weights can't be downloaded.
+        ResourceError: out of memory or disk space.
+        PartialFailure: some files failed; the message names each. The other files are finished.
     """
     import numpy as np
 
@@ -88,7 +89,7 @@ def upscale(
         return load_model(weights, settings=settings).upscale(source)
     sources = [source] if isinstance(source, str | PathLike) else source
     if output is None:
-        raise InputError("files need an output", "Name a folder; for one input a file, too.")
+        raise InputError("files need an output", "Name a folder, or a file if there is one input.")
     return upscale_files([Path(path) for path in sources], str(output), {**settings, "weights": str(weights)})
 
 
@@ -104,21 +105,21 @@ def adapt(
     """Adapt a model to real LR images as `pdd adapt` does.
 
     Args:
-        real_dir: A folder of real LR images of one source.
+        real_dir: A folder of real LR images from one source.
         base: The weights to start from, a name or a file.
-        name: Name of the run and of its weights; without it the folder's.
-        resume: Continue the run of this name from its checkpoint; the settings must be the same.
+        name: Name of the run and of its weights. Default: the name of `real_dir`.
+        resume: Continue the run of this name from its checkpoint. The settings must be the same.
         overwrite: Replace an earlier run and weights of this name.
         settings: Settings of `pdd adapt` by name, such as `{"steps": 300, "losses.intra": 0.5, "device": "cpu"}`.
 
     Returns:
-        The result: `result.weights.name` is for `upscale(..., weights=NAME)`, `result.verdict` says whether the
-        weights are better than their base, `result.report` is the page.
+        The result. Pass `result.weights.name` to `upscale(..., weights=NAME)`. `result.verdict` says whether the
+        adapted weights are better than their base; `result.report` is the path of the report.
 
     Raises:
-        InputError: images, weights or settings are not usable; nothing is written.
-        DownloadError: weights can't be fetched.
-        ResourceError: out of memory or disk.
+        InputError: images, weights or settings can't be used; nothing is written.
+        DownloadError: weights can't be downloaded.
+        ResourceError: out of memory or disk space.
         PartialFailure: training is finished, but a later step failed.
     """
     from pdd_cli.adaptation.loop import train
@@ -126,14 +127,14 @@ def adapt(
     from pdd_cli.adaptation.publish import publish
     from pdd_cli.adaptation.run import start
     from pdd_cli.settings.adapt import AdaptConfig
-    from pdd_cli.settings.resolve import checked
+    from pdd_cli.settings.resolve import settings_from
     from pdd_cli.weights.store import Store
 
     def ignore(text: str) -> None:
         pass
 
-    given = {"real_dir": real_dir, "base": str(base), **({} if name is None else {"name": name})}
-    config = checked(AdaptConfig, {**settings, **given})
+    arguments = {"real_dir": real_dir, "base": str(base), **({} if name is None else {"name": name})}
+    config = settings_from(AdaptConfig, {**settings, **arguments})
     run_name = config.name or derived_name(config.real_dir, ignore)
     run = start(config, name=run_name, resume=resume, overwrite=overwrite)
     for _ in train(run, lambda: False):
@@ -157,26 +158,26 @@ def evaluate(
 
     Args:
         sr: An image or a folder of images.
-        gt: Ground truth, an image or a folder; paired by name.
-        lr: The LR inputs; adds downscale consistency and colour drift.
-        baselines: Other SR images of the same inputs, to compare with.
-        metrics: Names of pyiqa's metrics; `pdd evaluate --metrics list` shows them.
+        gt: Ground truth, an image or a folder. Images are paired by name.
+        lr: The LR inputs. They add downscale consistency and colour drift.
+        baselines: Other SR images of the same inputs, for comparison.
+        metrics: Names of pyiqa metrics; `pdd evaluate --metrics list` prints them.
         settings: Settings of `pdd evaluate` by name, such as `{"crop_border": 4, "offline": True}`.
 
     Returns:
-        The report: `report.main.images` has the scores of each image, `report.as_document()` all as plain values,
-        and `report.problems` names the images and metrics without a score.
+        The report. `report.main.images` holds the scores of each image, `report.as_document()` returns everything as
+        plain values, and `report.problems` names the images and metrics without a score.
 
     Raises:
-        InputError: bad paths or settings, or no metric can be computed from these images.
-        DownloadError: a metric lacks its weights and they can't be fetched.
+        InputError: a path or a setting can't be used, or no metric can be computed from these images.
+        DownloadError: the weights of a metric are missing and can't be downloaded.
     """
     from pdd_cli.batch.evaluation import evaluate as run_evaluation
     from pdd_cli.settings.evaluate import EvaluateConfig
-    from pdd_cli.settings.resolve import checked
+    from pdd_cli.settings.resolve import settings_from
 
-    given = {"sr_dir": sr, "gt_dir": gt, "lr_dir": lr, "baseline": tuple(baselines), "metrics": tuple(metrics)}
-    evaluation = run_evaluation(checked(EvaluateConfig, {**settings, **given}))
+    arguments = {"sr_dir": sr, "gt_dir": gt, "lr_dir": lr, "baseline": tuple(baselines), "metrics": tuple(metrics)}
+    evaluation = run_evaluation(settings_from(EvaluateConfig, {**settings, **arguments}))
     if evaluation.not_loaded:
         evaluation.raise_for_failures()
     if evaluation.interrupted:
@@ -185,18 +186,18 @@ def evaluate(
 
 
 def fetch_weights(name: str, *, offline: bool = False) -> Path:
-    """Install weights, if they are not installed yet.
+    """Install weights unless they are already installed.
 
     Args:
-        name: A name of `pdd fetch-weights --list`.
+        name: A name listed by `pdd fetch-weights --list`.
         offline: Never use the network.
 
     Returns:
         The weights file.
 
     Raises:
-        InputError: an unknown name.
-        DownloadError: no source has the weights, or their checksum is wrong; nothing is installed then.
+        InputError: the name is unknown.
+        DownloadError: no source has the weights, or the checksum is wrong. Nothing is installed.
     """
     from pdd_cli.weights.fetch import ensure
     from pdd_cli.weights.store import Store

@@ -1,4 +1,4 @@
-"""`python -m pdd_cli` is `pdd`."""
+"""Runs `pdd` for `python -m pdd_cli`."""
 
 from pdd_cli.cli import main
 

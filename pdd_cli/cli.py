@@ -1,4 +1,4 @@
-"""The `pdd` command: registers the four commands, turns errors into messages and exit codes."""
+"""The `pdd` command: registers the four commands and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pdd_cli.commands.evaluate import evaluate
 from pdd_cli.commands.fetch_weights import fetch_weights
 from pdd_cli.commands.upscale import upscale
 from pdd_cli.console import Console, prepare_streams
-from pdd_cli.errors import Interrupted, PddError, unloadable
+from pdd_cli.errors import Interrupted, PddError, package_load_error
 from pdd_cli.interruption import EXIT_CODE as INTERRUPTED
 from pdd_cli.interruption import ignore_signals, raise_on_signals, was_raised
 from pdd_cli.ranks import Ranks
-from pdd_cli.system import wait_without_spinning
+from pdd_cli.system import limit_thread_spinning
 from pdd_cli.version import __version__
 
 
 class _Help:
-    """Help without a type beside what takes no value, and with `--help` among the general options."""
+    """Help that shows no type for flags and lists `--help` with the general options."""
 
     def get_params(self, ctx: Any) -> Any:
         parameters: Any = super().get_params(ctx)  # type: ignore[misc]
@@ -79,29 +79,29 @@ def main() -> NoReturn:
     """Run `pdd` on sys.argv and exit with its code (see docs/cli.md)."""
     raise_on_signals()
     prepare_streams()
-    wait_without_spinning()
+    limit_thread_spinning()
     ranks = Ranks.from_environment()
     code: int | str | None
     try:
-        with ranks.one_voice():
-            # Typer answers its own usage errors with exit 2, `--help` with 0, and exits with 130 for KeyboardInterrupt.
+        with ranks.silence_unless_first():
+            # Typer exits with 2 for its own usage errors, with 0 for `--help`, and with 130 for KeyboardInterrupt.
             code = app(standalone_mode=True)
-    except SystemExit as left:
+    except SystemExit as exit:
         ignore_signals()
-        code = left.code
+        code = exit.code
         if code == INTERRUPTED and was_raised():
-            ranks.report_once(functools.partial(_tell, KeyboardInterrupt()))
+            ranks.report_once(functools.partial(_print_failure, KeyboardInterrupt()))
     except BrokenPipeError:
         code = 0
     except (Exception, KeyboardInterrupt) as error:
-        ignore_signals()  # torchrun's, where another process has failed, too
+        ignore_signals()  # torchrun sends some when another process has failed
         if "--debug" in sys.argv:
             traceback.print_exception(error)
         if was_raised() and not isinstance(error, Interrupted):
-            error = KeyboardInterrupt()  # what a library has made of it
+            error = KeyboardInterrupt()  # a library has turned it into its own error
         elif isinstance(error, ImportError) and not (error.name or "").startswith("pdd_cli"):
-            error = unloadable(error)
-        ranks.report_once(functools.partial(_tell, error))
+            error = package_load_error(error)
+        ranks.report_once(functools.partial(_print_failure, error))
         code = _exit_code(error)
     sys.exit(code)
 
@@ -112,7 +112,7 @@ def _exit_code(error: BaseException) -> int:
     return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 5 if isinstance(error, MemoryError) else 1
 
 
-def _tell(error: BaseException) -> None:
+def _print_failure(error: BaseException) -> None:
     console = Console()
     if isinstance(error, PddError):
         console.fail(error)

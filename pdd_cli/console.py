@@ -1,4 +1,4 @@
-"""The only module that prints: results to stdout, everything else to stderr; `--json` leaves stdout to one document."""
+"""The only module that prints. Results go to stdout, everything else to stderr; `--json` prints one document."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pdd_cli.errors import PddError
 
 
 def prepare_streams() -> None:
-    """Let stdout and stderr take every character: what their encoding (cp1252, ASCII) lacks is written as an escape."""
+    """Make stdout and stderr escape characters that their encoding (cp1252, ASCII) lacks, instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -36,44 +36,44 @@ class Console:
 
     def __init__(self, *, json: bool = False) -> None:
         self.json = json
-        # A pipe has no width of its own: what goes there must not be cut to 80 columns.
+        # A pipe has no width; rich would cut lines to 80 columns.
         self.err = RichConsole(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 160)
         self._out = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 160)
 
     def say(self, text: str) -> None:
-        """A line for people (stderr)."""
+        """Print a message (stderr)."""
         self.err.print(escape(text), soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """A warning for people (stderr)."""
+        """Print a warning (stderr)."""
         self.err.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
     def fail(self, error: PddError) -> None:
-        """What went wrong and what to do (stderr)."""
+        """Print an error and its hint (stderr)."""
         self.err.print(f"[red]error:[/] {escape(error.message)}", soft_wrap=True)
         if error.hint:
             self.err.print(f"       {escape(error.hint)}", soft_wrap=True)
 
     def leave(self, text: str) -> None:
-        """The last line before the process ends with a progress bar on the screen (stderr)."""
+        """Print the last message of a process that ends while a progress bar is shown (stderr)."""
         self.say(text)
         self.err.show_cursor(True)
 
     def table(self, table: Table) -> None:
-        """A result table for people: stdout, or stderr beside `--json`."""
+        """Print a result table: to stdout, or with `--json` to stderr."""
         (self.err if self.json else self._out).print(table)
 
     def result(self, document: Mapping[str, object]) -> None:
-        """The JSON document of the command; printed with `--json` only."""
+        """Print the JSON document of the command, with `--json` only."""
         if self.json:
-            # Escaped where the encoding of stdout may not have a character.
+            # Escape non-ASCII characters unless stdout can encode all of them.
             ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
             text = json.dumps(document, ensure_ascii=ascii_only, indent=2, default=str, allow_nan=False)
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
 
     def progress(self, *, transient: bool = False) -> Progress:
-        """Progress bars (stderr), to be used as a context manager."""
+        """Progress bars that count files or steps (stderr); a context manager."""
         return Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -86,7 +86,7 @@ class Console:
         )
 
     def downloads(self) -> Progress:
-        """Progress bars in bytes (stderr), gone when the downloads are."""
+        """Progress bars that count bytes and disappear at the end (stderr); a context manager."""
         return Progress(
             TextColumn("{task.description}"),
             BarColumn(),

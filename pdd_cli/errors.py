@@ -1,10 +1,10 @@
-"""The few ways in which pdd fails, each with its exit code."""
+"""The exceptions of pdd, each with its exit code."""
 
 
 class PddError(Exception):
-    """A failure that a user can act on: what went wrong, and what to do about it.
+    """A failure that a user can act on.
 
-    `message` names the file or option; `hint` says what to do. Neither ever holds a traceback.
+    `message` says what went wrong and names the file or option; `hint` says what to do.
     """
 
     exit_code = 1
@@ -22,19 +22,19 @@ class InputError(PddError):
 
 
 class PartialFailure(PddError):  # noqa: N818 - the run did finish
-    """The run finished, but some inputs failed; each has been named already."""
+    """The run finished, but some inputs failed. Each of them has already been reported."""
 
     exit_code = 3
 
 
 class DownloadError(PddError):
-    """A download or its verification failed; nothing was installed."""
+    """A download or its verification failed. Nothing was installed."""
 
     exit_code = 4
 
 
-class OutOfMemory(MemoryError):  # noqa: N818 - as PyTorch's is called
-    """The machine or device ran out of memory. `runtime.one_memory_error` raises it for each library's own error."""
+class OutOfMemory(MemoryError):  # noqa: N818 - the name that PyTorch uses
+    """The machine or device ran out of memory. `runtime.convert_memory_errors` converts the libraries' errors to it."""
 
 
 class ResourceError(PddError):
@@ -44,23 +44,23 @@ class ResourceError(PddError):
 
 
 class CheckFailed(PddError):  # noqa: N818 - the run did finish
-    """A check that was asked for does not hold (`pdd evaluate --fail-if-worse`)."""
+    """A requested check does not hold (`pdd evaluate --fail-if-worse`)."""
 
     exit_code = 6
 
 
-class Interrupted(PddError):  # noqa: N818 - asked for by the user
+class Interrupted(PddError):  # noqa: N818 - requested by the user
     """Stopped by Ctrl-C or SIGTERM after the state was saved."""
 
     exit_code = 130
 
 
-def unloadable(error: ImportError) -> InputError:
-    """What to say of an installed package that does not load: a library of the system is missing, usually."""
+def package_load_error(error: ImportError) -> InputError:
+    """The error for an installed package that can't be imported, usually because a system library is missing."""
     hint = "Install what is missing."
     if "libGL" in str(error):
         hint = (
-            "OpenCV looks for a desktop's libraries. Install them (Debian: apt install libgl1), or run: "
+            "OpenCV needs libraries of a desktop. Install them (Debian: apt install libgl1), or run: "
             "pip install --force-reinstall --no-deps opencv-python-headless"
         )
     return InputError(f"a package cannot be loaded: {error}", hint)

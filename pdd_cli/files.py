@@ -1,4 +1,4 @@
-"""Whole files only: every write of pdd goes through here."""
+"""Atomic writes: all files that pdd writes go through this module."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.system import try_lock
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-UNENCODABLE = "backslashreplace"
-"""Of names that aren't UTF-8: what becomes of them is still valid JSON, which reads back to the same name."""
+ENCODING_ERRORS = "backslashreplace"
+"""Error handler for file names that aren't UTF-8. The escaped name is valid in JSON and reads back to the same name."""
 
 _TEMPORARY = ".pdd-tmp-"
-_RENAMED_AFTER = 0.1  # seconds; a writer gives up its lock just before it renames the file
+_RENAME_SECONDS = 0.1  # a writer releases its lock just before it renames the file
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in `path`'s folder; when the block ends well, it becomes `path` (fsync, rename).
+    """Yield a temporary path in the folder of `path`; when the block succeeds, rename it to `path` after an fsync.
 
-    When the block raises, the temporary file is removed and `path` is as it was before. The temporary name starts
-    with a dot and keeps the suffix, so that writers that choose the format by suffix work.
+    If the block raises, the temporary file is removed and `path` is unchanged. The temporary name starts with a dot and
+    keeps the suffix, because some writers choose the format by the suffix.
 
-    Raises ResourceError when the disk is full, InputError when the folder can't be written.
+    Raises ResourceError if the disk is full, InputError if the folder can't be written.
     """
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,11 +36,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary = Path(name)
         try:
             with os.fdopen(descriptor):
-                try_lock(descriptor)  # as long as it is being written
+                try_lock(descriptor)  # held until the file is written
                 yield temporary
                 with temporary.open("rb+") as written:
                     os.fsync(written.fileno())
-            # Closed by now: Windows doesn't rename a file that is open.
+            # The file is closed here: Windows can't rename an open file.
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
         finally:
@@ -49,13 +49,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def write_errors(path: Path, hint: str = "Choose a folder that you may write to.") -> Iterator[None]:
-    """Whatever keeps `path` from being written, as a ResourceError (a full disk) or InputError that names it."""
+    """Convert errors of writing `path` to a ResourceError (disk full) or an InputError that names the path."""
     try:
         yield
     except OSError as error:
         raise _explain(error, path, hint) from error
     except Exception as error:
-        if isinstance(error, PddError) or not _is_of_full_disk(error):
+        if isinstance(error, PddError) or not _is_disk_full(error):
             raise
         raise _explain(OSError(errno.ENOSPC, ""), path, hint) from error
 
@@ -64,7 +64,7 @@ def write_errors(path: Path, hint: str = "Choose a folder that you may write to.
 def locked(path: Path, on_wait: Callable[[], None], hint: str) -> Iterator[bool]:
     """Hold the lock file `path`, one process at a time; `on_wait` is called before waiting for another process.
 
-    Yields whether it had to wait: what the block is for may be done by now. Raises as `write_errors` does.
+    Yields whether it had to wait; then the other process may have done the work. Raises as `write_errors` does.
     """
     from filelock import FileLock, Timeout
 
@@ -85,10 +85,10 @@ def locked(path: Path, on_wait: Callable[[], None], hint: str) -> Iterator[bool]
 
 
 def remove_leftovers(folders: Iterable[Path]) -> None:
-    """Remove the temporary files that processes which were killed have left in `folders`; not those being written."""
+    """Remove temporary files that killed processes left in `folders`, except files that are being written."""
     unlocked = [path for folder in folders for path in folder.glob(f"{_TEMPORARY}*") if not _is_locked(path)]
     if unlocked:
-        time.sleep(_RENAMED_AFTER)
+        time.sleep(_RENAME_SECONDS)
     for path in unlocked:
         with contextlib.suppress(OSError):
             path.unlink()
@@ -103,21 +103,21 @@ def _is_locked(path: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 to `path`, whole or not at all; what isn't Unicode (a file's name) as an escape."""
+    """Write `text` atomically as UTF-8 to `path`. Bytes of file names that aren't Unicode are escaped."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors=UNENCODABLE)
+        temporary.write_text(text, encoding="utf-8", errors=ENCODING_ERRORS)
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to the text file `path`. What a full disk cuts short has no line end."""
-    with write_errors(path), path.open("a", encoding="utf-8", errors=UNENCODABLE) as file:
+    """Append a line to the text file `path`. A line that a full disk cut short has no line end."""
+    with write_errors(path), path.open("a", encoding="utf-8", errors=ENCODING_ERRORS) as file:
         file.write(line + "\n")
 
 
 def check_log(path: Path) -> None:
-    """Make the JSON lines file `path` where it isn't there.
+    """Create the JSON lines file `path` if it doesn't exist.
 
-    Raises InputError where nothing can be added to it, and for a file that holds something else.
+    Raises InputError if it can't be written, or if it holds something else.
     """
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def check_log(path: Path) -> None:
 
 
 def is_within(path: Path, folder: Path) -> bool:
-    """Whether `path`, which need not exist, is `folder` or lies below it, through links and spellings of names."""
+    """Whether `path`, which need not exist, is `folder` or is inside it. Links and letter case are resolved."""
     real = path.resolve()
     return any(_is_same(place, folder) for place in (real, *real.parents))
 
@@ -146,8 +146,8 @@ def _umask() -> int:
     return mask
 
 
-def _is_of_full_disk(error: BaseException | None) -> bool:
-    """Whether a library's error is of one: safetensors quotes the system's, torch fails while it handles it."""
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Whether a library's error means a full disk: safetensors quotes the system error, torch raises a second error."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL_DISK:
             return True

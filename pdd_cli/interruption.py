@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: answered at once, also while a library computes for minutes."""
+"""Handling of Ctrl-C and SIGTERM, also while a library call runs for minutes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import NoReturn
 
 EXIT_CODE = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_SAME = 0.5  # seconds: a terminal and torchrun send a signal each for one Ctrl-C
+_SAME_KEY_SECONDS = 0.5  # for one Ctrl-C, the terminal and torchrun each send a signal
 
 _received: list[int] = []
 
@@ -32,7 +32,7 @@ def ignore_signals() -> None:
 
 
 def was_raised() -> bool:
-    """Whether a signal has raised KeyboardInterrupt, whatever a library has made of that."""
+    """Whether a signal has raised KeyboardInterrupt, even if a library turned it into another exception."""
     return bool(_received)
 
 
@@ -42,10 +42,10 @@ def _raise(number: int, frame: FrameType | None) -> NoReturn:
 
 
 class Interruption:
-    """Within the block the first signal asks to stop (`requested`), the second ends the process with EXIT_CODE.
+    """In this context the first signal requests a stop (`requested`); the second ends the process with EXIT_CODE.
 
-    `on_first` and `on_second` say so, at once, in a thread of their own: Python's handlers wait for the library that
-    the main thread is in. Data that are being written are written to a temporary file, so that ending is safe.
+    `on_first` and `on_second` are called immediately, from a separate thread, because Python runs signal handlers only
+    after the library call of the main thread has returned. Ending is safe: files are written to temporary files first.
     """
 
     def __init__(self, on_first: Callable[[], None], on_second: Callable[[], None]) -> None:
@@ -53,7 +53,7 @@ class Interruption:
         self._asked: float | None = None
 
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal was received."""
         return self._asked is not None
 
     def __enter__(self) -> Interruption:
@@ -80,7 +80,7 @@ class Interruption:
             if self._asked is None:
                 self._asked = time.monotonic()
                 self._on_first()
-            elif time.monotonic() - self._asked > _SAME:
+            elif time.monotonic() - self._asked > _SAME_KEY_SECONDS:
                 self._on_second()
                 sys.stdout.flush()
                 sys.stderr.flush()

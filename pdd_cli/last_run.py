@@ -1,4 +1,4 @@
-"""What the latest `pdd upscale` made, so that `pdd evaluate` without a folder can score it."""
+"""The record of the last `pdd upscale`; `pdd evaluate` without a folder scores its outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pdd_cli.weights.store import home
 
 
 class UpscaledPair(BaseModel):
-    """One input and its output, absolute."""
+    """Absolute paths of an input and its output."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -21,8 +21,8 @@ class UpscaledPair(BaseModel):
     sr: Path
 
 
-class LatestUpscale(BaseModel):
-    """One run of `pdd upscale`; `pairs` holds the outputs that were there already, too."""
+class LastRun(BaseModel):
+    """One run of `pdd upscale`. `pairs` includes outputs that were skipped because they existed."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,17 +35,17 @@ class LatestUpscale(BaseModel):
     pairs: tuple[UpscaledPair, ...]
 
 
-def latest_upscale() -> LatestUpscale | None:
-    """The latest run; None where there was none, or its record can't be read."""
+def read_last_run() -> LastRun | None:
+    """The last run; None if there was none, or its record can't be read."""
     try:
-        return LatestUpscale.model_validate(json.loads(_path().read_bytes()))
-    except (OSError, ValueError):  # of JSON and of pydantic
+        return LastRun.model_validate(json.loads(_path().read_bytes()))
+    except (OSError, ValueError):  # ValueError: invalid JSON, or an invalid record
         return None
 
 
-def remember_upscale(run: LatestUpscale) -> None:
-    """Make `run` the latest one."""
-    # Not by pydantic, whose JSON has no names that aren't UTF-8.
+def save_last_run(run: LastRun) -> None:
+    """Record `run` as the last one."""
+    # json, because pydantic can't write file names that aren't UTF-8.
     write_text(_path(), json.dumps(run.model_dump(mode="json"), indent=2))
 
 

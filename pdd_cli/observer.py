@@ -1,4 +1,4 @@
-"""How a use case reports its messages and progress to its caller; the core never prints."""
+"""The interface through which the core reports messages and progress to its caller. The core never prints."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """The progress of one phase. This one ignores it."""
+    """The progress of one phase. This base class ignores it."""
 
     def start(self, worker: int, name: str, unit: str = "") -> None:
-        """A worker begins with the file `name`, whose steps are counted in `unit`."""
+        """A worker starts the file `name`, whose steps are counted in `unit`."""
 
     def step(self, worker: int, done: int, total: int) -> None:
         """A worker has finished `done` of `total` steps of its file."""
@@ -24,7 +24,7 @@ class Progress:
 
 
 class Observer:
-    """Receives messages and progress. This one ignores them; the commands show them."""
+    """Receives messages and progress. This base class ignores them; the commands print them."""
 
     def say(self, text: str) -> None:
         """A message."""
@@ -36,9 +36,9 @@ class Observer:
         """A traceback, for `--debug`."""
 
     def fetching(self) -> AbstractContextManager[Callable[[FetchEvent], None]]:
-        """A context whose value takes the events of downloads."""
+        """A context that yields a function that receives download events."""
         return nullcontext(lambda event: None)
 
     def progress(self, description: str, total: int, *, workers: int = 0) -> AbstractContextManager[Progress]:
-        """A context for one phase of `total` files; each of `workers` also reports the steps of its own file."""
+        """A context for one phase of `total` files. Each of `workers` also reports the steps of its current file."""
         return nullcontext(Progress())

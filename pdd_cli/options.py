@@ -1,4 +1,4 @@
-"""Settings models as command-line options: name, help, default and allowed values stand once, in the model."""
+"""Builds command-line options from settings models, so that name, help, default and choices are defined only once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from pdd_cli.console import Console
 from pdd_cli.settings.base import Option, Panel, Settings
-from pdd_cli.settings.resolve import Section, given, models_in, resolve
+from pdd_cli.settings.resolve import Section, explicit_values, models_in, resolve
 
 S = TypeVar("S", bound=Settings)
 F = TypeVar("F", bound=Settings)
@@ -45,7 +45,7 @@ class General(Settings):
 
 @dataclass(frozen=True)
 class Call(Generic[S, F]):
-    """One call of a command: its settings, yet to be resolved, its flags, and where it prints."""
+    """One call of a command: its unresolved settings, its flags, and its console."""
 
     model: type[S]
     section: Section
@@ -56,7 +56,7 @@ class Call(Generic[S, F]):
     console: Console
 
     def settings(self, options: Mapping[str, object] | None = None, stored: Path | None = None) -> S:
-        """The settings; `options` win over those of the call, `stored` is the file of an earlier run."""
+        """The resolved settings. `options` override those of the call; `stored` is an earlier run's config file."""
         return resolve(
             self.model,
             self.section,
@@ -66,15 +66,15 @@ class Call(Generic[S, F]):
             stored=stored,
         )
 
-    def given(self) -> dict[str, Any]:
-        """The values that were given, without the defaults."""
-        return given(self.model, self.section, options=self.options, overrides=self.overrides, file=self.file)
+    def explicit_values(self) -> dict[str, Any]:
+        """The values that the user set, without the defaults."""
+        return explicit_values(self.model, self.section, options=self.options, overrides=self.overrides, file=self.file)
 
 
 def command(model: type[S], section: Section, flags: type[F], run: Callable[[Call[S, F]], None]) -> Callable[..., None]:
-    """The function that Typer registers for `run`, whose docstring is the help.
+    """The function that Typer registers for `run`. The docstring of `run` is the help text.
 
-    Its parameters are the fields that carry an `Option`: those of `model`, nested ones included, and of `flags`.
+    Its parameters are the fields of `model` (nested ones included) and `flags` that carry an `Option`.
     """
     settings = {key.replace(".", "_"): (key, field) for key, field in _fields(model).items()}
     switches = _fields(flags)
@@ -106,7 +106,7 @@ def command(model: type[S], section: Section, flags: type[F], run: Callable[[Cal
 
 @dataclass(frozen=True)
 class _Field:
-    """A field of a settings model, as the command line needs to know it."""
+    """The properties of a settings field that the command line needs."""
 
     annotations: tuple[Any, ...]
     description: str
@@ -115,21 +115,21 @@ class _Field:
     is_required: bool = False
 
     @property
-    def is_several(self) -> bool:
+    def is_multiple(self) -> bool:
         return any(
             get_origin(part) is tuple for annotation in self.annotations for part in (annotation, *get_args(annotation))
         )
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The values that are allowed, where all are listed."""
+        """The allowed values, if the type lists all of them."""
         leaves = self._leaves
         listed = [get_args(leaf) for leaf in leaves if get_origin(leaf) is Literal]
         return tuple(str(value) for values in listed for value in values) if len(listed) == len(leaves) else ()
 
     @property
     def kind(self) -> Any:
-        """The type of one value; `str` where several are possible: the model reads it."""
+        """The type of one value; `str` if several types are possible, because the model parses it."""
         kinds = set(self._leaves)
         return kinds.pop() if kinds in ({bool}, *({kind} for kind in _METAVARS)) else str
 
@@ -140,13 +140,13 @@ class _Field:
     @property
     def help(self) -> str:
         choices = f" One of {', '.join(self.choices)}." if self.choices else ""
-        default = self.option.default or shown(self.default)
+        default = self.option.default or format_default(self.default)
         # Square brackets are markup in Typer's help.
         return escape(f"{self.description}{choices}" + (f" [default: {default}]" if default else ""))
 
 
 def _fields(model: type[BaseModel]) -> dict[str, _Field]:
-    """The fields with an `Option` by their dotted keys; branches of a union that share a key are one field."""
+    """The fields with an `Option` by dotted key. Members of a union that share a key are one field."""
     found: dict[str, list[FieldInfo]] = {}
     for key, field in _all_fields(model):
         found.setdefault(key, []).append(field)
@@ -175,7 +175,7 @@ _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD
 def _parameter(name: str, field: _Field) -> inspect.Parameter:
     option = field.option
     kind: Any = Literal[field.choices] if field.choices else field.kind  # type: ignore[valid-type]
-    if field.is_several:
+    if field.is_multiple:
         kind = str if option.comma_separated else GenericAlias(list, (kind,))
     info: Any
     if option.argument:
@@ -200,7 +200,7 @@ def _is_optional(parameter: inspect.Parameter) -> bool:
 
 
 def _value(field: _Field, value: Any) -> object:
-    """What the model is given; None for an option that was not used."""
+    """The value passed to the model; None for an option that was not used."""
     if field.option.comma_separated and value is not None:
         return tuple(part.strip() for part in value.split(",") if part.strip()) or None
     return (tuple(value) or None) if isinstance(value, list) else value
@@ -219,8 +219,8 @@ def _leaves(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
-def shown(default: object) -> str:
-    """A default as one would type it; "" for one that means "not given"."""
+def format_default(default: object) -> str:
+    """A default as a user would type it; "" for a default that means "not set"."""
     if isinstance(default, tuple):
         return ",".join(map(str, default))
     if isinstance(default, float):

@@ -1,4 +1,4 @@
-"""The processes that `torchrun` started: they train together, or divide the files of `pdd upscale` among them."""
+"""The processes that `torchrun` started. They train together, or split the files of `pdd upscale`."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The first process judges images and fetches weights while the others wait for it. One that ended is noticed at once,
-# by its closed connection.
-_PATIENCE = timedelta(hours=6)
+# Long, because the other processes wait while the first one scores images and downloads weights. A process that has
+# ended is noticed at once, by its closed connection.
+_TIMEOUT = timedelta(hours=6)
 _USAGE_ERROR = 2  # Typer's exit code
 _POLL_SECONDS = 0.1
-_CHUNK = 1 << 20  # a value of the store holds 8 MiB at most
+_CHUNK = 1 << 20  # bytes; a value in the store holds at most 8 MiB
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The rank of this process and their number. With one process (the default) every method returns at once.
+    """The rank of this process and the number of processes. With one process (the default) no method waits.
 
-    All processes must call the collective methods in the same order; these raise PddError where another process has
-    ended. Training calls `join` first and communicates through a process group. Without `join`, `barrier` and `gather`
-    use the store that torchrun keeps: waiting takes no processor time, has no time limit and can be interrupted.
+    All processes must call the collective methods in the same order; they raise PddError if another process has ended.
+    Training calls `join` first and communicates through a process group. Without `join`, `barrier` and `gather` use
+    torchrun's key-value store: waiting takes no processor time, has no time limit and can be interrupted.
     """
 
     rank: int = 0
@@ -44,18 +44,18 @@ class Ranks:
 
     @staticmethod
     def from_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
-        """As the variables of `torchrun`, or of a scheduler that sets the same ones, say."""
+        """From the environment variables that `torchrun`, or a scheduler, sets."""
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
             return Ranks()
         return Ranks(int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", 0)))
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """Whether this is rank 0, which writes and prints."""
         return self.rank == 0
 
     def device(self, wanted: str) -> str:
-        """What `--device wanted` means for this process: each takes the GPU of its number."""
+        """The device of this process for `--device wanted`: the GPU of its local rank."""
         if self.size == 1 or wanted == "cpu":
             return wanted
         import torch
@@ -74,37 +74,37 @@ class Ranks:
         return f"cuda:{self.local_rank}"
 
     def devices(self, wanted: str) -> list[str]:
-        """What a comma list of devices means for this process: alone all of them, else that of its number."""
+        """The devices of this process for a comma-separated list: all for a single process, else that of its rank."""
         names = [name.strip() for name in wanted.split(",")]
         if self.size == 1:
             return names
         return [names[self.local_rank % len(names)] if len(names) > 1 else self.device(names[0])]
 
     def per_rank(self, batch_size: int) -> int:
-        """The number n of the batch's elements that each process takes: this one those from rank · n on."""
+        """The number n of batch elements of each process. A process takes the elements from rank · n on."""
         if batch_size % self.size:
             raise InputError(
-                f"batch_size {batch_size} is that of all processes together, and {self.size} can't share it equally",
+                f"batch_size {batch_size} is the total of all processes and can't be divided by {self.size}",
                 f"Give a multiple of {self.size}: --batch-size {-(-batch_size // self.size) * self.size}.",
             )
         return batch_size // self.size
 
     def join(self, device: torch.device) -> None:
-        """Wait for all processes and connect to them; `device` is the one that this process computes on."""
+        """Wait for all processes and form a process group. `device`: the device of this process."""
         if self.size == 1:
             return
         import torch
         from torch import distributed
 
-        with _talking():
+        with _communication_errors():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-                distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=_PATIENCE, device_id=device)
+                distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=_TIMEOUT, device_id=device)
             else:
-                distributed.init_process_group("gloo", timeout=_PATIENCE)
+                distributed.init_process_group("gloo", timeout=_TIMEOUT)
 
     def leave(self) -> None:
-        """Disconnect, when nothing is left to be done together; no process closes a connection that another needs."""
+        """Disconnect after a barrier, so that no process closes a connection that another one still needs."""
         if self.size == 1:
             return
         from torch import distributed
@@ -124,7 +124,7 @@ class Ranks:
         if not distributed.is_initialized():
             return self._store.gather(self, text)
         texts = [""] * self.size
-        with _talking():
+        with _communication_errors():
             distributed.all_gather_object(texts, text)
         return texts
 
@@ -143,29 +143,29 @@ class Ranks:
         import torch
         from torch import distributed
 
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])  # one message, not hundreds
-        with _talking():
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])  # one message instead of hundreds
+        with _communication_errors():
             distributed.all_reduce(flat)
         parts = (flat / self.size).split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(list(tensors), [part.view_as(tensor) for tensor, part in zip(tensors, parts, strict=True)])
 
     def norm(self, norms: Tensor) -> Tensor:
-        """The norms over the whole batch, from those, (K), over this process's share of it.
+        """The K norms over the whole batch, from the norms (K) over this process's part of it.
 
-        A mean over the batch may be computed of each share, and gradients be averaged (`average_`); a norm may not: its
-        gradient is the sum of the shares'. Hence the factor.
+        The gradient of a norm over the whole batch is the sum of the processes' gradients. `average_` takes their mean,
+        so the gradient is multiplied by the number of processes here.
         """
         if self.size == 1:
             return norms
         import torch
         from torch import distributed
 
-        shares = [torch.empty_like(norms) for _ in range(self.size)]
-        with _talking():
-            distributed.all_gather(shares, norms.detach())
-        shares[self.rank] = _with_gradient_times(norms, self.size)
-        whole: Tensor = torch.linalg.vector_norm(torch.stack(shares), dim=0)
-        return whole
+        parts = [torch.empty_like(norms) for _ in range(self.size)]
+        with _communication_errors():
+            distributed.all_gather(parts, norms.detach())
+        parts[self.rank] = _scale_gradient(norms, self.size)
+        total: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+        return total
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in any process; waits for all."""
@@ -175,12 +175,12 @@ class Ranks:
         from torch import distributed
 
         flags = torch.tensor([flag], dtype=torch.int32)
-        with _talking():
+        with _communication_errors():
             distributed.all_reduce(flags, distributed.ReduceOp.MAX)
         return bool(flags)
 
-    def file(self, path: Path) -> Path | io.BytesIO:
-        """The first process's file, for all: the path itself, or its content."""
+    def broadcast_file(self, path: Path) -> Path | io.BytesIO:
+        """The first process's file in every process: the path for a single process, else the content."""
         if self.size == 1:
             return path
         import torch
@@ -188,18 +188,18 @@ class Ranks:
 
         content = bytearray(path.read_bytes()) if self.is_first else bytearray()
         length = torch.tensor([len(content)])
-        with _talking():
+        with _communication_errors():
             distributed.broadcast(length, 0)
             content = content or bytearray(int(length))
             distributed.broadcast(torch.frombuffer(content, dtype=torch.uint8), 0)
         return io.BytesIO(content)
 
     def require_same(self, facts: Mapping[str, object]) -> None:
-        """Raise InputError, naming the first of `facts` that isn't the first process's."""
+        """Raise InputError naming the first of `facts` that differs from the first process's."""
         from torch import distributed
 
         gathered: list[Mapping[str, object]] = [{}] * self.size
-        with _talking():
+        with _communication_errors():
             distributed.all_gather_object(gathered, dict(facts))
         for rank, theirs in enumerate(gathered):
             for name, value in gathered[0].items():
@@ -210,7 +210,7 @@ class Ranks:
                     )
 
     def first_per_machine(self, work: Callable[[], T]) -> T:
-        """`work()` in one process of each machine, then in the others, which find its downloads done."""
+        """Run `work()` in one process of each machine, then in the others, which reuse its downloads."""
         if self.local_rank != 0:
             self.barrier()
             return work()
@@ -219,38 +219,38 @@ class Ranks:
         return result
 
     @contextlib.contextmanager
-    def one_voice(self) -> Iterator[None]:
-        """Only the first process's output is seen."""
+    def silence_unless_first(self) -> Iterator[None]:
+        """Discard the output of all processes but the first."""
         if self.is_first:
             yield
             return
         with (
-            Path(os.devnull).open("w") as nowhere,
-            contextlib.redirect_stdout(nowhere),
-            contextlib.redirect_stderr(nowhere),
+            Path(os.devnull).open("w") as null,
+            contextlib.redirect_stdout(null),
+            contextlib.redirect_stderr(null),
         ):
             try:
                 yield
-            except SystemExit as left:
-                if left.code == _USAGE_ERROR:  # the first has it, too, and must say it before torchrun ends all
+            except SystemExit as exit:
+                if exit.code == _USAGE_ERROR:  # the first process has it, too, and prints it before torchrun ends all
                     with contextlib.suppress(KeyboardInterrupt):
                         time.sleep(60)
                 raise
 
     def report_once(self, report: Callable[[], None]) -> None:
-        """`report()` in the process that fails first; the others, whose errors follow from it, wait for it."""
+        """Call `report()` in the process that fails first; the others, whose errors are consequences, wait for it."""
         if self.size == 1:
             report()
             return
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         attempt = f"pdd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        try:  # torchrun's store, not the process group, which may be what failed
+        try:  # through torchrun's store: the process group may be what failed
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
             failed_before = store.add(f"{attempt}/failed", 1) > 1
         except Exception:
-            report()  # better twice than never
+            report()  # twice rather than never
             return
         if not failed_before:
             report()
@@ -261,11 +261,11 @@ class Ranks:
                 store.set(f"{attempt}/reported", "")
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 class _Store:
-    """torchrun's key-value store: texts are exchanged without a process group."""
+    """Exchanges texts through torchrun's key-value store, without a process group."""
 
     def __init__(self, ranks: Ranks) -> None:
         from torch.distributed.rendezvous import rendezvous
@@ -285,7 +285,7 @@ class _Store:
         return [self._get(f"{self._exchanges}/{rank}") for rank in range(ranks.size)]
 
     def leave(self, ranks: Ranks) -> None:
-        """The first process, which may host the store, leaves last."""
+        """Disconnect; the first process, which may host the store, last."""
         if not ranks.is_first:
             self._put(f"end/{ranks.rank}", "")
             return
@@ -310,8 +310,8 @@ class _Store:
         return data.decode("utf-8", "surrogateescape")
 
 
-def _with_gradient_times(value: Tensor, factor: int) -> Tensor:
-    """`value`, whose gradient is multiplied on the way back."""
+def _scale_gradient(value: Tensor, factor: int) -> Tensor:
+    """`value` with its gradient multiplied by `factor` in the backward pass."""
     if not value.requires_grad:
         return value
     result = value.clone()
@@ -320,7 +320,7 @@ def _with_gradient_times(value: Tensor, factor: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _talking() -> Iterator[None]:
+def _communication_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Device and precision: chosen once, passed on as one value."""
+"""Device and precision, chosen once and passed on as one value."""
 
 from __future__ import annotations
 
@@ -24,68 +24,69 @@ __all__ = [
     "available_cpus",
     "available_memory",
     "choose_runtime",
-    "cpu_computes_bf16_fast",
+    "convert_memory_errors",
     "cpu_has_amx",
+    "cpu_has_fast_bf16",
     "is_out_of_memory",
     "keep_freed_memory",
-    "one_memory_error",
     "peak_memory",
     "resident_memory",
     "usable_cpus",
 ]  # fmt: skip
 
-# Without one of these Linux has no GPU that PyTorch could use: the drivers of NVIDIA, Jetson, WSL and AMD.
+# Device files of the GPU drivers that PyTorch can use on Linux: NVIDIA, Jetson, WSL and AMD.
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where a network runs, and in which precision its convolutions are computed (weights stay fp32).
+    """The device of a network and the precision of its convolutions (weights stay fp32).
 
-    `place`: a device by PyTorch's name. Importing PyTorch takes seconds, which a CPU doesn't always need.
+    `device_name` is a device in PyTorch's notation. It is text, so that PyTorch, which takes seconds to import, is
+    imported only when needed.
     """
 
-    place: str | torch.device
+    device_name: str | torch.device
     precision: Precision
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "place", str(self.place))
+        object.__setattr__(self, "device_name", str(self.device_name))
 
     @property
     def device(self) -> torch.device:
         import torch
 
-        return torch.device(self.place)
+        return torch.device(self.device_name)
 
     @property
-    def kind(self) -> str:
+    def device_type(self) -> str:
         """cpu, cuda or mps."""
-        return str(self.place).split(":")[0]
+        return str(self.device_name).split(":")[0]
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """The autocast context for this precision; for fp32 a context that does nothing."""
+        """The autocast context for this precision; for fp32 a null context."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
         import torch
 
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
-        return torch.autocast(self.kind, dtype)
+        return torch.autocast(self.device_type, dtype)
 
     def __str__(self) -> str:
-        return f"{self.place}, {self.precision}"
+        return f"{self.device_name}, {self.precision}"
 
 
 def choose_runtime(device: str = "auto", precision: str = "auto") -> Runtime:
     """Turn `--device` and `--precision` into a Runtime that works on this machine.
 
-    `device`: auto, cpu, cuda, cuda:N or mps. `precision`: auto, fp32, bf16 or fp16. auto takes bf16 where the device
-    computes it faster than fp32 (a CPU with AMX or AVX512-BF16, a GPU from Ampere on) and fp32 elsewhere.
+    `device`: auto, cpu, cuda, cuda:N or mps. `precision`: auto, fp32, bf16 or fp16. auto selects bf16 if the device
+    computes it faster than fp32 (a CPU with AMX or AVX512-BF16, an NVIDIA GPU from Ampere on), else fp32.
 
-    Raises InputError for a device that this machine doesn't have, or fp16 on a CPU.
+    Raises InputError for a device that this machine doesn't have, and for fp16 on a CPU.
     """
     chosen = _choose_device(device)
     if precision == "auto":
-        precision = "bf16" if _computes_bf16_fast(chosen) else "fp32"
+        precision = "bf16" if _has_fast_bf16(chosen) else "fp32"
     if precision not in get_args(Precision):
         raise InputError(f"--precision {precision}: not a precision", "Use auto, fp32, bf16 or fp16.")
     if precision == "fp16" and chosen == "cpu":
@@ -93,18 +94,18 @@ def choose_runtime(device: str = "auto", precision: str = "auto") -> Runtime:
     return Runtime(chosen, cast(Precision, precision))
 
 
-def cpu_computes_bf16_fast() -> bool:
+def cpu_has_fast_bf16() -> bool:
     """Whether this CPU has AMX-BF16 or AVX512-BF16; without them bf16 is slower than fp32."""
     return not cpu_features().isdisjoint(("amx_bf16", "amx-bf16", "avx512_bf16", "avx512bf16"))
 
 
 def cpu_has_amx() -> bool:
-    """Whether this CPU has AMX-BF16, with which bf16 is many times as fast as fp32."""
+    """Whether this CPU has AMX-BF16, which makes bf16 many times as fast as fp32."""
     return not cpu_features().isdisjoint(("amx_bf16", "amx-bf16"))
 
 
 def available_memory(device: torch.device | str) -> int:
-    """Bytes that a computation may still take on `device`."""
+    """Bytes of memory that a computation can still use on `device`."""
     if str(device).startswith("cuda"):
         import torch
 
@@ -114,7 +115,7 @@ def available_memory(device: torch.device | str) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held so far: on the GPU, else in memory."""
+    """The most bytes that this process has used so far: GPU memory for a GPU, else main memory."""
     import torch
 
     if device.type == "cuda":
@@ -125,8 +126,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def one_memory_error() -> Iterator[None]:
-    """Raise OutOfMemory in place of each library's own error for it; can be used as a decorator."""
+def convert_memory_errors() -> Iterator[None]:
+    """Convert the libraries' out-of-memory errors to OutOfMemory; also usable as a decorator."""
     try:
         yield
     except Exception as error:
@@ -136,9 +137,9 @@ def one_memory_error() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the memory of the machine or of the device ran out.
+    """Whether `error` means that the machine or the device ran out of memory.
 
-    The only place that reads an error's text for it: PyTorch on CPUs and OpenVINO raise a RuntimeError, OpenCV its own.
+    PyTorch on CPUs and OpenVINO raise a plain RuntimeError, so the error's text is checked, only here.
     """
     if isinstance(error, MemoryError) or "OutOfMemory" in str(error):
         return True
@@ -149,7 +150,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _choose_device(name: str) -> str:
-    if name == "cpu" or (name == "auto" and _has_surely_no_gpu()):
+    if name == "cpu" or (name == "auto" and _has_no_gpu_driver()):
         return "cpu"
     import torch
 
@@ -171,13 +172,13 @@ def _choose_device(name: str) -> str:
     return str(device)
 
 
-def _has_surely_no_gpu() -> bool:
+def _has_no_gpu_driver() -> bool:
     return sys.platform == "linux" and not any(Path(driver).exists() for driver in _GPU_DRIVERS)
 
 
-def _computes_bf16_fast(device: str) -> bool:
+def _has_fast_bf16(device: str) -> bool:
     if device == "cpu":
-        return cpu_computes_bf16_fast()
+        return cpu_has_fast_bf16()
     import torch
 
     return device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)

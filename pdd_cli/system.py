@@ -1,4 +1,4 @@
-"""Everything that depends on the operating system: the CPU's instructions, cores, memory, and file locks."""
+"""Code that depends on the operating system: CPU features, cores, memory, process-wide settings and file locks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def cpu_features() -> frozenset[str]:
-    """The CPU's instruction sets by the operating system's names (Linux), or by LLVM's (other systems)."""
+    """The CPU's instruction sets: by the names that Linux uses, on other systems by LLVM's names."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return frozenset(next(line for line in lines if line.startswith(("flags", "Features"))).split(":")[1].split())
@@ -21,7 +21,7 @@ def cpu_features() -> frozenset[str]:
 
 
 def available_cpus() -> int:
-    """The logical cores that this process may run on."""
+    """The number of logical cores that this process may run on."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on Windows and macOS
@@ -29,32 +29,32 @@ def available_cpus() -> int:
 
 
 def usable_cpus() -> int:
-    """How many threads can run at once: on the available cores, fewer where a container is granted less time."""
+    """The number of threads that can run at once: the available cores, or fewer if a container has a CPU limit."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return max(1, min(available_cpus(), math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # "max", or no such group
+    except (OSError, ValueError):  # no limit ("max"), or no cgroup
         return available_cpus()
 
 
 def free_memory() -> int:
-    """Bytes of memory that programs can still take without swapping."""
+    """Bytes of memory that programs can still use without swapping."""
     import psutil
 
     return int(psutil.virtual_memory().available)
 
 
 def resident_memory() -> int:
-    """Bytes of memory that this process holds now."""
+    """Bytes of memory that this process uses now."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory() -> int:
-    """The most bytes of memory that this process has held so far."""
+    """The most bytes of memory that this process has used so far."""
     try:
-        # Linux hands `ru_maxrss` on from the program that started this one; VmHWM is this one's.
+        # Linux inherits `ru_maxrss` from the parent process; VmHWM belongs to this process.
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
@@ -68,37 +68,37 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def wait_without_spinning() -> None:
-    """Let idle threads of PyTorch sleep after a moment, instead of keeping a core busy until there is work again.
+def limit_thread_spinning() -> None:
+    """Make idle OpenMP threads sleep after a short time instead of keeping a core busy.
 
-    For this process and those that it starts; OpenMP reads it as PyTorch is loaded. Threads that wait for each other
-    for milliseconds take the cores from those they wait for, where other programs are busy, too: a step of training
-    took up to forty times as long. Whoever has set the variables keeps them.
+    Call it before PyTorch is imported, because OpenMP reads the variables then; child processes inherit them. On a
+    machine that is busy with other programs, spinning threads take the cores from the threads that they wait for: a
+    training step took up to forty times as long. Variables that are already set are kept.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # GNU's: some 200 microseconds
-    os.environ.setdefault("KMP_BLOCKTIME", "1")  # Intel's and LLVM's: milliseconds
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # GNU: about 200 microseconds
+    os.environ.setdefault("KMP_BLOCKTIME", "1")  # Intel and LLVM: milliseconds
 
 
 def keep_freed_memory() -> None:
-    """Let this process use freed memory again, instead of returning it to the system and asking for it anew.
+    """Make glibc keep freed memory for reuse instead of returning it to the system.
 
-    With glibc, which otherwise does so for what is larger than some MiB: every step of training would begin with the
-    system zeroing hundreds of MiB.
+    By default glibc returns every block above a few MiB, and the system would zero hundreds of MiB in each training
+    step. With other C libraries this does nothing.
     """
     try:
         configure = ctypes.CDLL(None).mallopt
     except (OSError, TypeError, AttributeError):  # another C library
         return
-    trim_threshold, mmap_threshold = -1, -3  # by the numbers of malloc.h
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     configure(trim_threshold, 2**31 - 1)
     configure(mmap_threshold, 2**30)
 
 
 def try_lock(descriptor: int) -> bool:
-    """Lock an open file until it is closed or its process ends; False where another process has locked it.
+    """Lock an open file until it is closed or the process ends. Returns whether it was locked.
 
-    Windows needs no lock: it refuses to remove or replace a file that is open. False, too, on a file system without
-    locks.
+    False if another process holds the lock, or the file system has no locks. Windows needs no lock, because it refuses
+    to remove or replace an open file.
     """
     if sys.platform == "win32":
         return True

@@ -2,9 +2,9 @@
 
 import signal
 
-from pdd_cli.system import wait_without_spinning
+from pdd_cli.system import limit_thread_spinning
 
-wait_without_spinning()
+limit_thread_spinning()
 # A program that was started in the background of a shell ignores Ctrl-C, and so do the programs that it starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -25,7 +25,7 @@ from pdd_cli.iqa.consistency import colour_drift, downscale_consistency, lab
 from pdd_cli.iqa.datasets import DatasetName, find_dataset
 from pdd_cli.iqa.metrics import Item, metric_infos, score
 from pdd_cli.iqa.pyiqa_adapter import weights_here
-from pdd_cli.last_run import LatestUpscale, UpscaledPair, remember_upscale
+from pdd_cli.last_run import LastRun, UpscaledPair, save_last_run
 from tests.helpers.commands import evaluate, run
 from tests.helpers.images import photo, pixels, psnr, save
 from tests.helpers.pages import Page
@@ -216,7 +216,7 @@ def test_the_lr_images_add_their_metrics(sets: Path) -> None:
 
 def test_the_latest_upscale_knows_its_lr_images(sets: Path) -> None:
     pairs = tuple(UpscaledPair(lr=sets / f"lr/{i}.png", sr=sets / f"good/{i}.png") for i in range(3))
-    remember_upscale(LatestUpscale(input=sets, output=sets, weights="x", scale=4, time="now", pairs=pairs))
+    save_last_run(LastRun(input=sets, output=sets, weights="x", scale=4, time="now", pairs=pairs))
     code, document, err = evaluate("--metrics", "entropy")
     assert code == 0, err
     assert [Path(image["lr"]) for image in document["images"]] == [pair.lr for pair in pairs]  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ from pdd_cli.data.datasets import CropSampler
 from pdd_cli.data.degradations import Degradation
 from pdd_cli.errors import InputError
 from pdd_cli.models.rrdbnet import RRDBNet
-from pdd_cli.ranks import ALONE, Ranks
+from pdd_cli.ranks import SINGLE_PROCESS, Ranks
 from tests.helpers import distributed_worker
 from tests.helpers.commands import Hold
 
@@ -81,7 +81,8 @@ def adapt(ground: Path, *more: str) -> list[str]:
 def in_this_process(ground: Path, folder: Path, *, resume: bool = False, until: int = STEPS) -> None:
     """What `adapt` does in one process, up to the end of training or step `until`."""
     run = distributed_worker.prepare(
-        ground, folder / "runs", "realLR", ALONE, resume=resume, base=str(ground / "base.safetensors"), steps=STEPS,
+        ground, folder / "runs", "realLR", SINGLE_PROCESS,
+        resume=resume, base=str(ground / "base.safetensors"), steps=STEPS,
         batch_size=2, crop=16, checkpoint_every=4, device="cpu", precision="fp32",
         features={"network": "efficientnet-lite0", "weights": str(ground / "features.safetensors")},
     )  # fmt: skip
@@ -102,7 +103,7 @@ def outcomes(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     """What one process and what two made of every case."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     process = torchrun("-m", "tests.helpers.distributed_worker", ground, two, folder=two)
-    distributed_worker.main(ground, one, ALONE)
+    distributed_worker.main(ground, one, SINGLE_PROCESS)
     _, errors = finish(process)
     assert process.returncode == 0, errors
     return one, two
@@ -195,7 +196,7 @@ def test_a_process_that_fails_says_why_and_ends_all(ground: Path, tmp_path: Path
 def test_the_world_is_what_torchrun_says() -> None:
     said = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     assert Ranks.from_environment(said) == Ranks(5, 8, 1)
-    assert Ranks.from_environment({"RANK": "5"}) == ALONE
+    assert Ranks.from_environment({"RANK": "5"}) == SINGLE_PROCESS
 
 
 def test_a_batch_that_can_not_be_shared_is_refused_with_one_that_can() -> None:

@@ -65,9 +65,9 @@ def test_bf16_is_autocasts_to_the_last_bit(name: str) -> None:
 
 def test_a_cpu_is_chosen_by_name_or_for_want_of_a_gpu() -> None:
     runtime = choose_runtime("cpu", "fp32")
-    assert (runtime.place, runtime.kind, runtime.device) == ("cpu", "cpu", torch.device("cpu"))
+    assert (runtime.device_name, runtime.device_type, runtime.device) == ("cpu", "cpu", torch.device("cpu"))
     assert runtime == Runtime(torch.device("cpu"), "fp32")
-    assert Runtime("cuda:1", "fp16").kind == "cuda"
+    assert Runtime("cuda:1", "fp16").device_type == "cuda"
     found = choose_runtime("auto", "fp32").kind
     assert found == ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     assert 1 <= usable_cpus() <= available_cpus()

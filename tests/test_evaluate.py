@@ -33,7 +33,7 @@ from pdd_cli.iqa import metrics as metrics_module
 from pdd_cli.iqa.metrics import Item, metric_infos, score
 from pdd_cli.iqa.pairing import pair, plain_stem
 from pdd_cli.iqa.report import Report, ScoredSet
-from pdd_cli.last_run import LatestUpscale, UpscaledPair, remember_upscale
+from pdd_cli.last_run import LastRun, UpscaledPair, save_last_run
 from pdd_cli.reporting.evaluation import write_report
 from pdd_cli.weights import sources
 from tests.helpers.commands import evaluate, run
@@ -224,8 +224,8 @@ def test_the_latest_upscale_is_scored(folders: tuple[Path, Path]) -> None:
     assert code == 2
     assert "pdd upscale" in err
     pairs = tuple(UpscaledPair(lr=sr / "x", sr=sr / name) for name in ("a.png", "sub/b.png"))
-    remember_upscale(
-        LatestUpscale(input=sr, output=sr, weights="realesrgan", scale=4, pairs=pairs,
+    save_last_run(
+        LastRun(input=sr, output=sr, weights="realesrgan", scale=4, pairs=pairs,
                       time=datetime.now(timezone.utc).isoformat())
     )  # fmt: skip
     code, document, err = evaluate("--metrics", "entropy")

@@ -86,7 +86,7 @@ def test_no_module_needs_what_only_unix_has() -> None:
         "for module in pkgutil.walk_packages(pdd_cli.__path__, 'pdd_cli.'):\n"
         "    if not module.name.endswith('__main__'): importlib.import_module(module.name)\n"
         "from pdd_cli import runtime\n"
-        "assert runtime.available_cpus() == os.cpu_count() and runtime.choose_runtime('cpu').kind == 'cpu'\n"
+        "assert runtime.available_cpus() == os.cpu_count() and runtime.choose_runtime('cpu').device_type == 'cpu'\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

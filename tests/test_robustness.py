@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pdd_cli.errors import InputError
-from pdd_cli.last_run import latest_upscale
+from pdd_cli.last_run import read_last_run
 from pdd_cli.upscaling import pipeline as batch
 from pdd_cli.upscaling.manifest import NAME
 from pdd_cli.weights.store import Card, Store
@@ -67,7 +67,7 @@ def test_names_that_are_not_utf8(pdd, odd: Path, ground: Path, tmp_path: Path) -
     assert names == {os.fsencode(path) for path in out.glob("*.png")}
     assert len([json.loads(line) for line in log.read_text("utf-8").splitlines()]) == 6
     (out / NAME).read_text("utf-8")  # valid
-    assert {pair.lr for pair in latest_upscale().pairs} == set(odd.iterdir())
+    assert {pair.lr for pair in read_last_run().pairs} == set(odd.iterdir())
     assert [len(document["images"]) for document in scored] == [3] * 3
     for report in reports:
         assert "nchen.png" in report.read_text("utf-8")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pdd_cli.batch.devices import partition, run_on_devices
 from pdd_cli.errors import InputError, PartialFailure
 from pdd_cli.imaging.encode import write_image
-from pdd_cli.last_run import latest_upscale
+from pdd_cli.last_run import read_last_run
 from pdd_cli.models.loading import load_sr_model
 from pdd_cli.ranks import Ranks
 from pdd_cli.upscaling.jobs import Job, Result, results_from_json, results_to_json
@@ -149,9 +149,9 @@ def test_two_processes_under_torchrun_make_what_one_makes(images: Path, home: Pa
     assert len(files) == len(set(files)) == document["done"] == 8
     assert contents(two) == contents(one)
     assert lines(two / MANIFEST) == [line for line in lines(one / MANIFEST) if line["done"]]
-    latest = latest_upscale()
-    assert latest is not None
-    assert len(latest.pairs) == 8
+    last = read_last_run()
+    assert last is not None
+    assert len(last.pairs) == 8
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from pdd_cli.errors import InputError, OutOfMemory, PartialFailure, PddError, Re
 from pdd_cli.imaging.decode import read_image
 from pdd_cli.imaging.encode import Encoding, write_image
 from pdd_cli.imaging.image import DecodedImage
-from pdd_cli.last_run import latest_upscale
+from pdd_cli.last_run import read_last_run
 from pdd_cli.models.loading import SRModel, load_sr_model
 from pdd_cli.runtime import Runtime
 from pdd_cli.upscaling.jobs import Job, Output
@@ -427,10 +427,10 @@ def test_a_folder_with_a_broken_file(batch: Path, home: Path) -> None:
     expected = spandrel_forward(compact(), read_image(batch / "a.png").pixels).clip(0, 1) * 255
     assert psnr(read_image(out / "a.png").pixels, expected) > 55  # as far as rounding to 8 bits lets it
 
-    latest = latest_upscale()
-    assert latest is not None
-    assert (latest.scale, len(latest.pairs)) == (4, 5)
-    assert all(pair.lr.is_file() and pair.sr.is_file() for pair in latest.pairs)
+    last = read_last_run()
+    assert last is not None
+    assert (last.scale, len(last.pairs)) == (4, 5)
+    assert all(pair.lr.is_file() and pair.sr.is_file() for pair in last.pairs)
 
     # Again: what exists is left alone, the rest is made.
     before = (out / "a.png").stat().st_mtime_ns
@@ -452,7 +452,7 @@ def test_dry_run_writes_nothing(batch: Path, home: Path) -> None:
     )
     assert error is None or isinstance(error, PartialFailure)
     assert not out.exists()
-    assert latest_upscale() is None
+    assert read_last_run() is None
     files = {Path(file["input"]).name: file for file in document["files"]}  # type: ignore[attr-defined]
     assert files["a.png"]["size_out"] == [64, 80]
     assert files["a.png"]["tiles"] == 2

@@ -29,7 +29,7 @@ from pdd_cli.engines.torch_engine import TorchEngine
 from pdd_cli.errors import InputError, PartialFailure, PddError
 from pdd_cli.imaging.encode import Encoding
 from pdd_cli.imaging.provenance import made_by_pdd, source_of
-from pdd_cli.last_run import latest_upscale
+from pdd_cli.last_run import read_last_run
 from pdd_cli.models.loading import load_sr_model
 from pdd_cli.ranks import Ranks
 from pdd_cli.runtime import Runtime
@@ -644,9 +644,9 @@ def test_a_folder_of_images_and_videos(tmp_path: Path, weights: Path) -> None:
     made = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     assert made == [MANIFEST, "a.mp4", "sub/b.mkv", "sub/c.png"]
     assert len(frames_of(out / "sub/b.mkv")) == 4
-    latest = latest_upscale()
-    assert latest is not None
-    assert [pair.sr.name for pair in latest.pairs] == ["c.png"]  # what evaluate can read
+    last = read_last_run()
+    assert last is not None
+    assert [pair.sr.name for pair in last.pairs] == ["c.png"]  # what evaluate can read
 
     (folder / "sub/broken.mp4").unlink()
     document, _ = run_upscale(folder, out, "--weights", weights)

@@ -14,7 +14,7 @@ from torch import nn
 
 from pdd_cli.errors import InputError
 from pdd_cli.files import atomic_write
-from pdd_cli.ranks import ALONE, Ranks
+from pdd_cli.ranks import SINGLE_PROCESS, Ranks
 
 _VERSION = 2
 
@@ -69,12 +69,12 @@ def save_checkpoint(path: Path, state: TrainState, settings: dict[str, Any], inp
         torch.save(content, file)
 
 
-def load_checkpoint(path: Path, state: TrainState, ranks: Ranks = ALONE) -> None:
+def load_checkpoint(path: Path, state: TrainState, ranks: Ranks = SINGLE_PROCESS) -> None:
     """Put what `path`, the first process's file, holds into the `state` of every process.
 
     Raises InputError where it can't be read or is of another kind of run.
     """
-    content = _read(path, ranks.file(path))
+    content = _read(path, ranks.broadcast_file(path))
     try:
         state.specialist.load_state_dict(content["specialist"])
         state.generalist.load_state_dict(content["generalist"])

@@ -138,7 +138,7 @@ def batch_source(run: Run) -> Callable[[int], Batch]:
         return run.domains.batch(step, n, ranks.rank * n)
 
     # Not on a CPU: its cores have enough to do, and a step takes a tenth longer.
-    return draw if run.models.runtime.kind == "cpu" else Prefetcher(draw)
+    return draw if run.models.runtime.device_type == "cpu" else Prefetcher(draw)
 
 
 class Prefetcher:

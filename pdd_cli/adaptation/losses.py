@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pdd_cli.adaptation.distances import inter_model_distance, intra_model_distance
 from pdd_cli.iqa.feature_distance import at_unit_length, feature_distance
-from pdd_cli.ranks import ALONE, Ranks
+from pdd_cli.ranks import SINGLE_PROCESS, Ranks
 
 Features = Mapping[str, Tensor]  # layer -> (N, C, H, W), before the ReLU
 
@@ -25,7 +25,7 @@ ALL_LAYERS = tuple(sorted({*INTER_LAYERS, *INTRA_LAYERS, *PERCEPTUAL_LAYERS}))
 _LOG_EPSILON = 1e-6
 
 
-def inter_loss(S_s: Features, S_t: Features, G_s: Features, G_t: Features, ranks: Ranks = ALONE) -> Tensor:
+def inter_loss(S_s: Features, S_t: Features, G_s: Features, G_t: Features, ranks: Ranks = SINGLE_PROCESS) -> Tensor:
     """Σ_l a_l ‖A_t − A_s‖_F, A the inter-model distance in each domain; one norm over the whole batch tensor, of
     which each process of `ranks` has its share.
 

@@ -32,7 +32,7 @@ from pdd_cli.files import is_within
 from pdd_cli.models.discriminator import FeatureDiscriminator, UNetDiscriminator
 from pdd_cli.models.features import FeatureNetwork, feature_network
 from pdd_cli.models.loading import SRModel, load_sr_model, state_sha256
-from pdd_cli.ranks import ALONE, Ranks
+from pdd_cli.ranks import SINGLE_PROCESS, Ranks
 from pdd_cli.runtime import Runtime, is_out_of_memory
 from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.weights.states import read_state
@@ -124,7 +124,7 @@ def prepare_run(
     overwrite: bool,
     notify: Callable[[str], None],
     say: Callable[[str], None] = lambda text: None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Run:
     """Check and load all that a run needs; nothing is written. `notify` is given warnings, `say` what is being done.
 

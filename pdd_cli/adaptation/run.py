@@ -14,7 +14,7 @@ from pdd_cli.adaptation.prepare import (
     weight_files,
 )
 from pdd_cli.observer import Observer
-from pdd_cli.ranks import ALONE, Ranks
+from pdd_cli.ranks import SINGLE_PROCESS, Ranks
 from pdd_cli.runtime import choose_runtime, keep_freed_memory
 from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.weights.fetch import ensure
@@ -27,7 +27,7 @@ def start(
     name: str,
     resume: bool = False,
     overwrite: bool = False,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     observer: Observer = Observer(),
 ) -> Run:
     """Check everything, fetch and load what training needs; no run folder or image is written.

@@ -14,8 +14,8 @@ from pdd_cli.batch.run import run
 from pdd_cli.errors import InputError, PartialFailure
 from pdd_cli.imaging.image import DecodedImage
 from pdd_cli.observer import Observer
-from pdd_cli.ranks import ALONE
-from pdd_cli.settings.resolve import checked
+from pdd_cli.ranks import SINGLE_PROCESS
+from pdd_cli.settings.resolve import settings_from
 from pdd_cli.settings.upscale import UpscaleConfig
 from pdd_cli.upscaling.upscaler import Upscaler
 
@@ -68,13 +68,13 @@ class Model:
 
 def open_model(values: Mapping[str, Any]) -> Model:
     """The model that settings of `upscale` name."""
-    settings = checked(UpscaleConfig, {**values, "input": ("",), "output": ""})
-    return Model(load_upscalers(settings, ALONE, Observer(), dry_run=False).upscalers[0])
+    settings = settings_from(UpscaleConfig, {**values, "input": ("",), "output": ""})
+    return Model(load_upscalers(settings, SINGLE_PROCESS, Observer(), dry_run=False).upscalers[0])
 
 
 def upscale_files(sources: Sequence[Path], output: str, values: Mapping[str, Any]) -> list[Path]:
     """The outputs of `sources`, in their order. Raises PartialFailure that names each input that failed."""
-    outcome = run(checked(UpscaleConfig, {**values, "input": tuple(sources), "output": output}))
+    outcome = run(settings_from(UpscaleConfig, {**values, "input": tuple(sources), "output": output}))
     try:
         outcome.raise_for_failures()
     except PartialFailure as error:

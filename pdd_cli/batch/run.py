@@ -16,9 +16,9 @@ from pdd_cli.batch.plan import Plan, manifest_folder, plan_jobs
 from pdd_cli.errors import Interrupted, PartialFailure, PddError, ResourceError
 from pdd_cli.files import append_line, check_log, remove_leftovers
 from pdd_cli.imaging.encode import Encoding
-from pdd_cli.last_run import LatestUpscale, UpscaledPair, remember_upscale
+from pdd_cli.last_run import LastRun, UpscaledPair, save_last_run
 from pdd_cli.observer import Observer, Progress
-from pdd_cli.ranks import ALONE, Ranks
+from pdd_cli.ranks import SINGLE_PROCESS, Ranks
 from pdd_cli.settings.upscale import UpscaleConfig
 from pdd_cli.upscaling.jobs import Job, Output, Result, check_own, results_from_json, results_to_json
 from pdd_cli.upscaling.manifest import Manifest
@@ -76,7 +76,7 @@ class BatchResult:
             "strength": self.loaded.strength,
             **({"to_fetch": self.loaded.to_fetch} if self.loaded.to_fetch else {}),
             "engine": engine.name,
-            "device": ",".join(str(upscaler.engine.runtime.place) for upscaler in upscalers),
+            "device": ",".join(str(upscaler.engine.runtime.device_name) for upscaler in upscalers),
             "precision": engine.runtime.precision,
             **{status: self.count(status) for status in ("done", "skipped", "failed", "planned")},
             "seconds": round(sum(result.seconds for result in self.results), 3),
@@ -112,7 +112,7 @@ def run(
     *,
     jobs: Sequence[Job] | None = None,
     dry_run: bool = False,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     observer: Observer = Observer(),
 ) -> BatchResult:
     """Upscale images and videos.
@@ -293,8 +293,8 @@ def _remember(outcome: BatchResult) -> None:
         if result.status in ("done", "skipped") and not is_video(result.job.source)
     )
     if pairs:
-        remember_upscale(
-            LatestUpscale(
+        save_last_run(
+            LastRun(
                 input=settings.input[0].absolute(),
                 output=Path(settings.output).absolute(),
                 weights=settings.weights,

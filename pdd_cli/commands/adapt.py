@@ -25,7 +25,7 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
     console = call.console
     resume, overwrite = call.flags.resume, call.flags.overwrite
     if resume:
-        folder = stored_run(call.given())
+        folder = stored_run(call.explicit_values())
         settings = call.settings(
             {"runs_dir": folder.path.parent, "name": folder.path.name},
             stored=folder.config if folder.config.exists() else None,

@@ -12,7 +12,7 @@ import numpy as np
 from pdd_cli.engines.base import FloatArray, Usable, spec_of
 from pdd_cli.errors import InputError
 from pdd_cli.imaging.image import Array, from_float, to_float
-from pdd_cli.runtime import Precision, Runtime, available_cpus, one_memory_error, usable_cpus
+from pdd_cli.runtime import Precision, Runtime, available_cpus, convert_memory_errors, usable_cpus
 
 if TYPE_CHECKING:
     from pdd_cli.models.loading import SRModel
@@ -30,8 +30,8 @@ class OpenVINOEngine:
     def __init__(self, model: SRModel | Usable, runtime: Runtime) -> None:
         if find_spec("openvino") is None:
             raise InputError("--engine openvino: OpenVINO isn't installed", "Run: pip install 'pdd-cli[openvino]'")
-        if runtime.kind != "cpu":
-            raise InputError(f"--engine openvino runs on a CPU, not on {runtime.place}", "Add --device cpu.")
+        if runtime.device_type != "cpu":
+            raise InputError(f"--engine openvino runs on a CPU, not on {runtime.device_name}", "Add --device cpu.")
         if isinstance(model, Usable):
             self.model, self.weights_sha256 = model.spec, model.weights_sha256
             self.bytes_per_pixel = model.bytes_per_pixel
@@ -52,7 +52,7 @@ class OpenVINOEngine:
         exported = bytes(self._compiled.export_model().getvalue())
         return Usable(self.model, self.weights_sha256, self.bytes_per_pixel, exported)
 
-    @one_memory_error()
+    @convert_memory_errors()
     def run(self, lr: FloatArray, *, exact: bool = False) -> FloatArray:
         if exact and self._exact is None:
             self._exact = _compile(self._source, "fp32").create_infer_request()
@@ -60,7 +60,7 @@ class OpenVINOEngine:
         # A copy, for the next call writes there.
         return np.array(sr.transpose(0, 2, 3, 1), np.float32, order="C").transpose(0, 3, 1, 2)
 
-    @one_memory_error()
+    @convert_memory_errors()
     def run_rounded(self, lr: Array) -> Array | None:
         sr = self._infer(self._fast, to_float(lr.transpose(0, 3, 1, 2)))
         found = np.empty((len(sr), *sr.shape[2:], sr.shape[1]), lr.dtype)

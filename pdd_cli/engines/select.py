@@ -50,13 +50,13 @@ def open_engine(
 
 def _candidates(runtime: Runtime, choice: EngineChoice, *, free: bool) -> list[tuple[_Kind, Runtime]]:
     """The engines besides PyTorch that may be taken, the fastest first (docs/benchmarks.md), and each one's runtime."""
-    exact = Runtime(runtime.place, "fp32") if free else runtime
+    exact = Runtime(runtime.device_name, "fp32") if free else runtime
     if choice == "winograd":
         return [(WinogradEngine, exact)]
     if choice == "openvino":
         return [(OpenVINOEngine, runtime)]
     found: list[tuple[_Kind, Runtime]] = []
-    if choice == "auto" and runtime.kind == "cpu":
+    if choice == "auto" and runtime.device_type == "cpu":
         if exact.precision == "fp32" and winograd_pays(runtime):
             found.append((WinogradEngine, exact))
         if find_spec("openvino") is not None:
@@ -99,7 +99,7 @@ def _open(
 def _pytorch(model: SRModel, runtime: Runtime) -> TorchEngine:
     """PyTorch; on a GPU with Triton kernels where Triton is installed."""
     convert: Convert | None = None
-    if runtime.kind == "cuda":
+    if runtime.device_type == "cuda":
         with contextlib.suppress(Exception):  # no Triton, or one that is too old
             from pdd_cli.engines.triton_conv import triton_model as convert
     return TorchEngine(model, runtime, convert=convert)

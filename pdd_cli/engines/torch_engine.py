@@ -13,7 +13,7 @@ import numpy as np
 
 from pdd_cli.engines.base import Engine, FloatArray
 from pdd_cli.imaging.image import Array, to_float
-from pdd_cli.runtime import Runtime, one_memory_error, usable_cpus
+from pdd_cli.runtime import Runtime, convert_memory_errors, usable_cpus
 
 if TYPE_CHECKING:
     import torch
@@ -47,13 +47,13 @@ class TorchEngine:
     def __init__(self, model: SRModel, runtime: Runtime, *, convert: Convert | None = None) -> None:
         import torch
 
-        if runtime.kind == "cpu":
+        if runtime.device_type == "cpu":
             torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
         self.model = model
         self.runtime = runtime
         model.module.to(runtime.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._fast = model if runtime.precision == "fp32" else _lowered(model, runtime)
-        self.batch_pixels = _GPU_PIXELS if runtime.kind == "cuda" else 0
+        self.batch_pixels = _GPU_PIXELS if runtime.device_type == "cuda" else 0
         self.uses_converted = convert is not None and runtime.precision != "fp32" and self._use_converted(convert)
 
     @cached_property
@@ -66,18 +66,18 @@ class TorchEngine:
     def bytes_per_pixel(self) -> int:
         return bytes_per_pixel(self.model)
 
-    @one_memory_error()
+    @convert_memory_errors()
     def run(self, lr: FloatArray, *, exact: bool = False) -> FloatArray:
         import torch
 
-        runtime = Runtime(self.runtime.place, "fp32") if exact else self.runtime
+        runtime = Runtime(self.runtime.device_name, "fp32") if exact else self.runtime
         model = self.model if exact else self._fast
         batch = torch.from_numpy(lr).to(runtime.device, memory_format=torch.channels_last, copy=True)
         with torch.inference_mode(), runtime.autocast():
             # Brought to fp32 on this side of the bus.
             return np.asarray(model.upscale(batch).cpu().float().numpy())
 
-    @one_memory_error()
+    @convert_memory_errors()
     def run_rounded(self, lr: Array) -> Array | None:
         import torch
 
@@ -88,7 +88,7 @@ class TorchEngine:
                 return None
             # As `from_float` does it; 16 bits as signed ones, which every device has.
             top, zero = (255, 0) if lr.dtype == np.uint8 else (65535, 32768)
-            exact = torch.float32 if top == 255 or self.runtime.kind == "mps" else torch.float64
+            exact = torch.float32 if top == 255 or self.runtime.device_type == "mps" else torch.float64
             sr = sr.permute(0, 2, 3, 1)
             found = torch.empty(sr.shape, dtype=torch.int16 if zero else torch.uint8, device=sr.device)
             for part, values in zip(found.split(_ROWS, dim=1), sr.split(_ROWS, dim=1), strict=True):
@@ -185,7 +185,7 @@ def agrees_with_torch(engine: Engine, model: SRModel) -> bool:
     Compared on noise of two sizes: the second finds a conversion that is fixed to one size.
     """
     runtime = engine.runtime
-    same, full = TorchEngine(model, runtime), TorchEngine(model, Runtime(runtime.place, "fp32"))
+    same, full = TorchEngine(model, runtime), TorchEngine(model, Runtime(runtime.device_name, "fp32"))
     generator = np.random.default_rng(0)
     multiple = model.size_multiple
     for side in (max(24, model.size_minimum), max(40, model.size_minimum + 8)):

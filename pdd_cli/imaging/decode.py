@@ -15,7 +15,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from pdd_cli.errors import InputError, unloadable
+from pdd_cli.errors import InputError, package_load_error
 from pdd_cli.imaging import png, tiff
 from pdd_cli.imaging.bmp import bit_fields, decode_bit_fields
 from pdd_cli.imaging.formats import load_plugin
@@ -165,7 +165,7 @@ def decode_errors(path: Path) -> Iterator[None]:
     except MemoryError:
         raise
     except ImportError as error:
-        raise unloadable(error) from error
+        raise package_load_error(error) from error
     except UnidentifiedImageError as error:
         raise InputError(f"can't read {path}: not a {_KINDS} image, or damaged") from error
     except InputError as error:

@@ -12,7 +12,7 @@ from pdd_cli.imaging.find import find_images
 from pdd_cli.iqa.datasets import Dataset
 from pdd_cli.iqa.metrics import Item
 from pdd_cli.iqa.pairing import Pairing, pair
-from pdd_cli.last_run import latest_upscale
+from pdd_cli.last_run import read_last_run
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def folders_as_dataset(lr: Path, gt: Path | None) -> Dataset:
 def _images(sr: Path | None, notes: list[str]) -> tuple[list[Path], Path, dict[Path, Path]]:
     """The images, the folder that their names are relative to, and their LR images where a record knows them."""
     if sr is None:
-        latest = latest_upscale()
+        latest = read_last_run()
         if latest is None:
             raise InputError(
                 "nothing to score: no folder was given, and there is no earlier `pdd upscale`",

@@ -54,11 +54,13 @@ def resolve(
     if stored is not None:
         values = _read_section(stored, section)
         _check(model, values, str(stored), partial=True)
-    _merge(values, given(model, section, options=options, overrides=overrides, file=file, default=stored is None))
+    _merge(
+        values, explicit_values(model, section, options=options, overrides=overrides, file=file, default=stored is None)
+    )
     return _check(model, values, "")
 
 
-def checked(model: type[T], options: Mapping[str, object]) -> T:
+def settings_from(model: type[T], options: Mapping[str, object]) -> T:
     """The settings of `options` (dotted key → value) and the defaults. Raises InputError as `resolve` does."""
     values: dict[str, Any] = {}
     for key, option in options.items():
@@ -66,7 +68,7 @@ def checked(model: type[T], options: Mapping[str, object]) -> T:
     return _check(model, values, "")
 
 
-def given(
+def explicit_values(
     model: type[T],
     section: Section,
     *,

@@ -49,7 +49,7 @@ def run_jobs(
     stop them all.
     """
     waiting: deque[Callable[[], Result]] = deque()
-    encoders = 1 if upscaler.engine.runtime.kind == "cpu" else min(_GPU_ENCODERS, usable_cpus())
+    encoders = 1 if upscaler.engine.runtime.device_type == "cpu" else min(_GPU_ENCODERS, usable_cpus())
     with ThreadPoolExecutor(1, "decode") as decoder, ThreadPoolExecutor(encoders, "encode") as encoder:
         try:
             ahead: deque[Future[_Loaded]] = deque()

@@ -116,7 +116,7 @@ class Upscaler:
         self._side = tile + 2 * overlap if isinstance(tile, int) and tile > 0 else None
         self._pixels: float = math.inf
         self._bytes_per_pixel = engine.bytes_per_pixel
-        fitting = available_memory(engine.runtime.place) * _MEMORY_SHARE // self._bytes_per_pixel
+        fitting = available_memory(engine.runtime.device_name) * _MEMORY_SHARE // self._bytes_per_pixel
         if tile == "auto":
             self._pixels = max(_SMALLEST_SIDE**2, min(_MOST_PIXELS, fitting))
         self._batch_pixels = min(engine.batch_pixels, fitting)
@@ -173,7 +173,7 @@ class Upscaler:
         seconds = (
             sum(len(plan) * math.prod(plan.tile_size) for plan in plans) * self._time_of_a_pixel() if timed else 0.0
         )
-        on_cpu = self.engine.runtime.kind == "cpu"
+        on_cpu = self.engine.runtime.device_type == "cpu"
         memory += self._base_memory + self.reserved + (activations if on_cpu else 0)
         return Estimate(memory, activations, seconds)
 
@@ -280,7 +280,7 @@ class Upscaler:
                 f"out of memory even with tiles of {seen} pixels",
                 "Close other programs, or use --device cpu or a lighter model.",
             )
-        if self.engine.runtime.kind == "cuda":
+        if self.engine.runtime.device_type == "cuda":
             import torch
 
             torch.cuda.empty_cache()

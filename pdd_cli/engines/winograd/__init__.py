@@ -15,6 +15,6 @@ def winograd_pays(runtime: Runtime) -> bool:
 
     Only AMX multiplies in bf16 faster than the algorithm saves multiplications. The kernel for ARM is untested on ARM.
     """
-    if runtime.kind != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+    if runtime.device_type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     return runtime.precision == "fp32" or not cpu_has_amx()

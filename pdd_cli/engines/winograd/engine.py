@@ -9,7 +9,7 @@ import numpy as np
 from pdd_cli.engines.base import FloatArray, Usable, spec_of
 from pdd_cli.errors import InputError
 from pdd_cli.imaging.image import Array, from_float, to_float
-from pdd_cli.runtime import Runtime, one_memory_error
+from pdd_cli.runtime import Runtime, convert_memory_errors
 
 if TYPE_CHECKING:
     from pdd_cli.models.loading import SRModel
@@ -25,7 +25,7 @@ class WinogradEngine:
     name = "winograd"
 
     def __init__(self, model: SRModel | Usable, runtime: Runtime) -> None:
-        if runtime.kind != "cpu" or runtime.precision != "fp32":
+        if runtime.device_type != "cpu" or runtime.precision != "fp32":
             raise InputError(
                 f"--engine winograd computes in fp32 on a CPU, not on {runtime}", "Add --device cpu --precision fp32."
             )
@@ -55,7 +55,7 @@ class WinogradEngine:
 
         return Usable(self.model, self.weights_sha256, self.bytes_per_pixel, bytes(save(self._state)))
 
-    @one_memory_error()
+    @convert_memory_errors()
     def run(self, lr: FloatArray, *, exact: bool = False) -> FloatArray:
         images, _, height, width = lr.shape
         scale = self.model.scale
@@ -64,7 +64,7 @@ class WinogradEngine:
             target[:] = self._infer(image)
         return found.transpose(0, 3, 1, 2)
 
-    @one_memory_error()
+    @convert_memory_errors()
     def run_rounded(self, lr: Array) -> Array | None:
         found = []
         for image in lr:
