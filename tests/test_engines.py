@@ -68,7 +68,7 @@ def test_a_cpu_is_chosen_by_name_or_for_want_of_a_gpu() -> None:
     assert (runtime.device_name, runtime.device_type, runtime.device) == ("cpu", "cpu", torch.device("cpu"))
     assert runtime == Runtime(torch.device("cpu"), "fp32")
     assert Runtime("cuda:1", "fp16").device_type == "cuda"
-    found = choose_runtime("auto", "fp32").kind
+    found = choose_runtime("auto", "fp32").device_type
     assert found == ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     assert 1 <= usable_cpus() <= available_cpus()
 
