@@ -157,13 +157,13 @@ def test_a_crop_with_texture_enough_is_taken_wherever_it_comes_from():
     wild, mild, flat = noise(64, 64), noise(64, 64) // 6, np.full((64, 64, 3), 128, np.uint8)
     assert texture(wild) > texture(mild) > 30
     found = [
-        texture(crop(domains([wild, mild, flat], [wild], candidates=8, least_texture=30), step)) for step in range(60)
+        texture(crop(domains([wild, mild, flat], [wild], candidates=8, min_texture=30), step)) for step in range(60)
     ]
     assert min(found) > 30
     assert 15 < sum(one > texture(mild) * 2 for one in found) < 45  # not the wildest alone
     assert len(set(found)) > 2  # nor the same crop
     # Where none has enough: the one with the most.
-    most = [texture(crop(domains([mild, flat], [wild], candidates=8, least_texture=1e9), step)) for step in range(20)]
+    most = [texture(crop(domains([mild, flat], [wild], candidates=8, min_texture=1e9), step)) for step in range(20)]
     assert sum(one > 30 for one in most) > 17
 
 

@@ -366,7 +366,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_of_a_published_data_set_the_lr_images_are_taken(tmp_path: Path, name: str) -> None:
-    from pdd_cli.data.layouts import wanted_of
+    from pdd_cli.data.layouts import select_images
 
     files, expected = LAYOUTS[name]
     for file in files:
@@ -374,22 +374,22 @@ def test_of_a_published_data_set_the_lr_images_are_taken(tmp_path: Path, name: s
         Image.new("RGB", (20, 10)).save(tmp_path / file)
     found = sorted(path for path in tmp_path.rglob("*.png"))
     notes: list[str] = []
-    kept, left_out = wanted_of(found, tmp_path, "LR", 4, notes.append)
+    kept, left_out = select_images(found, tmp_path, "LR", 4, notes.append)
     assert [path.relative_to(tmp_path).as_posix() for path in kept] == expected
     assert bool(left_out) == (len(expected) < len(files))
-    hr, _ = wanted_of(found, tmp_path, "HR", 4, notes.append)
+    hr, _ = select_images(found, tmp_path, "HR", 4, notes.append)
     assert name == "words" or not {path for path in hr if path in kept}
     assert not notes
 
 
 def test_names_and_sizes_that_say_hr_are_warned_of(tmp_path: Path) -> None:
-    from pdd_cli.data.layouts import wanted_of
+    from pdd_cli.data.layouts import select_images
 
     for folder, size in (("a", 20), ("b", 80), ("Flickr2K_HR", 50)):
         (tmp_path / folder).mkdir()
         Image.new("RGB", (size, size)).save(tmp_path / folder / f"{'other' if size == 50 else 'one'}.png")
     notes: list[str] = []
-    kept, left_out = wanted_of(sorted(tmp_path.rglob("*.png")), tmp_path, "LR", 4, notes.append)
+    kept, left_out = select_images(sorted(tmp_path.rglob("*.png")), tmp_path, "LR", 4, notes.append)
     assert len(kept) == 3
     assert not left_out
     assert "1 of 3 images are HR by their names (Flickr2K_HR/other.png)" in notes[0]

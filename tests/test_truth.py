@@ -86,7 +86,7 @@ def test_what_is_no_pair_is_named_before_the_run(
     pdd: Callable[..., Outcome], ground: Path, pairs: tuple[Path, Path], dry: tuple[str, ...]
 ) -> None:
     lr, hr = pairs
-    assert "belong together" in adapt(pdd, ground, "--val-lr", lr, *dry).err
+    assert "must be given together" in adapt(pdd, ground, "--val-lr", lr, *dry).err
     nowhere = adapt(pdd, ground, "--val-lr", lr, "--val-hr", "nowhere", *dry)
     assert (nowhere.code, "--val-hr nowhere: no such folder" in nowhere.err) == (2, True)
     Image.open(lr / "0_LR4.png").resize((25, 20)).save(lr / "0_LR4.png")

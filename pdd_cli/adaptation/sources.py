@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pdd_cli.adaptation.folder import RunFolder
 from pdd_cli.data.datasets import RGB, images_below, read_images
-from pdd_cli.data.layouts import Side, wanted_of
+from pdd_cli.data.layouts import Side, select_images
 from pdd_cli.errors import InputError, ResourceError
 from pdd_cli.imaging.decode import image_size
 from pdd_cli.imaging.provenance import made_by_pdd
@@ -68,7 +68,7 @@ def _read(
     option = "--real-dir" if side == "LR" else "--hr-dir"
     paths = images_below(folder, option)
     paths, of_pdd = _without_own(paths, folder)
-    paths, of_other_kinds = wanted_of(paths, folder, side, scale, lambda text: notify(f"{option}: {text}"))
+    paths, of_other_kinds = select_images(paths, folder, side, scale, lambda text: notify(f"{option}: {text}"))
     left_out = of_pdd + of_other_kinds
     if not paths:
         raise InputError(

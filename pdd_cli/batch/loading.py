@@ -66,11 +66,11 @@ def load_upscalers(settings: UpscaleConfig, ranks: Ranks, observer: Observer, *,
     processes = f", {ranks.size} processes" if ranks.size > 1 else ""
     model = engines[0].model
     observer.say(f"{settings.weights}: {model.architecture} x{model.scale} on {places}{processes}")
-    most_memory = settings.most_memory
-    if most_memory is not None:
+    max_memory_bytes = settings.max_memory_bytes
+    if max_memory_bytes is not None:
         # What the models leave of it is shared by the devices.
-        models_take = min(resident_memory(), most_memory)
-        most_memory = models_take + (most_memory - models_take) // len(engines)
+        models_take = min(resident_memory(), max_memory_bytes)
+        max_memory_bytes = models_take + (max_memory_bytes - models_take) // len(engines)
     upscalers = [
         Upscaler(
             engine,
@@ -79,7 +79,7 @@ def load_upscalers(settings: UpscaleConfig, ranks: Ranks, observer: Observer, *,
             notify=observer.warn,
             size=_size(settings),
             correction=settings.color_correction,
-            max_memory=most_memory,
+            max_memory=max_memory_bytes,
         )
         for engine in engines
     ]

@@ -1,4 +1,4 @@
-"""What training draws from: images, crops, the degradation of the synthetic domain.
+"""Training data: images, crops, the degradation of the synthetic domain, and the layouts of published data sets.
 
-Layouts of published data sets belong here, too.
+Reading and decoding of image files is in `imaging`.
 """

@@ -1,4 +1,4 @@
-"""The two domains: real LR crops, and synthetic LR-HR pairs. Images are decoded once and cropped many times."""
+"""Training crops of both domains: real LR, and synthetic LR with its HR. Images are decoded once."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ RGB = NDArray[np.uint8]  # (H, W, 3)
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Crops of one step, fp32 in 0..1, element i of one paired with element i of the others."""
+    """The crops of one step, fp32 in 0..1. Elements with the same index belong together."""
 
     lr_s: Tensor  # (N, 3, crop, crop): synthetic LR
     hr_s: Tensor  # (N, 3, crop*scale, crop*scale): its HR
     lr_t: Tensor  # (N, 3, crop, crop): target (real) LR
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`, channels last."""
+        """The batch on `device`, in channels-last memory format."""
         moved = (t.to(device, memory_format=torch.channels_last) for t in (self.lr_s, self.hr_s, self.lr_t))
         return Batch(*moved)
 
 
 @dataclass(frozen=True, eq=False)
 class CropSampler:
-    """Everything that batches are drawn from."""
+    """Draws the batches of crops from the images of both domains."""
 
     real: Sequence[RGB]  # LR
     hr: Sequence[RGB]
@@ -46,14 +46,14 @@ class CropSampler:
     scale: int
     degradation: Degradation
     seed: int
-    candidates: int = 1  # random crops that are tried …
-    least_texture: float = math.inf  # … until one has so much texture; where none has, the one with the most is taken
+    candidates: int = 1  # number of random crops that are tried until …
+    min_texture: float = math.inf  # … one has this much texture; if none has, the one with the most is used
 
     def batch(self, step: int, size: int, first: int = 0) -> Batch:
-        """The `size` + `size` crops of `step` from element `first` on.
+        """The synthetic and real crops of `step`, `size` each, from element `first` on.
 
-        An element depends on the seed, the step and its number alone, so that a resumed run sees what an uninterrupted
-        one would have seen, and several processes together see what one would.
+        An element depends only on the seed, the step and its index. So a resumed run sees the same crops as an
+        uninterrupted one, and several processes together see the same crops as one process.
         """
         rngs = [np.random.default_rng((self.seed, step, first + number)) for number in range(size)]
         hr_s = _stack([self._crop(self.hr, self.crop * self.scale, rng) for rng in rngs])
@@ -63,27 +63,27 @@ class CropSampler:
         return Batch(lr_s, hr_s, lr_t)
 
     def digest(self) -> str:
-        """Equal for equal images: of their sizes and of every 16th row."""
+        """A checksum of the sizes and of every 16th row of all images."""
         digest = hashlib.sha256()
         for image in (*self.real, *self.hr):
             digest.update(repr(image.shape).encode() + np.ascontiguousarray(image[::16]).tobytes())
         return digest.hexdigest()
 
     def _crop(self, images: Sequence[RGB], size: int, rng: np.random.Generator) -> RGB:
-        """Most of a photograph is sky, wall and blur, from which nothing is learnt.
+        """A random crop with some texture, because nothing is learnt from sky, walls and blur.
 
-        The most textured of all would always be of the same few images.
+        It is not the most textured crop of all, which would always come from the same few images.
         """
         best = _random_crop(images, size, rng)
         for _ in range(self.candidates - 1):
-            if texture(best) >= self.least_texture:
+            if texture(best) >= self.min_texture:
                 break
             best = max(best, _random_crop(images, size, rng), key=texture)
         return best
 
 
 def images_below(folder: Path, option: str) -> list[Path]:
-    """The image files below `folder`. Raises InputError, naming `option`, where there is no folder or no image."""
+    """The image files below `folder`. Raises InputError naming `option` if there is no such folder or no image."""
     if not folder.is_dir():
         raise InputError(f"{option} {folder}: no such folder", "Give a folder of images; it is searched recursively.")
     found = find_images(folder)
@@ -93,9 +93,9 @@ def images_below(folder: Path, option: str) -> list[Path]:
 
 
 def read_folder(folder: Path, option: str, on_unreadable: Callable[[str], None]) -> list[RGB]:
-    """All images below `folder` as 8-bit RGB. Unreadable ones are reported through `on_unreadable` and left out.
+    """All images below `folder` as 8-bit RGB. Unreadable images are reported to `on_unreadable` and skipped.
 
-    Raises InputError, naming `option`, where the folder doesn't exist or no image in it can be read.
+    Raises InputError naming `option` if the folder doesn't exist or no image in it can be read.
     """
     return read_images(images_below(folder, option), folder, option, on_unreadable)[0]
 
@@ -103,7 +103,7 @@ def read_folder(folder: Path, option: str, on_unreadable: Callable[[str], None])
 def read_images(
     paths: Sequence[Path], folder: Path, option: str, on_unreadable: Callable[[str], None]
 ) -> tuple[list[RGB], dict[str, str]]:
-    """The images at `paths`, found below `folder`, as `read_folder` gives them, and the sha256 of each by its name."""
+    """The images at `paths`, which are below `folder`, as in `read_folder`, and their sha256 by relative path."""
     found: list[RGB] = []
     content: dict[str, str] = {}
     for path in paths:
@@ -121,28 +121,28 @@ def read_images(
 
 
 def texture(crop: RGB) -> float:
-    """How much fine detail a crop has: the standard deviation of its Laplacian, in 8-bit levels."""
+    """The amount of fine detail: the standard deviation of the Laplacian, in 8-bit levels."""
     return float(laplacian(crop).std())
 
 
 def laplacian(image: RGB) -> NDArray[np.float32]:
-    """(H, W, 3) to (H, W): of the luminance, in 8-bit levels."""
+    """The Laplacian of the luminance in 8-bit levels: (H, W, 3) to (H, W)."""
     gray = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY).astype(np.float32)
     return np.asarray(cv2.Laplacian(gray, cv2.CV_32F))
 
 
-def downscaled(images: Sequence[RGB], scales: Sequence[float], least: int) -> list[RGB]:
-    """Each image at each of `scales` (1 and below), as far as its shorter side keeps `least` pixels.
+def downscaled(images: Sequence[RGB], scales: Sequence[float], min_side: int) -> list[RGB]:
+    """Each image at each of `scales` (1 and below) at which its shorter side has at least `min_side` pixels.
 
-    A photograph is seldom sharp in its last pixel; made smaller, it is.
+    Photographs are seldom sharp at the pixel level; downscaled ones are.
     """
-    made = []
+    results = []
     for image in images:
-        made += [_shrunk(image, scale) for scale in scales if scale == 1 or min(image.shape[:2]) * scale >= least]
-    return made
+        results += [_resize(image, scale) for scale in scales if scale == 1 or min(image.shape[:2]) * scale >= min_side]
+    return results
 
 
-def _shrunk(image: RGB, scale: float) -> RGB:
+def _resize(image: RGB, scale: float) -> RGB:
     if scale == 1:
         return image
     height, width = (round(side * scale) for side in image.shape[:2])
@@ -150,19 +150,19 @@ def _shrunk(image: RGB, scale: float) -> RGB:
 
 
 def hr_from_real(real: Sequence[RGB], crop: int) -> list[RGB]:
-    """Clean HR from the real LR images themselves: downscaled until their noise and blur are gone.
+    """Clean HR images made from the real LR images by downscaling, which removes their noise and blur.
 
-    By 2, or by less where an image would become smaller than `crop` pixels.
+    The factor is 2, or less for an image that would become smaller than `crop` pixels.
     """
-    made = []
+    results = []
     for image in real:
         factor = min(2.0, max(1.0, min(image.shape[:2]) / crop))
-        made.append(_as_rgb8(_to_hwc(downsample(_stack([image]), factor, "bicubic"))))
-    return made
+        results.append(_as_rgb8(_to_hwc(downsample(_stack([image]), factor, "bicubic"))))
+    return results
 
 
 def _random_crop(images: Sequence[RGB], size: int, rng: np.random.Generator) -> RGB:
-    """A (size, size, 3) crop of one image, flipped and transposed at random; a smaller image is mirrored."""
+    """A (size, size, 3) crop of a random image, randomly flipped and transposed. Small images are padded by mirroring."""
     image = images[int(rng.integers(len(images)))]
     height, width = image.shape[:2]
     if height < size or width < size:

@@ -1,4 +1,4 @@
-"""How synthetic LR is made from HR."""
+"""The degradation that makes synthetic LR from HR."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Degradation:
-    """What is drawn for each crop: a downsampling filter, and, where a range is given, blur, noise and JPEG.
+    """A random degradation: for each crop, a downsampling filter and a value from each range that is set are drawn.
 
-    `blur`: standard deviation of a Gaussian in LR pixels. `noise`: of white noise in 8-bit levels. `jpeg`: quality.
-    Without the three it is the paper's clean degradation. `second_order`: everything happens twice, first on the way to
-    a size drawn between HR's and LR's, as to an image that is saved, shrunk and saved again (Wang et al., Real-ESRGAN,
-    2021, section 3.1).
+    `blur`: standard deviation of a Gaussian in LR pixels. `noise`: standard deviation of white noise in 8-bit levels.
+    `jpeg`: quality. Without these three it is the paper's clean degradation. `second_order`: the degradation is applied
+    twice, first down to a random size between those of HR and LR, like an image that is saved, downscaled and saved
+    again (Wang et al., Real-ESRGAN, 2021, section 3.1).
     """
 
     filters: tuple[Filter, ...] = ("bicubic", "bilinear", "area")
@@ -32,26 +32,26 @@ class Degradation:
     second_order: bool = False
 
     def apply(self, hr: Tensor, scale: int, rng: np.random.Generator) -> Tensor:
-        """(1, 3, H, W) in 0..1 to its LR (1, 3, H/scale, W/scale), rounded to 8 bit; H and W multiples of `scale`.
+        """HR (1, 3, H, W) in 0..1 to LR (1, 3, H/scale, W/scale), rounded to 8 bits. H and W are multiples of `scale`.
 
-        In the order in which a camera does it: lens, sensor, noise, compression.
+        The order is that of a camera: lens (blur), sensor (downsampling), noise, compression.
         """
         size = (hr.shape[-2] // scale, hr.shape[-1] // scale)
         image = hr
         if self.second_order:
-            part = rng.uniform(1, scale)
-            image = self._once(image, (round(size[0] * part), round(size[1] * part)), part, rng)
-        return self._once(image, size, 1, rng)
+            factor = rng.uniform(1, scale)
+            image = self._degrade_once(image, (round(size[0] * factor), round(size[1] * factor)), factor, rng)
+        return self._degrade_once(image, size, 1, rng)
 
-    def _once(self, image: Tensor, size: tuple[int, int], part: float, rng: np.random.Generator) -> Tensor:
-        """`image` brought to `size`, `part` times that of the LR."""
+    def _degrade_once(self, image: Tensor, size: tuple[int, int], factor: float, rng: np.random.Generator) -> Tensor:
+        """Degrade `image` to `size`, which is `factor` times the size of the LR."""
         filter = rng.choice(self.filters)
         if self.blur is not None:
-            image = gaussian_blur(image, rng.uniform(*self.blur) * part * image.shape[-1] / size[1])
+            image = gaussian_blur(image, rng.uniform(*self.blur) * factor * image.shape[-1] / size[1])
         image = _resized(image, size, filter)
         if self.noise is not None:
             sigma = rng.uniform(*self.noise) / 255
-            # Half of the time the three channels have one noise, as luma noise has.
+            # Half of the time all three channels get the same noise (luma noise).
             shape = (1, int(rng.choice((1, 3))), *size)
             image = _to_8_bit(image + torch.from_numpy(rng.normal(0, sigma, shape).astype(np.float32)))
         if self.jpeg is not None:
@@ -60,9 +60,9 @@ class Degradation:
 
 
 def downsample(hr: Tensor, factor: float, filter: Filter) -> Tensor:
-    """The clean degradation: (N, C, H, W) in 0..1 to (N, C, H/factor, W/factor), rounded to 8 bit.
+    """The clean degradation: (N, C, H, W) in 0..1 to (N, C, H/factor, W/factor), rounded to 8 bits.
 
-    Bicubic and bilinear are stretched over `factor` input pixels (antialiased), as image libraries and MATLAB do it.
+    Bicubic and bilinear are antialiased, as in image libraries and MATLAB.
     """
     height, width = (max(1, round(side / factor)) for side in hr.shape[-2:])
     return _resized(hr, (height, width), filter)
@@ -75,7 +75,7 @@ def _resized(image: Tensor, size: tuple[int, int], filter: Filter) -> Tensor:
 
 
 def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
-    """(1, C, H, W) blurred by a Gaussian of standard deviation `sigma` pixels, the border mirrored."""
+    """Blur (1, C, H, W) with a Gaussian of standard deviation `sigma` pixels. The border is mirrored."""
     if sigma <= 0:
         return image
     pixels = np.ascontiguousarray(image[0].permute(1, 2, 0).numpy())
@@ -84,7 +84,7 @@ def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
 
 
 def jpeg(image: Tensor, quality: int, rng: np.random.Generator) -> Tensor:
-    """(1, 3, H, W) in 0..1 after JPEG compression; its grid of 8 x 8 blocks begins anywhere, as in a crop."""
+    """Compress (1, 3, H, W) in 0..1 as JPEG. The grid of 8 x 8 blocks has a random offset, as in a crop."""
     height, width = image.shape[-2:]
     top, left = (int(n) for n in rng.integers(8, size=2))
     padded = F.pad(image, (left, -(width + left) % 8, top, -(height + top) % 8), mode="replicate")

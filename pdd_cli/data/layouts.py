@@ -1,8 +1,8 @@
-"""Which images of a folder are LR and which HR, by the names and folders that published data sets give them.
+"""Recognises the LR and HR images of published data sets by the names of files and folders.
 
-RealSR: Canon/Train/4/Canon_001_LR4.png beside Canon_001_HR.png. DRealSR: Train_x4/train_LR, train_HR. NTIRE 2020:
-Corrupted-tr-x, DIV2K_train_HR. DF2K: DIV2K_train_HR, DIV2K_train_LR_bicubic/X4. Others have folders
-LR and HR, lq and gt.
+RealSR: Canon/Train/4/Canon_001_LR4.png and Canon_001_HR.png. DRealSR: Train_x4/train_LR, train_HR. NTIRE 2020:
+Corrupted-tr-x, DIV2K_train_HR. DF2K: DIV2K_train_HR, DIV2K_train_LR_bicubic/X4. Others have folders LR and HR, or lq
+and gt.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ Side = Literal["LR", "HR"]
 _SIDES: dict[str, Side] = {"LR": "LR", "LQ": "LR", "HR": "HR", "HQ": "HR", "GT": "HR"}
 _LABEL = re.compile(r"(?i)(?<![a-z])(LR|LQ|HR|HQ|GT)(?:x?(\d+))?(?![a-z\d])")
 _SCALE = re.compile(r"(?i)(?<![a-z])x(\d+)(?![a-z\d])")
-_PARTS = (("test", r"test|testing|valid|validation|val|va"), ("train", r"train|training|tr"))
+_SPLITS = (("test", r"test|testing|valid|validation|val|va"), ("train", r"train|training|tr"))
 _SHOWN = 3
 
 
-def wanted_of(
-    paths: Sequence[Path], folder: Path, side: Side, scale: int, notify: Callable[[str], None]
+def select_images(
+    paths: Sequence[Path], folder: Path, side: Side, scale: int, warn: Callable[[str], None]
 ) -> tuple[list[Path], list[str]]:
-    """Those of `paths`, found below `folder`, to be used as `side`, and a line for each kind of image left out.
+    """The images of `side` among `paths`, which are below `folder`, and a line for each kind of image left out.
 
-    Only what has a counterpart of the other side is left out; of images whose names or sizes merely look as if they
-    were of the other side, `notify` says so. With LR for several scales those for `scale` are taken, and with training
-    and test images those for training.
+    Images are left out only if they have a counterpart on the other side. `warn` is called for images whose names or
+    sizes merely suggest the other side. Of LR images for several scales, those for `scale` are selected; of training
+    and test images, those for training.
     """
     other: Side = "HR" if side == "LR" else "LR"
     labels = _labels(paths, folder)
@@ -43,7 +43,7 @@ def wanted_of(
         kept = [path for path in paths if labels[path] != other]
         left_out.append(_line(of_other, folder, f"{other} images of a data set"))
     elif of_other:
-        notify(
+        warn(
             f"{len(of_other)} of {len(paths)} images are {other} by their names ({_names(of_other, folder)}); "
             f"{side} images belong here"
         )
@@ -54,15 +54,15 @@ def wanted_of(
             if others:
                 kept = [path for path in kept if path not in set(others)]
                 left_out.append(_line(others, folder, f"LR images of another scale than x{scale}"))
-    parts = {path: _part(path, folder) for path in kept}
-    if {"train", "test"} <= set(parts.values()):
-        tests = [path for path in kept if parts[path] == "test"]
-        kept = [path for path in kept if parts[path] != "test"]
+    splits = {path: _split(path, folder) for path in kept}
+    if {"train", "test"} <= set(splits.values()):
+        tests = [path for path in kept if splits[path] == "test"]
+        kept = [path for path in kept if splits[path] != "test"]
         left_out.append(_line(tests, folder, "test images of a data set"))
     if side == "LR":
         enlarged = _enlarged(kept)
         if enlarged:
-            notify(
+            warn(
                 f"{len(enlarged)} of {len(kept)} images are exactly 2, 3, 4 or 8 times as large as another of the same "
                 f"name ({_names(enlarged, folder)}): HR images do not belong here"
             )
@@ -70,7 +70,7 @@ def wanted_of(
 
 
 def _labels(paths: Sequence[Path], folder: Path) -> dict[Path, Side | None]:
-    """The side of each image; one that says nothing is the counterpart of those of its name that say it."""
+    """The side of each image. An image without a label is the counterpart of the labelled images with the same key."""
     labels = {path: _label(path, folder) for path in paths}
     keys = {side: {_key(path) for path in paths if labels[path] == side} for side in ("LR", "HR")}
     for path in [path for path in paths if labels[path] is None]:
@@ -81,7 +81,7 @@ def _labels(paths: Sequence[Path], folder: Path) -> dict[Path, Side | None]:
 
 
 def _label(path: Path, folder: Path) -> Side | None:
-    """What the name of the image, else of the nearest folder, says."""
+    """The side named by the file, else by the nearest folder."""
     for part in reversed(_names_of(path, folder)):
         found = _LABEL.findall(part)
         if found:
@@ -97,29 +97,29 @@ def _scale(path: Path, folder: Path) -> int | None:
     return None
 
 
-def _part(path: Path, folder: Path) -> str | None:
-    """Whether the image is for training or for testing, by its folders below `folder`."""
+def _split(path: Path, folder: Path) -> str | None:
+    """The split (train or test) named by the folders between `folder` and the image."""
     for name in reversed(path.relative_to(folder).parts[:-1]):
-        for part, words in _PARTS:
+        for split, words in _SPLITS:
             if re.search(rf"(?i)(?<![a-z])({words})(?![a-z])", name):
-                return part
+                return split
     return None
 
 
 def _names_of(path: Path, folder: Path) -> list[str]:
-    """`folder`'s name, the names of the folders below it, and the image's without its suffix."""
+    """The name of `folder`, the names of the folders below it, and the name of the image without suffix."""
     *folders, name = path.relative_to(folder).parts
     return [folder.resolve().name, *folders, Path(name).stem]
 
 
 def _key(path: Path) -> str:
-    """What images of both sides have in common."""
+    """The part of the name that an LR image and its HR image have in common."""
     stem = _SCALE.sub("", _LABEL.sub("", re.sub(r"(?i)(\d)(x\d+)$", r"\1_\2", path.stem)))
     return re.sub(r"[_.-]+", "_", stem).strip("_").lower()
 
 
 def _enlarged(paths: Sequence[Path]) -> list[Path]:
-    """Images that are a whole multiple of another of the same name in size."""
+    """Images whose size is exactly 2, 3, 4 or 8 times that of another image with the same key."""
     groups: dict[str, list[Path]] = {}
     for path in paths:
         groups.setdefault(_key(path), []).append(path)
@@ -132,15 +132,15 @@ def _enlarged(paths: Sequence[Path]) -> list[Path]:
             try:
                 sizes[path] = image_size(path)
             except InputError:
-                continue  # said where it is read
+                continue  # reported when it is read
         for path, (width, height) in sizes.items():
             if any((width, height) == (w * n, h * n) for w, h in sizes.values() for n in (2, 3, 4, 8)):
                 found.append(path)
     return found
 
 
-def _line(paths: Sequence[Path], folder: Path, what: str) -> str:
-    return f"{len(paths)} {what} ({_names(paths, folder)})"
+def _line(paths: Sequence[Path], folder: Path, kind: str) -> str:
+    return f"{len(paths)} {kind} ({_names(paths, folder)})"
 
 
 def _names(paths: Sequence[Path], folder: Path) -> str:

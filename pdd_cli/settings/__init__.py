@@ -1,4 +1,4 @@
-"""Settings of every command: frozen models, and the order in which the places they are given in override each other.
+"""The settings of every command as frozen models, one module for each command.
 
-A module a command; `resolve` reads files and command lines.
+`resolve` merges the command line, `--set`, configuration files and defaults.
 """

@@ -29,7 +29,7 @@ class EmaGeneralist(Settings):
         Option("Method", flags=("--mode",)),
     ] = "ema"
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    # While S = G every inter-model distance is exactly zero, where the Frobenius norm has no gradient.
+    # While S = G, every inter-model distance is exactly zero, and the Frobenius norm has no gradient there.
     warmup_steps: PositiveInt = 5
 
 
@@ -55,12 +55,12 @@ Generalist = Annotated[
 
 
 class FeatureSettings(Settings):
-    """The perceptual space that distances and the perceptual loss are measured in."""
+    """The feature network that the distances and the perceptual loss use."""
 
-    # auto: vgg19; where it can't be had vgg16, and where that can't be had efficientnet-lite0, with a warning.
+    # auto: vgg19, else vgg16, else (with a warning) efficientnet-lite0, whichever is available first.
     network: Annotated[
         Literal["auto", "vgg19", "vgg16", "efficientnet-lite0"],
-        Field(description="Feature network of the distances; auto: the first that is available."),
+        Field(description="Feature network for the distances; auto: the first that is available."),
         Option("Method", flags=("--features",)),
     ] = "auto"
     weights: Annotated[
@@ -72,7 +72,7 @@ class FeatureSettings(Settings):
     @model_validator(mode="after")
     def _weights_name_their_network(self) -> FeatureSettings:
         if self.weights is not None and self.network == "auto":
-            raise ValueError(f"weights {self.weights} are given, but not the network they are for (--features vgg19)")
+            raise ValueError(f"weights {self.weights} also need the name of their network (--features vgg19)")
         return self
 
 
@@ -80,20 +80,20 @@ Range = tuple[float, float]
 
 
 class SyntheticSettings(Settings):
-    """How LR is made from HR in the synthetic domain. Without blur, noise and JPEG: the paper's clean downsampling.
+    """The degradation of HR to LR in the synthetic domain. Without blur, noise and JPEG it is the paper's downsampling.
 
-    Each range is drawn from uniformly, anew for each crop.
+    For each crop, a value is drawn uniformly from each range.
     """
 
     filters: tuple[Literal["bicubic", "bilinear", "area"], ...] = Field(
         default=("bicubic", "bilinear", "area"), min_length=1
     )
-    # HR is taken at these sizes, too: made smaller, a photograph is sharp to its last pixel.
+    # HR images are also used at these sizes, because a downscaled photograph is sharper per pixel.
     hr_scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=(1.0, 0.7, 0.5), min_length=1)
     blur: Range | None = None  # standard deviation of a Gaussian, LR pixels
     noise: Range | None = None  # standard deviation of white noise, 8-bit levels
     jpeg: Range | None = None  # quality, 1 to 100
-    # All of it twice, with a size between HR's and LR's drawn in between (Real-ESRGAN's second order).
+    # Apply the degradation twice, with a random intermediate size (Real-ESRGAN's second order).
     second_order: bool = False
 
     @model_validator(mode="after")
@@ -106,9 +106,9 @@ class SyntheticSettings(Settings):
 
 
 class LossWeights(Settings):
-    """Weights of the whole objective (the paper's names: inter, intra, pixel, perceptual, adversarial).
+    """Weights of the terms of the objective (inter, intra, pixel, perceptual and adversarial are the paper's names).
 
-    The defaults are for runs of hundreds of steps (docs/results.md); configs/paper/ has the paper's.
+    The defaults are for runs of hundreds of steps (docs/results.md). The paper's weights are in configs/paper/.
     """
 
     inter: Annotated[
@@ -123,20 +123,20 @@ class LossWeights(Settings):
     ] = 1.0
     pixel: NonNegative = 0.2
     perceptual: NonNegative = 1.0
-    feature_distance: NonNegative = 8.0  # not in the paper: features compared at unit length
-    adversarial: NonNegative = 0.45  # with discriminator unet, which is another scale: the paper's 0.01
-    # Not in the paper: S_t, brought back to LR size, must have the LR's colours and coarse shading.
+    feature_distance: NonNegative = 8.0  # not in the paper: distance of features normalized to unit length
+    adversarial: NonNegative = 0.45  # for discriminator features; unet has another scale, use the paper's 0.01
+    # Not in the paper: S_t, downscaled to LR size, must have the colours and coarse shading of its LR input.
     consistency: NonNegative = 5.0
     adversarial_on_target: bool = True
 
 
 class OptimizerSettings(Settings):
-    """Adam, for the specialist and the discriminator alike."""
+    """Adam, for the specialist and the discriminator."""
 
     learning_rate: Positive = 1e-4
     discriminator_learning_rate: Positive = 1e-3
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
-    # Fractions of the run at which the rate halves. The paper's long run: 25k of 100k.
+    # Fractions of the run at which the learning rate is halved. The paper first halves it at 25k of 100k steps.
     halve_at: tuple[Fraction, ...] = (0.35, 0.55, 0.75, 0.9)
 
 
@@ -145,7 +145,7 @@ class AdaptConfig(Settings):
 
     real_dir: Annotated[
         Path,
-        Field(description="Folder of real LR images of one source; searched recursively."),
+        Field(description="Folder of real LR images from one source; searched recursively."),
         Option("Input"),
     ]
     base: Annotated[
@@ -176,12 +176,12 @@ class AdaptConfig(Settings):
     ] = 100
     batch_size: Annotated[
         PositiveInt,
-        Field(description="Synthetic and real crops a step, each, over all processes."),
+        Field(description="Number of synthetic crops, and of real crops, per step, over all processes."),
         Option("Training"),
     ] = 4
     crop: Annotated[int, Field(ge=16, multiple_of=4)] = 48
-    # Flat crops teach nothing: so many random ones are tried, until one has this much texture (deviation of the
-    # Laplacian in 8-bit levels); where none has, the one with the most is taken.
+    # Flat crops teach nothing. Up to `crop_candidates` random crops are tried until one has this much texture (standard
+    # deviation of the Laplacian in 8-bit levels); if none has, the one with the most texture is used.
     crop_candidates: PositiveInt = 8
     crop_texture: NonNegative = 30.0
     seed: Annotated[int, Field(ge=0, description="Seed of crops and initial weights."), Option("Training")] = 0
@@ -189,18 +189,18 @@ class AdaptConfig(Settings):
     synthetic: SyntheticSettings = SyntheticSettings()
     losses: LossWeights = LossWeights()
     optimizer: OptimizerSettings = OptimizerSettings()
-    # unet: the paper's; features: heads on the feature network, which learn within hundreds of steps.
+    # unet: the paper's discriminator; features: heads on the feature network, which learn within hundreds of steps.
     discriminator: Literal["unet", "features"] = "features"
-    # Steps of the run in which the discriminator alone learns: the paper's 300 of 100k.
+    # Fraction of the run in which only the discriminator is trained (in the paper: 300 of 100k steps).
     discriminator_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.06
-    # The share of the real images that is kept from training, to judge the result on.
+    # Fraction of the real images that is held out of training to judge the result.
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    # The run ends when so many judgements (one each `checkpoint_every` steps) have brought nothing better.
+    # The run ends after this many judgements (one every `checkpoint_every` steps) without an improvement.
     early_stopping: Literal[False] | Annotated[int, Field(ge=1, strict=True)] = 20
-    # Pairs of the same look, to show true scores beside the judgements; nothing is trained on or chosen by them.
+    # Validation pairs from the same source. Their scores are reported; they influence neither training nor selection.
     val_lr: Annotated[
         Path | None,
-        Field(description="LR images whose HR is in --val-hr: true scores are shown, nothing is chosen by them."),
+        Field(description="LR images of validation pairs; their scores are reported and influence nothing."),
         Option("Input"),
     ] = None
     val_hr: Annotated[
@@ -208,15 +208,15 @@ class AdaptConfig(Settings):
         Field(description="Ground truth of --val-lr, paired by name."),
         Option("Input"),
     ] = None
-    # What to write for other programs, beside the store's entry.
+    # Files for other programs, in addition to the entry in the store.
     export: Annotated[
         tuple[Literal["pth", "onnx"], ...],
-        Field(description="Write the result for other programs, too: pth is BasicSR's form."),
+        Field(description="Also write the weights for other programs; pth is the format of BasicSR."),
         Option("Output", comma_separated=True),
     ] = ()
     checkpoint_every: PositiveInt = 50
     preview_every: PositiveInt = 50
-    tensorboard: bool = False  # log for TensorBoard, too
+    tensorboard: bool = False  # also write TensorBoard events
     device: Device = "auto"
     precision: Precision = "auto"
     offline: Offline = False
@@ -224,12 +224,12 @@ class AdaptConfig(Settings):
     @model_validator(mode="after")
     def _pairs_have_both_sides(self) -> AdaptConfig:
         if (self.val_lr is None) != (self.val_hr is None):
-            raise ValueError("--val-lr DIR and --val-hr DIR belong together")
+            raise ValueError("--val-lr DIR and --val-hr DIR must be given together")
         return self
 
     @model_validator(mode="after")
     def _warmup_leaves_steps(self) -> AdaptConfig:
-        # A run shorter than the warm-up would never distil anything.
+        # A run that is not longer than the warm-up would never use the distillation losses.
         if self.steps <= self.discriminator_warmup_steps + self.generalist.warmup_steps:
             raise ValueError(
                 f"steps {self.steps} leaves nothing after the warm-up of "
@@ -239,12 +239,12 @@ class AdaptConfig(Settings):
 
     @property
     def discriminator_warmup_steps(self) -> int:
-        """Steps at the start in which only the discriminator learns."""
+        """Number of steps at the start in which only the discriminator is trained."""
         return round(self.discriminator_warmup * self.steps)
 
 
 class AdaptFlags(Settings):
-    """Switches of one call, which no file holds."""
+    """Flags of one call, which can't be set in a file."""
 
     resume: Annotated[bool, Field(description="Continue the run of this name from its checkpoint."), Option("Run")] = (
         False
@@ -253,5 +253,5 @@ class AdaptFlags(Settings):
         False
     )
     dry_run: Annotated[
-        bool, Field(description="Check everything, estimate time, memory and disk; write nothing."), Option("Run")
+        bool, Field(description="Check everything and estimate time, memory and disk; write nothing."), Option("Run")
     ] = False

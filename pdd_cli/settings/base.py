@@ -1,4 +1,4 @@
-"""Base of all settings, and the kinds of values that several commands have."""
+"""The base class of all settings, and the types that several commands share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
-# Groups of options, in the order in which help shows them.
+# Groups of options, in the order of the help text.
 Panel = Literal[
     "Input", "Weights", "Source", "Model", "Size", "Metrics", "Comparison", "Method", "Training", "Output", "Run",
     "Computing", "General",
@@ -24,11 +24,11 @@ Panel = Literal[
 
 @dataclass(frozen=True)
 class Option:
-    """How a field appears on the command line; one without it is only for files and `--set`.
+    """How a field appears on the command line. Fields without it can be set in files and by `--set` only.
 
-    `flags`: its names, by default the field's own. `default`: what is done without it, where the value does not say
-    so. `metavar`: the form of the value. `comma_separated`: several values are given as `A,B`. `argument`: it is given
-    by position.
+    `flags`: its names; by default derived from the field's name. `default`: text that describes the default, if the
+    default value doesn't. `metavar`: placeholder of the value in the help. `comma_separated`: several values are given
+    as `A,B`. `argument`: it is a positional argument.
     """
 
     panel: Panel
@@ -39,27 +39,27 @@ class Option:
     argument: bool = False
 
     def names(self, field: str) -> tuple[str, ...]:
-        """The flags of the option of this field."""
+        """The flags of the option for this field."""
         return self.flags or ("--" + field.replace("_", "-"),)
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, unknown keys forbidden, ~ in paths expanded."""
+    """Base class of all settings: frozen, unknown keys are errors, ~ in paths is expanded."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     @field_validator("*")
     @classmethod
-    def _home_isexpanded(cls, value: Any) -> Any:
-        return expanded(value)
+    def _expand_home(cls, value: Any) -> Any:
+        return expand_home(value)
 
 
-def expanded(value: Any) -> Any:
-    """Paths with the home folder for ~, as shells do outside of quotes; of other texts those that begin with ~/."""
+def expand_home(value: Any) -> Any:
+    """Replace ~ by the home folder in a path, a text that starts with ~/, or a tuple of these."""
     if isinstance(value, tuple):
-        return tuple(map(expanded, value))
+        return tuple(map(expand_home, value))
     if isinstance(value, Path):
-        return Path(os.path.expanduser(value))  # noqa: PTH111 - leaves a user that isn't known as it is
+        return Path(os.path.expanduser(value))  # noqa: PTH111 - keeps ~NAME of an unknown user; Path raises
     if isinstance(value, str) and value.startswith(("~/", f"~{os.sep}")):
         return os.path.expanduser(value)  # noqa: PTH111
     return value
@@ -68,7 +68,7 @@ def expanded(value: Any) -> Any:
 Device = Annotated[str, Field(description="auto, cpu, cuda, cuda:N or mps."), Option("Computing", metavar="NAME")]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
-    Field(description="Number format of the model; auto: the fastest here."),
+    Field(description="Number format of the computation; auto: the fastest on this device."),
     Option("Computing"),
 ]
 Offline = Annotated[bool, Field(description="Never use the network."), Option("Computing")]

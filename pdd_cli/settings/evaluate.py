@@ -16,21 +16,21 @@ class EvaluateConfig(Settings):
     sr_dir: Annotated[
         Path | None,
         Field(description="Image or folder to score."),
-        Option("Input", argument=True, metavar="SR_DIR", default="what the latest `pdd upscale` made"),
+        Option("Input", argument=True, metavar="SR_DIR", default="the outputs of the last `pdd upscale`"),
     ] = None
     gt_dir: Annotated[
         Path | None,
-        Field(description="Ground truth (HR originals), image or folder; paired by name."),
+        Field(description="Ground truth (HR originals): image or folder, paired by name."),
         Option("Input"),
     ] = None
     lr_dir: Annotated[
         Path | None,
-        Field(description="The LR inputs, image or folder: adds downscale consistency and colour drift."),
+        Field(description="The LR inputs: image or folder. Adds downscale consistency and colour drift."),
         Option("Input"),
     ] = None
     baseline: Annotated[
         tuple[Path, ...],
-        Field(description="Other SR images of the same inputs to compare with; may be given several times."),
+        Field(description="Other SR images of the same inputs, for comparison; may be given several times."),
         Option("Comparison"),
     ] = ()
     fail_if_worse: Annotated[
@@ -40,12 +40,12 @@ class EvaluateConfig(Settings):
     ] = ()
     dataset: Annotated[
         Literal["realsr", "drealsr", "ntire20", "dped", "videolq"] | None,
-        Field(description="LR and HR images from --root in the layout this data set is published in."),
+        Field(description="Read the LR and HR images of this data set, as published, from --root."),
         Option("Input"),
     ] = None
     root: Annotated[
         Path | None,
-        Field(description="Folder that --dataset was unpacked into."),
+        Field(description="Folder with the unpacked files of --dataset."),
         Option("Input"),
     ] = None
     weights: Annotated[
@@ -58,17 +58,17 @@ class EvaluateConfig(Settings):
     ] = ()
     upscaled_dir: Annotated[
         Path,
-        Field(description="Where --weights puts the images, a folder a model."),
+        Field(description="Folder for the images that --weights makes; one subfolder for each model."),
         Option("Model"),
     ] = Path("upscaled")
     metrics: Annotated[
         tuple[str, ...],
-        Field(min_length=1, description="Metrics of pyiqa, for example niqe,psnr,lpips; `list` shows all."),
+        Field(min_length=1, description="pyiqa metrics, for example niqe,psnr,lpips; `list` prints all."),
         Option("Metrics", comma_separated=True),
     ] = ("niqe",)
     crop_border: Annotated[
         Annotated[int, Field(ge=0)],
-        Field(description="Pixels to leave out at each side."),
+        Field(description="Pixels to ignore at each border."),
         Option("Metrics"),
     ] = 0
     luma: Annotated[
@@ -80,20 +80,20 @@ class EvaluateConfig(Settings):
     ] = "full"
     output: Annotated[
         Path | None,
-        Field(description="Write the report: a page to look at (.html), or all scores (.csv, .json)."),
+        Field(description="Write the report: a web page (.html), or all scores (.csv, .json)."),
         Option("Output", flags=("--output", "-o")),
     ] = None
     device: Device = "auto"
     offline: Offline = False
 
     @model_validator(mode="after")
-    def _what_is_scored_is_clear(self) -> EvaluateConfig:
+    def _check_inputs(self) -> EvaluateConfig:
         if (self.dataset is None) != (self.root is None):
-            raise ValueError("--dataset and --root DIR belong together")
+            raise ValueError("--dataset and --root DIR must be given together")
         if self.dataset is not None and (self.lr_dir is not None or self.gt_dir is not None):
-            raise ValueError("--dataset knows its LR and HR images: leave --lr-dir and --gt-dir out")
+            raise ValueError("--dataset already names LR and HR images: omit --lr-dir and --gt-dir")
         if self.weights and (self.sr_dir is not None or self.baseline):
-            raise ValueError("--weights makes the images to score: leave SR_DIR and --baseline out")
+            raise ValueError("--weights makes the images to score: omit SR_DIR and --baseline")
         if self.weights and self.dataset is None and self.lr_dir is None:
             raise ValueError("--weights needs images to upscale: add --lr-dir DIR, or --dataset NAME --root DIR")
         if len(set(self.weights)) < len(self.weights):

