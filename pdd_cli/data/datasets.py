@@ -162,7 +162,7 @@ def hr_from_real(real: Sequence[RGB], crop: int) -> list[RGB]:
 
 
 def _random_crop(images: Sequence[RGB], size: int, rng: np.random.Generator) -> RGB:
-    """A (size, size, 3) crop of a random image, randomly flipped and transposed. Small images are padded by mirroring."""
+    """A (size, size, 3) crop of a random image, flipped and transposed at random. Small images are mirrored."""
     image = images[int(rng.integers(len(images)))]
     height, width = image.shape[:2]
     if height < size or width < size:
