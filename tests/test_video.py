@@ -737,18 +737,13 @@ def test_a_killed_run_goes_on_and_gives_the_same(tmp_path: Path, weights: Path) 
     assert not list(tmp_path.glob(".pdd-*"))
 
 
-def started(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-    """`pdd upscale` as a process of its own; what it says comes on its standard error."""
+def started(*arguments: object, hold: Hold | None = None, **options: Any) -> subprocess.Popen[str]:
+    """`pdd upscale` in a process of its own, with its messages on standard error."""
     settings = ["--engine", "torch", "--precision", "fp32"]
-    command = [sys.executable, "-X", "faulthandler", "-m", "pdd_cli", "upscale", *map(str, arguments), *settings]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    module = hold.command if hold else ["-m", "pdd_cli"]
+    command = [sys.executable, "-X", "faulthandler", *module, "upscale", *map(str, arguments), *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": hold.path} if hold else {})
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **options)
-
-
-def wait_for_a_part(folder: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not list(folder.glob(".pdd-*/000000.mkv")) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.005)
 
 
 @pytest.mark.slow
@@ -780,14 +775,16 @@ def test_a_full_disk_keeps_the_finished_parts(tmp_path: Path, weights: Path, opt
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("times", [1, 4])
 def test_an_interrupted_run_ends_well_and_goes_on(tmp_path: Path, weights: Path, times: int) -> None:
-    count = PART_FRAMES + 200
+    count = PART_FRAMES + 20
     source = write_video(tmp_path / "in.mp4", rgb_frames(count))
     command = [source, tmp_path / "out.mkv", "--weights", weights, "--lossless"]
-    process = started(*command)
-    wait_for_a_part(tmp_path, process)
+    hold = Hold(tmp_path / "hold", "000001.mkv", 1)  # about to complete the second part
+    process = started(*command, hold=hold)
+    hold.wait(process)
     for _ in range(times):
         process.send_signal(signal.SIGINT)
         time.sleep(0.01)
+    hold.let_go()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "interrupted" in said

@@ -20,6 +20,7 @@ from pdd_cli.adaptation.preview import to_rgb8, upscaled
 from pdd_cli.data.datasets import RGB
 from pdd_cli.errors import InputError, Interrupted, PartialFailure, PddError, ResourceError
 from pdd_cli.files import write_text
+from pdd_cli.interruption import was_raised
 from pdd_cli.models.loading import load_sr_model
 from pdd_cli.reporting.adaptation import ReportImage, RunReport, as_page
 from pdd_cli.reporting.html import window
@@ -69,6 +70,8 @@ def publish(run: Run, store: Store, say: Callable[[str], None], warn: Callable[[
         except PddError as error:
             done.failures.append(error)
         except Exception as error:
+            if was_raised():  # a library has turned Ctrl-C into an error of its own
+                raise KeyboardInterrupt from error
             done.failures.append(PddError(f"a bug in pdd: {type(error).__name__}: {error}", "--debug shows where."))
 
     try:
