@@ -44,6 +44,7 @@ from benchmarks._machine import Timing, describe, in_turn, show, summary
 from pdd_cli.engines.base import Engine, EngineChoice
 from pdd_cli.engines.select import choose_engine
 from pdd_cli.models.loading import load_sr_model
+from pdd_cli.models.wiring import wiring_of
 from pdd_cli.runtime import choose_runtime
 
 REFERENCE = "PyTorch fp32 NCHW"
@@ -178,7 +179,11 @@ def _avx2(arguments: argparse.Namespace, lr: Tensor) -> Callable[[], Tensor]:
 
     model = load_sr_model(arguments.weights)
     state = {key: value.detach().numpy() for key, value in model.module.state_dict().items()}
-    network = Network(state, model.scale, Kernel(AVX2, cpu="haswell", features="", triple=llvm.get_process_triple()))
+    wiring = wiring_of(state)
+    if wiring is None:
+        raise SystemExit(f"{arguments.weights}: the Winograd engine can't compute {model.architecture}")
+    kernel = Kernel(AVX2, cpu="haswell", features="", triple=llvm.get_process_triple())
+    network = Network(wiring, state, kernel)
     pixels = lr[0].permute(1, 2, 0).numpy()
     return lambda: torch.from_numpy(network(pixels).copy()).permute(2, 0, 1)[None]
 

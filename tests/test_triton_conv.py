@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pdd_cli.engines.torch_engine import TorchEngine
 from pdd_cli.models.loading import SRModel
 from pdd_cli.models.rrdbnet import RRDBNet
+from pdd_cli.models.wiring import wiring_of
 from pdd_cli.runtime import Runtime
 from tests.helpers.images import psnr
 
@@ -110,10 +111,12 @@ def test_the_kernels_compile_for_cards_that_are_not_here(architecture: int, monk
 
     tuned = triton_conv._tuned
     monkeypatch.setattr(triton_conv, "_tuned", Compiling())
-    network, lr = RRDBNet(blocks=1), torch.zeros(1, 3, 9, 7)
+    lr = torch.zeros(1, 3, 9, 7)
     monkeypatch.setattr(driver, "_active", Card(architecture))
-    triton_conv.TritonRRDBNet(network, torch.bfloat16)(lr)
-    triton_conv.TritonCompact(SRVGGNetCompact(num_conv=1), torch.float16)(lr)
+    for network, dtype in ((RRDBNet(blocks=1), torch.bfloat16), (SRVGGNetCompact(num_conv=1), torch.float16)):
+        wiring = wiring_of(network.state_dict())
+        assert wiring is not None
+        triton_conv.TritonNetwork(wiring, network.state_dict(), dtype)(lr)
     assert len(kernels) >= 5 * 3 + 6 + 3
     for kernel in set(kernels):
         assert any(sign in kernel.asm["ptx"] for sign in ("mma.sync", "wgmma.mma_async", "tcgen05.mma"))

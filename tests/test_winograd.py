@@ -32,6 +32,7 @@ from pdd_cli.engines.winograd.training_kernel import TrainingEmitter
 from pdd_cli.errors import InputError
 from pdd_cli.models.loading import SRModel, model_from_state
 from pdd_cli.models.rrdbnet import RRDBNet
+from pdd_cli.models.wiring import wiring_of
 from pdd_cli.runtime import Runtime
 from pdd_cli.weights.store import cache_home
 
@@ -73,12 +74,10 @@ def spandrels(state: dict[str, torch.Tensor], lr: np.ndarray) -> np.ndarray:
         return model.model.double().eval()(batch)[0].permute(1, 2, 0).numpy()
 
 
-def arrays(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    return {key: value.numpy() for key, value in state.items()}
-
-
-def scale_of(state: dict[str, torch.Tensor]) -> int:
-    return ModelLoader().load_from_state_dict(dict(state)).scale
+def network_of(state: dict[str, torch.Tensor], kernel: winograd_kernel.Kernel, *, threads: int) -> winograd.Network:
+    wiring = wiring_of(state)
+    assert wiring is not None
+    return winograd.Network(wiring, {key: value.numpy() for key, value in state.items()}, kernel, threads=threads)
 
 
 @pytest.mark.parametrize("cpu", CPUS)
@@ -90,7 +89,7 @@ def test_it_computes_what_spandrels_network_does(name: str, cpu: str, monkeypatc
         pytest.skip(f"this CPU has no {needed}")
     state = state_of(name)
     kernel = winograd_kernel.Kernel(shape, cpu=cpu, features="", triple=llvm.get_process_triple())
-    network = winograd.Network(arrays(state), scale_of(state), kernel, threads=3)
+    network = network_of(state, kernel, threads=3)
     channels = 1 if "gray" in name else 3
     generator = np.random.default_rng(0)
     # One size after another in the same memory: larger, smaller, partial tiles, fewer pixels than a tile.
@@ -264,7 +263,7 @@ def test_threads_of_several_pictures_at_once_do_not_meet() -> None:
 def test_a_thread_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     state, kernel = state_of("compact"), winograd_kernel.kernel()
     assert kernel is not None
-    network = winograd.Network(arrays(state), scale_of(state), kernel, threads=2)
+    network = network_of(state, kernel, threads=2)
     compute, numbers = winograd_kernel.Kernel.__call__, iter(range(2))
 
     def one_fails(self: winograd_kernel.Kernel, *arguments: int) -> None:
@@ -291,7 +290,7 @@ def test_threads_outlive_an_impatient_interruption_with_their_memory(monkeypatch
 
     def twice_interrupted() -> weakref.ref[winograd.Network]:
         state = state_of("compact")
-        network = winograd.Network(arrays(state), scale_of(state), kernel, threads=2)
+        network = network_of(state, kernel, threads=2)
         with contextlib.suppress(KeyboardInterrupt):
             network(np.zeros((16, 16, 3), np.float32))
         return weakref.ref(network)
@@ -312,7 +311,7 @@ def test_a_thread_that_waits_for_another_sleeps(monkeypatch: pytest.MonkeyPatch)
     """Spinning it would take the core from programs beside it, and from the very thread that it waits for."""
     state, kernel = state_of("compact"), winograd_kernel.kernel()
     assert kernel is not None
-    network = winograd.Network(arrays(state), scale_of(state), kernel, threads=2)
+    network = network_of(state, kernel, threads=2)
     lr = np.random.default_rng(0).random((16, 16, 3), np.float32)
     expected = network(lr).copy()
     compute, numbers, used = winograd_kernel.Kernel.__call__, iter(range(2)), []

@@ -8,6 +8,7 @@ enlargement by nearest neighbours is done in reading.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from pdd_cli.models.loading import SRModel
-from pdd_cli.models.rrdbnet import RRDBNet
+from pdd_cli.models.wiring import Convolution, Wiring, wiring_of
 
 # Channels are padded to what tensor cores multiply at once; more than the second number of them don't fit registers.
 _GRANULE = 16
@@ -123,43 +124,38 @@ _tuned = triton.autotune(
 _starting = threading.Lock()
 
 
-class _Convolution:
-    """One layer as `convolve` wants it. Raises ValueError for one that it can't do."""
+class _Layer:
+    """A convolution and its tensors as `convolve` wants them. Raises ValueError for one that it can't do."""
 
-    def __init__(self, layer: nn.Conv2d, dtype: torch.dtype, slope: Tensor | None = None) -> None:
-        self.outputs, inputs = layer.weight.shape[:2]
-        padded = max(_GRANULE, triton.next_power_of_2(self.outputs))
-        if padded > _MOST_OUTPUTS or layer.kernel_size != (3, 3) or layer.bias is None:
-            raise ValueError(layer)
-        missing = padded - self.outputs
-        self.inputs = inputs + -inputs % _GRANULE
-        weight = F.pad(layer.weight.detach().float(), (0, 0, 0, 0, 0, self.inputs - inputs, 0, missing))
-        self.weight = weight.permute(2, 3, 1, 0).reshape(9, self.inputs, padded).to(dtype).contiguous()
-        self.bias = F.pad(layer.bias.detach().float(), (0, missing))
-        self.slope = None
-        if slope is not None:
-            self.slope = F.pad(slope.detach().float().to(weight.device).expand(self.outputs), (0, missing))
+    def __init__(self, convolution: Convolution, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self._convolution = convolution
+        outputs, inputs = convolution.outputs, _whole_granules(convolution.inputs)
+        padded = max(_GRANULE, triton.next_power_of_2(outputs))
+        if padded > _MOST_OUTPUTS or convolution.offset % _GRANULE:
+            raise ValueError(convolution)
+        missing = padded - outputs
+        weight = state[f"{convolution.key}.weight"].detach().float()
+        weight = F.pad(weight, (0, 0, 0, 0, 0, inputs - convolution.inputs, 0, missing))
+        self._weight = weight.permute(2, 3, 1, 0).reshape(9, inputs, padded).to(dtype).contiguous()
+        self._bias = F.pad(state[f"{convolution.key}.bias"].detach().float(), (0, missing))
+        given = convolution.slope
+        slope = state[given].detach().float() if isinstance(given, str) else torch.full((outputs,), given)
+        self._slope = F.pad(slope, (0, missing)).to(weight.device)
 
-    def __call__(
-        self,
-        x: Tensor,
-        out: Tensor,
-        *residuals: Tensor,
-        residual_scale: float = 1.0,
-        upsample: bool = False,
-        border: bool = True,
-    ) -> None:
-        """From (N, h + 2, w + 2, C) into `out`, with h and w doubled if `upsample`, and a border only if `border`."""
-        images, height, width = x.shape[0], (x.shape[1] - 2) << upsample, (x.shape[2] - 2) << upsample
+    def __call__(self, maps: Mapping[str, Tensor]) -> None:
+        """Compute it from the maps (N, h + 2, w + 2, C) that it reads into the one that it writes."""
+        layer = self._convolution
+        x, out = maps[layer.x], maps[layer.out][..., layer.written]
+        images, height, width = x.shape[0], (x.shape[1] - 2) << layer.upsample, (x.shape[2] - 2) << layer.upsample
         count = images * height * width
-        residual1, residual2 = (*residuals, out, out)[:2]
+        residual1, residual2 = (*(maps[name] for name in layer.residuals), out, out)[:2]
         # The tuner isn't made for several threads, and what it starts runs on the current device.
         with _starting, torch.cuda.device_of(x):
             _tuned[lambda config: (triton.cdiv(count, config["PIXELS"]),)](
                 x,
-                self.weight,
-                self.bias,
-                self.bias if self.slope is None else self.slope,
+                self._weight,
+                self._bias,
+                self._slope,
                 residual1,
                 residual2,
                 out,
@@ -170,137 +166,66 @@ class _Convolution:
                 residual1.stride(2),
                 residual2.stride(2),
                 out.stride(2),
-                residual_scale,
-                INPUTS=self.inputs,
-                OUTPUTS=self.weight.shape[2],
-                STORED=self.outputs,
-                UPSAMPLE_LOG2=int(upsample),
-                BORDER=int(border),
-                ACTIVATE=self.slope is not None,
-                RESIDUALS=len(residuals),
+                layer.residual_scale,
+                INPUTS=self._weight.shape[1],
+                OUTPUTS=self._weight.shape[2],
+                STORED=layer.outputs,
+                UPSAMPLE_LOG2=int(layer.upsample),
+                BORDER=int(out.shape[1] > height),
+                ACTIVATE=layer.slope != 1,
+                RESIDUALS=len(layer.residuals),
                 enable_fp_fusion=True,
             )
 
 
-class _Maps:
-    """The feature maps of the last size of input, kept: their borders are zero and stay so."""
+class TritonNetwork(nn.Module):
+    """The forward pass of a network for (N, C, h, w), computed in `dtype` with sums in fp32.
 
-    def __init__(self) -> None:
-        self._of: Any = None
-        self._maps: list[Tensor] = []
+    `state`: the tensors that `wiring` names. Raises ValueError for layers that `convolve` can't compute.
+    """
 
-    def __call__(self, like: Tensor, *sizes: tuple[int, int]) -> list[Tensor]:
-        """For (N, C, h, w) `like` and each (times, channels): (N, times * h + 2, times * w + 2, channels)."""
-        images, _, height, width = like.shape
-        of = (images, height, width, like.dtype, like.device, sizes)
-        if of != self._of:
-            self._of, self._maps = None, []  # freed before the others are made
-            self._maps = [
-                torch.zeros(images, height * n + 2, width * n + 2, channels, dtype=like.dtype, device=like.device)
-                for n, channels in sizes
-            ]
-            self._of = of
-        return self._maps
-
-
-def _inside(pixels: Tensor) -> Tensor:
-    return pixels[:, 1:-1, 1:-1]
-
-
-class TritonRRDBNet(nn.Module):
-    """RRDBNet's forward pass for (N, C, h, w), computed in `dtype` with sums in fp32."""
-
-    def __init__(self, network: RRDBNet, dtype: torch.dtype) -> None:
+    def __init__(self, wiring: Wiring, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         super().__init__()
-        self._dtype, self._unshuffle = dtype, network.unshuffle
-        self._growth = len(network.state_dict()["body.0.rdb1.conv1.bias"])
-        if network.conv_first.out_channels % _GRANULE or self._growth % _GRANULE:
-            raise ValueError("channels that don't fill tensor cores")
-
-        def layer(convolution: nn.Conv2d, *, activate: bool = False) -> _Convolution:
-            return _Convolution(convolution, dtype, torch.tensor(0.2) if activate else None)
-
-        self._first, self._last = layer(network.conv_first), layer(network.conv_last)
-        self._dense = [
-            layer(getattr(block, name), activate=name != "conv5")
-            for residual in network.body
-            for block in residual.children()
-            for name in ("conv1", "conv2", "conv3", "conv4", "conv5")
-        ]
-        self._body = layer(network.conv_body)
-        self._up1, self._up2 = layer(network.conv_up1, activate=True), layer(network.conv_up2, activate=True)
-        self._hr = layer(network.conv_hr, activate=True)
-        self._maps = _Maps()
+        self._wiring, self._dtype = wiring, dtype
+        self._layers = [_Layer(convolution, state, dtype) for convolution in wiring.layers]
+        # The feature maps of the last size of input are kept: their borders are zero and stay so.
+        self._maps: dict[str, Tensor] = {}
+        self._size: Any = None
 
     def forward(self, lr: Tensor) -> Tensor:
         """(N, C, h, w) to (N, C, h*scale, w*scale)."""
-        if self._unshuffle > 1:
-            lr = F.pixel_unshuffle(lr, self._unshuffle)
-        lr = lr.to(self._dtype)
-        features, growth = self._first.outputs, self._growth
-        inputs, dense = self._first.inputs, features + 4 * growth
-        head, first, half, full, hr, *blocks = self._maps(
-            lr, (1, inputs), (1, features), (2, features), (4, features), (4, features), *[(1, dense)] * 3
-        )
-        _inside(head)[..., : lr.shape[1]] = lr.permute(0, 2, 3, 1)
-        self._first(head, first)
-        blocks[0][..., :features] = first
-        for index in range(0, len(self._dense), 5):
-            # Three blocks in turn; the third adds the input of the first, and takes its place.
-            place = index // 5 % 3
-            block, after = blocks[place], blocks[(place + 1) % 3]
-            for number in range(4):
-                self._dense[index + number](block, block[..., features + number * growth :])
-            residuals = (block, after) if place == 2 else (block,)
-            self._dense[index + 4](block, after, *residuals, residual_scale=0.2)
-        self._body(blocks[0], blocks[1], first)
-        self._up1(blocks[1], half, upsample=True)
-        self._up2(half, full, upsample=True)
-        self._hr(full, hr)
-        sr = torch.empty(*_inside(hr).shape[:3], self._last.outputs, dtype=self._dtype, device=lr.device)
-        self._last(hr, sr, border=False)
-        return sr.permute(0, 3, 1, 2)
+        wiring = self._wiring
+        lr = F.pixel_unshuffle(lr, wiring.pixel_unshuffle).to(self._dtype)
+        images, channels, height, width = lr.shape
+        if (lr.shape, lr.device) != self._size:
+            self._maps, self._size = {}, None  # freed before the others are made
+            self._maps = {
+                name: lr.new_zeros(images, height * m.scale + 2, width * m.scale + 2, _whole_granules(m.channels))
+                for name, m in wiring.maps.items()
+                if name != "output"
+            }
+            self._size = (lr.shape, lr.device)
+        self._maps["input"][:, 1:-1, 1:-1, :channels] = lr.permute(0, 2, 3, 1)
+        last = wiring.maps["output"]
+        output = lr.new_empty(images, height * last.scale, width * last.scale, last.channels)
+        maps = {**self._maps, "output": output}
+        for layer in self._layers:
+            layer(maps)
+        sr = F.pixel_shuffle(output.permute(0, 3, 1, 2), wiring.pixel_shuffle)
+        return sr + F.interpolate(lr, scale_factor=wiring.pixel_shuffle) if wiring.global_residual else sr
 
 
-class TritonCompact(nn.Module):
-    """SRVGGNetCompact's forward pass for (N, C, h, w), computed in `dtype` with sums in fp32."""
-
-    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        layers: Any = list(network.body)  # type: ignore[arg-type]
-        slopes = [activation.weight for activation in layers[1::2]]
-        self._layers = [
-            _Convolution(layer, dtype, slope) for layer, slope in zip(layers[::2], [*slopes, None], strict=True)
-        ]
-        self._dtype, self._scale = dtype, int(network.upscale)  # type: ignore[arg-type]
-        self._maps = _Maps()
-
-    def forward(self, lr: Tensor) -> Tensor:
-        """(N, C, h, w) to (N, C, h*scale, w*scale)."""
-        lr = lr.to(self._dtype)
-        first, *_, last = self._layers
-        head, *maps = self._maps(lr, (1, first.inputs), *[(1, last.inputs)] * 2)
-        _inside(head)[..., : lr.shape[1]] = lr.permute(0, 2, 3, 1)
-        x = head
-        for number, layer in enumerate(self._layers[:-1]):
-            layer(x, maps[number % 2])
-            x = maps[number % 2]
-        found = torch.empty(*_inside(x).shape[:3], last.outputs, dtype=self._dtype, device=lr.device)
-        last(x, found, border=False)
-        sr = F.pixel_shuffle(found.permute(0, 3, 1, 2), self._scale)
-        return sr + F.interpolate(lr, scale_factor=self._scale, mode="nearest")
+def _whole_granules(channels: int) -> int:
+    return channels + -channels % _GRANULE
 
 
 def triton_model(model: SRModel, dtype: torch.dtype) -> SRModel | None:
     """`model` with its network computed by `convolve`, on the same device; None for another kind of network."""
-    network = model.module
-    try:
-        if isinstance(network, RRDBNet):
-            made: nn.Module = TritonRRDBNet(network, dtype)
-        elif model.architecture == "RealESRGAN Compact":
-            made = TritonCompact(network, dtype)
-        else:
-            return None
-    except ValueError:  # layers of another kind or number of channels
+    state = model.module.state_dict()
+    wiring = wiring_of(state)
+    if wiring is None:
         return None
-    return replace(model, module=made)
+    try:
+        return replace(model, module=TritonNetwork(wiring, state, dtype))
+    except ValueError:  # a number of channels that it can't compute
+        return None

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pdd_cli.models.wiring import LEAKY_SLOPE, RESIDUAL_SCALE, rrdbnet_size
+
 
 class ActivatedConv2d(nn.Conv2d):
     """A convolution and the LeakyReLU after it, with a slope of 0.2."""
 
-    SLOPE = 0.2
-
     def forward(self, x: Tensor) -> Tensor:
         # In place: the convolution's backward doesn't need its own output, and LeakyReLU's only the result's sign.
-        return F.leaky_relu(super().forward(x), self.SLOPE, inplace=True)
+        return F.leaky_relu(super().forward(x), LEAKY_SLOPE, inplace=True)
 
 
 class ResidualDenseBlock(nn.Module):
@@ -35,7 +36,7 @@ class ResidualDenseBlock(nn.Module):
         parts = [x]
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
             parts.append(conv(torch.cat(parts, 1)))
-        return torch.add(x, self.conv5(torch.cat(parts, 1)), alpha=0.2)
+        return torch.add(x, self.conv5(torch.cat(parts, 1)), alpha=RESIDUAL_SCALE)
 
 
 class ResidualInResidualDenseBlock(nn.Module):
@@ -48,7 +49,7 @@ class ResidualInResidualDenseBlock(nn.Module):
         self.rdb3 = ResidualDenseBlock(features, growth)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.add(x, self.rdb3(self.rdb2(self.rdb1(x))), alpha=0.2)
+        return torch.add(x, self.rdb3(self.rdb2(self.rdb1(x))), alpha=RESIDUAL_SCALE)
 
 
 class RRDBNet(nn.Module):
@@ -120,25 +121,12 @@ def standard_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def rrdbnet_from_state(state: Mapping[str, Tensor]) -> RRDBNet | None:
     """The RRDBNet that `state` (any layout) is for, with its weights; None where it is for another network."""
     state = standard_keys(state)
-    first, last, dense = (
-        state.get(key) for key in ("conv_first.weight", "conv_last.weight", "body.0.rdb1.conv1.weight")
-    )
-    if first is None or last is None or dense is None:
-        return None
-    out_channels = last.shape[0]
-    unshuffle = {1: 1, 4: 2, 16: 4}.get(first.shape[1] // out_channels)
-    if unshuffle is None or first.shape[1] != out_channels * unshuffle**2:
+    size = rrdbnet_size(state)
+    if size is None:
         return None
     # On the meta device nothing is initialised: the weights are assigned below.
     with torch.device("meta"):
-        network = RRDBNet(
-            in_channels=out_channels,
-            out_channels=out_channels,
-            features=first.shape[0],
-            growth=dense.shape[0],
-            blocks=1 + max(int(key.split(".")[1]) for key in state if key.startswith("body.")),
-            unshuffle=unshuffle,
-        )
+        network = RRDBNet(**asdict(size))
     expected = {key: tensor.shape for key, tensor in network.state_dict().items()}
     if expected != {key: tensor.shape for key, tensor in state.items()}:
         return None

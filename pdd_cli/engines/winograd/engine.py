@@ -9,6 +9,7 @@ import numpy as np
 from pdd_cli.engines.base import FloatArray, Usable, spec_of
 from pdd_cli.errors import InputError
 from pdd_cli.imaging.image import Array, from_float, to_float
+from pdd_cli.models.wiring import wiring_of
 from pdd_cli.runtime import Runtime, convert_memory_errors
 
 if TYPE_CHECKING:
@@ -41,11 +42,18 @@ class WinogradEngine:
             from pdd_cli.models.loading import state_sha256
 
             self.model, self.weights_sha256 = spec_of(model), state_sha256(model.module.state_dict())
-            self._state = _state_of(model)
+            self._state = {
+                key: value.detach().float().cpu().numpy() for key, value in model.module.state_dict().items()
+            }
+        wiring = wiring_of(self._state)
         try:
-            self._network = inference.Network(self._state, self.model.scale, compute)
-        except (KeyError, ValueError) as error:
-            raise InputError("--engine winograd: layers that it doesn't know", "Use --engine auto.") from error
+            if wiring is None:
+                raise ValueError("neither RRDBNet nor SRVGGNetCompact")
+            self._network = inference.Network(wiring, self._state, compute)
+        except ValueError as error:
+            raise InputError(
+                f"--engine winograd can't compute this {self.model.architecture} model ({error})", "Use --engine auto."
+            ) from error
         self.bytes_per_pixel = self._network.bytes_per_pixel
         self.runtime = runtime
         self.batch_pixels = 0
@@ -82,13 +90,6 @@ class WinogradEngine:
         if bottom or right:
             lr = np.pad(lr, ((0, bottom), (0, right), (0, 0)), mode="edge")
         return self._network(lr)[: height * self.model.scale, : width * self.model.scale]
-
-
-def _state_of(model: SRModel) -> dict[str, FloatArray]:
-    """The tensors of a network that Winograd's algorithm has a form of. Raises InputError for another."""
-    if model.architecture not in ("RRDBNet", "RealESRGAN Compact"):
-        raise InputError(f"--engine winograd: it has no form of this {model.architecture} model", "Use --engine auto.")
-    return {key: value.detach().float().cpu().numpy() for key, value in model.module.state_dict().items()}
 
 
 def _loaded(exported: bytes) -> dict[str, FloatArray]:

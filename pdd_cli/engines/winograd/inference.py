@@ -7,13 +7,11 @@ nothing is concatenated. The last layers, at full size, are computed in strips.
 
 from __future__ import annotations
 
-import functools
 import math
 import mmap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +27,7 @@ from pdd_cli.engines.winograd.kernel import (
     pause_address,
     tiles_along,
 )
+from pdd_cli.models.wiring import Convolution, Wiring
 from pdd_cli.runtime import usable_cpus
 
 FloatArray = npt.NDArray[np.float32]
@@ -38,59 +37,49 @@ _STRIP = 1 << 26  # bytes of a layer at full size that is computed in strips
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A convolution by its name, and where it reads and writes: maps by name, `at` in blocks."""
+    """A convolution as it is computed: `inputs` in whole blocks, `outputs` in whole products."""
 
-    name: str
+    convolution: Convolution
+    inputs: int
     outputs: int
-    deep: int  # inputs and outputs as computed: whole blocks, whole products
-    wide: int
-    slope: Any  # of each output where it is negative
-    x: str
-    out: str
-    at: int = 0
-    residuals: tuple[str, ...] = ()
-    residual_scale: float = 1.0
-    upsample: bool = False
-    addresses: dict[str, int] = field(default_factory=dict)  # of weight (36, wide / group, deep, group), bias, slope
+    addresses: dict[str, int]  # of weight (36, outputs / group, inputs, group), bias, slope
 
     @property
     def size(self) -> int:
         """Floats of weight, bias and slope."""
-        return (PLACES * self.deep + 2) * self.wide
-
-
-@dataclass(frozen=True)
-class _Map:
-    times: int  # as high and wide as the input
-    channels: int
-    whole: bool = True  # or some rows of it at a time
+        return (PLACES * self.inputs + 2) * self.outputs
 
 
 @dataclass(frozen=True, eq=False)
 class _Pass:
-    """Layers one after the other, as the kernel reads them; of the maps that aren't `whole` the rows in `spans`."""
+    """Layers one after the other, as the kernel reads them; of the maps in strips the rows in `spans`."""
 
     program: npt.NDArray[np.int64]
     spans: Mapping[str, tuple[int, int]]
 
 
 class Network:
-    """The forward pass of an RRDBNet or SRVGGNetCompact.
+    """The forward pass of a network.
 
-    `state`: its tensors by the names of `models.rrdbnet` and of Real-ESRGAN's SRVGGNetCompact, fp32. `scale`: what it
-    enlarges by. Raises KeyError or ValueError for the tensors of another network, MemoryError.
+    `state`: the tensors that its `wiring` names, fp32. Raises ValueError where channels don't fill blocks, MemoryError.
     """
 
-    def __init__(self, state: Mapping[str, FloatArray], scale: int, kernel: Kernel, *, threads: int | None = None):
-        self._kernel, self._scale = kernel, scale
+    def __init__(self, wiring: Wiring, state: Mapping[str, FloatArray], kernel: Kernel, *, threads: int | None = None):
+        if any(layer.offset % BLOCK for layer in wiring.layers):
+            raise ValueError("channels that don't fill a block")
+        self._wiring, self._kernel = wiring, kernel
         self._threads = threads or usable_cpus()
         self._pool = ThreadPoolExecutor(self._threads, "winograd")
-        self._layers: list[_Layer] = []
-        self._maps: dict[str, _Map] = {}
-        if "conv_first.weight" in state:
-            self._read_rrdbnet(state)
-        else:
-            self._read_compact(state)
+        group = kernel.shape.group
+        self._layers = [
+            _Layer(layer, _blocks(layer.inputs) * BLOCK, -(-layer.outputs // group) * group, {})
+            for layer in wiring.layers
+        ]
+        # The layers at full size, where that is larger than the input's, are computed in strips.
+        scale = wiring.maps["output"].scale
+        tail = [layer for layer in wiring.layers if wiring.maps[layer.out].scale == scale > 1]
+        self._tail = len(tail)
+        self._strips = {layer.out for layer in tail[:-1]}
         self._transform_weights(state)
         self._scratch = [_memory(self._most_scratch()) for _ in range(self._threads)]
         self._arena = np.empty(0, np.float32)
@@ -99,35 +88,27 @@ class Network:
     @property
     def bytes_per_pixel(self) -> int:
         """Bytes of the whole feature maps, per LR pixel."""
-        whole = [a_map for a_map in self._maps.values() if a_map.whole]
-        return sum(4 * a_map.times**2 * _blocks(a_map.channels) * BLOCK for a_map in whole)
+        whole = [a_map for name, a_map in self._wiring.maps.items() if name not in self._strips]
+        return sum(4 * a_map.scale**2 * _blocks(a_map.channels) * BLOCK for a_map in whole)
 
     def __call__(self, lr: FloatArray) -> FloatArray:
         """(h, w, C) in 0..1, h and w multiples of what the network needs, to (h*scale, w*scale, C), not clamped.
 
         The result is overwritten by the next call.
         """
-        lr = _unshuffled(lr, self._unshuffle)
+        lr = _unshuffled(lr, self._wiring.pixel_unshuffle)
         height, width = lr.shape[:2]
         if (height, width) != self._size:
             self._lay_out(height, width)
-        for block, channels in zip(_inside(self._found["head"], height, width), _parts(lr), strict=True):
+        for block, channels in zip(_inside(self._found["input"], height, width), _parts(lr), strict=True):
             block[..., : channels.shape[2]] = channels
         for one in self._passes:
             for name, (first, end) in one.spans.items():
                 self._found[name][:, end - first + 1 :] = 0  # there may be rows of the pass before
             self._compute(one)
-        return self._finish(lr, self._found["out"])
+        return self._finish(lr, self._found["output"])
 
     # Layers to compute.
-
-    def _add(self, state: Mapping[str, FloatArray], name: str, x: str, out: str, slope: Any = 1.0, **more: Any) -> None:
-        outputs, inputs, *sides = state[f"{name}.weight"].shape
-        if sides != [3, 3]:
-            raise ValueError(name)
-        group = self._kernel.shape.group
-        deep, wide = _blocks(inputs) * BLOCK, -(-outputs // group) * group
-        self._layers.append(_Layer(name, outputs, deep, wide, slope, x, out, **more))
 
     def _transform_weights(self, state: Mapping[str, FloatArray]) -> None:
         """Put the weights, transformed, and biases and slopes of all layers into one piece of memory."""
@@ -135,80 +116,34 @@ class Network:
         whole = _memory(4 * int(ends[-1]))
 
         def fill(layer: _Layer, end: int) -> None:
+            convolution = layer.convolution
             weight, bias, slope = np.split(
-                whole[end - layer.size : end], [layer.size - 2 * layer.wide, layer.size - layer.wide]
+                whole[end - layer.size : end], [layer.size - 2 * layer.outputs, layer.size - layer.outputs]
             )
-            bias[: layer.outputs] = state[f"{layer.name}.bias"]
-            slope[: layer.outputs] = layer.slope
-            given = state[f"{layer.name}.weight"]
-            taps = np.zeros((9, layer.deep, layer.wide), np.float32)
-            taps[:, : given.shape[1], : layer.outputs] = given.reshape(*given.shape[:2], 9).transpose(2, 1, 0)
-            self._kernel.transform(taps.ctypes.data, layer.deep, layer.wide, weight.ctypes.data)
+            bias[: convolution.outputs] = state[f"{convolution.key}.bias"]
+            given = convolution.slope
+            slope[: convolution.outputs] = state[given] if isinstance(given, str) else given
+            taps = np.zeros((9, layer.inputs, layer.outputs), np.float32)
+            taps[:, : convolution.inputs, : convolution.outputs] = (
+                state[f"{convolution.key}.weight"]
+                .reshape(convolution.outputs, convolution.inputs, 9)
+                .transpose(2, 1, 0)
+            )
+            self._kernel.transform(taps.ctypes.data, layer.inputs, layer.outputs, weight.ctypes.data)
             layer.addresses.update(weight=weight.ctypes.data, bias=bias.ctypes.data, slope=slope.ctypes.data)
 
         list(self._pool.map(fill, self._layers, ends))
         self._weights = whole
 
-    def _read_rrdbnet(self, state: Mapping[str, FloatArray]) -> None:
-        features, inputs = state["conv_first.weight"].shape[:2]
-        growth, outputs = state["body.0.rdb1.conv1.weight"].shape[0], state["conv_last.weight"].shape[0]
-        self._unshuffle = math.isqrt(inputs // outputs)
-        if features % BLOCK or growth % BLOCK:
-            raise ValueError("channels that don't fill a block")
-        blocks = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("body."))
-        dense = ("dense0", "dense1", "dense2")
-        self._maps = {
-            "head": _Map(1, inputs), "first": _Map(1, features),
-            **dict.fromkeys(dense, _Map(1, features + 4 * growth)),
-            "half": _Map(2, features), "full": _Map(4, features, whole=False),
-            "hr": _Map(4, features, whole=False), "out": _Map(4, outputs),
-        }  # fmt: skip
-        self._tail = 3
-        add = functools.partial(self._add, state)
-        add("conv_first", "head", "first")
-        add("conv_first", "head", "dense0")
-        for number in range(3 * blocks):
-            # Three blocks in turn; the third adds the input of the first, and takes its place.
-            name = f"body.{number // 3}.rdb{number % 3 + 1}"
-            block, after = dense[number % 3], dense[(number + 1) % 3]
-            for index in range(4):
-                at = (features + index * growth) // BLOCK
-                add(f"{name}.conv{index + 1}", block, block, 0.2, at=at)
-            residuals = (block, after) if number % 3 == 2 else (block,)
-            add(f"{name}.conv5", block, after, residuals=residuals, residual_scale=0.2)
-        add("conv_body", "dense0", "dense1", residuals=("first",))
-        add("conv_up1", "dense1", "half", 0.2, upsample=True)
-        add("conv_up2", "half", "full", 0.2, upsample=True)
-        add("conv_hr", "full", "hr", 0.2)
-        add("conv_last", "hr", "out")
-
-    def _read_compact(self, state: Mapping[str, FloatArray]) -> None:
-        self._unshuffle = 1
-        self._tail = 0
-        count = 1 + max(int(key.split(".")[1]) for key in state)
-        features, inputs = state["body.0.weight"].shape[:2]
-        last = f"body.{count - 1}"
-        outputs = state[f"{last}.weight"].shape[0]
-        self._maps = {
-            "head": _Map(1, inputs), "even": _Map(1, features), "odd": _Map(1, features), "out": _Map(1, outputs)
-        }  # fmt: skip
-        x = "head"
-        for index in range(0, count - 1, 2):
-            out = "even" if index % 4 == 0 else "odd"
-            self._add(state, f"body.{index}", x, out, state[f"body.{index + 1}.weight"])
-            x = out
-        self._add(state, last, x, "out")
-
     def _finish(self, lr: FloatArray, out: FloatArray) -> FloatArray:
         """What the network gives, from its last layer's map."""
         height, width = lr.shape[:2]
-        times = self._maps["out"].times
-        channels = self._maps["out"].channels
-        found = _inside(out, height * times, width * times)
-        if times > 1:
+        scale, channels = self._wiring.maps["output"].scale, self._wiring.maps["output"].channels
+        found = _inside(out, height * scale, width * scale)
+        if not self._wiring.global_residual:
             return found[0, ..., :channels]
-        # The compact network's end: pixels shuffled, and the input enlarged by nearest neighbours added.
-        scale, colours = self._scale, channels // self._scale**2
+        scale = self._wiring.pixel_shuffle
+        colours = channels // scale**2
         sr = np.empty((height, scale, width, scale, colours), np.float32)
 
         rows = max(1, SCRATCH // (4 * channels * width))  # that stay in a thread's cache
@@ -227,14 +162,13 @@ class Network:
 
     def _lay_out(self, height: int, width: int) -> None:
         """The maps for this size, in one piece of memory that is kept, and the passes that refer to them."""
-        row = max(
-            (4 * width * a_map.times * a_map.channels for a_map in self._maps.values() if not a_map.whole), default=1
-        )
+        maps = self._wiring.maps
+        row = max((4 * width * maps[name].scale * maps[name].channels for name in self._strips), default=1)
         strip = max(64, _STRIP // row // 2 * 2)
         shapes = {}
-        for name, a_map in self._maps.items():
-            high, wide = height * a_map.times, width * a_map.times
-            high = high if a_map.whole else min(high, strip + 2 * self._tail)
+        for name, a_map in maps.items():
+            high, wide = height * a_map.scale, width * a_map.scale
+            high = min(high, strip + 2 * self._tail) if name in self._strips else high
             shapes[name] = (_blocks(a_map.channels), tiles_along(high) * TILE + 2, tiles_along(wide) * TILE + 2, BLOCK)
         sizes = [math.prod(shape) for shape in shapes.values()]
         if sum(sizes) > self._arena.size:
@@ -246,18 +180,17 @@ class Network:
             for (name, shape), size, end in zip(shapes.items(), sizes, np.cumsum(sizes), strict=True)
         }
         for name, found in self._found.items():
-            a_map = self._maps[name]
-            below = height * a_map.times + 1 if a_map.whole else found.shape[1]
-            for border in (found[:, 0], found[:, below:], found[:, :, 0], found[:, :, width * a_map.times + 1 :]):
+            below = found.shape[1] if name in self._strips else height * maps[name].scale + 1
+            for border in (found[:, 0], found[:, below:], found[:, :, 0], found[:, :, width * maps[name].scale + 1 :]):
                 border[:] = 0
-        self._found["head"][:] = 0  # its channels aren't all written
+        self._found["input"][:] = 0  # its channels aren't all written
         self._passes = [self._pass(self._layers[: len(self._layers) - self._tail], height, width)]
-        last = height * self._maps["out"].times
+        last = height * maps["output"].scale
         for first in range(0, last if self._tail else 0, strip):
             # Each layer has one more row above and below than what the next one reads it for.
             low, high, spans = first, min(first + strip, last), {}
             for layer in reversed(self._layers[-self._tail :]):
-                spans[layer.out] = low, high
+                spans[layer.convolution.out] = low, high
                 low, high = max(low - 1, 0), min(high + 1, last)
             self._passes.append(self._pass(self._layers[-self._tail :], height, width, spans))
         self._size = (height, width)
@@ -268,45 +201,47 @@ class Network:
         """`layers` for an input of this size; in `spans`, by the map that they write, of some rows only."""
         spans = spans or {}
         rows = [self._row(layer, height, width, spans) for layer in layers]
-        return _Pass(
-            np.array(rows, np.int64), {name: span for name, span in spans.items() if not self._maps[name].whole}
-        )
+        return _Pass(np.array(rows, np.int64), {name: span for name, span in spans.items() if name in self._strips})
 
     def _row(self, layer: _Layer, height: int, width: int, spans: Mapping[str, tuple[int, int]]) -> list[int]:
         """`layer` as the kernel reads it."""
-        times = self._maps[layer.out].times
-        width *= times
-        first, end = spans.get(layer.out, (0, height * times))
+        convolution = layer.convolution
+        scale = self._wiring.maps[convolution.out].scale
+        width *= scale
+        first, end = spans.get(convolution.out, (0, height * scale))
 
         def origin(name: str) -> int:
             """The image's row that is the first in a map."""
-            return 0 if self._maps[name].whole else spans[name][0]
+            return spans[name][0] if name in self._strips else 0
 
-        x, out = self._found[layer.x], self._found[layer.out]
-        residual1, residual2 = (*(self._found[name] for name in layer.residuals), out, out)[:2]
+        x, out = self._found[convolution.x], self._found[convolution.out]
+        residual1, residual2 = (*(self._found[name] for name in convolution.residuals), out, out)[:2]
         values = layer.addresses | {
             "height": end - first,
             "width": width,
             "columns": tiles_along(width),
             "tiles": tiles_along(end - first) * tiles_along(width),
-            "tiles_per_batch": self._kernel.shape.tiles_per_batch(layer.deep, layer.wide),
-            "inputs": layer.deep,
-            "outputs": layer.wide,
-            "stored": _blocks(layer.outputs) * BLOCK,
-            "upsample_log2": int(layer.upsample),
-            "residuals": len(layer.residuals),
-            "residual_scale": int(np.float32(layer.residual_scale).view(np.uint32)),
+            "tiles_per_batch": self._kernel.shape.tiles_per_batch(layer.inputs, layer.outputs),
+            "inputs": layer.inputs,
+            "outputs": layer.outputs,
+            "stored": _blocks(convolution.outputs) * BLOCK,
+            "upsample_log2": int(convolution.upsample),
+            "residuals": len(convolution.residuals),
+            "residual_scale": int(np.float32(convolution.residual_scale).view(np.uint32)),
         }
         for name, found in (("x", x), ("residual1", residual1), ("residual2", residual2), ("out", out)):
             values |= {name: found.ctypes.data, f"{name}_plane": found[0].size, f"{name}_row": found[0, 0].size}
-        values["x"] = x[:, (first >> layer.upsample) - origin(layer.x) :].ctypes.data
-        values["out"] = out[layer.at :, first - origin(layer.out) :].ctypes.data
+        values["x"] = x[:, (first >> convolution.upsample) - origin(convolution.x) :].ctypes.data
+        values["out"] = out[convolution.offset // BLOCK :, first - origin(convolution.out) :].ctypes.data
         return [values[name] for name in FIELDS]
 
     def _most_scratch(self) -> int:
         """Bytes."""
         shape = self._kernel.shape
-        tiles = (shape.tiles_per_batch(layer.deep, layer.wide) * (layer.deep + layer.wide) for layer in self._layers)
+        tiles = (
+            shape.tiles_per_batch(layer.inputs, layer.outputs) * (layer.inputs + layer.outputs)
+            for layer in self._layers
+        )
         return 4 * PLACES * (2 * GAP + max(tiles))
 
     def _compute(self, one: _Pass) -> None:

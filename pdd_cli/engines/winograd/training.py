@@ -32,6 +32,7 @@ from pdd_cli.engines.winograd.training_kernel import (
     TrainingEmitter,
 )
 from pdd_cli.models.rrdbnet import ActivatedConv2d, ResidualDenseBlock
+from pdd_cli.models.wiring import LEAKY_SLOPE, dense_block
 from pdd_cli.runtime import usable_cpus
 
 _SHARED = 1 << 22  # bytes of a dense block's maps, of the images that go through it together
@@ -96,7 +97,7 @@ class WinogradConv2d(_Winograd):
 class WinogradActivatedConv2d(_Winograd, ActivatedConv2d):
     """ActivatedConv2d of 3x3 taps."""
 
-    slope = ActivatedConv2d.SLOPE
+    slope = LEAKY_SLOPE
 
 
 _FASTER: dict[type, type] = {nn.Conv2d: WinogradConv2d, ActivatedConv2d: WinogradActivatedConv2d}
@@ -162,18 +163,19 @@ class _DenseBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         weights, biases = parameters[::2], parameters[1::2]
-        features, growth = x.shape[1], weights[0].shape[0]
-        whole, out = _like(x, features + 4 * growth), _like(x, features)
-        whole[:, :features] = x
+        *dense, last = dense_block(x.shape[1], weights[0].shape[0])
+        whole, out = _like(x, last.inputs), torch.empty_like(x)
+        whole[:, : x.shape[1]] = x
         program = _Program()
         filters = [program.transform(weight) for weight in weights]
         for images in _some_images(whole):
             some = whole[images]
-            for index in range(4):
-                read = features + index * growth
-                new = some[:, read : read + growth]
-                program.convolve(some[:, :read], filters[index], new, bias=biases[index], slope=ActivatedConv2d.SLOPE)
-            program.convolve(some, filters[4], out[images], bias=biases[4], residual1=x[images], residual_scale=0.2)
+            for layer, by, bias in zip(dense, filters, biases, strict=False):
+                new = some[:, layer.written]
+                program.convolve(some[:, : layer.inputs], by, new, bias=bias, slope=LEAKY_SLOPE)
+            program.convolve(
+                some, filters[4], out[images], bias=biases[4], residual1=x[images], residual_scale=last.residual_scale
+            )
         program.run()
         ctx.save_for_backward(whole, *weights)
         return out
@@ -182,33 +184,29 @@ class _DenseBlock(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         whole, *weights = ctx.saved_tensors
-        growth = weights[0].shape[0]
-        features = whole.shape[1] - 4 * growth
-        reads = [slice(features + index * growth) for index in range(5)]  # the channels that each convolution reads
-        written = [slice(read.stop, read.stop + growth) for read in reads[:4]]  # the channels that the first four write
+        *dense, last = dense_block(weights[4].shape[0], weights[0].shape[0])
         gradient = _plain(gradient)
-        last = gradient * 0.2
+        of_last = gradient * last.residual_scale
         of_whole = torch.empty_like(whole)
         of_weights = [torch.empty_like(weight) for weight in weights] if any(ctx.needs_input_grad[1:]) else []
         program = _Program()
         filters = [program.transform_back(weight) for weight in weights]
         for images in _some_images(whole):
             some, of_some = whole[images], of_whole[images]
-            program.convolve(last[images], filters[4], of_some)
-            for index in (3, 2, 1, 0):
-                arrived = of_some[:, written[index]]
-                program.gate(some[:, written[index]], arrived, arrived, ActivatedConv2d.SLOPE)
-                of_read = of_some[:, reads[index]]
-                program.convolve(arrived, filters[index], of_read, residual1=of_read)
-            for index, of_weight in enumerate(of_weights):
-                arrived = of_some[:, written[index]] if index < 4 else last[images]
-                program.correlate(some[:, reads[index]], arrived, of_weight, add=images.start > 0)
+            program.convolve(of_last[images], filters[4], of_some)
+            for layer, by in reversed(list(zip(dense, filters, strict=False))):
+                of_out, of_read = of_some[:, layer.written], of_some[:, : layer.inputs]
+                program.gate(some[:, layer.written], of_out, of_out, LEAKY_SLOPE)
+                program.convolve(of_out, by, of_read, residual1=of_read)
+            of_outs = [*(of_some[:, layer.written] for layer in dense), of_last[images]]
+            for layer, of_out, of_weight in zip([*dense, last], of_outs, of_weights, strict=False):
+                program.correlate(some[:, : layer.inputs], of_out, of_weight, add=images.start > 0)
         program.run()
         found: list[Tensor | None] = [None] * 10
         if of_weights:
             found[::2] = of_weights
-            found[1::2] = [*(of_whole[:, channels].sum((0, 2, 3)) for channels in written), last.sum((0, 2, 3))]
-        return (of_whole[:, :features] + gradient, *found)
+            found[1::2] = [*(of_whole[:, layer.written].sum((0, 2, 3)) for layer in dense), of_last.sum((0, 2, 3))]
+        return (of_whole[:, : last.outputs] + gradient, *found)
 
 
 @dataclass(frozen=True)
