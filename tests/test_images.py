@@ -20,7 +20,7 @@ import pytest
 import tifffile
 from PIL import Image, ImageCms, ImageOps
 
-from benchmarks.fuzz import handmade
+from benchmarks.robustness.fuzz import handmade
 from pdd_cli.errors import InputError, PddError
 from pdd_cli.imaging import png
 from pdd_cli.imaging.decode import decode_pages, image_size, read_image

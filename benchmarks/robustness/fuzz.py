@@ -1,7 +1,7 @@
 """Upscales a folder of damaged and hostile images: none may crash, hang or take much memory, each must be reported.
 
-Usage: python benchmarks/fuzz.py WORK_FOLDER [IMAGE...] [--files 300] [--weights realesr-animevideo] [--memory 2G]
-Writes the files into WORK_FOLDER/in: mutations of small images of every format (from the IMAGEs, or generated), and
+Usage: python benchmarks/robustness/fuzz.py WORK [IMAGE...] [--files 300] [--weights realesr-animevideo] [--memory 2G]
+Writes the files into WORK/in: mutations of small images of every format (from the IMAGEs, or generated), and
 hand-made ones (huge declared sizes, decompression bombs, loops, other kinds of files). Runs `pdd upscale` once on all.
 Prints a table by kind, and exits with 1 where a file has no result or no reason, takes over 10 s, or the process
 takes more than --memory or dies.

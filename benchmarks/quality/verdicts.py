@@ -1,10 +1,10 @@
 """Is the verdict of `adapt` right? Runs of which some are sabotaged, against the truth known from held-out pairs.
 
-    python -m benchmarks.verdicts DATA --base realesrgan.safetensors --other DATA/realset65
+    python -m benchmarks.quality.verdicts DATA --base realesrgan.safetensors --other DATA/realset65
 
-DATA is as for `benchmarks.adapt_domains`. A result is better in truth where, on the held-out pairs, PSNR is higher
-*and* the feature distance lower than the base's, at the strength that the verdict recommends (at full strength where
-it rejects). One JSON line a run, then a table.
+DATA is as for `benchmarks.quality.adapt_domains`. A result is better in truth where, on the held-out pairs, PSNR is
+higher *and* the feature distance lower than the base's, at the strength that the verdict recommends (at full strength
+where it rejects). One JSON line a run, then a table.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import torch
 
-from benchmarks.adapt_domains import Pairs, load_pairs, score
+from benchmarks.quality.adapt_domains import Pairs, load_pairs, score
 from pdd_cli.adaptation.loop import train
 from pdd_cli.adaptation.prepare import Run, WeightFiles, prepare_run
 from pdd_cli.data.datasets import RGB, Batch, CropSampler, read_folder

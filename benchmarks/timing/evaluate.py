@@ -1,6 +1,6 @@
 """Images per second of `pdd evaluate`'s scoring against the obvious loop over pyiqa's metrics, on the same files.
 
-Usage: python benchmarks/evaluate.py [--pairs 24] [--loop-pairs 24] [--side 1000] [--metrics psnr ssim niqe]
+Usage: python benchmarks/timing/evaluate.py [--pairs 24] [--loop-pairs 24] [--side 1000] [--metrics psnr ssim niqe]
        [--repeat 1]
 Makes pairs of images (sums of waves with grain, PNG), scores them in both ways (the loop only the first --loop-pairs
 of them), and prints for both the rate and the processor time an image, how much memory was held on the way, and the

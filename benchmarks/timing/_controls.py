@@ -1,6 +1,6 @@
 """What users have without pdd: the usual tile loop over a folder, in plain PyTorch or with OpenVINO driven directly.
 
-    python -m benchmarks._controls fp32|fp16|bf16|compile|openvino WEIGHTS IN OUT [--tile 0] [--ir FILE] [--device cpu]
+    python -m benchmarks.timing._controls fp32|fp16|bf16|compile|openvino WEIGHTS IN OUT [--tile 0] [--ir FILE]
 
 Nothing of pdd is used here: spandrel's network, Pillow, the tile loop that Real-ESRGAN's scripts have (tiles of N LR
 pixels, each seen with 10 more around it, pasted without blending), PNG.

@@ -1,6 +1,6 @@
 """Does adapting help? The method and its controls on a domain with held-out ground truth, at equal steps and data.
 
-    python -m benchmarks.adapt_domains DATA --base realesrgan.safetensors --steps 120 --seeds 0 1
+    python -m benchmarks.quality.adapt_domains DATA --base realesrgan.safetensors --steps 120 --seeds 0 1
 
 DATA holds `camera_b/{train_lr,test_lr,test_hr}`, `hr_photos`, `features/vgg16_features_fp16.safetensors`. The truth is
 for scoring only. Every variant is scored as its last weights, half-way between base and those, and as its EMA, so that

@@ -1,6 +1,6 @@
 """What `pdd upscale` keeps of image files, checked by exiftool and ImageMagick, which pdd doesn't use.
 
-Usage: python benchmarks/roundtrip.py FOLDER [IMAGE...]     (needs Debian's libimage-exiftool-perl and imagemagick)
+Usage: python benchmarks/robustness/roundtrip.py FOLDER [IMAGE...]  (needs exiftool and ImageMagick)
 Writes generated files of every mode, depth, format and metadata into FOLDER/in (and the real IMAGEs), upscales them
 with a network that repeats each pixel, and prints a table: what went in, what came out, and what differs without
 being documented in docs/upscale.md. Exits with 1 where something does.

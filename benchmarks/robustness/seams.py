@@ -1,6 +1,6 @@
 """How close `pdd upscale` comes to the whole-image fp32 forward pass of spandrel, and whether tiles leave seams.
 
-Usage: python benchmarks/seams.py WEIGHTS_FILE IMAGE... [--tile 96 128 0] [--engine torch] [--precision fp32 bf16]
+Usage: python benchmarks/robustness/seams.py WEIGHTS_FILE IMAGE... [--tile 96 128 0] [--engine torch] [--precision fp32]
 Prints, per image and setting, the PSNR of the 8-bit result to spandrel's; and, against pdd's own result for the whole
 image, what tiles alone change: the PSNR of the worst 16 x 16 LR pixels, and the largest jump of the difference from
 one output row or column to the next (mean over the line, levels of 255) where tiles meet and elsewhere. A seam would

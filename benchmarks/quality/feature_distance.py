@@ -1,6 +1,6 @@
 """How far SR images are from their ground truth in a perceptual feature space; the lower, the more alike.
 
-    python benchmarks/feature_distance.py WEIGHTS GT_DIR SR_DIR [SR_DIR …]
+    python benchmarks/quality/feature_distance.py WEIGHTS GT_DIR SR_DIR [SR_DIR …]
 
 WEIGHTS is a file of VGG-16's convolutions. The distance is that of `pdd_cli/iqa/feature_distance.py`.
 """

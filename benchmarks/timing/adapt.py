@@ -1,6 +1,6 @@
 """How fast a step of `pdd adapt` is beside the same step as the paper's code does it, and whether both learn the same.
 
-    python -m benchmarks.adapt DATA --base realesrgan.safetensors [--batch-size 2] [--steps 50] [--synchronise] [--avx2]
+    python -m benchmarks.timing.adapt DATA --base realesrgan.safetensors [--batch-size 2] [--steps 50] [--avx2]
 
 Three trainings from the same weights on the same crops, a step of one after a step of the others: pdd's loop, the same
 with PyTorch's convolutions alone (where pdd has others), and a control of its own: fp32 NCHW, eager; spandrel's network
@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from llvmlite.binding import get_process_triple
 from torch import Tensor, nn
 
-from benchmarks._controls import network
-from benchmarks._machine import describe, show, summary, wait
+from benchmarks.timing._controls import network
+from benchmarks.timing._machine import describe, show, summary, wait
 from pdd_cli.adaptation.checkpoint import TrainState
 from pdd_cli.adaptation.loop import batch_source
 from pdd_cli.adaptation.prepare import Run, WeightFiles, prepare_run

@@ -1,9 +1,9 @@
 """How fast `pdd upscale` is, beside what people would otherwise use, on this machine.
 
-    python -m benchmarks.upscale model WEIGHTS --images DIR [--side 128 | --size 320x180] [--rounds 5]
-    python -m benchmarks.upscale profile WEIGHTS --images DIR [--size 320x180]
-    python -m benchmarks.upscale command WEIGHTS --images DIR [--count 10] [--side 192] [--rounds 3]
-    python -m benchmarks.upscale start WEIGHTS --images DIR [--rounds 5]
+    python -m benchmarks.timing.upscale model WEIGHTS --images DIR [--side 128 | --size 320x180] [--rounds 5]
+    python -m benchmarks.timing.upscale profile WEIGHTS --images DIR [--size 320x180]
+    python -m benchmarks.timing.upscale command WEIGHTS --images DIR [--count 10] [--side 192] [--rounds 3]
+    python -m benchmarks.timing.upscale start WEIGHTS --images DIR [--rounds 5]
 
 `model`: one forward pass of a tile, every variant in turn; frames/s count LR frames of 320 x 180, whatever the size;
 "together" are `--together` frames at once, by default as many as keep the device busy. `profile`: what the time of such
@@ -39,8 +39,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import _controls
-from benchmarks._machine import Timing, describe, in_turn, show, summary
+from benchmarks.timing import _controls
+from benchmarks.timing._machine import Timing, describe, in_turn, show, summary
 from pdd_cli.engines.base import Engine, EngineChoice
 from pdd_cli.engines.select import choose_engine
 from pdd_cli.models.loading import load_sr_model
@@ -283,7 +283,16 @@ def _command_variants(session: Session) -> Iterator[tuple[str, list[str]]]:
     python, weights = sys.executable, str(arguments.weights)
 
     def control(kind: str) -> list[str]:
-        loop = [python, "-m", "benchmarks._controls", kind, "--tile", str(arguments.tile), "--device", str(device)]
+        loop = [
+            python,
+            "-m",
+            "benchmarks.timing._controls",
+            kind,
+            "--tile",
+            str(arguments.tile),
+            "--device",
+            str(device),
+        ]
         return [*loop, weights, str(inputs)]
 
     yield REFERENCE, control("fp32")

@@ -1,6 +1,6 @@
 """OpenVINO driven directly, as its guide has it: a model that was converted before, its cache, a loop over a folder.
 
-    python benchmarks/_openvino_script.py MODEL.xml CACHE_DIR f32|bf16 IN OUT
+    python benchmarks/timing/_openvino_script.py MODEL.xml CACHE_DIR f32|bf16 IN OUT
 
 Imports nothing else that takes time: what a user gets who writes the script himself.
 """

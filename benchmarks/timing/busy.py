@@ -1,6 +1,6 @@
 """How much slower `pdd` gets on a machine that other programs keep busy.
 
-    python -m benchmarks.busy DATA --base WEIGHTS [--loops 0 2 8] [--rounds 2] [--steps 4]
+    python -m benchmarks.timing.busy DATA --base WEIGHTS [--loops 0 2 8] [--rounds 2] [--steps 4]
 
 Whole commands, beside so many endless loops, each of which takes what it gets of a core: seconds of a step of `pdd
 adapt` (the first one isn't counted), and of `pdd upscale` of one image by each engine, with its start. The numbers of
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks._machine import describe, show
+from benchmarks.timing._machine import describe, show
 from pdd_cli.system import available_cpus
 
 _PDD = [sys.executable, "-m", "pdd_cli"]

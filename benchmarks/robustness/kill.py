@@ -1,6 +1,6 @@
 """Kills `pdd upscale` with SIGKILL at random instants of a batch, again and again, then lets it run to its end.
 
-Usage: python benchmarks/kill.py FOLDER_OF_IMAGES WORK_FOLDER [--weights realesr-animevideo] [--kills 20]
+Usage: python benchmarks/robustness/kill.py FOLDER_OF_IMAGES WORK_FOLDER [--weights realesr-animevideo] [--kills 20]
 After each kill every file that can be seen in the output folder must equal, byte for byte, that of an undisturbed
 run; after the last run all must be there, and nothing else. Exits with 1 where that doesn't hold.
 """
