@@ -15,7 +15,7 @@ from pdd_cli.errors import InputError, PddError
 from pdd_cli.version import __version__
 
 if TYPE_CHECKING:
-    from pdd_cli.adaptation.publish import Published
+    from pdd_cli.adaptation.publish import PublishResult
     from pdd_cli.batch.model import Array, Model
     from pdd_cli.iqa.report import Report
 
@@ -101,7 +101,7 @@ def adapt(
     resume: bool = False,
     overwrite: bool = False,
     settings: Mapping[str, Any] = {},
-) -> Published:
+) -> PublishResult:
     """Adapt a model to real LR images as `pdd adapt` does.
 
     Args:
@@ -123,7 +123,7 @@ def adapt(
         PartialFailure: training is finished, but a later step failed.
     """
     from pdd_cli.adaptation.loop import train
-    from pdd_cli.adaptation.prepare import derived_name
+    from pdd_cli.adaptation.prepare import default_name
     from pdd_cli.adaptation.publish import publish
     from pdd_cli.adaptation.run import start
     from pdd_cli.settings.adapt import AdaptConfig
@@ -135,7 +135,7 @@ def adapt(
 
     arguments = {"real_dir": real_dir, "base": str(base), **({} if name is None else {"name": name})}
     config = settings_from(AdaptConfig, {**settings, **arguments})
-    run_name = config.name or derived_name(config.real_dir, ignore)
+    run_name = config.name or default_name(config.real_dir, ignore)
     run = start(config, name=run_name, resume=resume, overwrite=overwrite)
     for _ in train(run, lambda: False):
         pass

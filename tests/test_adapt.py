@@ -282,7 +282,7 @@ def test_a_folder_that_holds_no_run_is_refused(ground, pdd):
     result = pdd(*command(ground, "--overwrite")[3:])
 
     assert result.code == 2
-    assert "holds no run of pdd" in result.err
+    assert "does not contain a run of pdd" in result.err
     assert mine.read_text() == "database: mine"
 
 

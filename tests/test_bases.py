@@ -102,8 +102,8 @@ class _Infinite(_Net):
 @pytest.mark.parametrize(
     ("network", "channels", "words"),
     [
-        (_Net(weights=False), 3, "has no parameters"),
-        (_Net(), 1, "takes 1 and gives 1 channels"),
+        (_Net(weights=False), 3, "has no trainable parameters"),
+        (_Net(), 1, "the model has 1 input and 1 output channels"),
         (_Detached(), 3, "fails (element 0 of tensors does not require grad"),
         (_Overwritten(), 3, "fails (one of the variables needed for gradient computation has been modified"),
         (_Rounded(), 3, "no gradient reaches its weights"),
@@ -133,5 +133,5 @@ def test_a_run_names_weights_that_are_not_for_training(
     save_file({key: value.contiguous() for key, value in gray.items()}, "gray.safetensors")
     done = pdd(*command(ground, "--base", "gray.safetensors")[3:], *dry)
     assert done.code == 2
-    assert "gray.safetensors: takes 1 and gives 1 channels" in done.err
+    assert "gray.safetensors: the model has 1 input and 1 output channels" in done.err
     assert not Path("runs").exists()

@@ -141,7 +141,7 @@ def test_what_is_not_finite_in_one_process_is_skipped_in_all(outcomes: tuple[Pat
         reports = json.loads(torch.load(outcomes[1] / f"disturbed_{rank}.pt", weights_only=True)["reports"])
         assert [step for step, *_ in reports] == [*range(1, 10), *range(5, 13)]
         assert "step 3: the loss is not finite" in reports[2][3]
-        assert "back to step 4 at 0.5" in reports[8][3]
+        assert "returned to step 4 with 0.5" in reports[8][3]
 
 
 def test_one_interrupted_process_stops_all_after_one_step_and_one_process_goes_on(

@@ -65,8 +65,8 @@ def test_it_foretells_the_disk_and_the_failure_of_a_name_that_is_taken(
     again = adapt(pdd, ground, "--dry-run", "--json")
     assert again.code == adapt(pdd, ground).code == 2
     problems = " ".join(problem["message"] for problem in json.loads(again.out)["problems"])
-    assert "holds a run already" in problems
-    assert "exist already in the store" in problems
+    assert "already contains a run" in problems
+    assert "already exist in the store" in problems
     resumed = adapt(pdd, ground, "--dry-run", "--json", "--resume")
     assert resumed.code == 0, resumed.err
     assert json.loads(resumed.out)["steps"] == 0

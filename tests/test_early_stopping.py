@@ -73,7 +73,7 @@ def test_an_interrupted_run_ends_at_the_same_step(tmp_path: Path, ground: Path) 
         )  # type: ignore[arg-type]  # fmt: skip
         files = WeightFiles(ground / "base.safetensors", None, "efficientnet-lite0", ground / "features.safetensors")
         runtime = Runtime(torch.device("cpu"), "fp32")
-        return prepare_run(config, files, runtime, name="r", resume=resume, overwrite=False, notify=print)
+        return prepare_run(config, files, runtime, name="r", resume=resume, overwrite=False, warn=print)
 
     whole = prepared("whole", resume=False)
     list(train(whole, lambda: False))

@@ -51,9 +51,9 @@ def prepare(tmp_path: Path) -> Callable[..., Run]:
             tmp_path / "base.safetensors", None, "efficientnet-lite0", tmp_path / "features.safetensors"
         )
         runtime = Runtime(torch.device("cpu"), "fp32")
-        run = prepare_run(config, files, runtime, name="r", resume=False, overwrite=True, notify=print)
-        plain = {field.name: getattr(run.domains, field.name) for field in dataclasses.fields(CropSampler)}
-        return dataclasses.replace(run, domains=Disturbed(**plain, disturb=disturb))
+        run = prepare_run(config, files, runtime, name="r", resume=False, overwrite=True, warn=print)
+        plain = {field.name: getattr(run.sampler, field.name) for field in dataclasses.fields(CropSampler)}
+        return dataclasses.replace(run, sampler=Disturbed(**plain, disturb=disturb))
 
     return make
 
@@ -90,7 +90,7 @@ def test_several_in_a_row_go_back_to_the_last_checkpoint_at_half_the_rate(prepar
     run = prepare(disturb, steps=12, checkpoint_every=4, optimizer={"halve_at": ()})
     reports = list(train(run, lambda: False))
     assert [report.step for report in reports] == [*range(1, 10), *range(5, 13)]
-    assert "back to step 4 at 0.5" in reports[8].event
+    assert "returned to step 4 with 0.5" in reports[8].event
     assert reports[3].learning_rate == 1e-4
     assert reports[-1].learning_rate == 5e-5
     assert finite(run)
@@ -107,8 +107,8 @@ def test_rising_losses_go_back_too(prepare: Callable[..., Run]) -> None:
     reports = list(train(run, lambda: False))
     events = [report.event for report in reports if report.event]
     assert len(events) == 1
-    assert "times their best" in events[0]
-    assert "back to step 12" in events[0]
+    assert "times their minimum" in events[0]
+    assert "returned to step 12" in events[0]
     assert reports[-1].step == 30
 
 

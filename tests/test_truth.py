@@ -97,5 +97,5 @@ def test_what_is_no_pair_is_named_before_the_run(
     (hr / "1_HR.png").rename(hr / "another.png")
     alone = adapt(pdd, ground, "--val-lr", lr, "--val-hr", hr, *dry)
     assert alone.code == 2
-    assert "1_LR4.png: no HR of that name" in alone.err
+    assert "1_LR4.png: no image of that name" in alone.err
     assert not Path("runs").exists()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from pdd_cli.adaptation.judge import Judgement, decide, held_out, judge
+from pdd_cli.adaptation.judge import Judgement, decide, held_out_indices, measure
 from pdd_cli.models.loading import SRModel, interpolated
 from pdd_cli.runtime import Runtime
 
@@ -51,13 +51,15 @@ def images() -> list[np.ndarray]:
     [(1, 0.2, 0), (2, 0.5, 0), (3, 0.2, 1), (9, 0.2, 2), (100, 0.2, 8), (10, 0.0, 0), (3, 0.9, 3)],
 )
 def test_images_are_held_out_where_enough_are_left(count: int, share: float, expected: int) -> None:
-    found = held_out(count, share)
+    found = held_out_indices(count, share)
     assert len(found) == len(set(found)) == min(expected, count)
     assert all(0 <= index < count for index in found)
 
 
 def test_a_faithful_model_is_told_from_a_shifted_and_a_blurred_one() -> None:
-    good, shifted, blurred = (judge(model(**faults), images(), CPU) for faults in ({}, {"shift": 0.05}, {"blur": True}))
+    good, shifted, blurred = (
+        measure(model(**faults), images(), CPU) for faults in ({}, {"shift": 0.05}, {"blur": True})
+    )
     assert shifted.drift > good.drift + 3
     assert shifted.consistency < good.consistency - 3
     assert blurred.texture < 0.5 * good.texture
@@ -67,12 +69,12 @@ def test_a_faithful_model_is_told_from_a_shifted_and_a_blurred_one() -> None:
 
 
 def test_sabotaged_models_are_rejected_and_better_ones_kept() -> None:
-    base = judge(model(shift=0.01, grain=0.01), images(), CPU)
+    base = measure(model(shift=0.01, grain=0.01), images(), CPU)
     for faults in ({"shift": 0.08}, {"blur": True}, {"grain": 0.2}):
-        verdict = decide({1.0: judge(model(**faults), images(), CPU)}, base, 4)
+        verdict = decide({1.0: measure(model(**faults), images(), CPU)}, base, 4)
         assert not verdict.keep, faults
         assert "the base is better" in verdict.reason
-    verdict = decide({1.0: judge(model(grain=0.01), images(), CPU)}, base, 4)
+    verdict = decide({1.0: measure(model(grain=0.01), images(), CPU)}, base, 4)
     assert verdict.keep
     assert verdict.strength == 1
 
@@ -111,7 +113,8 @@ def test_detail_is_told_from_grain() -> None:
     stripes = np.where((columns < 48) & (rows % 6 < 3), 200, 60) + columns // 8  # textured, and nearly flat
     lr = np.repeat(stripes[..., None], 3, axis=2).astype(np.uint8)
     base, sharp, grainy = (
-        judge(replace(model(), module=Sharpener(*faults)), [lr], CPU) for faults in ((0, 0.003), (1, 0.003), (0, 0.04))
+        measure(replace(model(), module=Sharpener(*faults)), [lr], CPU)
+        for faults in ((0, 0.003), (1, 0.003), (0, 0.04))
     )
     assert sharp.texture > 1.3 * base.texture
     assert grainy.texture > 1.3 * base.texture
@@ -135,4 +138,4 @@ def test_interpolation_is_linear() -> None:
 
 def test_a_model_that_gives_nan_is_not_judged() -> None:
     with pytest.raises(ValueError, match="finite"):
-        judge(model(shift=float("nan")), images(), CPU)
+        measure(model(shift=float("nan")), images(), CPU)

@@ -14,7 +14,7 @@ import torch
 from spandrel.architectures.ESRGAN.__arch.RRDB import RRDBNet as SpandrelRRDBNet
 from torch import Tensor, nn
 
-from pdd_cli.adaptation.prepare import place
+from pdd_cli.adaptation.prepare import move_to_device
 from pdd_cli.engines.winograd import training as winograd
 from pdd_cli.engines.winograd.kernel import AVX2, AVX512, Kernel
 from pdd_cli.engines.winograd.training_kernel import CONVOLVE, CORRELATE, FIELDS, TrainingEmitter
@@ -222,7 +222,7 @@ def test_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr("pdd_cli.engines.winograd.cpu_has_amx", lambda amx=amx: amx)
         network = RRDBNet(blocks=1)
-        place(network, runtime)
+        move_to_device(network, runtime)
         assert isinstance(network.conv_body, winograd.WinogradConv2d) == expected
         assert network.conv_body.weight.is_contiguous(memory_format=torch.channels_last)
 

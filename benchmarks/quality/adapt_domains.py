@@ -125,7 +125,7 @@ def _prepare(
     )
     generalist = arguments.base if config.generalist.mode == "static" else None
     files = WeightFiles(arguments.base, generalist, "vgg16", features)
-    return prepare_run(config, files, runtime, name=variant, resume=False, overwrite=True, notify=print)
+    return prepare_run(config, files, runtime, name=variant, resume=False, overwrite=True, warn=print)
 
 
 def _candidates(run: Run) -> Iterator[tuple[str, SRModel]]:

@@ -106,8 +106,8 @@ def _prepare(arguments: argparse.Namespace, name: str, folder: Path, runtime: Ru
         overrides=arguments.set,
     )
     files = WeightFiles(arguments.base, None, "vgg16", _features(arguments))
-    run = prepare_run(config, files, runtime, name="run", resume=False, overwrite=True, notify=print)
-    return replace(run, domains=_sabotaged(run.domains, name, arguments.other))
+    run = prepare_run(config, files, runtime, name="run", resume=False, overwrite=True, warn=print)
+    return replace(run, sampler=_sabotaged(run.sampler, name, arguments.other))
 
 
 def _sabotaged(domains: CropSampler, name: str, other: Path) -> CropSampler:
@@ -135,7 +135,7 @@ def _noisy(image: RGB, rng: np.random.Generator) -> RGB:
 
 def _truth(run: Run, strength: float | None, pairs: Pairs) -> dict[str, float]:
     """The scores of the run's best weights at `strength`; of the base where that is None."""
-    model = run.models.base if strength is None else run.judge.mixed(read_state(run.folder.best), strength)
+    model = run.models.base if strength is None else run.judge.interpolate(read_state(run.folder.best), strength)
     return score(model, pairs, run.models.runtime)
 
 

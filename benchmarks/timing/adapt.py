@@ -224,7 +224,7 @@ def main() -> None:
             overrides=SETTINGS,
         )
         files = WeightFiles(arguments.base, None, "vgg16", features)
-        run = prepare_run(config, files, runtime, name="step", resume=False, overwrite=True, notify=print)
+        run = prepare_run(config, files, runtime, name="step", resume=False, overwrite=True, warn=print)
         # Spectral normalisation begins with random vectors, and each pass brings them nearer to the singular ones. The
         # two trainings pass different numbers of times: let them begin where that makes no difference.
         with torch.no_grad():
@@ -234,7 +234,7 @@ def main() -> None:
         trainings = {"pdd": _our_steps(run)}
         if winograd_pays(runtime):
             with patch("pdd_cli.adaptation.prepare.winograd_pays", lambda runtime: False):
-                plain = prepare_run(config, files, runtime, name="plain", resume=False, overwrite=True, notify=print)
+                plain = prepare_run(config, files, runtime, name="plain", resume=False, overwrite=True, warn=print)
             trainings[_PLAIN] = _our_steps(plain)
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in (*trainings, "paper's")}
         apart: dict[str, list[float]] = {}
@@ -249,7 +249,7 @@ def main() -> None:
                 if name in trainings:
                     losses[name] = next(trainings[name])
                 else:
-                    losses[name] = control.step(run.domains.batch(step, config.batch_size))
+                    losses[name] = control.step(run.sampler.batch(step, config.batch_size))
                 wait(runtime.device)
                 taken[name].append((time.perf_counter() - started, time.process_time() - cpu))
             for key, expected in losses["paper's"].items():

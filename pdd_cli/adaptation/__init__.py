@@ -1,4 +1,4 @@
-"""`pdd adapt`: training by Pairwise Distance Distillation, judging, and registering the result.
+"""`pdd adapt`: training by Pairwise Distance Distillation, evaluation and registration of the result.
 
-The loop, its losses and state, and the run folder belong here; networks and images do not.
+The training loop, its losses and state, and the run folder belong here. Networks are in `models`, crops in `data`.
 """

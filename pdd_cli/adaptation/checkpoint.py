@@ -1,4 +1,4 @@
-"""The resume state of a run: one explicit dict of tensors and plain values in one file."""
+"""The checkpoint of a run: a dict of tensors and plain values in one file."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ _VERSION = 2
 
 @dataclass
 class DivergenceMonitor:
-    """What is watched so that a run can't go wrong unseen."""
+    """The statistics from which divergence of the training is detected."""
 
     rate_factor: float = 1.0  # halved at each rollback
     rollbacks: int = 0
     skipped: int = 0  # steps in a row whose loss was not finite
     recent: list[float] = field(default_factory=list)  # supervised losses of the last steps
-    best: float = math.inf  # the lowest mean that `recent` has had
+    best: float = math.inf  # the lowest mean of `recent` so far
 
 
 @dataclass(eq=False)
 class TrainState:
-    """All that training changes."""
+    """Everything that training changes."""
 
     specialist: nn.Module
     generalist: nn.Module
     discriminator: nn.Module
     optimizer: torch.optim.Optimizer
     discriminator_optimizer: torch.optim.Optimizer
-    warmup_steps: int  # at the start, in which only the discriminator learns; a run that is made longer keeps them
+    warmup_steps: int  # initial steps in which only the discriminator is trained; constant if the run is extended
     step: int = 0  # steps done
-    guard: DivergenceMonitor = field(default_factory=DivergenceMonitor)
-    judgements: list[dict[str, Any]] = field(default_factory=list)  # step, which weights, score, what was measured
+    monitor: DivergenceMonitor = field(default_factory=DivergenceMonitor)
+    judgements: list[dict[str, Any]] = field(default_factory=list)  # step, which weights, score, measured values
 
 
 def save_checkpoint(path: Path, state: TrainState, settings: dict[str, Any], inputs: dict[str, Any]) -> None:
-    """Write `state`, the run's settings and checksums of its `inputs` to `path`, whole or not at all."""
+    """Write `state`, the settings of the run and the checksums of its `inputs` to `path` atomically."""
     content = {
         "version": _VERSION,
         "step": state.step,
         "warmup_steps": state.warmup_steps,
         "inputs": inputs,
-        "guard": asdict(state.guard),
+        "guard": asdict(state.monitor),
         "judgements": state.judgements,
         "settings": settings,
         "specialist": state.specialist.state_dict(),
@@ -65,14 +65,17 @@ def save_checkpoint(path: Path, state: TrainState, settings: dict[str, Any], inp
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         },
     }
-    with atomic_write(path) as temporary, temporary.open("wb") as file:  # torch tells a file's errors, not a path's
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("wb") as file,
+    ):  # a file, because torch hides the OSError of a path
         torch.save(content, file)
 
 
 def load_checkpoint(path: Path, state: TrainState, ranks: Ranks = SINGLE_PROCESS) -> None:
-    """Put what `path`, the first process's file, holds into the `state` of every process.
+    """Load the checkpoint `path`, a file of the first process, into the `state` of every process.
 
-    Raises InputError where it can't be read or is of another kind of run.
+    Raises InputError if it can't be read or doesn't match the networks of this run.
     """
     content = _read(path, ranks.broadcast_file(path))
     try:
@@ -85,12 +88,12 @@ def load_checkpoint(path: Path, state: TrainState, ranks: Ranks = SINGLE_PROCESS
         if content["rng"]["cuda"] and torch.cuda.device_count() == len(content["rng"]["cuda"]):
             torch.cuda.set_rng_state_all(content["rng"]["cuda"])
         state.step = content["step"]
-        before = content["settings"]  # a file without its own count is of a run that was never made longer
-        state.warmup_steps = content.get("warmup_steps", round(before["discriminator_warmup"] * before["steps"]))
-        state.guard = DivergenceMonitor(**content["guard"])
+        saved = content["settings"]  # a file without `warmup_steps` belongs to a run that was never extended
+        state.warmup_steps = content.get("warmup_steps", round(saved["discriminator_warmup"] * saved["steps"]))
+        state.monitor = DivergenceMonitor(**content["guard"])
         state.judgements = content["judgements"] if "judgements" in content else _older_judgements(path, state.step)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{path} doesn't fit this run: {error}", "Start anew under another --name.") from error
+        raise InputError(f"{path} doesn't fit this run: {error}", "Start a new run under another --name.") from error
 
 
 def checkpoint_settings(path: Path) -> dict[str, Any]:
@@ -99,12 +102,12 @@ def checkpoint_settings(path: Path) -> dict[str, Any]:
 
 
 def checkpoint_inputs(path: Path) -> dict[str, Any] | None:
-    """Checksums of what the run that wrote `path` was given; None in an older file."""
+    """The checksums of the inputs of the run that wrote `path`; None if the file is older than they are."""
     return _read(path, path).get("inputs")
 
 
 def _older_judgements(checkpoint: Path, step: int) -> list[dict[str, Any]]:
-    """The judgements up to `step` of a run of pdd 0.1, whose checkpoint doesn't hold them."""
+    """The judgements up to `step` of a run of pdd 0.1, whose checkpoints don't contain them."""
     path = checkpoint.with_name("judgements.jsonl")
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -115,8 +118,10 @@ def _read(path: Path, source: Path | io.BytesIO) -> dict[str, Any]:
     try:
         content = torch.load(source, "cpu", weights_only=True, mmap=source is path)
     except Exception as error:
-        # torch.load raises UnpicklingError, RuntimeError, EOFError and others, by where the file is broken.
-        raise InputError(f"can't read the checkpoint {path}: {error}", "Start anew under another --name.") from error
+        # torch.load raises UnpicklingError, RuntimeError, EOFError or others, depending on where the file is damaged.
+        raise InputError(
+            f"can't read the checkpoint {path}: {error}", "Start a new run under another --name."
+        ) from error
     if not isinstance(content, dict) or content.get("version") != _VERSION:
-        raise InputError(f"{path} is not a checkpoint of this version of pdd", "Start anew under another --name.")
+        raise InputError(f"{path} is not a checkpoint of this version of pdd", "Start a new run under another --name.")
     return content

@@ -1,4 +1,4 @@
-"""The two distances that the method compares (paper, section 3)."""
+"""The two pairwise distances of the method (paper, section 3)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ def gram(features: Tensor) -> Tensor:
 
 
 def inter_model_distance(specialist: Tensor, generalist: Tensor) -> Tensor:
-    """How the two models differ on one domain: the Gram matrix of their features' difference.
+    """The distance between the two models on one domain: the Gram matrix of the difference of their features.
 
-    Features of both predictions for the same inputs, (N, C, H, W) each; result (N, C, C). Not the difference of two
-    Gram matrices.
+    The arguments are features of both predictions for the same inputs, (N, C, H, W) each; the result is (N, C, C). It
+    is not the difference of two Gram matrices.
     """
     return gram(specialist.float() - generalist.float())
 
 
 def intra_model_distance(target: Tensor, synthetic: Tensor) -> Tensor:
-    """How one model's predictions differ between the domains: |φ(target) − φ(synthetic)|, elementwise.
+    """The distance of one model's predictions between the domains: |φ(target) − φ(synthetic)|, elementwise.
 
-    Features of one model's predictions, element i of the one batch paired with element i of the other,
-    (N, C, H, W) each; result of that shape.
+    The arguments are features of one model's predictions, (N, C, H, W) each. Element i of one batch is paired with
+    element i of the other. The result has the same shape.
     """
     return (target.float() - synthetic.float()).abs()

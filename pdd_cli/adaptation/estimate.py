@@ -1,4 +1,4 @@
-"""What a run would take: time and memory by a few of its steps, whose results are thrown away, disk by arithmetic."""
+"""`--dry-run`: checks everything, measures time and memory in a few discarded steps, and computes the disk space."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ _OTHER_FILES = 4 << 20  # bytes: logs, verdict, report
 
 @dataclass(frozen=True)
 class Estimate:
-    """`steps` and `judgements` are those that a run has still to do, at the most."""
+    """The estimated cost of a run. `steps` and `judgements` are the most that remain to be done."""
 
     steps: int
     judgements: int
     seconds_per_step: float
     seconds_per_judgement: float
-    memory: int  # the most bytes held: on the GPU, where the run uses one; 0: not known
-    free_memory: int  # beside those
-    events: tuple[str, ...]  # what went wrong in the steps
+    memory: int  # peak in bytes, of the GPU if the run uses one; 0: not known
+    free_memory: int  # bytes that are free in addition
+    events: tuple[str, ...]  # problems in the trial steps
 
     @property
     def seconds(self) -> float:
@@ -50,8 +50,8 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Space:
-    """What would be written into a folder, and what room its disk has, in bytes."""
+class DiskUse:
+    """Bytes that would be written into a folder, and free bytes on its disk."""
 
     folder: Path
     needed: int
@@ -60,14 +60,14 @@ class Space:
 
 @dataclass
 class DryRun:
-    """What a dry run finds out, as far as it gets."""
+    """The findings of a dry run, as far as it gets."""
 
     name: str
     folder: Path
     settings: AdaptConfig
     run: Run | None = None
     sources: Sequence[Source] = ()
-    spaces: Sequence[Space] = ()
+    disk: Sequence[DiskUse] = ()
     estimate: Estimate | None = None
     to_fetch: list[str] = field(default_factory=list)
     problems: list[PddError] = field(default_factory=list)
@@ -83,7 +83,7 @@ def dry_run(
     say: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> DryRun:
-    """Find out what the run would do and take, and all that it would fail of."""
+    """Find out what the run would do, what it needs, and every reason for which it would fail."""
     found = DryRun(name, settings.runs_dir / name, settings)
 
     @contextlib.contextmanager
@@ -107,7 +107,7 @@ def dry_run(
         check_folder(RunFolder(found.folder), settings, resume=resume, overwrite=overwrite)
     with collected():
         check_export(settings.export)
-    goes_on = resume and not found.problems
+    resuming = resume and not found.problems
     with collected():
         runtime = choose_runtime(settings.device, settings.precision)
         weights = None
@@ -117,33 +117,33 @@ def dry_run(
             if not found.to_fetch:
                 raise
         if weights is None:
-            scale = find(settings.base).scale or 4  # of a catalogued base that isn't installed
+            scale = find(settings.base).scale or 4  # the base is in the catalogue, but not installed
             found.sources = read_sources(settings, scale, warn, say).sources
         else:
             with memory_errors(settings):
                 run = prepare_run(
-                    settings, weights, runtime, name=name, resume=goes_on, overwrite=True, notify=warn, say=say
+                    settings, weights, runtime, name=name, resume=resuming, overwrite=True, warn=warn, say=say
                 )
             found.run, found.sources = run, run.sources
             with collected():
-                found.spaces = check_places(run, store)
+                found.disk = check_disk_space(run, store)
             with memory_errors(settings):
                 found.estimate = estimate(run, say)
     return found
 
 
 def estimate(run: Run, say: Callable[[str], None]) -> Estimate:
-    """Judge the base and do a few whole steps. `run.state` isn't that of a run any more afterwards."""
-    say("judging the base")
+    """Evaluate the base and do a few training steps. This changes `run.state`, so `run` can't be trained afterwards."""
+    say("evaluating the base")
     config, state, runtime = run.config, run.state, run.models.runtime
     started = time.perf_counter()
-    run.judge.judged(run.models.base)
+    run.judge.evaluate(run.models.base)
     seconds_per_judgement = time.perf_counter() - started
-    say(f"computing {_STEPS} steps on a throw-away state")
+    say(f"timing {_STEPS} training steps, whose results are discarded")
     left = config.steps - state.step
     judgements = _judgements(run)
 
-    # From the last step before the distillation: it moves the specialist away from its generalist.
+    # Start with the last step before the distillation: it moves the specialist away from the generalist.
     state.step = max(state.step, state.warmup_steps + config.generalist.warmup_steps - 1)
     batches = batch_source(run)
     seconds: list[float] = []
@@ -166,36 +166,39 @@ def estimate(run: Run, say: Callable[[str], None]) -> Estimate:
     )
 
 
-def check_places(run: Run, store: Store) -> list[Space]:
-    """What the run would write, by folder. Raises InputError where it may not, ResourceError where it hasn't room."""
+def check_disk_space(run: Run, store: Store) -> list[DiskUse]:
+    """The disk space that the run needs in each folder.
+
+    Raises InputError if a folder can't be written, ResourceError if there is not enough space.
+    """
     folder = run.folder.path
-    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # replaced or gone on with
+    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # will be replaced or extended
     needed = {
         folder: max(0, _run_bytes(run) - present),
         store.root: _bytes(run.models.base.module.state_dict().values()),
     }
-    spaces = []
+    uses = []
     for target, size in needed.items():
-        place = _existing(target)
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            raise InputError(f"can't write into {place}", "Choose a folder that you may write to.")
-        spaces.append(Space(target, size, shutil.disk_usage(place).free))
-    disks: dict[int, list[Space]] = {}
-    for space in spaces:
-        disks.setdefault(_existing(space.folder).stat().st_dev, []).append(space)
-    for together in disks.values():
-        total = sum(space.needed for space in together)
-        if total > together[0].free:
+        existing = _existing(target)
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise InputError(f"can't write into {existing}", "Choose a folder that you may write to.")
+        uses.append(DiskUse(target, size, shutil.disk_usage(existing).free))
+    disks: dict[int, list[DiskUse]] = {}
+    for use in uses:
+        disks.setdefault(_existing(use.folder).stat().st_dev, []).append(use)
+    for on_disk in disks.values():
+        total = sum(use.needed for use in on_disk)
+        if total > on_disk[0].free:
             raise ResourceError(
-                f"no space for the run: {together[0].folder} needs about {total / 2**20:.0f} MiB, "
-                f"{together[0].free / 2**20:.0f} MiB are free",
+                f"no space for the run: {on_disk[0].folder} needs about {total / 2**20:.0f} MiB, "
+                f"{on_disk[0].free / 2**20:.0f} MiB are free",
                 "Free some space, or choose another disk: --runs-dir.",
             )
-    return spaces
+    return uses
 
 
 def _judgements(run: Run) -> int:
-    """Of the base, at each checkpoint, and at the end at each strength; the report's pictures take as long."""
+    """The number of judgements: of the base, at checkpoints, and twice (for the report's images) at each strength."""
     config = run.config
     candidates = 2 if config.generalist.mode == "ema" else 1
     checkpoints = math.ceil((config.steps - run.state.step) / config.checkpoint_every)
@@ -203,7 +206,7 @@ def _judgements(run: Run) -> int:
 
 
 def _run_bytes(run: Run) -> int:
-    """The files of a run, and once more the checkpoint, for a file is replaced by a whole one."""
+    """The bytes of all files of a run, plus a second checkpoint, because the old one exists until it is replaced."""
     state, config = run.state, run.config
     networks = (state.specialist, state.generalist, state.discriminator)
     trained: tuple[nn.Module, ...] = (state.specialist, state.discriminator)

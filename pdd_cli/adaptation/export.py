@@ -1,4 +1,4 @@
-"""Adapted weights for other programs: BasicSR's checkpoint form, and ONNX."""
+"""Export of adapted weights for other programs: as a checkpoint of BasicSR, and as ONNX."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pdd_cli.files import atomic_write
 from pdd_cli.models.loading import SRModel
 from pdd_cli.models.rrdbnet import rrdbnet_from_state
 
-_WORST_DB = 60.0  # of the exported ONNX graph against PyTorch
-_LR_SIDES = ((32, 33), (33, 32), (17, 70), (70, 17), (64, 48))  # height, width of the images it is checked with
+_MIN_PSNR = 60.0  # dB, of the output of the ONNX graph against that of PyTorch
+_LR_SIDES = ((32, 33), (33, 32), (17, 70), (70, 17), (64, 48))  # height, width of the test images
 
 
 def check_export(forms: Sequence[str]) -> None:
-    """Raise InputError where a package that one of `forms` needs isn't installed."""
+    """Raise InputError if a package that one of `forms` needs isn't installed."""
     if "onnx" not in forms:
         return
     missing = [package for package in ("onnx", "onnxruntime") if find_spec(package) is None]
@@ -34,29 +34,32 @@ def check_export(forms: Sequence[str]) -> None:
 
 
 def export(path: Path, model: SRModel) -> None:
-    """Write `model` in the form of `path`'s suffix, `.pth` or `.onnx`.
+    """Write `model` in the format of the suffix of `path`, `.pth` or `.onnx`.
 
-    `model` must be as loaded from a file: layers that training has replaced by faster ones can't be traced.
-    Raises PddError where the graph can't be made, or computes something else than the model.
+    `model` must be freshly loaded from a file, because the faster layers that training inserts can't be traced.
+    Raises PddError if the graph can't be made or doesn't compute the same as the model.
     """
     (_export_pth if path.suffix == ".pth" else _export_onnx)(path, model)
 
 
 def _export_pth(path: Path, model: SRModel) -> None:
-    """`params` and `params_ema` as Real-ESRGAN's scripts, chaiNNer and spandrel read them.
+    """Write `params` and `params_ema`, which Real-ESRGAN's scripts, chaiNNer and spandrel read.
 
-    Both are the chosen weights: programs take either the one or the other. An RRDBNet has the keys of BasicSR's.
+    Both hold the same weights, because some programs read one and some the other. An RRDBNet gets BasicSR's keys.
     """
     state = {key: value.detach().cpu().clone() for key, value in model.module.state_dict().items()}
     network = rrdbnet_from_state(state)
     if network is not None:
         state = network.state_dict()
-    with atomic_write(path) as temporary, temporary.open("wb") as file:  # torch names no file in its own errors
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("wb") as file,
+    ):  # a file, because torch hides the OSError of a path
         torch.save({"params": state, "params_ema": state}, file)
 
 
 def _export_onnx(path: Path, model: SRModel) -> None:
-    """A graph (1, C, h, w) to (1, C, h*scale, w*scale) of any h and w, compared with PyTorch at several sizes."""
+    """Write a graph (1, C, h, w) to (1, C, h*scale, w*scale) for any h and w, and compare it with PyTorch."""
     import onnxruntime
 
     module = model.module.eval().cpu()
@@ -66,7 +69,7 @@ def _export_onnx(path: Path, model: SRModel) -> None:
     examples = [torch.rand(1, model.in_channels, *size, generator=generator) for size in sizes]
     axes = {2: "height", 3: "width"}
     with atomic_write(path) as temporary:
-        with _failing_as_one(path, model.architecture), _quiet():
+        with _export_errors(path, model.architecture), _quiet():
             torch.onnx.export(
                 module,
                 (examples[0],),
@@ -81,25 +84,25 @@ def _export_onnx(path: Path, model: SRModel) -> None:
         for lr in examples:
             with torch.inference_mode():
                 expected = module(lr)
-            with _failing_as_one(path, model.architecture):
+            with _export_errors(path, model.architecture):
                 options = onnxruntime.SessionOptions()
-                options.log_severity_level = 4  # what it would print is in the exception as well
+                options.log_severity_level = 4  # fatal only: errors are also raised as exceptions
                 session = onnxruntime.InferenceSession(str(temporary), options, providers=["CPUExecutionProvider"])
                 (found,) = session.run(None, {"lr": lr.numpy()})
             deviation = (
                 float((torch.from_numpy(found) - expected).square().mean()) if found.shape == expected.shape else 1
             )
-            if not deviation <= 10 ** (-_WORST_DB / 10):
+            if not deviation <= 10 ** (-_MIN_PSNR / 10):
                 raise PddError(
-                    f"{path}: the ONNX graph of {model.architecture} computes another image than the model for an "
-                    f"image of {lr.shape[3]}x{lr.shape[2]} pixels; it was not written",
+                    f"{path}: the ONNX graph of {model.architecture} and the model give different results for an "
+                    f"image of {lr.shape[3]}x{lr.shape[2]} pixels; the graph was not written",
                     "Export it as pth: --export pth.",
                 )
 
 
 @contextlib.contextmanager
-def _failing_as_one(path: Path, architecture: str) -> Iterator[None]:
-    """Whatever the exporter or onnxruntime raises, as a PddError; errors of the file are left to `atomic_write`."""
+def _export_errors(path: Path, architecture: str) -> Iterator[None]:
+    """Convert all errors of the exporter and of onnxruntime to PddError, except those that `atomic_write` converts."""
     try:
         yield
     except (PddError, OSError, MemoryError):
@@ -114,7 +117,7 @@ def _failing_as_one(path: Path, architecture: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the tracer's warnings: that sizes are constants in the graph is what the comparison finds out."""
+    """Suppress the tracer's warnings about constant sizes; the comparison at several sizes checks for that."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

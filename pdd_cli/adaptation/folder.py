@@ -35,12 +35,12 @@ class RunFolder:
 
     @property
     def best(self) -> Path:
-        """The best weights so far, by the judgements."""
+        """The weights with the best judgement so far."""
         return self.path / "best.safetensors"
 
     @property
     def judgements(self) -> Path:
-        """A line for each judgement: step, which weights, what was measured."""
+        """A line for each judgement: step, which weights, measured values."""
         return self.path / "judgements.jsonl"
 
     @property
@@ -49,12 +49,12 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        """What there is to look at and to know of the run, as one page."""
+        """The report of the run as one HTML page."""
         return self.path / "report.html"
 
     @property
-    def board(self) -> Path:
-        """Events for TensorBoard, where they are asked for."""
+    def tensorboard(self) -> Path:
+        """The folder of the TensorBoard events, if they are enabled."""
         return self.path / "tensorboard"
 
     @property
@@ -63,7 +63,7 @@ class RunFolder:
 
     @property
     def holds_run(self) -> bool:
-        """Whether a run of pdd has begun here."""
+        """Whether the folder contains a run of pdd."""
         try:
             content = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
@@ -71,19 +71,19 @@ class RunFolder:
         return isinstance(content, dict) and isinstance(content.get("adapt"), dict) and "real_dir" in content["adapt"]
 
     def clear(self) -> None:
-        """Delete the files that a run writes, and nothing else. Raises InputError where that is not permitted."""
+        """Delete the files that a run writes, and nothing else. Raises InputError if a file can't be deleted."""
         files = [self.config, self.checkpoint, self.log, self.best, self.judgements, self.verdict, self.report]
         files += [self.path / f"{self.path.name}.{form}" for form in ("pth", "onnx", "safetensors")]
-        files += [*self.previews.glob("step_*.png"), *self.board.glob("events.out.tfevents.*")]
+        files += [*self.previews.glob("step_*.png"), *self.tensorboard.glob("events.out.tfevents.*")]
         with write_errors(self.path):
             for file in files:
                 file.unlink(missing_ok=True)
 
 
-def stored_run(given: Mapping[str, Any]) -> RunFolder:
-    """The folder of the run that `--resume` means, by what is given beside it.
+def find_run(given: Mapping[str, Any]) -> RunFolder:
+    """The folder of the run to resume, from the other settings that are given.
 
-    Raises InputError where that doesn't say which.
+    Raises InputError if they don't identify one run.
     """
     runs = Path(given.get("runs_dir") or AdaptConfig.model_fields["runs_dir"].default).expanduser()
     if given.get("name"):
@@ -95,6 +95,6 @@ def stored_run(given: Mapping[str, Any]) -> RunFolder:
     if len(found) == 1:
         return RunFolder(found[0])
     raise InputError(
-        "--resume: which run goes on? Give its --name",
+        "--resume: name the run to continue with --name",
         f"In {runs}: {', '.join(path.name for path in found)}." if found else f"There is no run in {runs}.",
     )

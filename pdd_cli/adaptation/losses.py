@@ -1,4 +1,4 @@
-"""The whole objective: two distillation losses, three supervised ones. All are computed in fp32."""
+"""The terms of the objective: distillation losses and supervised losses. All are computed in fp32."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pdd_cli.ranks import SINGLE_PROCESS, Ranks
 
 Features = Mapping[str, Tensor]  # layer -> (N, C, H, W), before the ReLU
 
-# Weights of the layers (paper, section 4.1), by VGG-19's names; models/features.py names other networks' equivalents.
+# Layer weights (paper, section 4.1) by VGG-19 layer; models/features.py maps the layers to those of other networks.
 INTER_LAYERS = {"conv2_1": 0.25, "conv3_1": 0.25, "conv4_1": 0.25, "conv5_1": 0.25}
 INTRA_LAYERS = {"conv2_2": 0.1, "conv3_4": 0.3, "conv4_4": 1.0, "conv5_4": 1.0}
 PERCEPTUAL_LAYERS = {"conv1_2": 0.1, "conv2_2": 0.1, "conv3_4": 1.0, "conv4_4": 1.0, "conv5_4": 1.0}
-# Where the feature discriminator looks: from fine texture to objects' parts.
+# The layers that the feature discriminator uses: from fine texture to parts of objects.
 DISCRIMINATOR_LAYERS = ("conv2_2", "conv3_4", "conv4_4")
 ALL_LAYERS = tuple(sorted({*INTER_LAYERS, *INTRA_LAYERS, *PERCEPTUAL_LAYERS}))
 
@@ -26,10 +26,10 @@ _LOG_EPSILON = 1e-6
 
 
 def inter_loss(S_s: Features, S_t: Features, G_s: Features, G_t: Features, ranks: Ranks = SINGLE_PROCESS) -> Tensor:
-    """Σ_l a_l ‖A_t − A_s‖_F, A the inter-model distance in each domain; one norm over the whole batch tensor, of
-    which each process of `ranks` has its share.
+    """Σ_l a_l ‖A_t − A_s‖_F, where A is the inter-model distance in each domain.
 
-    Its gradient is undefined where S = G exactly (A is zero in both domains).
+    The norm is taken over the whole batch tensor, of which each process of `ranks` holds a part. The gradient is
+    undefined if S equals G exactly (then A is zero in both domains).
     """
     norms = []
     for layer in INTER_LAYERS:
@@ -53,7 +53,7 @@ def intra_loss(S_s: Features, S_t: Features, G_s: Features, G_t: Features) -> Te
 
 
 def haar(image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One level of the orthonormal Haar wavelet: (N, C, H, W), H and W even, to LL, LH, HL, HH of (N, C, H/2, W/2)."""
+    """One level of the orthonormal Haar wavelet: (N, C, H, W) with even H, W to LL, LH, HL, HH of (N, C, H/2, W/2)."""
     a, b = image[..., 0::2, 0::2], image[..., 0::2, 1::2]
     c, d = image[..., 1::2, 0::2], image[..., 1::2, 1::2]
     return (a + b + c + d) / 2, (a + b - c - d) / 2, (a - b + c - d) / 2, (a - b - c + d) / 2
@@ -74,15 +74,15 @@ def perceptual_loss(S_s: Features, hr_s: Features) -> Tensor:
 
 
 def feature_distance_loss(S_s: Features, hr_s: Features) -> Tensor:
-    """The distance of `iqa.feature_distance` (LPIPS without learnt weights): the features' direction, not length."""
+    """`iqa.feature_distance` (LPIPS without learned weights), which compares features normalized to unit length."""
     return feature_distance(at_unit_length(S_s, 1e-6), at_unit_length(hr_s, 1e-6))
 
 
 def consistency_loss(S_t: Tensor, lr_t: Tensor, scale: int) -> Tensor:
-    """L1 between the low frequencies of S_t, brought back to LR size, and those of its LR input.
+    """L1 between the low frequencies of S_t, downscaled to LR size, and those of its LR input.
 
-    (N, C, h*scale, w*scale) and (N, C, h, w). Both are blurred over 5 LR pixels, so that the LR's noise and blocks are
-    not asked for.
+    Shapes: S_t (N, C, h*scale, w*scale), lr_t (N, C, h, w). Both are blurred over 5 LR pixels, so that the model
+    doesn't have to reproduce the noise and compression blocks of the LR.
     """
     difference = F.avg_pool2d(S_t.float(), scale) - lr_t.float()
     weights = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=difference.device) / 16
@@ -93,7 +93,7 @@ def consistency_loss(S_t: Tensor, lr_t: Tensor, scale: int) -> Tensor:
 def adversarial_loss(logits: Sequence[Tensor], *, real: bool) -> Tensor:
     """Vanilla GAN loss: binary cross-entropy with logits against "all real" or "all fake".
 
-    `logits`: (N, 1, h, w) of each scale or layer that is judged; mean over pixels, then over those.
+    `logits`: (N, 1, h, w) for each scale or layer of the discriminator. Mean over pixels, then over scales or layers.
     """
     losses = [F.softplus((-one if real else one).float()).mean() for one in logits]
     return torch.stack(losses).mean()

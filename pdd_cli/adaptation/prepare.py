@@ -1,4 +1,4 @@
-"""Prepares a run of `adapt`: settings, weights and images are checked and loaded, and nothing is written."""
+"""Prepares a run of `adapt`: checks and loads settings, weights and images. Writes nothing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import nn
 from pdd_cli.adaptation.checkpoint import TrainState, checkpoint_settings, load_checkpoint
 from pdd_cli.adaptation.export import check_export
 from pdd_cli.adaptation.folder import RunFolder
-from pdd_cli.adaptation.judge import Judge, held_out, stalled, too_little
+from pdd_cli.adaptation.judge import Judge, held_out_indices, insufficient_images, stalled
 from pdd_cli.adaptation.losses import DISCRIMINATOR_LAYERS
 from pdd_cli.adaptation.resuming import absolute, check_inputs_are_same, check_settings
 from pdd_cli.adaptation.sources import Source, read_sources
-from pdd_cli.adaptation.tensorboard import check_board
+from pdd_cli.adaptation.tensorboard import check_tensorboard
 from pdd_cli.adaptation.train_step import Models, scheduled_rate
 from pdd_cli.adaptation.trainable import check_rgb, check_trainable
 from pdd_cli.adaptation.validation import read_pairs
@@ -38,18 +38,18 @@ from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.weights.states import read_state
 from pdd_cli.weights.store import Store, name_from, name_problem
 
-# What may differ between the machines of one run.
-_OF_A_MACHINE = {
+# Settings that may differ between the machines of one run.
+_PER_MACHINE_SETTINGS = {
     "real_dir", "hr_dir", "base", "name", "runs_dir", "features", "export", "device", "offline", "val_lr", "val_hr",
 }  # fmt: skip
 
-# Of a x1 base's synthetic domain, where none is set: a moderate camera, saved once or twice.
+# The default degradation for x1 bases: moderate noise and JPEG compression.
 _X1_DEGRADATION = {"noise": (0.0, 15.0), "jpeg": (40.0, 95.0)}
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The weights that a run starts from, as files, and the feature network that was chosen."""
+    """The weights files that a run starts from, and the chosen feature network."""
 
     base: Path
     generalist: Path | None  # static mode only
@@ -59,7 +59,7 @@ class WeightFiles:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run that is ready to train: `loop.train` trains it, `publish` makes weights and a report of the result."""
+    """A run that is ready to train. `loop.train` trains it; `publish` registers the weights and writes the report."""
 
     name: str
     config: AdaptConfig
@@ -68,11 +68,11 @@ class Run:
     sources: Sequence[Source]
     models: Models
     features_name: str
-    domains: CropSampler
+    sampler: CropSampler
     judge: Judge
     state: TrainState
-    inputs: dict[str, Any]  # checksums of all that is trained on and from
-    notify: Callable[[str], None]
+    inputs: dict[str, Any]  # checksums of the images and weights that the run uses
+    warn: Callable[[str], None]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class Run:
 
     @property
     def stopped_early(self) -> bool:
-        """Whether so many judgements as the settings say have brought nothing better."""
+        """Whether the last `early_stopping` judgements brought no improvement."""
         scores: dict[int, float] = {}
         for judged in self.state.judgements:
             scores[judged["step"]] = max(judged["score"], scores.get(judged["step"], judged["score"]))
@@ -94,7 +94,7 @@ class Run:
 
     @property
     def resume_command(self) -> str:
-        """The command that goes on with this run."""
+        """The command that continues this run."""
         runs = self.folder.path.parent
         where = "" if runs == AdaptConfig.model_fields["runs_dir"].default else f" --runs-dir {shlex.quote(str(runs))}"
         return f"pdd adapt --resume --name {self.name}{where}"
@@ -102,7 +102,7 @@ class Run:
 
 @contextlib.contextmanager
 def memory_errors(config: AdaptConfig) -> Iterator[None]:
-    """Out of memory, of the machine or of the GPU, as a ResourceError with what would help."""
+    """Convert out-of-memory errors, of the machine or of the GPU, to a ResourceError with a hint."""
     try:
         yield
     except Exception as error:
@@ -110,7 +110,7 @@ def memory_errors(config: AdaptConfig) -> Iterator[None]:
             raise
         raise ResourceError(
             f"out of memory with batch_size {config.batch_size} and crops of {config.crop} LR pixels",
-            "Close other programs, or start anew with a smaller --batch-size, --set crop=32, or a smaller --base.",
+            "Close other programs, or start again with a smaller --batch-size, --set crop=32, or a smaller --base.",
         ) from error
 
 
@@ -122,13 +122,13 @@ def prepare_run(
     name: str,
     resume: bool,
     overwrite: bool,
-    notify: Callable[[str], None],
+    warn: Callable[[str], None],
     say: Callable[[str], None] = lambda text: None,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Run:
-    """Check and load all that a run needs; nothing is written. `notify` is given warnings, `say` what is being done.
+    """Check and load everything that a run needs; write nothing. `warn` receives warnings, `say` progress messages.
 
-    Raises InputError for images, weights or a run folder that can't be used.
+    Raises InputError if images, weights or the run folder can't be used.
     """
     folder = RunFolder(config.runs_dir / name)
     if ranks.is_first:
@@ -143,27 +143,27 @@ def prepare_run(
             raise InputError(
                 f"generalist.weights {config.generalist.weights} upscales x{generalist.scale}, "
                 f"base {config.base} x{base.scale}",
-                "Specialist and generalist must have one scale.",
+                "Specialist and generalist must have the same scale.",
             )
     features = feature_network(weights.feature_network, read_state(weights.features), origin=str(weights.features))
-    place(features, runtime)
+    move_to_device(features, runtime)
 
-    images = read_sources(config, base.scale, notify, say)
+    images = read_sources(config, base.scale, warn, say)
     real, hr = images.real, images.hr
-    kept_out = held_out(len(real), config.held_out)
+    kept_out = held_out_indices(len(real), config.held_out)
     judged_on = [real[index] for index in kept_out] or real
     real = [image for index, image in enumerate(real) if index not in kept_out]
-    if reason := too_little(judged_on, real):
-        notify(f"there is too little to judge the result on: {reason}")
+    if reason := insufficient_images(judged_on, real):
+        warn(f"not enough images to judge the result: {reason}")
     hr_crop = config.crop * base.scale
     synthetic = config.synthetic
     if base.scale == 1 and not (synthetic.blur or synthetic.noise or synthetic.jpeg):
         synthetic = synthetic.model_copy(update=_X1_DEGRADATION)
-        notify(
-            f"{config.base} restores images at their size: noise and JPEG compression are added to the synthetic "
-            "domain, which has nothing to restore otherwise (synthetic.noise, .jpeg and .blur choose others)"
+        warn(
+            f"{config.base} restores images without upscaling them: noise and JPEG compression are added to the "
+            "synthetic images, which have nothing to restore otherwise (to change it: synthetic.noise, .jpeg, .blur)"
         )
-    domains = CropSampler(
+    sampler = CropSampler(
         real,
         downscaled(hr or hr_from_real(real, hr_crop), synthetic.hr_scales, hr_crop),
         config.crop,
@@ -175,8 +175,8 @@ def prepare_run(
     )
 
     if ranks.size > 1:
-        facts = config.model_dump(mode="json", exclude=_OF_A_MACHINE)
-        seen = {"images": domains.digest(), "feature weights": state_sha256(features.state_dict())}
+        facts = config.model_dump(mode="json", exclude=_PER_MACHINE_SETTINGS)
+        seen = {"images": sampler.digest(), "feature weights": state_sha256(features.state_dict())}
         ranks.require_same({**facts, **seen, "precision": runtime.precision})
     pairs = None
     if ranks.is_first and config.val_lr is not None and config.val_hr is not None:
@@ -188,19 +188,19 @@ def prepare_run(
         "features": state_sha256(features.state_dict()),
         **{source.option: dict(source.content) for source in images.sources},
     }
-    state = new_state(config, base, generalist, domains, features, runtime)
+    state = new_state(config, base, generalist, sampler, features, runtime)
     if resume and ranks.is_first:
         check_inputs_are_same(folder.checkpoint, inputs)
         load_checkpoint(folder.checkpoint, state)
-        before = AdaptConfig.model_validate(checkpoint_settings(folder.checkpoint))
-        if before.steps != config.steps:
-            now, then = (scheduled_rate(one, state.step) for one in (config, before))
-            notify(
-                f"{config.steps} steps instead of {before.steps}: the learning rate is that of a run of "
-                f"{config.steps}, {now:g} of the first at step {state.step} (it was {then:g}); "
+        old = AdaptConfig.model_validate(checkpoint_settings(folder.checkpoint))
+        if old.steps != config.steps:
+            new_rate, old_rate = (scheduled_rate(one, state.step) for one in (config, old))
+            warn(
+                f"{config.steps} steps instead of {old.steps}: the learning rate follows the schedule for "
+                f"{config.steps} steps, {new_rate:g} of the initial rate at step {state.step} (before: {old_rate:g}); "
                 f"the warm-up of {state.warmup_steps} steps is not repeated"
             )
-    place(base.module, runtime)
+    move_to_device(base.module, runtime)
     return Run(
         name=name,
         config=config,
@@ -209,11 +209,11 @@ def prepare_run(
         sources=images.sources,
         models=Models(base, generalist, features, config.generalist, runtime, ranks),
         features_name=weights.feature_network,
-        domains=domains,
+        sampler=sampler,
         judge=Judge(base, judged_on, real, pairs, runtime),
         state=state,
         inputs=inputs,
-        notify=notify,
+        warn=warn,
     )
 
 
@@ -221,7 +221,7 @@ def new_state(
     config: AdaptConfig,
     base: SRModel,
     generalist: SRModel,
-    domains: CropSampler,
+    sampler: CropSampler,
     features: FeatureNetwork,
     runtime: Runtime,
 ) -> TrainState:
@@ -231,13 +231,13 @@ def new_state(
     frozen = copy.deepcopy(generalist.module).eval().requires_grad_(False)
     discriminator: nn.Module = UNetDiscriminator()
     if config.discriminator == "features":
-        hr = domains.batch(0, 8).hr_s.to(runtime.device)
+        hr = sampler.batch(0, 8).hr_s.to(runtime.device)
         with torch.no_grad(), runtime.autocast():
             phi = features(hr, DISCRIMINATOR_LAYERS)
         rms = {layer: value.float().square().mean((0, 2, 3)).sqrt().clamp_min(1e-3) for layer, value in phi.items()}
         discriminator = FeatureDiscriminator(rms)
     for network in (specialist, frozen, discriminator):
-        place(network, runtime)
+        move_to_device(network, runtime)
     betas, rates = config.optimizer.betas, config.optimizer
     return TrainState(
         specialist=specialist,
@@ -251,8 +251,8 @@ def new_state(
     )
 
 
-def place(network: nn.Module, runtime: Runtime) -> None:
-    """Put a network where it is trained, and let it compute in the fastest way there."""
+def move_to_device(network: nn.Module, runtime: Runtime) -> None:
+    """Move a network to the device, in channels-last format, and on suitable CPUs use Winograd convolutions."""
     network.to(runtime.device).to(memory_format=torch.channels_last)
     if winograd_pays(runtime):
         from pdd_cli.engines.winograd.training import accelerate
@@ -261,81 +261,81 @@ def place(network: nn.Module, runtime: Runtime) -> None:
 
 
 def check_name(name: str, store: Store, *, replace: bool) -> None:
-    """Refuse a name that `upscale --weights NAME` would not find, or that would hide other weights."""
+    """Raise InputError for a name that `upscale --weights NAME` would not find, or that other weights have."""
     if problem := name_problem(name):
         raise InputError(f"--name {name}: {problem}", f"Choose another --name, such as {name_from(name)}.")
     if not replace and store.get(name) is not None:
         raise InputError(
-            f"weights '{name}' exist already in the store", "Choose another --name, or replace them with --overwrite."
+            f"weights '{name}' already exist in the store", "Choose another --name, or replace them with --overwrite."
         )
 
 
-def derived_name(real_dir: Path, say: Callable[[str], None]) -> str:
-    """The name of a run that was given none: that of the folder of its images, as far as it can be one."""
+def default_name(real_dir: Path, say: Callable[[str], None]) -> str:
+    """The default name of a run: that of the folder of its images, without characters that a name can't have."""
     folder = real_dir.resolve().name
     name = name_from(folder)
     if name != folder:
-        say(f"the run and its weights are named '{name}', for '{folder}' can't be a name (--name: another)")
+        say(f"the run and its weights are named '{name}', because '{folder}' is not a valid name (to choose: --name)")
     return name
 
 
-def weight_files(settings: AdaptConfig, have: Callable[[str], Path], warn: Callable[[str], None]) -> WeightFiles:
-    """The files of base, generalist and features; `have` gives the file of a name or path, or raises DownloadError."""
-    base = have(settings.base)
-    generalist = have(settings.generalist.weights) if settings.generalist.mode == "static" else None
+def weight_files(settings: AdaptConfig, get: Callable[[str], Path], warn: Callable[[str], None]) -> WeightFiles:
+    """The files of base, generalist and features. `get` returns the file of a name or path or raises DownloadError."""
+    base = get(settings.base)
+    generalist = get(settings.generalist.weights) if settings.generalist.mode == "static" else None
     network, file = settings.features.network, settings.features.weights
     if file is not None:
-        return WeightFiles(base, generalist, network, have(str(file)))
+        return WeightFiles(base, generalist, network, get(str(file)))
     if network != "auto":
-        return WeightFiles(base, generalist, network, have(network))
+        return WeightFiles(base, generalist, network, get(network))
     for candidate in ("vgg19", "vgg16"):
         try:
-            return WeightFiles(base, generalist, candidate, have(candidate))
+            return WeightFiles(base, generalist, candidate, get(candidate))
         except (DownloadError, InputError):
-            warn(f"{candidate} can't be had, trying the next feature network")
+            warn(f"{candidate} is not available; trying the next feature network")
     warn(
-        "neither VGG-19 nor VGG-16 can be had: distances are measured with efficientnet-lite0, which the method "
-        "was not made for; with VGG the result is better (pdd fetch-weights vgg19 --from FILE)"
+        "neither VGG-19 nor VGG-16 is available: distances are measured with efficientnet-lite0, for which the method "
+        "was not designed; the result is better with VGG (pdd fetch-weights vgg19 --from FILE)"
     )
-    return WeightFiles(base, generalist, "efficientnet-lite0", have("efficientnet-lite0"))
+    return WeightFiles(base, generalist, "efficientnet-lite0", get("efficientnet-lite0"))
 
 
 def check_inputs(config: AdaptConfig, folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
-    """Raise InputError for what is known to fail before weights are downloaded and images read."""
+    """Raise InputError for problems that can be found before weights are downloaded and images are read."""
     check_folder(folder, config, resume=resume, overwrite=overwrite)
     for option, images in _image_folders(config).items():
         images_below(images, option)
     if config.tensorboard:
-        check_board()
+        check_tensorboard()
     check_export(config.export)
 
 
 def check_folder(folder: RunFolder, config: AdaptConfig, *, resume: bool, overwrite: bool) -> None:
-    """Raise InputError where the run can't begin in `folder`, or can't go on there."""
+    """Raise InputError if the run can't start, or can't be resumed, in `folder`."""
     for option, images in _image_folders(config).items():
         if is_within(folder.path, images) or is_within(images, folder.path):
             raise InputError(
-                f"the run folder {folder.path} and {option} {images} lie in each other",
-                "A run keeps its files apart from images: choose another --runs-dir or --name.",
+                f"the run folder {folder.path} and {option} {images} are the same or one contains the other",
+                "Run folders and image folders must be separate: choose another --runs-dir or --name.",
             )
     if not resume:
         if folder.path.exists() and not folder.holds_run and not _is_empty(folder.path):
             raise InputError(
-                f"{folder.path} exists and holds no run of pdd", "Choose another --name or --runs-dir for the run."
+                f"{folder.path} exists and does not contain a run of pdd", "Choose another --name or --runs-dir."
             )
         if folder.checkpoint.exists() and not overwrite:
             raise InputError(
-                f"{folder.path} holds a run already",
+                f"{folder.path} already contains a run",
                 "Continue it with --resume, replace it with --overwrite, or choose another --name.",
             )
         return
     if not folder.checkpoint.exists():
-        raise InputError(f"--resume: there is no checkpoint in {folder.path}", "Leave --resume out to start a run.")
+        raise InputError(f"--resume: there is no checkpoint in {folder.path}", "Omit --resume to start a run.")
     check_settings(folder.checkpoint, config)
 
 
 def _image_folders(config: AdaptConfig) -> dict[str, Path]:
-    """Every folder of images that the settings name, by its option."""
+    """All folders of images in the settings, by option."""
     folders = {
         "--real-dir": config.real_dir,
         "--hr-dir": config.hr_dir,

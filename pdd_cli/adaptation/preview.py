@@ -1,4 +1,4 @@
-"""A model's picture of an image."""
+"""Upscaling of small crops with a model during training, for judgements, previews and the report."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PREVIEW_IMAGES = 4
 PREVIEW_SIZE = 64  # LR pixels
 
 
-def centre(image: RGB, side: int) -> RGB:
-    """The middle (side, side, 3) of `image`, or as much as there is."""
+def center_crop(image: RGB, side: int) -> RGB:
+    """The central (side, side, 3) crop of `image`, or less if the image is smaller."""
     y, x = (max(0, (length - side) // 2) for length in image.shape[:2])
     return np.array(image[y : y + side, x : x + side])
 
 
-def upscaled(model: SRModel, lr: RGB, runtime: Runtime) -> NDArray[np.float32]:
-    """(h, w, 3) to (h*scale, w*scale, 3) in 0..1, in one piece; NaN stays NaN."""
+def upscale_image(model: SRModel, lr: RGB, runtime: Runtime) -> NDArray[np.float32]:
+    """Upscale (h, w, 3) without tiling to (h*scale, w*scale, 3) in 0..1. NaN values are kept."""
     training = model.module.training
     model.module.to(runtime.device).eval()
     batch = (torch.from_numpy(np.ascontiguousarray(lr)).permute(2, 0, 1)[None].float() / 255).to(runtime.device)
@@ -35,12 +35,12 @@ def upscaled(model: SRModel, lr: RGB, runtime: Runtime) -> NDArray[np.float32]:
 
 
 def to_rgb8(image: NDArray[np.float32]) -> RGB:
-    """(H, W, 3) in 0..1, rounded to 8 bit."""
+    """(H, W, 3) in 0..1, rounded to 8 bits."""
     return np.round(image * 255).astype(np.uint8)
 
 
-def sheet(rows: Sequence[Sequence[RGB]], titles: tuple[str, ...]) -> Image.Image:
-    """Panels in rows below their titles."""
+def image_grid(rows: Sequence[Sequence[RGB]], titles: tuple[str, ...]) -> Image.Image:
+    """An image with rows of panels below their column titles."""
     gap, top = 4, 16
     width = max(sum(panel.shape[1] + gap for panel in row) for row in rows)
     whole = Image.new("RGB", (width, top + sum(row[0].shape[0] + gap for row in rows)), "white")

@@ -1,4 +1,4 @@
-"""What a trained run leaves: the verdict's file, the weights in the store, exports, and the report."""
+"""Publishes a trained run: writes the verdict, registers the weights in the store, writes exports and the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from pdd_cli.adaptation.export import export
 from pdd_cli.adaptation.judge import Conclusion, Verdict
 from pdd_cli.adaptation.prepare import Run, memory_errors
-from pdd_cli.adaptation.preview import to_rgb8, upscaled
+from pdd_cli.adaptation.preview import to_rgb8, upscale_image
 from pdd_cli.data.datasets import RGB
 from pdd_cli.errors import InputError, Interrupted, PartialFailure, PddError, ResourceError
 from pdd_cli.files import write_text
@@ -33,10 +33,10 @@ _REPORT_SIZE = 128
 
 
 @dataclass
-class Published:
-    """What came of a trained run, as far as it succeeded."""
+class PublishResult:
+    """The results of a trained run, as far as they exist, and the failures."""
 
-    verdict: Verdict = field(default_factory=lambda: Verdict(None, "it could not be judged", 1.0))
+    verdict: Verdict = field(default_factory=lambda: Verdict(None, "the judgement failed", 1.0))
     conclusion: Conclusion | None = None
     weights: Entry | None = None
     report: Path | None = None
@@ -44,26 +44,26 @@ class Published:
     failures: list[PddError] = field(default_factory=list)
 
     def failure(self, run: Run) -> PddError | None:
-        """All failures as one error: the first, with what helps; None where there are none."""
+        """The first failure as an error whose hint says how to try again; None if there are no failures."""
         if not self.failures:
             return None
         first = self.failures[0]
         kind = ResourceError if any(isinstance(failure, ResourceError) for failure in self.failures) else PartialFailure
         return kind(
             first.message,
-            f"{first.hint} The trained weights are in {run.folder.best}; to try again: {run.resume_command}",
+            f"{first.hint} The trained weights are in {run.folder.best}. To try again: {run.resume_command}",
         )
 
 
-def publish(run: Run, store: Store, say: Callable[[str], None], warn: Callable[[str], None]) -> Published:
-    """Judge what was trained, register the weights, write the report and the exports, and say all that.
+def publish(run: Run, store: Store, say: Callable[[str], None], warn: Callable[[str], None]) -> PublishResult:
+    """Judge the trained weights, register them, write the report and the exports, and report each result.
 
-    Each of these may fail without the others.
+    If one of these steps fails, the others are still done.
     """
-    done = Published()
+    done = PublishResult()
 
     @contextlib.contextmanager
-    def kept() -> Iterator[None]:
+    def collected() -> Iterator[None]:
         try:
             with memory_errors(run.config):
                 yield
@@ -78,15 +78,15 @@ def publish(run: Run, store: Store, say: Callable[[str], None], warn: Callable[[
         if run.state.step < run.config.steps:
             say(
                 f"stopped early after step {run.state.step} of {run.config.steps}: the last "
-                f"{run.config.early_stopping} judgements brought nothing better "
-                f"({run.resume_command} --set early_stopping=off goes on)"
+                f"{run.config.early_stopping} judgements brought no improvement "
+                f"(to continue: {run.resume_command} --set early_stopping=off)"
             )
         say("judging the trained weights")
-        with kept():
+        with collected():
             done.conclusion = run.judge.conclude(read_state(run.folder.best))
             done.verdict = done.conclusion.verdict
-            (warn if done.verdict.keep is False else say)(f"verdict: {done.verdict.word}. {done.verdict.reason}")
-            if text := done.conclusion.truth_in_words():
+            (warn if done.verdict.keep is False else say)(f"verdict: {done.verdict.label}. {done.verdict.reason}")
+            if text := done.conclusion.describe_validation():
                 say(text)
             write_verdict(run, done.conclusion)
         try:
@@ -95,14 +95,14 @@ def publish(run: Run, store: Store, say: Callable[[str], None], warn: Callable[[
             say(f"done: weights '{run.name}' in {done.weights.path}")
         except PddError as error:
             done.failures.append(error)
-            with kept():
+            with collected():
                 done.weights = register(run, replace(store, root=run.folder.path), done.verdict)
-                say(f"the weights are not registered; they are kept in {done.weights.path}")
-        with kept():
+                say(f"the weights are not registered; they are in {done.weights.path}")
+        with collected():
             done.report = write_report(run, done.conclusion)
             say(f"report: {done.report}")
         for form in run.config.export:
-            with kept():
+            with collected():
                 done.exported.append(write_export(run, form))
                 say(f"exported: {done.exported[-1]}")
     except KeyboardInterrupt:
@@ -115,7 +115,7 @@ def publish(run: Run, store: Store, say: Callable[[str], None], warn: Callable[[
         reference = run.name if done.weights.path.parent == store.root else done.weights.path
         say(f"next: pdd upscale IN OUT --weights {reference}{strength}")
     else:
-        say("Look at the report before you use it. More images of one look, or --hr-dir, may help.")
+        say("Look at the report before you use the weights. More images from the same source, or --hr-dir, may help.")
     return done
 
 
@@ -125,27 +125,27 @@ def write_verdict(run: Run, conclusion: Conclusion) -> None:
 
 
 def write_report(run: Run, conclusion: Conclusion | None) -> Path:
-    """Write the page; without a conclusion one without verdict and pictures, which takes no time."""
+    """Write the report. Without a conclusion it has no verdict and no images, and takes little time."""
     base = run.models.base
     page = as_page(
         RunReport(
             name=run.name,
             steps=run.state.step,
-            most_steps=run.config.steps,
+            max_steps=run.config.steps,
             facts={
                 "Base": f"{run.config.base} ({base.architecture} x{base.scale})",
                 "Features": run.features_name,
                 "Device": str(run.models.runtime),
-                "Real images": f"{len(run.domains.real)} trained on, {len(run.judge.images)} judged on",
+                "Real images": f"{len(run.sampler.real)} trained on, {len(run.judge.images)} judged on",
             },
             settings=run.settings,
             defaults={**AdaptConfig(real_dir=Path()).model_dump(mode="json"), "real_dir": None},
             log=_read_lines(run.folder.log),
             judgements=run.state.judgements,
-            base=run.judge.base_judged.as_document(),
+            base=run.judge.base_scores.as_document(),
             verdict=_verdict_document(run, conclusion) if conclusion else None,
-            truth=conclusion.truth_in_words() if conclusion else "",
-            shots=_report_images(run, conclusion.strength) if conclusion else (),
+            validation=conclusion.describe_validation() if conclusion else "",
+            images=_report_images(run, conclusion.strength) if conclusion else (),
         )
     )
     write_text(run.folder.report, page)
@@ -157,7 +157,7 @@ def register(run: Run, store: Store, verdict: Verdict) -> Entry:
     weights = read_state(run.folder.best)
     broken = [key for key, value in weights.items() if not torch.isfinite(value).all()]
     if broken:
-        raise InputError(f"the adapted weights hold values that are not finite ({broken[0]}); nothing was registered")
+        raise InputError(f"the adapted weights contain values that are not finite ({broken[0]}); not registered")
     base, settings = run.models.base, run.settings
     card = Card(
         name=run.name,
@@ -171,11 +171,11 @@ def register(run: Run, store: Store, verdict: Verdict) -> Entry:
         adapted={
             "steps": run.state.step,
             "features": run.features_name,
-            "real_images": len(run.domains.real),
-            "hr_images": run.sources[-1].used if run.config.hr_dir else len(run.domains.real),
+            "real_images": len(run.sampler.real),
+            "hr_images": run.sources[-1].used if run.config.hr_dir else len(run.sampler.real),
             "hr_from": "hr_dir" if run.config.hr_dir else "the real images, downscaled",
             "precision": run.models.runtime.precision,
-            "verdict": verdict.word,
+            "verdict": verdict.label,
             "reason": verdict.reason,
             "strength": verdict.strength,
             "settings": settings,
@@ -185,7 +185,7 @@ def register(run: Run, store: Store, verdict: Verdict) -> Entry:
 
 
 def write_export(run: Run, form: str) -> Path:
-    """Write the best weights in a form for other programs; `runs/NAME/NAME.pth` and the like."""
+    """Write the best weights for other programs, as `runs/NAME/NAME.pth` or `.onnx`."""
     path = run.folder.path / f"{run.name}.{form}"
     export(path, load_sr_model(run.folder.best))
     return path
@@ -201,28 +201,28 @@ def _verdict_document(run: Run, conclusion: Conclusion) -> dict[str, Any]:
         "pairs": run.judge.pairs.found if run.judge.pairs else 0,
         "base": conclusion.base.as_document(),
         "adapted": [
-            {"strength": strength, "score": run.judge.score(found), **found.as_document()}
-            for strength, found in conclusion.adapted.items()
+            {"strength": strength, "score": run.judge.score(scores), **scores.as_document()}
+            for strength, scores in conclusion.adapted.items()
         ],
     }
 
 
 def _report_images(run: Run, strength: float) -> list[ReportImage]:
-    """Pictures of held-out images, where they have most detail, and of pairs; the best weights at `strength`."""
+    """The most detailed crops of held-out images, and the validation pairs, upscaled with the base and `strength`."""
     base, runtime = run.models.base, run.models.runtime
-    adapted = run.judge.mixed(read_state(run.folder.best), strength)
+    adapted = run.judge.interpolate(read_state(run.folder.best), strength)
     crops: list[tuple[str, str, RGB, RGB | None]] = []
     for number, image in enumerate(run.judge.images[:_REPORT_IMAGES], 1):
         x, y, width, height = window(image, side=_REPORT_SIZE)
         crop = np.ascontiguousarray(image[y : y + height, x : x + width])
         crops.append((f"image {number}", "held-out images", crop, None))
     if pairs := run.judge.pairs:
-        known = zip(pairs.names, pairs.lr, pairs.hr, strict=True)
-        crops += [(name, "with ground truth", lr, hr) for name, lr, hr in list(known)[:_REPORT_IMAGES]]
-    pictures = ([to_rgb8(upscaled(model, lr, runtime)) for model in (base, adapted)] for _, _, lr, _ in crops)
+        validation = zip(pairs.names, pairs.lr, pairs.hr, strict=True)
+        crops += [(name, "with ground truth", lr, hr) for name, lr, hr in list(validation)[:_REPORT_IMAGES]]
+    upscaled = ([to_rgb8(upscale_image(model, lr, runtime)) for model in (base, adapted)] for _, _, lr, _ in crops)
     return [
         ReportImage(name, group, lr, by_base, by_adapted, hr)
-        for (name, group, lr, hr), (by_base, by_adapted) in zip(crops, pictures, strict=True)
+        for (name, group, lr, hr), (by_base, by_adapted) in zip(crops, upscaled, strict=True)
     ]
 
 

@@ -1,8 +1,8 @@
-"""Settings of `adapt` → a run that is ready to be trained."""
+"""Starts a run of `adapt`: from settings to a run that is ready to train."""
 
 from __future__ import annotations
 
-from pdd_cli.adaptation.estimate import check_places
+from pdd_cli.adaptation.estimate import check_disk_space
 from pdd_cli.adaptation.folder import RunFolder
 from pdd_cli.adaptation.prepare import (
     Run,
@@ -30,9 +30,9 @@ def start(
     ranks: Ranks = SINGLE_PROCESS,
     observer: Observer = Observer(),
 ) -> Run:
-    """Check everything, fetch and load what training needs; no run folder or image is written.
+    """Check everything, then fetch and load what training needs. No run folder or image is written.
 
-    Raises InputError for images, weights or settings that are not usable, DownloadError where weights can't be fetched.
+    Raises InputError if images, weights or settings can't be used, DownloadError if weights can't be downloaded.
     """
     store = Store.default()
     ranks.per_rank(settings.batch_size)
@@ -55,12 +55,12 @@ def start(
     with memory_errors(settings):
         run = prepare_run(
             settings, weights, runtime,
-            name=name, resume=resume, overwrite=overwrite, notify=observer.warn, say=observer.say, ranks=ranks,
+            name=name, resume=resume, overwrite=overwrite, warn=observer.warn, say=observer.say, ranks=ranks,
         )  # fmt: skip
     if ranks.is_first:
-        check_places(run, store)
+        check_disk_space(run, store)
     observer.say(
-        f"adapting {settings.base} to {len(run.domains.real)} real images as '{name}': "
+        f"adapting {settings.base} to {len(run.sampler.real)} real images as '{name}': "
         f"{settings.steps - run.state.step} steps on {runtime}, features of {run.features_name}"
         + (f", {ranks.size} processes" if ranks.size > 1 else "")
     )

@@ -1,4 +1,4 @@
-"""A run as events that TensorBoard shows."""
+"""Logging of a run for TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,56 +17,56 @@ if TYPE_CHECKING:
 
 
 class TensorBoardLog:
-    """Writes into `folder`; without one it does nothing.
+    """Writes events into `folder`; does nothing if that is None.
 
-    When that fails the run goes on without: `notify` says so, once.
+    If writing fails, `warn` is called once and logging is disabled; the run continues.
     """
 
-    def __init__(self, folder: Path | None, notify: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path | None, warn: Callable[[str], None]) -> None:
         self._folder = folder
-        self._notify = notify
+        self._warn = warn
         self._writer: SummaryWriter | None = None
 
     def begin(self, step: int) -> None:
-        """Begin after `step`: what earlier writers said of later steps counts no more."""
+        """Start logging after `step`, and invalidate earlier events of later steps."""
         self.close()
         if self._folder is not None:
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            with self._or_without():
+            with self._disable_on_error():
                 self._writer = SummaryWriter(str(self._folder), purge_step=step + 1, flush_secs=10)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers by tag."""
+        """Log numbers by tag."""
         if self._folder is not None and self._writer is not None:
-            with self._or_without():
+            with self._disable_on_error():
                 for tag, value in values.items():
                     self._writer.add_scalar(tag, value, step)
 
-    def picture(self, tag: str, picture: Image.Image, step: int) -> None:
-        """One image."""
+    def image(self, tag: str, image: Image.Image, step: int) -> None:
+        """Log one image."""
         if self._folder is not None and self._writer is not None:
-            with self._or_without():
-                self._writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
+            with self._disable_on_error():
+                self._writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write all remaining events."""
         if self._folder is not None and self._writer is not None:
-            with self._or_without():
+            with self._disable_on_error():
                 self._writer.close()
             self._writer = None
 
     @contextlib.contextmanager
-    def _or_without(self) -> Iterator[None]:
+    def _disable_on_error(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of whatever kind the writer's thread has met
-            self._notify(f"TensorBoard's events in {self._folder} can't be written, the run goes on without: {error}")
+        except Exception as error:  # any kind, from the writer's thread
+            self._warn(f"can't write TensorBoard events into {self._folder}; the run continues without them: {error}")
             self._folder = None
 
 
-def check_board() -> None:
-    """Raise InputError where the package that writes the events isn't installed."""
+def check_tensorboard() -> None:
+    """Raise InputError if the package that writes the events isn't installed."""
     try:
         import torch.utils.tensorboard.writer  # noqa: F401
     except ImportError as error:

@@ -31,10 +31,10 @@ from pdd_cli.settings.adapt import AdaptConfig, EmaGeneralist, LossWeights, Stat
 
 @dataclass(frozen=True, eq=False)
 class Models:
-    """What a step computes with and doesn't change. The networks that it changes are those of the TrainState."""
+    """The fixed inputs of a step. The networks that it trains are in the TrainState."""
 
-    base: SRModel  # scale and size needs of the specialist
-    generalist: SRModel  # … and of the generalist
+    base: SRModel  # scale and size requirements of the specialist
+    generalist: SRModel  # scale and size requirements of the generalist
     features: FeatureNetwork
     distillation: EmaGeneralist | StaticGeneralist
     runtime: Runtime
@@ -43,17 +43,17 @@ class Models:
 
 @dataclass(frozen=True)
 class StepResult:
-    """`losses` are unweighted means over the whole batch; those that are off in this step are absent."""
+    """`losses` are unweighted means over the whole batch; losses that are off in this step are absent."""
 
     losses: dict[str, float]
-    finite: bool  # if not, the step was skipped: no network was changed by the loss that isn't finite
+    finite: bool  # False: the step was skipped, because a loss or gradient isn't finite
 
 
 def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWeights) -> StepResult:
-    """Train the networks of `state` on `batch`, which is on their device, and count the step.
+    """Train the networks of `state` on `batch`, which is on their device, and increment `state.step`.
 
-    The outcome depends on the arguments alone. Among several processes each passes its part of the batch; losses and
-    gradients are those of the whole batch, and alike in all of them.
+    The result depends only on the arguments. With several processes, each passes its part of the batch; losses and
+    gradients are those of the whole batch and identical in all processes.
     """
     runtime, ranks, features = models.runtime, models.ranks, models.features
     specialist = replace(models.base, module=state.specialist)
@@ -87,7 +87,7 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
         losses["perceptual"] = perceptual_loss(phi_S_s, phi_hr)
         if weights.feature_distance:
             losses["feature_distance"] = feature_distance_loss(phi_S_s, phi_hr)
-        # S_s and, once it is on, S_t must each look real: the two means add up.
+        # S_s and (with adversarial_on_target) S_t must each look real, so their two means are added.
         losses["adversarial"] = adversarial_loss(logits, real=True) * (judged / n)
         if distilling:
             phi_S_t, phi_G_s, phi_G_t = (
@@ -95,7 +95,7 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
                 _part(phi_constant, n, 2 * n),
                 _part(phi_constant, 2 * n, 3 * n),
             )
-            # static: the synthetic prediction is led by its ground truth alone.
+            # static: the synthetic prediction is trained by its ground truth only, not by distillation.
             distilled = phi_S_s if ema else {layer: value.detach() for layer, value in phi_S_s.items()}
             losses["inter"] = inter_loss(distilled, phi_S_t, phi_G_s, phi_G_t, ranks)
             losses["intra"] = intra_loss(distilled, phi_S_t, phi_G_s, phi_G_t)
@@ -132,14 +132,14 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
 
 
 def scheduled_rate(config: AdaptConfig, step: int) -> float:
-    """The part of the learning rate at `step`: halved at each fraction of the run that lies behind."""
+    """The factor of the learning rate at `step`: halved at each fraction of the run in `halve_at`."""
     halvings = sum(step >= fraction * config.steps for fraction in config.optimizer.halve_at)
     return float(0.5**halvings)
 
 
 def set_learning_rates(config: AdaptConfig, state: TrainState) -> float:
-    """Set the rates of the coming step; returns the specialist's."""
-    factor = state.guard.rate_factor * scheduled_rate(config, state.step)
+    """Set the learning rates of both optimizers for the next step; returns the specialist's."""
+    factor = state.monitor.rate_factor * scheduled_rate(config, state.step)
     for optimizer, rate in (
         (state.optimizer, config.optimizer.learning_rate),
         (state.discriminator_optimizer, config.optimizer.discriminator_learning_rate),
@@ -150,21 +150,21 @@ def set_learning_rates(config: AdaptConfig, state: TrainState) -> float:
 
 
 def _logits(discriminator: nn.Module, images: Tensor, features: Features) -> list[Tensor]:
-    """Logits of realness for the images, or for their features, by what the discriminator looks at."""
+    """The discriminator's logits for the images, or for their features if that is its input."""
     if isinstance(discriminator, FeatureDiscriminator):
         return discriminator(features)  # type: ignore[no-any-return]
     return [discriminator(images)]
 
 
 def _part(features: Features, start: int, end: int) -> dict[str, Tensor]:
-    """Elements `start` to `end` of the batch, at every layer."""
+    """Elements `start` to `end` of the batch in every layer."""
     return {layer: value[start:end] for layer, value in features.items()}
 
 
 def _update(optimizer: torch.optim.Optimizer, loss: Tensor, ranks: Ranks) -> bool:
     """One step of `optimizer` on the mean of `loss` over the processes.
 
-    False, and nothing is changed, where loss or gradient isn't finite: in all processes, where it isn't in one.
+    Returns False and changes nothing if the loss or gradient of any process isn't finite.
     """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()

@@ -1,4 +1,4 @@
-"""Which models can be a base: RGB to RGB, with parameters that a gradient reaches."""
+"""Checks that a model can be a base: from RGB to RGB, with parameters that receive a gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pdd_cli.errors import InputError
 from pdd_cli.models.loading import SRModel
 from pdd_cli.runtime import is_out_of_memory
 
-_SIDE = 16  # LR pixels of the image that is tried
+_SIDE = 16  # LR pixels of the test image
 _HINT = "It still upscales. Adapt another base, such as realesrgan."
 
 
@@ -19,21 +19,21 @@ def check_rgb(model: SRModel, reference: str) -> None:
     """Raise InputError unless `model`, which the user named `reference`, is from RGB to RGB."""
     if (model.in_channels, model.out_channels) != (3, 3):
         raise InputError(
-            f"{reference}: takes {model.in_channels} and gives {model.out_channels} channels",
+            f"{reference}: the model has {model.in_channels} input and {model.out_channels} output channels",
             "adapt trains models from RGB to RGB.",
         )
 
 
 def check_trainable(model: SRModel, reference: str) -> None:
-    """Raise InputError unless `model` is from RGB to RGB and a small image brings its parameters a gradient."""
+    """Raise InputError unless `model` is from RGB to RGB and a training step on a small image gives gradients."""
     check_rgb(model, reference)
     if not any(parameter.numel() for parameter in model.module.parameters()):
-        raise InputError(f"{reference}: {model.architecture} has no parameters that can be trained")
+        raise InputError(f"{reference}: {model.architecture} has no trainable parameters")
     image = torch.linspace(0, 1, 3 * _SIDE * _SIDE).view(1, 3, _SIDE, _SIDE)
     try:
         trial = replace(model, module=copy.deepcopy(model.module).train().requires_grad_(True))
         trial.upscale(image).square().mean().backward()
-    except Exception as error:  # of whatever kind the network raises
+    except Exception as error:  # networks raise all kinds
         if is_out_of_memory(error):
             raise
         why = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
     from pdd_cli.adaptation.estimate import DryRun
     from pdd_cli.adaptation.prepare import Run
-    from pdd_cli.adaptation.publish import Published
+    from pdd_cli.adaptation.publish import PublishResult
     from pdd_cli.adaptation.sources import Source
 
 
-def run_document(run: Run, done: Published, losses: Mapping[str, float]) -> dict[str, object]:
+def run_document(run: Run, done: PublishResult, losses: Mapping[str, float]) -> dict[str, object]:
     """A finished run for --json."""
     return {
         "name": run.name,
@@ -26,7 +26,7 @@ def run_document(run: Run, done: Published, losses: Mapping[str, float]) -> dict
         "features": run.features_name,
         "losses": losses,
         "verdict": {"keep": done.verdict.keep, "reason": done.verdict.reason, "strength": done.verdict.strength},
-        "truth": done.conclusion and done.conclusion.truth_document(),
+        "truth": done.conclusion and done.conclusion.validation_document(),
         "card": done.weights and done.weights.card.model_dump(),
         "failures": [{"message": failure.message, "hint": failure.hint} for failure in done.failures],
     }
@@ -44,7 +44,7 @@ def dry_run_table(found: DryRun) -> Table:
     if run is not None:
         if not found.settings.hr_dir:
             rows.add_row("HR", "made of the real images")
-        rows.add_row("judged on", f"{len(run.judge.images)} real images, {len(run.domains.real)} are trained on")
+        rows.add_row("judged on", f"{len(run.judge.images)} real images, {len(run.sampler.real)} are trained on")
         if pairs := run.judge.pairs:
             rows.add_row("pairs", f"{pairs.found} with ground truth, {len(pairs.lr)} of them are scored")
         base = run.models.base
@@ -68,8 +68,8 @@ def dry_run_table(found: DryRun) -> Table:
             rows.add_row("trial steps", escape(event))
     elif run is None:
         rows.add_row("time, memory", "not known before all weights are installed")
-    for space in found.spaces:
-        rows.add_row("disk", escape(f"{_size(space.needed)} into {space.folder} ({_size(space.free)} free)"))
+    for use in found.disk:
+        rows.add_row("disk", escape(f"{_size(use.needed)} into {use.folder} ({_size(use.free)} free)"))
     for error in found.problems:
         rows.add_row("would fail", escape(error.message))
     return rows
@@ -115,7 +115,7 @@ def dry_run_document(found: DryRun) -> dict[str, object]:
         ],
         **(
             {
-                "trained_on": len(run.domains.real),
+                "trained_on": len(run.sampler.real),
                 "judged_on": len(run.judge.images),
                 "pairs": run.judge.pairs.found if run.judge.pairs else 0,
                 "architecture": run.models.base.architecture,
@@ -140,7 +140,7 @@ def dry_run_document(found: DryRun) -> dict[str, object]:
             if estimate
             else {}
         ),
-        "disk": [{"folder": space.folder, "needed": space.needed, "free": space.free} for space in found.spaces],
+        "disk": [{"folder": use.folder, "needed": use.needed, "free": use.free} for use in found.disk],
         "problems": [
             {"message": error.message, "hint": error.hint, "exit_code": error.exit_code} for error in found.problems
         ],

@@ -19,13 +19,13 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
       pdd adapt --real-dir ./realLR
       pdd adapt --real-dir ./realLR --hr-dir ./photos --name mine --steps 300
     """
-    from pdd_cli.adaptation.folder import stored_run
+    from pdd_cli.adaptation.folder import find_run
     from pdd_cli.commands._adapting import dry_run_document, dry_run_table, run_document
 
     console = call.console
     resume, overwrite = call.flags.resume, call.flags.overwrite
     if resume:
-        folder = stored_run(call.explicit_values())
+        folder = find_run(call.explicit_values())
         settings = call.settings(
             {"runs_dir": folder.path.parent, "name": folder.path.name},
             stored=folder.config if folder.config.exists() else None,
@@ -35,7 +35,7 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
 
     from pdd_cli.adaptation import estimate
     from pdd_cli.adaptation.loop import train
-    from pdd_cli.adaptation.prepare import derived_name
+    from pdd_cli.adaptation.prepare import default_name
     from pdd_cli.adaptation.publish import publish, write_report
     from pdd_cli.adaptation.run import start
     from pdd_cli.commands._observer import ConsoleObserver
@@ -44,7 +44,7 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
     from pdd_cli.weights.store import Store
 
     store = Store.default()
-    run_name = settings.name or derived_name(settings.real_dir, console.say)
+    run_name = settings.name or default_name(settings.real_dir, console.say)
     if call.flags.dry_run:
         keep_freed_memory()  # as the run does whose time and memory are estimated
         found = estimate.dry_run(
@@ -63,7 +63,7 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
 
     interruption = Interruption(
         on_first=lambda: console.say("stopping after this step; press Ctrl-C again to stop at once"),
-        on_second=lambda: console.leave(f"stopped at once; {run.resume_command} goes on from the last checkpoint"),
+        on_second=lambda: console.leave(f"stopped at once. To continue from the last checkpoint: {run.resume_command}"),
     )
     with console.progress() as progress, interruption:
         task = progress.add_task("adapt", total=settings.steps, completed=run.state.step, note="")
@@ -85,7 +85,7 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
             write_report(run, None)
         raise Interrupted(
             f"stopped after step {run.state.step} of {settings.steps}; the state is saved in {run.folder.checkpoint}",
-            f"To go on: {run.resume_command}",
+            f"To continue: {run.resume_command}",
         )
     if not ranks.is_first:
         return

@@ -1,4 +1,4 @@
 """HTML pages of `pdd evaluate` and `pdd adapt`.
 
-They only show what was computed elsewhere.
+They only present results; scores are computed in `iqa` and `adaptation`.
 """

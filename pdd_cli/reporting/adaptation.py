@@ -1,4 +1,4 @@
-"""A run as one HTML page: the verdict, curves, pictures of the base and of what became of it, settings, events."""
+"""The report of a run as one HTML page: verdict, curves, images of the base and the adapted model, settings, events."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 import numpy as np
 
 from pdd_cli.data.datasets import RGB
-from pdd_cli.reporting.html import GALLERY, apart, card, figure, lr_views, number, page, scroll, short, view
+from pdd_cli.reporting.html import GALLERY, card, figure, lr_views, number, page, scroll, short, spaced, view
 from pdd_cli.version import __version__
 
 _LOSSES = ("pixel", "perceptual", "adversarial", "inter", "intra", "consistency", "feature_distance")
-_POINTS = 150  # of a curve
-_MARKED = 60  # points of a curve that are also dots, which tell their value
-_TRUTH = {"psnr": "PSNR (dB), higher is better", "ssim": "SSIM, higher is better",
+_MAX_POINTS = 150  # of a curve
+_MAX_DOTS = 60  # curves with at most this many points get dots with tooltips
+_VALIDATION = {"psnr": "PSNR (dB), higher is better", "ssim": "SSIM, higher is better",
           "distance": "feature distance, lower is better"}  # fmt: skip
 
 Series = Sequence[tuple[float, float]]  # (step, value)
-Line = Mapping[str, Any]  # of log.jsonl or judgements.jsonl
+Line = Mapping[str, Any]  # a line of log.jsonl or judgements.jsonl
 
 
 @dataclass(frozen=True, eq=False)
 class ReportImage:
-    """One image: LR (h, w, 3), and as the base and the adapted weights upscale it; HR where it is known."""
+    """One image: LR (h, w, 3), its upscaled versions by the base and the adapted weights, and HR if it is known."""
 
     name: str
     group: str
@@ -37,39 +37,39 @@ class ReportImage:
 
 @dataclass(frozen=True, eq=False)
 class RunReport:
-    """What the page tells. `verdict` is the document verdict.json; None: the run is not at its end."""
+    """The content of the page. `verdict` is the content of verdict.json; None if the run is not finished."""
 
     name: str
     steps: int  # done
-    most_steps: int
+    max_steps: int
     facts: Mapping[str, str]
     settings: Mapping[str, Any]
     defaults: Mapping[str, Any]
     log: Sequence[Line]
     judgements: Sequence[Line]
-    base: Mapping[str, Any]  # what was found of the base
+    base: Mapping[str, Any]  # scores of the base
     verdict: Mapping[str, Any] | None
-    truth: str  # in words
-    shots: Sequence[ReportImage]
+    validation: str  # the validation scores as text
+    images: Sequence[ReportImage]
 
 
 def as_page(report: RunReport) -> str:
-    """The page; everything is in it."""
-    cards = [_card(shot, _label(report)) for shot in report.shots]
+    """The self-contained HTML page."""
+    cards = [_card(image, _label(report)) for image in report.images]
     return page(
         f"{report.name}: {_outcome(report)}",
         "\n".join(
             [
                 _summary(report),
                 _strengths(report),
-                *(["<h2>Look at them</h2>", GALLERY] if cards else ['<div id="gallery"></div>']),
+                *(["<h2>Images</h2>", GALLERY] if cards else ['<div id="gallery"></div>']),
                 "<h2>Curves</h2>",
                 f'<div class="plots">{"".join(_plots(report))}</div>',
                 _events(report.log),
                 "<h2>Judgements</h2>",
                 scroll("Judgements", f'<table id="all">{_judgements(report.judgements)}</table>'),
                 "<h2>Settings</h2>",
-                '<p class="note">Bold: not the default.</p>',
+                '<p class="note">Values that differ from the default are bold.</p>',
                 scroll("Settings", f'<table id="settings">{_settings(report)}</table>'),
                 f"<footer><p>{_about(report)}</p></footer>",
             ]
@@ -83,20 +83,20 @@ def as_page(report: RunReport) -> str:
 
 def _outcome(report: RunReport) -> str:
     if report.verdict is None:
-        return f"stopped after step {report.steps} of {report.most_steps}"
+        return f"stopped after step {report.steps} of {report.max_steps}"
     return {True: "keep", False: "reject", None: "not judged"}[report.verdict["keep"]]
 
 
 def _summary(report: RunReport) -> str:
     if report.verdict is None:
         lines = [
-            f"Not finished: stopped after step {report.steps} of {report.most_steps}. "
+            f"Not finished: stopped after step {report.steps} of {report.max_steps}. "
             "The same command with --resume continues it."
         ]
     else:
         lines = [f"{_outcome(report).capitalize()}: {report.verdict['reason']}."]
-    if report.truth:
-        lines.append(f"{report.truth[0].upper()}{report.truth[1:]}.")
+    if report.validation:
+        lines.append(f"{report.validation[0].upper()}{report.validation[1:]}.")
     lines_html = "".join(f'<p class="verdict">{escape(line)}</p>' for line in lines)
     if report.verdict is None:
         return lines_html
@@ -105,17 +105,19 @@ def _summary(report: RunReport) -> str:
         more = f" --strength {strength:g}" if strength < 1 else ""
         lines_html += f"<p>Use it: <code>pdd upscale IN OUT --weights {escape(report.name)}{more}</code></p>"
     else:
-        lines_html += "<p>Look at the pictures before you use it. More images of one look, or --hr-dir, may help.</p>"
-    if report.steps < report.most_steps:
         lines_html += (
-            f"<p>Stopped early after step {report.steps} of {report.most_steps}: the judgements found nothing better "
-            "any more.</p>"
+            "<p>Look at the images before you use the weights. More images from the same source, or --hr-dir, may "
+            "help.</p>"
+        )
+    if report.steps < report.max_steps:
+        lines_html += (
+            f"<p>Stopped early after step {report.steps} of {report.max_steps}: the judgements no longer improved.</p>"
         )
     return lines_html
 
 
 def _strengths(report: RunReport) -> str:
-    """The base and the chosen weights at each strength, a row each."""
+    """The table of the base and of the best weights at each strength."""
     if report.verdict is None:
         return ""
     rows = [("base", {"score": 0.0, **report.verdict["base"]})]
@@ -131,8 +133,8 @@ def _strengths(report: RunReport) -> str:
     head = "".join(f'<th scope="col">{title}</th>' for title in columns.values())
     table = f'<table id="means"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
     note = (
-        '<p class="note">Means over the held-out images: faithfulness to the LR (dB), colour drift (ΔE), fine detail '
-        "(8-bit levels); together they make the score, in dB over the base.</p>"
+        '<p class="note">Means over the held-out images: consistency with the LR (dB), colour drift (ΔE), fine detail '
+        "and grain (8-bit levels). The score combines them, in dB over the base.</p>"
     )
     return scroll("By strength", table) + note
 
@@ -155,8 +157,8 @@ def _judgements(lines: Sequence[Line]) -> str:
 
 
 def _columns(lines: Iterable[Line]) -> dict[str, str]:
-    """Key → title of what the lines tell."""
-    columns = {"score": "score", "consistency": "faithfulness", "drift": "colour drift"}
+    """Key → title of the columns for the values in the lines."""
+    columns = {"score": "score", "consistency": "consistency", "drift": "colour drift"}
     columns |= {"texture": "fine detail", "grain": "grain"}
     if any("truth" in line for line in lines):
         columns |= {"psnr": "PSNR", "ssim": "SSIM", "distance": "feature distance"}
@@ -164,7 +166,7 @@ def _columns(lines: Iterable[Line]) -> dict[str, str]:
 
 
 def _value(line: Line, key: str) -> float | None:
-    value = line.get("truth", {}).get(key) if key in _TRUTH else line.get(key)
+    value = line.get("truth", {}).get(key) if key in _VALIDATION else line.get(key)
     return None if value is None else float(value)
 
 
@@ -194,22 +196,20 @@ def _shown(value: object, *, changed: bool) -> str:
     return f"<b>{text}</b>" if changed else text
 
 
-def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 
 def _about(report: RunReport) -> str:
     minutes = sum(line["seconds"] for line in report.log) / 60
     facts = "; ".join(f"{key}: {value}" for key, value in report.facts.items())
-    return escape(
-        f"pdd {__version__}. {facts}. {report.steps} steps in {minutes:.1f} minutes. Pictures are compressed."
-    )
+    return escape(f"pdd {__version__}. {facts}. {report.steps} steps in {minutes:.1f} minutes. Images are compressed.")
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------------------------
 
 
 def _label(report: RunReport) -> str:
@@ -218,36 +218,36 @@ def _label(report: RunReport) -> str:
     return f"adapted, strength {report.verdict['strength']:g}"
 
 
-def _card(shot: ReportImage, label: str) -> dict[str, Any]:
-    size = (shot.base.shape[1], shot.base.shape[0])
-    views = [*lr_views(shot.lr, size), view("base", shot.base), view(label, shot.adapted)]
-    if shot.hr is not None:
-        views.append(view("HR", shot.hr))
-    return card(shot.name, views, size, main=label, group=shot.group)
+def _card(image: ReportImage, label: str) -> dict[str, Any]:
+    size = (image.base.shape[1], image.base.shape[0])
+    views = [*lr_views(image.lr, size), view("base", image.base), view(label, image.adapted)]
+    if image.hr is not None:
+        views.append(view("HR", image.hr))
+    return card(image.name, views, size, main=label, group=image.group)
 
 
 # --- curves -----------------------------------------------------------------------------------------------------
 
 
 def _plots(report: RunReport) -> list[str]:
-    """Scores, true scores, losses, rate; what was never measured has no plot."""
-    log = list({line["step"]: line for line in report.log}.values())  # of steps done again, the last
+    """Plots of the scores, validation scores, losses and learning rate, as far as they were measured."""
+    log = list({line["step"]: line for line in report.log}.values())  # the last line of each repeated step
     plots = []
     if report.judgements:
         plots.append(
-            _plot("score of the judgements (dB over the base, which is 0)", _by_weights(report, "score"), level=0)
+            _plot("score of the judgements (dB over the base, which has 0)", _by_weights(report, "score"), level=0)
         )
-    for key, title in _TRUTH.items():
+    for key, title in _VALIDATION.items():
         if (base := _value(report.base, key)) is not None:
-            plots.append(_plot(f"ground truth: {title}; the base dashed", _by_weights(report, key), level=base))
+            plots.append(_plot(f"ground truth: {title}; base dashed", _by_weights(report, key), level=base))
     for name in _LOSSES:
-        if values := _of_log(log, name):
+        if values := _log_values(log, name):
             plots.append(_plot(f"loss: {name}", {"each step": _binned(values), "smoothed": _binned(_smoothed(values))}))
-    both = {kind: _of_log(log, f"discriminator_{kind}") for kind in ("real", "fake")}
+    both = {kind: _log_values(log, f"discriminator_{kind}") for kind in ("real", "fake")}
     if log:
         plots.append(_plot("loss: discriminator, on HR and on SR",
                            {kind: _binned(_smoothed(values)) for kind, values in both.items()}))  # fmt: skip
-        plots.append(_plot("learning rate", {"": _of_log(log, "learning_rate")}, level=0))
+        plots.append(_plot("learning rate", {"": _log_values(log, "learning_rate")}, level=0))
     return plots
 
 
@@ -259,12 +259,12 @@ def _by_weights(report: RunReport, key: str) -> dict[str, Series]:
     return dict(series)
 
 
-def _of_log(log: Sequence[Line], key: str) -> Series:
+def _log_values(log: Sequence[Line], key: str) -> Series:
     return [(line["step"], line[key]) for line in log if key in line and np.isfinite(line[key])]
 
 
 def _smoothed(values: Series) -> Series:
-    """The mean over the last steps, a tenth of them all."""
+    """The moving average over a tenth of all steps."""
     span = max(4, len(values) // 10)
     sums = np.concatenate([[0.0], np.cumsum([value for _, value in values])])
     smoothed = []
@@ -275,15 +275,15 @@ def _smoothed(values: Series) -> Series:
 
 
 def _binned(values: Series) -> Series:
-    """No more points than a plot can show: means of equal parts."""
-    if len(values) <= _POINTS:
+    """Means of equal bins, so that a plot has at most `_MAX_POINTS` points."""
+    if len(values) <= _MAX_POINTS:
         return values
-    parts = np.array_split(np.array(values), _POINTS)
+    parts = np.array_split(np.array(values), _MAX_POINTS)
     return [(float(part[:, 0].mean()), float(part[:, 1].mean())) for part in parts]
 
 
 def _plot(label: str, series: Mapping[str, Series], *, level: float | None = None) -> str:
-    """Lines over the steps; `level`, what they are compared with, is dashed; a series "each step" is drawn faintly."""
+    """A line plot over the steps. `level` is a dashed reference line; a series named "each step" is drawn faintly."""
     width, height, left, right, top, bottom = 340, 190, 52, 8, 24, 24
     points = [point for line in series.values() for point in line]
     if not points:
@@ -304,7 +304,7 @@ def _plot(label: str, series: Mapping[str, Series], *, level: float | None = Non
         kind = "set3 faint" if name == "each step" else f"set{index % 4}"
         path = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in line)
         drawn.append(f'<polyline class="line {kind}" points="{path}"/>')
-        if level is not None and len(line) <= _MARKED:
+        if level is not None and len(line) <= _MAX_DOTS:
             drawn += [
                 f'<circle class="dot {kind}" cx="{at(*point)[0]:.1f}" cy="{at(*point)[1]:.1f}" r="3">'
                 f"<title>{escape(name)} step {point[0]:g}: {number(point[1])}</title></circle>"
@@ -315,7 +315,7 @@ def _plot(label: str, series: Mapping[str, Series], *, level: float | None = Non
             legend.append(
                 f'<circle class="dot {kind}" cx="{x}" cy="10" r="4"/><text x="{x + 8}" y="14">{escape(name)}</text>'
             )
-    marks = apart([*([] if level is None else [level]), low, high], (high - low) * 0.12)
+    marks = spaced([*([] if level is None else [level]), low, high], (high - low) * 0.12)
     labels = "".join(
         f'<text x="{left - 6}" y="{at(first, value)[1] + 4:.1f}" text-anchor="end">{short(value)}</text>'
         for value in marks

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: tables, plots, and the images that tell the most."""
+"""The report of an evaluation as one self-contained HTML page: tables, plots, and the best and worst images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from pdd_cli.iqa.metrics import Item, MetricInfo
 from pdd_cli.reporting.html import (
     GALLERY,
     anchor,
-    apart,
     card,
     figure,
     lr_views,
@@ -27,6 +26,7 @@ from pdd_cli.reporting.html import (
     page,
     scroll,
     short,
+    spaced,
     view,
     window,
 )
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from pdd_cli.iqa.report import Report
 
 FORMATS = (".csv", ".json", ".html")
-_SHOWN = 6  # images of the best, and of the worst
+_SHOWN = 6  # number of best images, and of worst images
 _FIDELITY = ("psnr", "psnry", "ssim", "ssimc", "ms_ssim", "cw_ssim", "fsim", "vif", "vsi", "downscale_consistency")
 
 
 def as_page(report: Report) -> str:
-    """The page. Of images larger than a window, the part where the sets differ most is shown, at full size."""
+    """The page. Of large images it shows the part in which the sets differ most, at full resolution."""
     metric, ranked = _ranking(report)
     several = len(ranked) > 2 * _SHOWN
     groups = {"best": ranked[:_SHOWN], "worst": ranked[: -_SHOWN - 1 : -1]} if several else {"all": ranked}
@@ -55,7 +55,7 @@ def as_page(report: Report) -> str:
                 _summary(report),
                 scroll("Means", f'<table id="means">{_means(report)}</table>'),
                 _plots(report),
-                "<h2>Look at them</h2>",
+                "<h2>Images</h2>",
                 by,
                 GALLERY,
                 "<h2>All images</h2>",
@@ -81,7 +81,7 @@ def _summary(report: Report) -> str:
 
 
 def _means(report: Report) -> str:
-    """Metrics x models, and the differences with their intervals: a row a metric, which fits a phone."""
+    """The means of all metrics (rows) and sets (columns), and the differences with their confidence intervals."""
     sets = [*report.baselines, report.main]
     titles = [*(one.name for one in sets), *(f"{report.main.name} − {baseline.name}" for baseline in report.baselines)]
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
@@ -108,7 +108,7 @@ def _difference(one: Comparison | None) -> str:
 
 
 def _table(report: Report, shown: set[str]) -> str:
-    """All images; every column sorts."""
+    """The table of all images, sortable by each column."""
     columns: list[tuple[str, Mapping[str, float]]] = [
         (_title(metric), report.main.values(metric)) for metric in report.metrics
     ]
@@ -143,8 +143,8 @@ def _problems(report: Report) -> str:
 
 def _about(report: Report) -> str:
     return escape(
-        f"{report.about} Intervals: 95 %, bootstrap over images. The pictures here are compressed, the scores are of "
-        "the files. JSON and CSV reports carry the same numbers."
+        f"{report.about} Intervals: 95 %, bootstrap over images. The images here are compressed; the scores are "
+        "those of the files. JSON and CSV reports contain the same numbers."
     )
 
 
@@ -152,11 +152,11 @@ def _title(metric: MetricInfo) -> str:
     return f'<span title="{metric.better} is better">{escape(metric.name)} {metric.arrow}</span>'
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------------------------
 
 
 def _ranking(report: Report) -> tuple[MetricInfo | None, list[str]]:
-    """The metric that decides which images are best, and the images by it, best first."""
+    """The metric by which images are ranked, and the images, best first."""
     if report.comparisons:
         first = report.comparisons[0]
         values, metric = first.differences, first.metric
@@ -170,7 +170,7 @@ def _ranking(report: Report) -> tuple[MetricInfo | None, list[str]]:
 
 
 def _card(report: Report, name: str, group: str) -> dict[str, Any] | None:
-    """One image with all its views, cut to the same window; None where it can't be read any more."""
+    """One image with all its views, cropped to the same window; None if it can no longer be read."""
     item = report.main.images[name].item
     sr = _read(item)
     if sr is None:
@@ -211,11 +211,11 @@ def _card(report: Report, name: str, group: str) -> dict[str, Any] | None:
 
 def _read(item: Item) -> Array | None:
     try:
-        picture = read_image(item.image)
+        image = read_image(item.image)
     except PddError:
-        return None  # named among the problems already
-    pixels = picture.pixels if picture.bits == 8 else DecodedImage.from_float(picture.to_float()).pixels
-    return np.ascontiguousarray(np.broadcast_to(pixels, (picture.height, picture.width, 3)))
+        return None  # already listed among the problems
+    pixels = image.pixels if image.bits == 8 else DecodedImage.from_float(image.to_float()).pixels
+    return np.ascontiguousarray(np.broadcast_to(pixels, (image.height, image.width, 3)))
 
 
 # --- plots ------------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def _plots(report: Report) -> str:
 
 
 def _bars(one: Comparison) -> str:
-    """The differences of all images, sorted; the mean with its interval over them."""
+    """A bar chart of the sorted differences of all images, with the mean and its confidence interval."""
     width, height, left, top = 340, 180, 62, 12
     ranked = sorted(one.differences.items(), key=lambda pair: pair[1])
     low, high = min(0.0, ranked[0][1]), max(0.0, ranked[-1][1])
@@ -247,7 +247,7 @@ def _bars(one: Comparison) -> str:
         )
     marks = "".join(
         f'<text x="{left - 6}" y="{at(value) + 4:.1f}" text-anchor="end">{short(value)}</text>'
-        for value in apart([0.0, low, high], span * 0.12)
+        for value in spaced([0.0, low, high], span * 0.12)
     )
     interval = (
         f'<rect class="interval" x="{left}" y="{at(one.high):.2f}" width="{width - left - 8}" '
@@ -264,7 +264,10 @@ def _bars(one: Comparison) -> str:
 
 
 def _scatter(report: Report) -> str:
-    """Fidelity against perception: a dot an image, a ring the mean of a set. Empty where one of the two lacks."""
+    """A scatter plot of perception against fidelity: a dot for each image, a ring for the mean of each set.
+
+    Empty if no metric of one of the two kinds was computed.
+    """
     across = next((metric for metric in report.metrics if metric.name in _FIDELITY), None)
     learned = [metric for metric in report.metrics if metric.name not in _FIDELITY and metric.reference != "lr"]
     up = next((metric for metric in learned), None)
@@ -319,13 +322,13 @@ def _scatter(report: Report) -> str:
 
 
 def check_format(path: Path) -> None:
-    """Raises InputError for a suffix that no report is written in."""
+    """Raise InputError if there is no report format with this suffix."""
     if path.suffix.lower() not in FORMATS:
-        raise InputError(f"--output {path}: not a kind of report", f"Its name must end with {', '.join(FORMATS)}.")
+        raise InputError(f"--output {path}: not a report format", f"The name must end in {', '.join(FORMATS)}.")
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write `report` in the format of the suffix, whole or not at all."""
+    """Write `report` atomically in the format of the suffix."""
     check_format(path)
     match path.suffix.lower():
         case ".csv":

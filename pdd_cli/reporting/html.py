@@ -1,4 +1,4 @@
-"""The frame of a page that needs nothing else, with sliders and a table that sorts; and what such pages are made of."""
+"""Building blocks of self-contained HTML pages with image comparison sliders, sortable tables and SVG plots."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from PIL import Image
 from pdd_cli.imaging.image import Array
 
 WINDOW = 512
-"""Pixels a side of an image that are put into a page."""
+"""Maximum side of the part of an image that a page shows, in pixels."""
 
-GALLERY = """<p class="note">Drag over a picture, or use the slider below it, to go from one to the other. The small
-pictures show the marked spot enlarged: move it with the pointer, or with the arrow keys when the picture has the
+GALLERY = """<p class="note">Drag over an image, or use the slider below it, to compare the two versions. The small
+images show the marked region enlarged. Move it with the pointer, or with the arrow keys when the image has the
 focus.</p>
-<noscript><p>The pictures need JavaScript; tables and plots don't.</p></noscript>
+<noscript><p>The images need JavaScript; tables and plots don't.</p></noscript>
 <div id="gallery"></div>"""
-"""Where the cards of a page appear."""
+"""The place of the cards on a page."""
 
 
 def page(title: str, body: str, cards: Sequence[Mapping[str, Any]]) -> str:
-    """A whole page: the text `title`, the HTML `body` (with `GALLERY` in it), and `card`s."""
+    """A complete page with the text `title`, the HTML `body` (which contains `GALLERY`) and `card`s."""
     environment = Environment(loader=PackageLoader("pdd_cli.reporting"), autoescape=True, keep_trailing_newline=True)
     return environment.get_template("page.html").render(title=title, body=body, cards=cards)
 
@@ -42,7 +42,7 @@ def card(
     scores: Sequence[Mapping[str, Any]] = (),
     metrics: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """One image in the gallery: `views` of it, all shown as (width, height) = `size`, `main` the label of one."""
+    """One image of the gallery. All `views` are shown with (width, height) = `size`; `main` is the label of one."""
     return {
         "id": anchor(name),
         "name": name,
@@ -58,14 +58,14 @@ def card(
 
 
 def view(label: str, pixels: Array) -> dict[str, str]:
-    """A picture (H, W, 3) uint8 of a card."""
+    """A labelled image of a card, from pixels (H, W, 3) uint8."""
     return {"label": label, "src": _webp(Image.fromarray(pixels))}
 
 
 def lr_views(
     lr: Array, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
 ) -> list[dict[str, str]]:
-    """The LR image, or the `box` (left, top, right, bottom) of it, enlarged to (width, height) in two ways."""
+    """The LR image, or its part `box` (left, top, right, bottom), enlarged to (width, height) by two filters."""
     image = Image.fromarray(lr)
     ways = {"LR nearest": Image.Resampling.NEAREST, "LR bicubic": Image.Resampling.BICUBIC}
     return [
@@ -92,7 +92,7 @@ def window(image: Array, other: Array | None = None, side: int = WINDOW) -> tupl
 
 
 def figure(label: str, size: tuple[int, int], drawn: str) -> str:
-    """A plot: SVG elements on a field of (width, height) below their caption."""
+    """A plot: a caption and SVG elements on a canvas of (width, height)."""
     return (
         f"<figure><figcaption>{escape(label)}</figcaption>"
         f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{escape(label)}">{drawn}</svg></figure>'
@@ -100,32 +100,32 @@ def figure(label: str, size: tuple[int, int], drawn: str) -> str:
 
 
 def scroll(label: str, table: str) -> str:
-    """A table in a box that scrolls."""
+    """A table in a scrollable box."""
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
 
 
 def anchor(name: str) -> str:
-    """The id of the card `name`."""
+    """The HTML id of the card `name`."""
     return "image-" + base64.urlsafe_b64encode(name.encode("utf-8", "surrogateescape")).decode().rstrip("=")
 
 
 def number(value: float | None, *, signed: bool = False) -> str:
-    """With four decimals and a true minus."""
+    """The number with four decimals and a typographic minus sign; "–" for None."""
     if value is None:
         return "–"
     return (f"{value:+.4f}" if signed else f"{value:.4f}").replace("-", "−")
 
 
 def short(value: float) -> str:
-    """With three digits that count."""
+    """The number with three significant digits."""
     return f"{value:.3g}".replace("-", "−")
 
 
-def apart(values: Iterable[float], least: float) -> Sequence[float]:
-    """The values, without those that come closer than `least` to one before."""
+def spaced(values: Iterable[float], distance: float) -> Sequence[float]:
+    """The values without those that are closer than `distance` to an earlier one."""
     kept: list[float] = []
     for value in values:
-        if all(abs(value - other) >= least for other in kept):
+        if all(abs(value - other) >= distance for other in kept):
             kept.append(value)
     return kept
 

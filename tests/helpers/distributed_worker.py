@@ -47,7 +47,7 @@ def prepare(ground: Path, runs: Path, name: str, ranks: Ranks, *, resume: bool =
     )
     return prepare_run(
         config, files, Runtime(torch.device("cpu"), "fp32"),
-        name=name, resume=resume, overwrite=False, notify=print, ranks=ranks,
+        name=name, resume=resume, overwrite=False, warn=print, ranks=ranks,
     )  # fmt: skip
 
 
@@ -73,8 +73,8 @@ def disturbed(run: Run) -> Run:
             return batch
         return dataclasses.replace(batch, hr_s=batch.hr_s * float("inf" if step == 2 else "nan"))
 
-    plain = {field.name: getattr(run.domains, field.name) for field in dataclasses.fields(CropSampler)}
-    return dataclasses.replace(run, domains=Disturbed(**plain, disturb=disturb))
+    plain = {field.name: getattr(run.sampler, field.name) for field in dataclasses.fields(CropSampler)}
+    return dataclasses.replace(run, sampler=Disturbed(**plain, disturb=disturb))
 
 
 def inter_gradients(ranks: Ranks) -> dict[str, torch.Tensor]:
