@@ -24,7 +24,7 @@ from pdd_cli.iqa.compare import bootstrap_interval, compare, in_words
 from pdd_cli.iqa.consistency import colour_drift, downscale_consistency, lab
 from pdd_cli.iqa.datasets import DatasetName, find_dataset
 from pdd_cli.iqa.metrics import Item, metric_infos, score
-from pdd_cli.iqa.pyiqa_adapter import weights_here
+from pdd_cli.iqa.pyiqa_adapter import weights_states
 from pdd_cli.last_run import LastRun, UpscaledPair, save_last_run
 from tests.helpers.commands import evaluate, run
 from tests.helpers.images import photo, pixels, psnr, save
@@ -286,7 +286,7 @@ def test_the_list_of_metrics_says_whose_weights_are_here(hub: Path) -> None:
     assert listed["niqe"]["weights"] == listed["lpips"]["weights"] == "not here"
     hub.mkdir(parents=True)
     (hub / "LPIPS_v0.1_alex-df73285e.pth").touch()
-    here = weights_here()
+    here = weights_states()
     assert (here["lpips"], here["lpips-vgg"], here["niqe"]) == ("here", "not here", "not here")
 
 

@@ -60,10 +60,7 @@ def _show(report: Report, console: Console) -> None:
 
     table = Table(
         Column("image", overflow="fold", footer="mean"),
-        *(
-            Column(f"{metric.name} {metric.arrow}", justify="right", footer=_number(report.main.mean(metric)))
-            for metric in report.metrics
-        ),
+        *(Column(metric.title, justify="right", footer=_number(report.main.mean(metric))) for metric in report.metrics),
         show_footer=True,
         title=escape(report.main.name) if report.baselines else None,
     )
@@ -84,20 +81,14 @@ def _show_comparison(report: Report, console: Console) -> None:
 
     table = Table(
         "mean over images",
-        *(Column(f"{metric.name} {metric.arrow}", justify="right") for metric in report.metrics),
+        *(Column(metric.title, justify="right") for metric in report.metrics),
         title="comparison, with 95 % intervals of the mean difference",
     )
     for one in [*report.baselines, report.main]:
         table.add_row(escape(one.name), *(_number(one.mean(metric)) for metric in report.metrics))
     for baseline in report.baselines:
-        known = {one.metric: one for one in report.against(baseline)}
-        cells = [
-            f"{known[metric].mean:+.4f}\n{known[metric].low:+.4f} … {known[metric].high:+.4f}\n"
-            f"better {known[metric].wins}, worse {known[metric].losses}"
-            if metric in known
-            else "–"
-            for metric in report.metrics
-        ]
+        summaries = {one.metric: one.summary for one in report.against(baseline)}
+        cells = (summaries.get(metric, "–") for metric in report.metrics)
         table.add_section()
         table.add_row(escape(f"{report.main.name} − {baseline.name}"), *cells)
     console.table(table)
@@ -106,45 +97,22 @@ def _show_comparison(report: Report, console: Console) -> None:
 
 
 def _list_metrics(console: Console) -> None:
-    from importlib.metadata import version
-
     from rich.table import Column, Table
 
-    from pdd_cli.iqa.metrics import CONSISTENCY, DRIFT, metric_infos
-    from pdd_cli.iqa.pyiqa_adapter import metric_names, weights_here
+    from pdd_cli.iqa.available import as_document, available_metrics
 
-    kinds = {"none": "no reference", "full": "ground truth", "lr": "LR input"}
-    here = weights_here()
-    rows = [
-        *((info, here[info.name]) for info in metric_infos(metric_names())),
-        (CONSISTENCY, "needs none"),
-        (DRIFT, "needs none"),
-    ]
+    metrics = available_metrics()
+    document = as_document(metrics)
     table = Table("metric", "compares with", "better", "range", Column("weights", overflow="fold"))
-    for info, state in rows:
-        compares = "HR, as a set" if info.of_sets and info.reference == "full" else kinds[info.reference]
-        table.add_row(info.name, compares, "lower" if info.lower_better else "higher", info.value_range, state)
+    for metric in metrics:
+        info = metric.info
+        table.add_row(info.name, metric.compares_with, info.better, info.value_range, metric.weights)
     console.table(table)
     console.say(
-        f"pyiqa {version('pyiqa')}, for non-commercial use (PolyForm Noncommercial; parts: S-Lab). Ranges are rough. "
-        "Weights are brought by pdd fetch-weights --metrics A,B."
+        f"pyiqa {document['pyiqa']}, for non-commercial use (PolyForm Noncommercial; parts: S-Lab). Ranges are rough. "
+        "pdd fetch-weights --metrics A,B fetches weights."
     )
-    console.result(
-        {
-            "pyiqa": version("pyiqa"),
-            "licence": "PolyForm Noncommercial 1.0.0 and S-Lab 1.0 (parts)",
-            "metrics": [
-                {
-                    "name": info.name,
-                    "reference": info.reference,
-                    "better": "lower" if info.lower_better else "higher",
-                    "range": info.value_range,
-                    "weights": state,
-                }
-                for info, state in rows
-            ],
-        }
-    )
+    console.result(document)
 
 
 def _number(value: float | None) -> str:

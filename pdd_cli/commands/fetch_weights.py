@@ -11,7 +11,7 @@ from pdd_cli.settings.fetch import FetchConfig, FetchFlags
 
 if TYPE_CHECKING:
     from pdd_cli.weights.catalog import CatalogEntry
-    from pdd_cli.weights.store import Entry, Store
+    from pdd_cli.weights.store import Card, Entry, Store
 
 
 def _fetch_weights(call: Call[FetchConfig, FetchFlags]) -> None:
@@ -49,7 +49,7 @@ def _fetch_weights(call: Call[FetchConfig, FetchFlags]) -> None:
 
         check_names(settings.metrics)
     entries, metrics_here, failures = _fetch(chosen, settings, store, console, overwrite=flags.overwrite)
-    console.result({"weights": [_described(entry) for entry in entries], "metrics": metrics_here})
+    console.result({"weights": [entry.as_document() for entry in entries], "metrics": metrics_here})
     if failures:
         raise DownloadError("\n".join(error.message for error in failures), failures[0].hint)
 
@@ -60,29 +60,24 @@ fetch_weights = command(FetchConfig, "fetch-weights", FetchFlags, _fetch_weights
 def _fetch(
     wanted: list[CatalogEntry], settings: FetchConfig, store: Store, console: Console, *, overwrite: bool
 ) -> tuple[list[Entry], list[str], list[DownloadError]]:
-    """Fetch names and metrics: what is installed now, and what failed, which doesn't stop the others."""
+    """The entries and metrics that are installed now, and the errors of those that could not be fetched."""
     from pdd_cli.commands._fetching import fetch_progress
-    from pdd_cli.weights.fetch import fetch
+    from pdd_cli.weights.fetch import install
 
     entries, metrics, failures = [], [], []
     with fetch_progress(console) as on_event:
         for known in wanted:
-            there = _installed(store, known.name)
-            if there is not None and not overwrite and settings.from_path is None:
-                console.say(f"{known.name}: is installed already ({there.path})")
-                entries.append(there)
-                continue
             try:
-                entry = fetch(
+                installed = install(
                     known, store=store, source=settings.source, from_path=settings.from_path,
-                    offline=settings.offline, on_event=on_event,
+                    offline=settings.offline, overwrite=overwrite, on_event=on_event,
                 )  # fmt: skip
             except DownloadError as error:
                 failures.append(error)
                 continue
-            console.say(
-                f"{known.name}: {entry.card.tensors} tensors, {entry.card.parameters:,} parameters in {entry.path}"
-            )
+            entry = installed.entry
+            size = f"{entry.card.tensors} tensors, {entry.card.parameters:,} parameters in {entry.path}"
+            console.say(f"{known.name}: {size if installed.is_new else f'already installed ({entry.path})'}")
             entries.append(entry)
         for name in settings.metrics:
             from pdd_cli.iqa.pyiqa_adapter import fetch_metric_weights
@@ -95,56 +90,29 @@ def _fetch(
     return entries, metrics, failures
 
 
-def _installed(store: Store, name: str) -> Entry | None:
-    """The entry, or None where it lacks or is broken: then it is fetched again."""
-    try:
-        return store.get(name)
-    except InputError:
-        return None
-
-
 def _show(store: Store, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Column, Table
 
     from pdd_cli.weights.catalog import CATALOG
 
-    installed = {entry.name: entry for entry in store.entries()}
     table = Table(Column("name", no_wrap=True), "what", "scale", "size", "licence", "installed", "from")
+
+    def add_row(name: str, described: CatalogEntry | Card, size: int | None, installed: str, source: str) -> None:
+        scale = f"x{described.scale}" if described.scale else ""
+        megabytes = f"{size / 1e6:.0f} MB" if size else "?"
+        cells = (name, described.architecture, scale, megabytes, described.licence, installed, source)
+        table.add_row(*map(escape, cells))
+
+    own = {entry.name: entry for entry in store.entries()}
     known = []
     for entry in CATALOG:
-        there = installed.pop(entry.name, None)
-        known.append(
-            {
-                "name": entry.name,
-                "kind": entry.kind,
-                "architecture": entry.architecture,
-                "scale": entry.scale,
-                "bytes": entry.size,
-                "licence": entry.licence,
-                "sha256": entry.sha256,
-                "sources": [str(source) for source in entry.sources],
-                "installed": _described(there) if there else None,
-            }
-        )
-        table.add_row(
-            entry.name,
-            entry.architecture,
-            f"x{entry.scale}" if entry.scale else "",
-            f"{entry.size / 1e6:.0f} MB" if entry.size else "?",
-            escape(entry.licence),
-            "yes" if there else "",
-            escape(there.card.source if there else ", ".join(dict.fromkeys(s.kind for s in entry.sources))),
-        )
-    for own in installed.values():
-        size = f"{own.path.stat().st_size / 1e6:.0f} MB"
-        scale = f"x{own.card.scale}" if own.card.scale else ""
-        row = (own.name, own.card.architecture, scale, size, own.card.licence, "yes", own.card.source)
-        table.add_row(*(escape(text) for text in row))
+        installed = own.pop(entry.name, None)
+        known.append({**entry.as_document(), "installed": installed.as_document() if installed else None})
+        source = installed.card.source if installed else ", ".join(entry.source_kinds)
+        add_row(entry.name, entry, entry.size, "yes" if installed else "", source)
+    for adapted in own.values():
+        add_row(adapted.name, adapted.card, adapted.path.stat().st_size, "yes", adapted.card.source)
     console.table(table)
     console.say(f"kept in {store.root}")
-    console.result({"folder": store.root, "known": known, "own": [_described(entry) for entry in installed.values()]})
-
-
-def _described(entry: Entry) -> dict[str, object]:
-    return {"path": entry.path, **entry.card.model_dump()}
+    console.result({"folder": store.root, "known": known, "own": [adapted.as_document() for adapted in own.values()]})

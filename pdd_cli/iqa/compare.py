@@ -47,6 +47,11 @@ class Comparison:
         return "better" if (self.mean < 0) == self.metric.lower_better else "worse"
 
     @property
+    def summary(self) -> str:
+        """Three lines: the mean difference, its interval, and on how many images it is better and worse."""
+        return f"{self.mean:+.4f}\n{self.low:+.4f} … {self.high:+.4f}\nbetter {self.wins}, worse {self.losses}"
+
+    @property
     def change(self) -> str:
         """The mean difference for people: in the metric's unit where it has one, else in percent."""
         if self.metric.unit or self.relative is None:

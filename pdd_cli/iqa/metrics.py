@@ -79,6 +79,11 @@ class MetricInfo:
         """↓ where lower is better, ↑ where higher is."""
         return "↓" if self.lower_better else "↑"
 
+    @property
+    def title(self) -> str:
+        """Name and arrow, for the head of a column."""
+        return f"{self.name} {self.arrow}"
+
 
 CONSISTENCY = MetricInfo("downscale_consistency", "lr", False, "0, 100", "dB")
 DRIFT = MetricInfo("colour_drift", "lr", True, "0, ~100", "ΔE")

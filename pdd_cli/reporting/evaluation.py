@@ -205,7 +205,7 @@ def _card(report: Report, name: str, group: str) -> dict[str, Any] | None:
             for one in [*report.baselines, report.main]
             if name in one.images
         ],
-        metrics=[f"{metric.name} {metric.arrow}" for metric in report.metrics],
+        metrics=[metric.title for metric in report.metrics],
     )
 
 

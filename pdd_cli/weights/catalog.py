@@ -80,6 +80,24 @@ class CatalogEntry:
     parameters: int
     sources: tuple[Source, ...]  # in the order they are tried
 
+    @property
+    def source_kinds(self) -> list[SourceKind]:
+        """The kinds of its sources, each once, in the order they are tried."""
+        return list(dict.fromkeys(source.kind for source in self.sources))
+
+    def as_document(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "architecture": self.architecture,
+            "scale": self.scale,
+            "bytes": self.size,
+            "licence": self.licence,
+            "sha256": self.sha256,
+            "sources": [str(source) for source in self.sources],
+        }
+
 
 _REALESRGAN = "https://github.com/xinntao/Real-ESRGAN/releases/download"
 _KAIR = "https://github.com/cszn/KAIR/releases/download/v1.0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -61,6 +62,36 @@ def ensure(reference: str, *, store: Store, offline: bool, on_event: OnEvent) ->
     if names_file(reference):
         raise InputError(f"no such weights file: {reference}")
     return fetch(_known(reference, store), store=store, offline=offline, on_event=on_event).path
+
+
+@dataclass(frozen=True)
+class Installed:
+    """An entry of the store, and whether this call has fetched it."""
+
+    entry: Entry
+    is_new: bool
+
+
+def install(
+    entry: CatalogEntry,
+    *,
+    store: Store,
+    source: SourceChoice = "auto",
+    from_path: Path | None = None,
+    offline: bool = False,
+    overwrite: bool = False,
+    on_event: OnEvent = lambda event: None,
+) -> Installed:
+    """The catalogue's `entry` as it is installed; fetched with `overwrite` or `from_path`, or where it is damaged.
+
+    Raises what `fetch` raises.
+    """
+    if not overwrite and from_path is None:
+        with contextlib.suppress(InputError):  # the file holds no card: it is fetched again
+            if present := store.get(entry.name):
+                return Installed(present, is_new=False)
+    fetched = fetch(entry, store=store, source=source, from_path=from_path, offline=offline, on_event=on_event)
+    return Installed(fetched, is_new=True)
 
 
 def fetch(

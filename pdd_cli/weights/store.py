@@ -66,6 +66,10 @@ class Entry:
     path: Path
     card: Card
 
+    def as_document(self) -> dict[str, object]:
+        """The path and the card as plain values for JSON."""
+        return {"path": self.path, **self.card.model_dump()}
+
 
 def name_problem(name: str) -> str:
     """Why `name` can't be that of new weights; "" where it can."""
