@@ -32,6 +32,7 @@ def load_model(weights: str | PathLike[str] = "realesrgan", *, settings: Mapping
 
     Returns:
         The model. `model.upscale(array)` upscales an array; `model.scale` and `model.architecture` describe the model.
+        `model.close()`, or a `with` statement, frees its memory and threads.
 
     Raises:
         InputError: the weights or a setting can't be used.
@@ -86,7 +87,8 @@ def upscale(
     from pdd_cli.batch.model import upscale_files
 
     if isinstance(source, np.ndarray):
-        return load_model(weights, settings=settings).upscale(source)
+        with load_model(weights, settings=settings) as model:
+            return model.upscale(source)
     sources = [source] if isinstance(source, str | PathLike) else source
     if output is None:
         raise InputError("files need an output", "Name a folder, or a file if there is one input.")

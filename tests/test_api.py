@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import pdd_cli
+from pdd_cli.engines.winograd.kernel import kernel
 from pdd_cli.errors import InputError, PartialFailure
 from pdd_cli.models.rrdbnet import RRDBNet
 
@@ -104,3 +106,23 @@ def test_the_import_is_light() -> None:
     heavy = "{'torch', 'numpy', 'PIL', 'pydantic', 'pyiqa'}"
     code = f"import sys, pdd_cli; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino", "winograd"])
+def test_no_thread_is_left(place: Path, engine: str) -> None:
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    if engine == "winograd" and kernel() is None:
+        pytest.skip("there is no kernel for this CPU")
+    wide = {"features": 16, "growth": 16, "blocks": 1}  # channels that Winograd's kernel computes
+    save_file(RRDBNet(**wide).state_dict(), "wide.safetensors")
+    settings = {"engine": engine, "device": "cpu", "precision": "fp32"}
+    lr = np.zeros((8, 8, 3), np.uint8)
+    before = set(threading.enumerate())
+    with pdd_cli.load_model("wide.safetensors", settings=settings) as model:
+        assert model.upscale(lr).shape == (32, 32, 3)
+        assert engine != "winograd" or set(threading.enumerate()) > before
+    assert set(threading.enumerate()) == before
+    pdd_cli.upscale(lr, weights="wide.safetensors", settings=settings)
+    pdd_cli.upscale("photos", "out", weights="wide.safetensors", settings=settings)
+    assert set(threading.enumerate()) == before

@@ -194,10 +194,12 @@ def test_batches_made_ahead_are_those_of_their_steps() -> None:
             third.set()
         return domain.batch(step, 2)
 
-    ahead = Prefetcher(make)
-    found = {step: ahead(step) for step in (0, 1)}
-    assert third.wait(120), "nothing is made before it is asked for"
-    again = ahead(1)  # after a rollback
+    threads = set(threading.enumerate())
+    with Prefetcher(make) as ahead:
+        found = {step: ahead(step) for step in (0, 1)}
+        assert third.wait(120), "nothing is made before it is asked for"
+        again = ahead(1)  # after a rollback
+    assert set(threading.enumerate()) == threads
     for step, batch in [*found.items(), (1, again)]:
         for ours, expected in zip(astuple(batch), astuple(domain.batch(step, 2)), strict=True):
             torch.testing.assert_close(ours, expected, rtol=0, atol=0)

@@ -272,11 +272,12 @@ def _limit_to_avx2() -> None:
 
 def _our_steps(run: Run) -> Iterator[dict[str, float]]:
     """pdd's own steps."""
-    config, state, batches = run.config, run.state, batch_source(run)
-    while state.step < config.steps:
-        set_learning_rates(config, state)
-        batch = batches(state.step).to(run.models.runtime.device)
-        yield train_step(state, batch, run.models, config.losses).losses
+    config, state = run.config, run.state
+    with batch_source(run) as batches:
+        while state.step < config.steps:
+            set_learning_rates(config, state)
+            batch = batches(state.step).to(run.models.runtime.device)
+            yield train_step(state, batch, run.models, config.losses).losses
 
 
 def _report(

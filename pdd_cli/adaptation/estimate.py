@@ -145,16 +145,16 @@ def estimate(run: Run, say: Callable[[str], None]) -> Estimate:
 
     # Start with the last step before the distillation: it moves the specialist away from the generalist.
     state.step = max(state.step, state.warmup_steps + config.generalist.warmup_steps - 1)
-    batches = batch_source(run)
     seconds: list[float] = []
     events: list[str] = []
-    while state.step < config.steps and len(seconds) < _STEPS:
-        started = time.perf_counter()
-        set_learning_rates(config, state)
-        result = train_step(state, batches(state.step).to(runtime.device), run.models, config.losses)
-        seconds.append(time.perf_counter() - started)
-        if not result.finite:
-            events.append(f"step {state.step}: the loss is not finite")
+    with batch_source(run) as batches:
+        while state.step < config.steps and len(seconds) < _STEPS:
+            started = time.perf_counter()
+            set_learning_rates(config, state)
+            result = train_step(state, batches(state.step).to(runtime.device), run.models, config.losses)
+            seconds.append(time.perf_counter() - started)
+            if not result.finite:
+                events.append(f"step {state.step}: the loss is not finite")
     return Estimate(
         steps=left,
         judgements=judgements,

@@ -75,9 +75,8 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
         [to_rgb8(upscale_image(models.base, lr, models.runtime)) for lr in _preview_crops(run)] if first else []
     )
     tensorboard = TensorBoardLog(run.folder.tensorboard if config.tensorboard and first else None, run.warn)
-    with contextlib.closing(tensorboard):
+    with contextlib.closing(tensorboard), batch_source(run) as batches:
         tensorboard.begin(state.step)
-        batches = batch_source(run)
         if state.step == 0 and first:
             _save(run)
         if ranks.size > 1:
@@ -131,7 +130,8 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
                 return
 
 
-def batch_source(run: Run) -> Callable[[int], Batch]:
+@contextlib.contextmanager
+def batch_source(run: Run) -> Iterator[Callable[[int], Batch]]:
     """This process's part of the batch of each step."""
     ranks = run.models.ranks
     n = ranks.per_rank(run.config.batch_size)
@@ -139,17 +139,26 @@ def batch_source(run: Run) -> Callable[[int], Batch]:
     def draw(step: int) -> Batch:
         return run.sampler.batch(step, n, ranks.rank * n)
 
-    # Not on a CPU, where the cores are busy anyway and prefetching makes a step 10 % slower.
-    return draw if run.models.runtime.device_type == "cpu" else Prefetcher(draw)
+    if run.models.runtime.device_type == "cpu":  # its cores are busy anyway; prefetching makes a step 10 % slower
+        yield draw
+    else:
+        with Prefetcher(draw) as prefetcher:
+            yield prefetcher
 
 
 class Prefetcher:
-    """Calls `load` for the next step in a background thread while the current step is computed."""
+    """Calls `load` for the next step in a background thread, which ends with the `with` block."""
 
     def __init__(self, load: Callable[[int], Batch]) -> None:
         self._load = load
         self._thread = ThreadPoolExecutor(1, "data")
         self._next: tuple[int, Future[Batch]] | None = None
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
     def __call__(self, step: int) -> Batch:
         next_batch = self._next

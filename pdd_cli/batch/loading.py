@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,8 +52,12 @@ class _Weights:
     to_fetch: Sequence[str]
 
 
-def load_upscalers(settings: UpscaleConfig, ranks: Ranks, observer: Observer, *, dry_run: bool) -> Loaded:
-    """The models; the weights are fetched by one process on each machine, by a dry run not at all."""
+@contextmanager
+def load_upscalers(settings: UpscaleConfig, ranks: Ranks, observer: Observer, *, dry_run: bool) -> Iterator[Loaded]:
+    """The models, whose engines are closed with the context. A dry run doesn't fetch weights.
+
+    One process on each machine fetches them.
+    """
     runtimes = [choose_runtime(name, settings.precision) for name in ranks.devices(settings.device)]
     weights = ranks.first_per_machine(partial(_find_weights, settings, observer, dry_run=dry_run))
     for name in weights.to_fetch:
@@ -61,33 +66,37 @@ def load_upscalers(settings: UpscaleConfig, ranks: Ranks, observer: Observer, *,
     known = fingerprint(weights.files, weights.strength) if weights.path is not None else None
     engine_choice = settings.engine if weights.path is not None else "torch"
     free = settings.precision == "auto"
-    engines = [open_engine(load, known, runtime, engine_choice, free=free) for runtime in runtimes]
-    places = "; ".join(f"{engine.runtime}, {engine.name}" for engine in engines)
-    processes = f", {ranks.size} processes" if ranks.size > 1 else ""
-    model = engines[0].model
-    observer.say(f"{settings.weights}: {model.architecture} x{model.scale} on {places}{processes}")
-    max_memory_bytes = settings.max_memory_bytes
-    if max_memory_bytes is not None:
-        # What the models leave of it is shared by the devices.
-        models_take = min(resident_memory(), max_memory_bytes)
-        max_memory_bytes = models_take + (max_memory_bytes - models_take) // len(engines)
-    upscalers = [
-        Upscaler(
-            engine,
-            tile=settings.tile,
-            overlap=settings.overlap,
-            notify=observer.warn,
-            size=_size(settings),
-            correction=settings.color_correction,
-            max_memory=max_memory_bytes,
-        )
-        for engine in engines
-    ]
-    if weights.path is None:
-        provenance = Provenance(settings.weights, "")
-    else:
-        provenance = provenance_of(weights.path, model.scale, weights.strength, settings.color_correction)
-    return Loaded(upscalers, provenance, weights.strength, weights.to_fetch)
+    with ExitStack() as opened:
+        engines = [
+            opened.enter_context(closing(open_engine(load, known, runtime, engine_choice, free=free)))
+            for runtime in runtimes
+        ]
+        places = "; ".join(f"{engine.runtime}, {engine.name}" for engine in engines)
+        processes = f", {ranks.size} processes" if ranks.size > 1 else ""
+        model = engines[0].model
+        observer.say(f"{settings.weights}: {model.architecture} x{model.scale} on {places}{processes}")
+        max_memory_bytes = settings.max_memory_bytes
+        if max_memory_bytes is not None:
+            # What the models leave of it is shared by the devices.
+            models_take = min(resident_memory(), max_memory_bytes)
+            max_memory_bytes = models_take + (max_memory_bytes - models_take) // len(engines)
+        upscalers = [
+            Upscaler(
+                engine,
+                tile=settings.tile,
+                overlap=settings.overlap,
+                notify=observer.warn,
+                size=_size(settings),
+                correction=settings.color_correction,
+                max_memory=max_memory_bytes,
+            )
+            for engine in engines
+        ]
+        if weights.path is None:
+            provenance = Provenance(settings.weights, "")
+        else:
+            provenance = provenance_of(weights.path, model.scale, weights.strength, settings.color_correction)
+        yield Loaded(upscalers, provenance, weights.strength, weights.to_fetch)
 
 
 def _find_weights(settings: UpscaleConfig, observer: Observer, *, dry_run: bool) -> _Weights:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,17 @@ Array = npt.NDArray[Any]
 
 
 class Model:
-    """A loaded super-resolution model."""
+    """A loaded super-resolution model. `close`, or a `with` statement, frees its memory and threads."""
 
-    def __init__(self, upscaler: Upscaler) -> None:
+    def __init__(self, upscaler: Upscaler, close: Callable[[], None]) -> None:
         self._upscaler = upscaler
+        self.close = close
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
     def scale(self) -> int:
@@ -69,7 +77,9 @@ class Model:
 def open_model(values: Mapping[str, Any]) -> Model:
     """The model that settings of `upscale` name."""
     settings = settings_from(UpscaleConfig, {**values, "input": ("",), "output": ""})
-    return Model(load_upscalers(settings, SINGLE_PROCESS, Observer(), dry_run=False).upscalers[0])
+    opened = ExitStack()
+    loaded = opened.enter_context(load_upscalers(settings, SINGLE_PROCESS, Observer(), dry_run=False))
+    return Model(loaded.upscalers[0], opened.close)
 
 
 def upscale_files(sources: Sequence[Path], output: str, values: Mapping[str, Any]) -> list[Path]:

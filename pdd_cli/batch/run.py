@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -140,21 +141,21 @@ def run(
         check_own(plan.jobs[0].target)
     if settings.log is not None and not dry_run:
         check_log(settings.log)
-    loaded = load_upscalers(settings, ranks, observer, dry_run=dry_run)
-    # What a run that died has left is put in order before others write.
-    if ranks.is_first and not dry_run:
-        remove_leftovers({job.target.parent for job in plan.jobs})
-    batch = _batch(settings, plan, folder, loaded, ranks, dry_run=dry_run)
-    started = time.perf_counter()
-    stopped = None
-    if dry_run:
-        results = _preview(batch)
-        if loaded.to_fetch and settings.weights in loaded.to_fetch:  # tiles, memory and time depend on the model
-            results = [replace(result, tiles=0, memory=0, seconds=0.0, model_seconds=0.0) for result in results]
-    else:
-        results, stopped = _run(batch, settings, observer)
-    results = _of_all(results, plan.jobs, ranks)
-    outcome = BatchResult(settings, plan, results, loaded, time.perf_counter() - started, dry_run, stopped)
+    with load_upscalers(settings, ranks, observer, dry_run=dry_run) as loaded:
+        # What a run that died has left is put in order before others write.
+        if ranks.is_first and not dry_run:
+            remove_leftovers({job.target.parent for job in plan.jobs})
+        batch = _batch(settings, plan, folder, loaded, ranks, dry_run=dry_run)
+        started = time.perf_counter()
+        stopped = None
+        if dry_run:
+            results = _preview(batch)
+            if loaded.to_fetch and settings.weights in loaded.to_fetch:  # tiles, memory and time depend on the model
+                results = [replace(result, tiles=0, memory=0, seconds=0.0, model_seconds=0.0) for result in results]
+        else:
+            results, stopped = _run(batch, settings, observer)
+        results = _of_all(results, plan.jobs, ranks)
+        outcome = BatchResult(settings, plan, results, loaded, time.perf_counter() - started, dry_run, stopped)
     if ranks.is_first and not dry_run:
         try:
             if jobs is None:
@@ -216,19 +217,20 @@ def _run(batch: _Batch, settings: UpscaleConfig, observer: Observer) -> tuple[li
     results: list[Result] = []
     with observer.progress("files", len(batch.jobs), workers=len(batch.upscalers)) as progress:
         try:
-            for result in _results(batch, progress):
-                results.append(result)
-                if log is not None:
-                    try:
-                        append_line(log, _log_line(result))
-                    except PddError as error:
-                        observer.warn(f"{error.message}. The log ends here; the batch continues.")
-                        log = None
-                progress.advance()
-                if result.status == "failed":
-                    observer.warn(f"{result.job.source}: failed; the batch continues")
-                if result.traceback:
-                    observer.debug(result.traceback)
+            with closing(_results(batch, progress)) as ended:  # its threads end before the engines are closed
+                for result in ended:
+                    results.append(result)
+                    if log is not None:
+                        try:
+                            append_line(log, _log_line(result))
+                        except PddError as error:
+                            observer.warn(f"{error.message}. The log ends here; the batch continues.")
+                            log = None
+                    progress.advance()
+                    if result.status == "failed":
+                        observer.warn(f"{result.job.source}: failed; the batch continues")
+                    if result.traceback:
+                        observer.debug(result.traceback)
         except KeyboardInterrupt:
             finished = sum(job.target.exists() for job in batch.jobs)
             raise Interrupted(
@@ -241,7 +243,7 @@ def _run(batch: _Batch, settings: UpscaleConfig, observer: Observer) -> tuple[li
     return results, None
 
 
-def _results(batch: _Batch, progress: Progress) -> Iterator[Result]:
+def _results(batch: _Batch, progress: Progress) -> Generator[Result]:
     """The result of each job as it ends, images first."""
 
     def on_start(device: int, job: Job) -> None:

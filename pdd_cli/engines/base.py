@@ -57,6 +57,10 @@ class Engine(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """End its threads and free its memory. Afterwards it computes nothing more; its attributes stay."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Usable:

@@ -72,6 +72,9 @@ class OpenVINOEngine:
             return None
         return found
 
+    def close(self) -> None:
+        self._source = self._compiled = self._fast = self._exact = None
+
     def _infer(self, request: Any, lr: FloatArray) -> FloatArray:
         """(N, C, h, w) to the network's own output, until the next call."""
         height, width = lr.shape[-2:]

@@ -90,6 +90,8 @@ def _open(
             if weights is not None:
                 cache.keep(kind.name, weights, runtime.precision, engine.export())
             return engine
+        if not insist:
+            engine.close()
         unfit = Unfit(f"{kind.name} and PyTorch give different results for this model")
     if weights is not None:
         cache.keep(kind.name, weights, runtime.precision, unfit)

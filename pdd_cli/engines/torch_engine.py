@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pdd_cli.engines.base import Engine, FloatArray
+from pdd_cli.engines.base import Engine, FloatArray, spec_of
 from pdd_cli.imaging.image import Array, to_float
 from pdd_cli.runtime import Runtime, convert_memory_errors, usable_cpus
 
@@ -49,7 +49,7 @@ class TorchEngine:
 
         if runtime.device_type == "cpu":
             torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
-        self.model = model
+        self.model, self._model = spec_of(model), model
         self.runtime = runtime
         model.module.to(runtime.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._fast = model if runtime.precision == "fp32" else _lowered(model, runtime)
@@ -60,18 +60,18 @@ class TorchEngine:
     def weights_sha256(self) -> str:
         from pdd_cli.models.loading import state_sha256
 
-        return state_sha256(self.model.module.state_dict())
+        return state_sha256(self._model.module.state_dict())
 
     @cached_property
     def bytes_per_pixel(self) -> int:
-        return bytes_per_pixel(self.model)
+        return bytes_per_pixel(self._model)
 
     @convert_memory_errors()
     def run(self, lr: FloatArray, *, exact: bool = False) -> FloatArray:
         import torch
 
         runtime = Runtime(self.runtime.device_name, "fp32") if exact else self.runtime
-        model = self.model if exact else self._fast
+        model = self._model if exact else self._fast
         batch = torch.from_numpy(lr).to(runtime.device, memory_format=torch.channels_last, copy=True)
         with torch.inference_mode(), runtime.autocast():
             # Brought to fp32 on this side of the bus.
@@ -96,18 +96,25 @@ class TorchEngine:
             rounded = found.cpu().numpy()
         return np.asarray(rounded.view(np.uint16) ^ np.uint16(zero) if zero else rounded)
 
+    def close(self) -> None:
+        import torch
+
+        del self._model, self._fast
+        if self.runtime.device_type == "cuda":
+            torch.cuda.empty_cache()
+
     def _use_converted(self, convert: Convert) -> bool:
         """Use another form of the network if it is right and faster; return whether it is used."""
         import torch
 
         plain = self._fast
         try:
-            candidate = convert(self.model, torch.bfloat16 if self.runtime.precision == "bf16" else torch.float16)
+            candidate = convert(self._model, torch.bfloat16 if self.runtime.precision == "bf16" else torch.float16)
             if candidate is not None:
                 before = self._seconds()
                 self._fast = candidate
                 # Timed first: kernels are tuned on what they see first, which should be of a common size.
-                if self._seconds() < before and agrees_with_torch(self, self.model):
+                if self._seconds() < before and agrees_with_torch(self, self._model):
                     return True
         except Exception:  # whatever a compiler of kernels raises; there is another form
             pass

@@ -83,6 +83,10 @@ class WinogradEngine:
                 return None
         return np.stack(found)
 
+    def close(self) -> None:
+        self._network.close()
+        self._state = {}
+
     def _infer(self, lr: FloatArray) -> FloatArray:
         """(h, w, C) to (h*scale, w*scale, C), until the next call."""
         height, width = lr.shape[:2]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,7 +83,15 @@ class Network:
         self._transform_weights(state)
         self._scratch = [_memory(self._most_scratch()) for _ in range(self._threads)]
         self._arena = np.empty(0, np.float32)
+        self._found: dict[str, FloatArray] = {}
+        self._passes: list[_Pass] = []
         self._size = (0, 0)
+
+    def close(self) -> None:
+        """End the threads and free the memory. Calling the network afterwards raises RuntimeError."""
+        self._pool.shutdown()
+        self._weights = self._arena = np.empty(0, np.float32)
+        self._scratch, self._found, self._passes = [], {}, []
 
     @property
     def bytes_per_pixel(self) -> int:
@@ -172,7 +180,7 @@ class Network:
             shapes[name] = (_blocks(a_map.channels), tiles_along(high) * TILE + 2, tiles_along(wide) * TILE + 2, BLOCK)
         sizes = [math.prod(shape) for shape in shapes.values()]
         if sum(sizes) > self._arena.size:
-            self._found: dict[str, FloatArray] = {}
+            self._found = {}
             self._arena = np.empty(0, np.float32)  # freed before the other is made
             self._arena = _memory(4 * sum(sizes))
         self._found = {
@@ -252,8 +260,9 @@ class Network:
             addresses = (one.program.ctypes.data, len(one.program), sync.ctypes.data, scratch.ctypes.data)
             self._kernel(*addresses, self._threads, pause_address())
 
-        work = [self._pool.submit(compute, scratch) for scratch in self._scratch]
+        work: list[Future[None]] = []
         try:
+            work.extend(self._pool.submit(compute, scratch) for scratch in self._scratch)
             # In small waits, between which Python answers Ctrl-C.
             waiting = set(work)
             while waiting:
