@@ -28,8 +28,8 @@ def test_what_contributors_are_asked_to_edit_exists() -> None:
     named = set(re.findall(r"`((?:pdd_cli|tests)/[\w/]+\.py)`", text)) - {"pdd_cli/engines/NAME_engine.py"}
     assert len(named) > 15
     assert [path for path in named if not (ROOT / path).is_file()] == []
-    for name, path in (("_candidates", "engines/select"), ("EngineChoice", "engines/base"), ("_OWN", "iqa/metrics"),
-                       ("FORMATS", "imaging/formats"), ("FormatChoice", "batch/plan"),
+    for name, path in (("_candidates", "engines/select"), ("EngineChoice", "settings/upscale"), ("_OWN", "iqa/metrics"),
+                       ("FORMATS", "imaging/formats"), ("FormatChoice", "settings/upscale"),
                        ("DatasetName", "iqa/datasets"), ("find_dataset", "iqa/datasets")):  # fmt: skip
         assert f"`{name}`" in text
         assert re.search(rf"\b{name}\b", (ROOT / f"pdd_cli/{path}.py").read_text(encoding="utf-8"))

@@ -9,19 +9,18 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from pdd_cli.errors import InputError
 from pdd_cli.imaging.decode import probe
 from pdd_cli.imaging.find import find_images, is_image
 from pdd_cli.imaging.formats import FORMATS, format_of, load_plugin
 from pdd_cli.imaging.provenance import source_of
+from pdd_cli.settings.upscale import FormatChoice
 from pdd_cli.upscaling.jobs import Job
 from pdd_cli.upscaling.manifest import NAME, Manifest
 from pdd_cli.video.decode import CONTAINERS, check_video_name, is_video
 from pdd_cli.weights.sources import file_sha256
 
-FormatChoice = Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl", "mp4", "mov", "mkv", "webm"]
 _VIDEO_FORMATS = ("mp4", "mov", "mkv", "webm")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from pdd_cli.models.loading import SRModel
 
 FloatArray = npt.NDArray[np.float32]
-EngineChoice = Literal["auto", "torch", "openvino", "winograd"]
 
 
 class Engine(Protocol):

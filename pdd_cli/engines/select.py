@@ -9,13 +9,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from pdd_cli.engines import cache
-from pdd_cli.engines.base import Engine, EngineChoice, Unfit, Usable
+from pdd_cli.engines.base import Engine, Unfit, Usable
 from pdd_cli.engines.openvino_engine import OpenVINOEngine
 from pdd_cli.engines.torch_engine import Convert, TorchEngine, agrees_with_torch
 from pdd_cli.engines.winograd import winograd_pays
 from pdd_cli.engines.winograd.engine import WinogradEngine
 from pdd_cli.errors import InputError
 from pdd_cli.runtime import Runtime
+from pdd_cli.settings.upscale import EngineChoice
 
 if TYPE_CHECKING:
     from pdd_cli.models.loading import SRModel

@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from pdd_cli.settings.base import Device, Fraction, Offline, Option, Precision, Settings
 
+EngineChoice = Literal["auto", "torch", "openvino", "winograd"]
+FormatChoice = Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl", "mp4", "mov", "mkv", "webm"]
 Side = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
@@ -83,7 +85,7 @@ class UpscaleConfig(Settings):
         Option("Model"),
     ] = "none"
     format: Annotated[
-        Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl", "mp4", "mov", "mkv", "webm"],
+        FormatChoice,
         Field(description="Format of the outputs: images or videos; keep: the input's."),
         Option("Output"),
     ] = "keep"
@@ -123,7 +125,7 @@ class UpscaleConfig(Settings):
         Option("Output", metavar="FILE"),
     ] = None
     engine: Annotated[
-        Literal["auto", "torch", "openvino", "winograd"],
+        EngineChoice,
         Field(description="Inference engine; auto: the fastest that agrees with PyTorch."),
         Option("Computing"),
     ] = "auto"
