@@ -1,1 +1,1 @@
-"""One file a command: settings, one call, and what is shown of the result."""
+"""One file for each command: resolves settings, makes one call, shows the result."""

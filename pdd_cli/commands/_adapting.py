@@ -1,4 +1,4 @@
-"""What `pdd adapt` shows: a finished run and a dry run, as tables and documents."""
+"""The output of `pdd adapt`: a finished run and a dry run, as tables and documents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def run_document(run: Run, done: PublishResult, losses: Mapping[str, float]) -> dict[str, object]:
-    """A finished run for --json."""
+    """A finished run, for --json."""
     return {
         "name": run.name,
         "weights": done.weights and done.weights.path,
@@ -33,7 +33,7 @@ def run_document(run: Run, done: PublishResult, losses: Mapping[str, float]) -> 
 
 
 def dry_run_table(found: DryRun) -> Table:
-    """A line a finding."""
+    """One row for each finding."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -95,7 +95,7 @@ def _duration(seconds: float) -> str:
 
 
 def dry_run_document(found: DryRun) -> dict[str, object]:
-    """The same for --json."""
+    """The dry run, for --json."""
     run, estimate = found.run, found.estimate
     return {
         "dry_run": True,

@@ -1,4 +1,4 @@
-"""How the commands show that weights are being fetched."""
+"""Shows the progress of downloads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def fetch_progress(console: Console) -> Iterator[Callable[[FetchEvent], None]]:
-    """Yields what to hand to a fetch as `on_event`: a line for each source tried, a bar while bytes arrive."""
+    """Yields the `on_event` for a fetch: it prints a line for each source, and shows a bar while bytes arrive."""
     with contextlib.ExitStack() as shown:
         bar: tuple[Progress, TaskID] | None = None
 

@@ -1,4 +1,4 @@
-"""Shows on the console what a use case reports."""
+"""Shows the messages and progress of the core on the console."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ConsoleObserver(Observer):
 
 
 class _BarProgress(Progress):
-    """A bar for the files, and one for each worker."""
+    """One bar for all files, and one for each worker."""
 
     def __init__(self, bars: Bars, description: str, total: int, workers: int) -> None:
         self._bars = bars

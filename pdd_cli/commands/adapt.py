@@ -46,7 +46,7 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
     store = Store.default()
     run_name = settings.name or default_name(settings.real_dir, console.say)
     if call.flags.dry_run:
-        keep_freed_memory()  # as the run does whose time and memory are estimated
+        keep_freed_memory()  # as in the run, so that the estimate is right
         found = estimate.dry_run(
             settings, store, name=run_name, resume=resume, overwrite=overwrite, say=console.say, warn=console.warn
         )

@@ -12,7 +12,7 @@ from pdd_cli.settings.evaluate import EvaluateConfig
 if TYPE_CHECKING:
     from pdd_cli.iqa.report import Report
 
-_ROWS = 60  # of the table on screen; the rest is in --output
+_ROWS = 60  # of the table on screen; --output has all
 
 
 def _evaluate(call: Call[EvaluateConfig, Settings]) -> None:
@@ -39,7 +39,7 @@ def _evaluate(call: Call[EvaluateConfig, Settings]) -> None:
     report = evaluation.report
     _show(report, console)
     console.result(report.as_document())
-    if settings.output is not None:  # last: where it can't be written, the scores are shown all the same
+    if settings.output is not None:  # last, so that a failure to write does not lose the scores
         write_report(settings.output, report)
         console.say(f"report written to {settings.output}")
     if evaluation.interrupted:
@@ -75,7 +75,7 @@ def _show(report: Report, console: Console) -> None:
 
 
 def _show_comparison(report: Report, console: Console) -> None:
-    """Models x metrics; below, the difference to each baseline with its interval; then the verdicts in words."""
+    """A table of models and metrics with the difference to each baseline, then the verdicts in words."""
     from rich.markup import escape
     from rich.table import Column, Table
 

@@ -37,7 +37,7 @@ def _upscale(call: Call[UpscaleConfig, UpscaleFlags]) -> None:
         _show_preview(outcome, console)
     console.result(outcome.as_document())
     _describe(outcome, console)
-    # torchrun ends the others as soon as one exits with a failure: not before the first has reported it.
+    # When one process fails, torchrun ends all others: wait until the first has reported the failure.
     ranks.leave()
     outcome.raise_for_failures()
 
@@ -63,7 +63,7 @@ def _show_preview(outcome: BatchResult, console: Console) -> None:
 
 
 def _describe(outcome: BatchResult, console: Console) -> None:
-    """The outcome in words."""
+    """Print a summary."""
     plan = outcome.plan
     if plan.others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(plan.others.items()))

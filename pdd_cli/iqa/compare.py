@@ -1,4 +1,4 @@
-"""Is one set of images better than another by a metric: paired differences, their interval, a verdict in words."""
+"""Compares two sets of images by a metric: paired differences, their interval, a verdict in words."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from pdd_cli.iqa.metrics import MetricInfo
 
-FEWEST = 6
-"""Images below which no verdict is given: five of five by chance alone happen once in sixteen."""
+MIN_IMAGES = 6
+"""The fewest images for a verdict: by chance alone, five of five agree once in sixteen."""
 _RESAMPLES = 10_000
 
 Verdict = Literal["better", "worse", "unclear", "too few"]
@@ -39,8 +39,8 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """Better or worse where the interval leaves out 0."""
-        if len(self.differences) < FEWEST:
+        """Better or worse where the interval excludes 0."""
+        if len(self.differences) < MIN_IMAGES:
             return "too few"
         if self.low <= 0 <= self.high:
             return "unclear"
@@ -53,7 +53,7 @@ class Comparison:
 
     @property
     def change(self) -> str:
-        """The mean difference for people: in the metric's unit where it has one, else in percent."""
+        """The mean difference as text: in the metric's unit where it has one, else in percent."""
         if self.metric.unit or self.relative is None:
             return f"{_signed(self.mean, 2 if abs(self.mean) >= 0.1 else 4)} {self.metric.unit}".rstrip()
         return f"{_signed(100 * self.relative, 1 if abs(self.relative) < 0.1 else 0)} %"

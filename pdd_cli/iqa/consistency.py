@@ -1,4 +1,4 @@
-"""What can be said of an SR image with nothing but the LR image it was made from. Pure functions over arrays."""
+"""Metrics that compare an SR image with the LR image it was made from. Pure functions over arrays."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from PIL import Image
 
 Array = npt.NDArray[Any]
 
-MOST_DECIBELS = 100.0
-"""What `downscale_consistency` gives for images that are equal, so that it is always a number."""
+MAX_DECIBELS = 100.0
+"""The value of `downscale_consistency` for equal images, whose PSNR is infinite."""
 
 # sRGB (IEC 61966-2-1) to CIE XYZ of the D65 white, and that white.
 _TO_XYZ = np.array(
@@ -21,24 +21,24 @@ _WHITE = _TO_XYZ.sum(axis=1)
 
 
 def downscale_consistency(sr: Array, lr: Array) -> float:
-    """PSNR in dB, 0 to 100, between `sr` brought back to the size of `lr` (bicubic with antialiasing) and `lr`.
+    """PSNR in dB, 0 to 100, between `lr` and `sr` downscaled to its size (bicubic with antialiasing).
 
-    `sr` (H, W, 3), `lr` (h, w, 3), both in 0..1. Low where SR changed colours, moved edges or drew what the LR
-    excludes; sharpening a blurred LR lowers it too, so compare it between models rather than with a threshold.
+    `sr` (H, W, 3), `lr` (h, w, 3), both in 0..1. Low where the SR image has other colours, moved edges or detail that
+    the LR excludes. Sharpening a blurred LR lowers it too: compare models by it, and set no threshold.
 
-    Raises ValueError that says why where `sr` can't be an enlargement of `lr`.
+    Raises ValueError, with the reason, where `sr` can't be an enlargement of `lr`.
     """
     _check(sr, lr)
     height, width = lr.shape[:2]
-    brought_back = np.stack([_resized(sr[:, :, channel], width, height) for channel in range(3)], axis=2)
-    error = float(np.mean((np.clip(brought_back, 0, 1).astype(np.float64) - lr) ** 2))
-    return min(MOST_DECIBELS, -10 * float(np.log10(max(error, 1e-30))))
+    downscaled = np.stack([_resized(sr[:, :, channel], width, height) for channel in range(3)], axis=2)
+    error = float(np.mean((np.clip(downscaled, 0, 1).astype(np.float64) - lr) ** 2))
+    return min(MAX_DECIBELS, -10 * float(np.log10(max(error, 1e-30))))
 
 
 def colour_drift(sr: Array, lr: Array) -> float:
     """CIELAB ΔE (1976) between the mean colours of `sr` (H, W, 3) and `lr` (h, w, 3), sRGB in 0..1.
 
-    0 is none; about 2 is what an eye notices side by side. Raises ValueError as `downscale_consistency` does.
+    0 means equal; a difference of about 2 is visible side by side. Raises ValueError as `downscale_consistency` does.
     """
     _check(sr, lr)
     ours, theirs = (lab(image.reshape(-1, 3).mean(axis=0, dtype=np.float64)) for image in (sr, lr))
@@ -58,9 +58,9 @@ def lab(colour: Array) -> Array:
 def _check(sr: Array, lr: Array) -> None:
     (height, width), (small_height, small_width) = sr.shape[:2], lr.shape[:2]
     sizes = f"the image is {width}x{height}, its LR {small_width}x{small_height}"
-    if small_width > width or small_height > height:  # equal: a model that restores without enlarging
+    if small_width > width or small_height > height:  # equal sizes are valid: a model that restores without enlarging
         raise ValueError(f"{sizes}: larger, so not what it was made from")
-    # Sizes are rounded, once by the upscaler and once by who cut the LR: a pixel of LR may be missing.
+    # The upscaler rounds sizes, and so does the program that made the LR: they may differ by one LR pixel.
     across, down = width / small_width, height / small_height
     if abs(across * small_height - height) > across + 1 and abs(down * small_width - width) > down + 1:
         raise ValueError(f"{sizes}: of another shape, so not what it was made from")

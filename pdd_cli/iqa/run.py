@@ -1,4 +1,4 @@
-"""Scoring as one call: the inputs of `evaluate` → a report."""
+"""Scores the inputs of `evaluate` and gives a report."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from pdd_cli.settings.evaluate import EvaluateConfig
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores, and what kept the rest from being computed.
+    """The scores, and the errors of those that could not be computed.
 
     `not_loaded`: the errors of metrics that could not be loaded. `interrupted`: whether Ctrl-C ended the scoring; the
-    report then holds the scores until then.
+    report then holds the scores so far.
     """
 
     report: Report
@@ -39,7 +39,7 @@ class Evaluation:
     interrupted: bool = False
 
     def raise_for_failures(self, fail_if_worse: Collection[str] = ()) -> None:
-        """Raise what the exit code of `pdd evaluate` stands for; `fail_if_worse` names metrics.
+        """Raise the error that gives `pdd evaluate` its exit code; `fail_if_worse` names metrics.
 
         Raises:
             DownloadError: a metric lacks its weights.
@@ -48,7 +48,7 @@ class Evaluation:
         """
         report = self.report
         if self.not_loaded:
-            raise _summed(self.not_loaded)
+            raise _combined(self.not_loaded)
         worse = [one for one in self._checked(fail_if_worse) if one.verdict == "worse"]
         if worse:
             named = ", ".join(f"{one.metric.name} than {one.theirs} ({one.change})" for one in worse)
@@ -98,7 +98,7 @@ def score_inputs(settings: EvaluateConfig, inputs: Inputs, observer: Observer = 
             on_event=on_event,
         )
     if not loaded:
-        raise _summed(lacking.values())
+        raise _combined(lacking.values())
     lost = {
         info.name: "lacks its weights" if isinstance(error, DownloadError) else "could not be loaded"
         for info, error in lacking.items()
@@ -112,7 +112,7 @@ def score_inputs(settings: EvaluateConfig, inputs: Inputs, observer: Observer = 
 
 
 def _computable(infos: Sequence[MetricInfo], inputs: Inputs) -> tuple[list[MetricInfo], dict[str, str]]:
-    """The metrics to compute (ours too, where LR inputs are known), and why the others can't be."""
+    """The metrics to compute (with pdd's own where LR inputs are known), and why the others can't be computed."""
     items = inputs.sets[0].items.values()
     lacking = {}
     if not any(item.reference for item in items):
@@ -126,8 +126,8 @@ def _computable(infos: Sequence[MetricInfo], inputs: Inputs) -> tuple[list[Metri
     )
 
 
-def _summed(errors: Collection[PddError]) -> PddError:
-    """All of `errors` as one of the first's kind."""
+def _combined(errors: Collection[PddError]) -> PddError:
+    """All of `errors` as one error of the first's type."""
     first = next(iter(errors))
     return type(first)("\n".join(error.message for error in errors), "\n       ".join(error.hint for error in errors))
 
@@ -139,7 +139,7 @@ def _score_all(
     observer: Observer,
     failures: list[str],
 ) -> tuple[list[ScoredSet], bool]:
-    """The scores of each set, and whether Ctrl-C ended it before the last; then what is scored by then is kept."""
+    """The scores of each set, and whether Ctrl-C interrupted; scores so far are kept."""
     scored: list[ScoredSet] = []
     for one in sets:
         found = _score(one, loaded, crop_border, observer, failures)
@@ -160,7 +160,7 @@ def _score(
     observer: Observer,
     failures: list[str],
 ) -> ScoredSet:
-    """The scores of one set, of fewer images after Ctrl-C; `failures` gets what can't be computed of it as a whole."""
+    """The scores of one set, of fewer images after Ctrl-C; errors that concern the whole set go into `failures`."""
     items = list(images.items.values())
     scored: list[ImageScores] = []
     described = f"score {images.name}"
@@ -175,11 +175,11 @@ def _score(
             for scores in scoring:
                 scored.append(scores)
                 progress.advance()
-    together = {}
+    set_scores = {}
     for info, metric in loaded.items():
         if info.of_sets and len(scored) == len(items):
             try:
-                together[info.name] = score_set(items, info, metric)
+                set_scores[info.name] = score_set(items, info, metric)
             except PddError as error:
                 failures.append(f"{images.name}: {error.message}")
-    return ScoredSet(images.name, dict(zip(images.items, scored, strict=False)), together)
+    return ScoredSet(images.name, dict(zip(images.items, scored, strict=False)), set_scores)
