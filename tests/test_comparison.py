@@ -428,7 +428,7 @@ def test_upscaled_images_never_replace_others(tmp_path: Path, monkeypatch: pytes
         ("model.safetensors", ".", "would replace an input"),
         ("gt.safetensors", ".", "would replace an input"),
         ("model.safetensors", "mine", "not made by pdd"),
-        ("model.safetensors,other/model.safetensors", "new", "two of them are named model"),
+        ("model.safetensors,other/model.safetensors", "new", "two files are named model"),
     ):
         *_, error = run("evaluate", "--lr-dir", "model", "--gt-dir", "gt", "--weights", weights, "--upscaled-dir",
                         folder, "--metrics", "psnr")  # fmt: skip

@@ -28,7 +28,7 @@ from pdd_cli.cli import app
 from pdd_cli.errors import PddError
 from pdd_cli.models.loading import load_sr_model, model_from_state
 from pdd_cli.models.rrdbnet import RRDBNet
-from pdd_cli.weights.store import Store, name_from, name_problem, read_card
+from pdd_cli.weights.store import Store, invalid_name_reason, read_card, valid_name_from
 from tests.helpers.commands import Hold, Outcome, command, environment
 from tests.helpers.networks import old_layout, rrdbnet, swinir
 
@@ -223,8 +223,8 @@ def test_bases_of_other_scales(pdd: Callable[..., Outcome], ground: Path, home: 
      (" x ", "x"), ("-rf", "rf"), ("LPT1.old", "LPT1-old-adapted"), ("end.", "end"), ("good_1.2", "good_1.2")],
 )  # fmt: skip
 def test_a_name_is_made_of_any_folders(folder: str, name: str) -> None:
-    assert name_from(folder) == name
-    assert not name_problem(name)
+    assert valid_name_from(folder) == name
+    assert not invalid_name_reason(name)
 
 
 @pytest.mark.parametrize(

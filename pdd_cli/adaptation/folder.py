@@ -12,7 +12,7 @@ import yaml
 from pdd_cli.errors import InputError
 from pdd_cli.files import write_errors
 from pdd_cli.settings.adapt import AdaptConfig
-from pdd_cli.weights.store import name_from
+from pdd_cli.weights.store import valid_name_from
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def find_run(given: Mapping[str, Any]) -> RunFolder:
         named = Path(given["name"]).expanduser()
         return RunFolder(named if len(named.parts) > 1 else runs / named)
     if given.get("real_dir"):
-        return RunFolder(runs / name_from(Path(given["real_dir"]).expanduser().resolve().name))
+        return RunFolder(runs / valid_name_from(Path(given["real_dir"]).expanduser().resolve().name))
     found = sorted(path.parent for path in runs.glob("*/checkpoint.pt"))
     if len(found) == 1:
         return RunFolder(found[0])

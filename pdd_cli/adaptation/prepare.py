@@ -36,7 +36,7 @@ from pdd_cli.ranks import SINGLE_PROCESS, Ranks
 from pdd_cli.runtime import Runtime, is_out_of_memory
 from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.weights.states import read_state
-from pdd_cli.weights.store import Store, name_from, name_problem
+from pdd_cli.weights.store import Store, invalid_name_reason, valid_name_from
 
 # Settings that may differ between the machines of one run.
 _PER_MACHINE_SETTINGS = {
@@ -262,8 +262,8 @@ def move_to_device(network: nn.Module, runtime: Runtime) -> None:
 
 def check_name(name: str, store: Store, *, replace: bool) -> None:
     """Raise InputError for a name that `upscale --weights NAME` would not find, or that other weights have."""
-    if problem := name_problem(name):
-        raise InputError(f"--name {name}: {problem}", f"Choose another --name, such as {name_from(name)}.")
+    if problem := invalid_name_reason(name):
+        raise InputError(f"--name {name}: {problem}", f"Choose another --name, such as {valid_name_from(name)}.")
     if not replace and store.get(name) is not None:
         raise InputError(
             f"weights '{name}' already exist in the store", "Choose another --name, or replace them with --overwrite."
@@ -273,7 +273,7 @@ def check_name(name: str, store: Store, *, replace: bool) -> None:
 def default_name(real_dir: Path, say: Callable[[str], None]) -> str:
     """The default name of a run: that of the folder of its images, without characters that a name can't have."""
     folder = real_dir.resolve().name
-    name = name_from(folder)
+    name = valid_name_from(folder)
     if name != folder:
         say(f"the run and its weights are named '{name}', because '{folder}' is not a valid name (to choose: --name)")
     return name

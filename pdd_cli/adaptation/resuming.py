@@ -9,7 +9,7 @@ from typing import Any
 from pdd_cli.adaptation.checkpoint import checkpoint_inputs, checkpoint_settings
 from pdd_cli.errors import InputError
 from pdd_cli.settings.adapt import AdaptConfig, StaticGeneralist
-from pdd_cli.weights.states import names_file
+from pdd_cli.weights.states import is_file_reference
 
 # Settings that a resumed run may change. They don't change what is learned; `steps` changes only how long.
 _CHANGEABLE = {
@@ -26,7 +26,7 @@ def absolute(config: AdaptConfig) -> AdaptConfig:
         return None if path is None else path.expanduser().resolve()
 
     def weights(reference: str) -> str:
-        return str(Path(reference).expanduser().resolve()) if names_file(reference) else reference
+        return str(Path(reference).expanduser().resolve()) if is_file_reference(reference) else reference
 
     generalist = config.generalist
     if isinstance(generalist, StaticGeneralist):

@@ -1,4 +1,4 @@
-"""From inputs to jobs, and jobs over devices and processes.
+"""Whole runs of `upscale` and `evaluate`: planning of jobs, and their distribution over devices and processes.
 
-Planning of whole runs belongs here; how one image or video is upscaled does not.
+How a single image or video is upscaled is in `upscaling` and `video`.
 """

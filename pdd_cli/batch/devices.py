@@ -1,4 +1,4 @@
-"""Jobs over processes and devices."""
+"""Distributes jobs over processes and devices."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from pdd_cli.video.decode import is_video, video_pixels
 
 
 def partition(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
-    """The jobs that one of several processes does, by the pixels of the inputs: the same in each of them.
+    """The jobs of one of several processes. All processes compute the same partition, by the pixels of the inputs.
 
-    The largest input goes to the process that has the least so far, and so on. What can't be read counts nothing.
+    Each input, from the largest to the smallest, goes to the process with the fewest pixels so far. Unreadable inputs
+    count as 0 pixels.
     """
     if ranks.size == 1:
         return list(jobs)
@@ -41,13 +42,13 @@ def _pixels(source: Path) -> int:
         if is_video(source):
             return video_pixels(source)
         header = probe(source, most_pixels=2**62)
-    except Exception:  # which the job itself will name
+    except Exception:  # the job itself will report it
         return 0
     return header.size[0] * header.size[1] * header.frames
 
 
 class Runner(Protocol):
-    """What does jobs in turn on one device: `run_jobs`, or another function of this kind."""
+    """A function that runs jobs one after another on one device, such as `run_jobs`."""
 
     def __call__(
         self, jobs: Iterable[Job], upscaler: Upscaler, *, on_start: Callable[[Job], None], on_tile: OnTile
@@ -62,24 +63,25 @@ def run_on_devices(
     on_start: Callable[[int, Job], None] = lambda device, job: None,
     on_tile: Callable[[int, int, int], None] = lambda device, done, total: None,
 ) -> Iterator[Result]:
-    """`run` with several upscalers at once: each takes the next job when it is free. Results come as jobs end.
+    """Call `run` with several upscalers at once. Each takes the next job when it is free.
 
-    The callbacks get the place of the upscaler first, and are called from its thread.
+    Results are yielded as jobs end. The first argument of the callbacks is the index of the upscaler; they are called
+    from its thread.
     """
     if len(upscalers) == 1:
         yield from run(jobs, upscalers[0], on_start=partial(on_start, 0), on_tile=partial(on_tile, 0))
         return
-    upcoming = _Shared(jobs)
+    job_queue = _JobQueue(jobs)
     results: queue.Queue[Result | BaseException | None] = queue.Queue()
 
     def work(device: int) -> None:
         def tile(done: int, total: int) -> None:
-            if upcoming.closed:
+            if job_queue.closed:
                 raise Abandoned
             on_tile(device, done, total)
 
         try:
-            for result in run(upcoming, upscalers[device], on_start=partial(on_start, device), on_tile=tile):
+            for result in run(job_queue, upscalers[device], on_start=partial(on_start, device), on_tile=tile):
                 results.put(result)
             results.put(None)
         except BaseException as error:
@@ -98,11 +100,11 @@ def run_on_devices(
                 else:
                     yield item
         finally:
-            upcoming.closed = True
+            job_queue.closed = True
 
 
-class _Shared:
-    """One sequence of jobs that several threads take from; once it is `closed` nothing comes any more."""
+class _JobQueue:
+    """A sequence of jobs shared by several threads. Once it is `closed`, it yields no more jobs."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._jobs = iter(jobs)

@@ -1,4 +1,4 @@
-"""`evaluate` as one call: images, or weights that make them → scores."""
+"""The use case of `pdd evaluate`: scores images, or upscales with weights and scores the results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from pdd_cli.batch.plan import refuse_collisions
+from pdd_cli.batch.plan import check_collisions
 from pdd_cli.batch.run import run
 from pdd_cli.errors import InputError
 from pdd_cli.iqa.datasets import Dataset, find_dataset
@@ -24,17 +24,17 @@ from pdd_cli.weights.store import Store
 
 
 def evaluate(settings: EvaluateConfig, observer: Observer = Observer()) -> Evaluation:
-    """Score the images that `settings` name, or those that its weights make of the LR images.
+    """Score the images that `settings` name, or those that its weights make from the LR images.
 
-    Raises InputError for bad paths and settings, before anything is upscaled or fetched; DownloadError where weights
-    or all metrics can't be fetched. Images that can't be scored are in the report's `problems`.
+    Raises InputError for bad paths and settings, before anything is upscaled or fetched; DownloadError if weights, or
+    the files of all metrics, can't be fetched. Images that can't be scored are in the report's `problems`.
     """
     if settings.output is not None:
         check_format(settings.output)
     metric_infos(settings.metrics)
     choose_runtime(settings.device)
     if settings.weights:
-        return score_inputs(settings, _upscaled(settings, observer), observer)
+        return score_inputs(settings, _upscale_sets(settings, observer), observer)
     inputs = gather(
         settings.sr_dir,
         gt=settings.gt_dir,
@@ -51,10 +51,10 @@ def _dataset(settings: EvaluateConfig) -> Dataset | None:
     return find_dataset(settings.dataset, settings.root)
 
 
-def _upscaled(settings: EvaluateConfig, observer: Observer) -> Inputs:
-    """The sets that --weights make; the last named is the one that is judged."""
+def _upscale_sets(settings: EvaluateConfig, observer: Observer) -> Inputs:
+    """Upscale the LR images with each of --weights. The last weights are the main set, the others its baselines."""
     dataset = _dataset(settings) or folders_as_dataset(settings.lr_dir or Path(), settings.gt_dir)
-    planned = _planned(settings, dataset)
+    planned = _plan_jobs(settings, dataset)
     with observer.fetching() as on_event:
         find = partial(ensure, store=Store.default(), offline=settings.offline, on_event=on_event)
         for weights in settings.weights:
@@ -68,40 +68,40 @@ def _upscaled(settings: EvaluateConfig, observer: Observer) -> Inputs:
             weights=weights,
             device=settings.device,
             offline=settings.offline,
-            overwrite=True,  # what lies there may be from an earlier training of the same name
+            overwrite=True,  # existing images may come from earlier weights of the same name
         )
         outcome = run(upscaling, jobs=jobs, observer=observer)
         if outcome.stopped is not None:
             raise outcome.stopped
         problems += [f"{name}: {result.problem}" for result in outcome.results if result.status == "failed"]
-        made = {result.job.source: result.job.target for result in outcome.results if result.status == "done"}
-        outputs[name] = made
-        observer.say(f"{len(made)} of {len(jobs)} images upscaled with {name} to {settings.upscaled_dir / name}")
-        if not made:
+        done = {result.job.source: result.job.target for result in outcome.results if result.status == "done"}
+        outputs[name] = done
+        observer.say(f"{len(done)} of {len(jobs)} images upscaled with {name} to {settings.upscaled_dir / name}")
+        if not done:
             raise InputError("none of the LR images could be upscaled:\n" + "\n".join(problems))
     *others, main = upscaled_sets(dataset, outputs)
     return Inputs((main, *others), problems=tuple(problems))
 
 
-def _planned(settings: EvaluateConfig, dataset: Dataset) -> dict[str, list[Job]]:
-    """What --weights makes of the LR images, a folder a model. Raises InputError where it would replace images."""
+def _plan_jobs(settings: EvaluateConfig, dataset: Dataset) -> dict[str, list[Job]]:
+    """The jobs for each of --weights, with a folder for each. Raises InputError if they would replace images."""
     planned = {}
     for weights in settings.weights:
         name = Path(weights).stem if Path(weights).suffix else weights
         if name in planned:
             raise InputError(
-                f"--weights {','.join(settings.weights)}: two of them are named {name}", "Rename one of the files."
+                f"--weights {','.join(settings.weights)}: two files are named {name}", "Rename one of the files."
             )
         folder = settings.upscaled_dir / name
         planned[name] = [Job(lr, folder / png) for lr, png in _png_names(dataset).items()]
-    refuse_collisions(
+    check_collisions(
         [job for jobs in planned.values() for job in jobs], dataset.hr.values(), "Choose another --upscaled-dir."
     )
     return planned
 
 
 def _png_names(dataset: Dataset) -> dict[Path, str]:
-    """Where each output goes: PNG whatever the input was, for what is scored must be what the model drew."""
+    """The names of the outputs. They are PNG, so that the scores are those of the unchanged output of the model."""
     plain = {lr: str(Path(name).with_suffix(".png")) for lr, name in dataset.name_of.items()}
     counts = Counter(plain.values())
     return {lr: name if counts[name] == 1 else f"{dataset.name_of[lr]}.png" for lr, name in plain.items()}

@@ -1,4 +1,4 @@
-"""Settings of `upscale` → an upscaler for each device."""
+"""Loads the weights of `upscale` and creates an upscaler for each device."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """An upscaler for each device, and what outputs say of it.
+class LoadedUpscalers:
+    """An upscaler for each device, and the provenance to record in the outputs.
 
-    `to_fetch`: names of weights that a dry run didn't fetch.
+    `to_fetch`: names of weights that a dry run did not fetch.
     """
 
     upscalers: list[Upscaler]
@@ -44,7 +44,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _Weights:
-    """The file of the weights (None: not fetched), and those it is mixed with at `strength`."""
+    """The file of the weights (None: not fetched), and all files that are blended at `strength`."""
 
     path: Path | None
     files: Sequence[Path]
@@ -53,10 +53,12 @@ class _Weights:
 
 
 @contextmanager
-def load_upscalers(settings: UpscaleConfig, ranks: Ranks, observer: Observer, *, dry_run: bool) -> Iterator[Loaded]:
-    """The models, whose engines are closed with the context. A dry run doesn't fetch weights.
+def load_upscalers(
+    settings: UpscaleConfig, ranks: Ranks, observer: Observer, *, dry_run: bool
+) -> Iterator[LoadedUpscalers]:
+    """Load the models; their engines are closed at the end of the context.
 
-    One process on each machine fetches them.
+    One process on each machine fetches the weights. A dry run fetches nothing.
     """
     runtimes = [choose_runtime(name, settings.precision) for name in ranks.devices(settings.device)]
     weights = ranks.first_per_machine(partial(_find_weights, settings, observer, dry_run=dry_run))
@@ -77,9 +79,9 @@ def load_upscalers(settings: UpscaleConfig, ranks: Ranks, observer: Observer, *,
         observer.say(f"{settings.weights}: {model.architecture} x{model.scale} on {places}{processes}")
         max_memory_bytes = settings.max_memory_bytes
         if max_memory_bytes is not None:
-            # What the models leave of it is shared by the devices.
-            models_take = min(resident_memory(), max_memory_bytes)
-            max_memory_bytes = models_take + (max_memory_bytes - models_take) // len(engines)
+            # The devices share the memory that the models leave.
+            used = min(resident_memory(), max_memory_bytes)
+            max_memory_bytes = used + (max_memory_bytes - used) // len(engines)
         upscalers = [
             Upscaler(
                 engine,
@@ -96,7 +98,7 @@ def load_upscalers(settings: UpscaleConfig, ranks: Ranks, observer: Observer, *,
             provenance = Provenance(settings.weights, "")
         else:
             provenance = provenance_of(weights.path, model.scale, weights.strength, settings.color_correction)
-        yield Loaded(upscalers, provenance, weights.strength, weights.to_fetch)
+        yield LoadedUpscalers(upscalers, provenance, weights.strength, weights.to_fetch)
 
 
 def _find_weights(settings: UpscaleConfig, observer: Observer, *, dry_run: bool) -> _Weights:
@@ -123,9 +125,9 @@ def _find_weights(settings: UpscaleConfig, observer: Observer, *, dry_run: bool)
             observer.warn(f"pdd adapt rejected the weights {settings.weights}: {recommendation.rejected}")
         if settings.strength is None and recommendation.strength != 1:
             strength = recommendation.strength
-            observer.say(f"{settings.weights}: strength {strength:g}, as pdd adapt recommends (--strength 1: all)")
+            observer.say(f"{settings.weights}: strength {strength:g}, as pdd adapt recommends (--strength 1: full)")
         files = files_at_strength(path, strength, find)
-    # Without the base a dry run shows strength 1, which has the same size, time and memory.
+    # If the base is not installed, a dry run uses strength 1, which has the same size, time and memory.
     return _Weights(path, files, 1.0 if to_fetch else strength, to_fetch)
 
 
@@ -139,7 +141,7 @@ def _load_model(settings: UpscaleConfig, weights: _Weights) -> SRModel:
         return at_strength(load_sr_model(weights.path), weights.strength, name=settings.weights, find=find)
     except InputError as error:
         if settings.strength is None and weights.strength != 1:
-            error.hint += " Or give --strength 1, which needs no base."
+            error.hint += " Or use --strength 1, which doesn't need the base."
         raise
 
 

@@ -1,4 +1,4 @@
-"""The Python interface of upscaling: a model for arrays, and files as one call."""
+"""The Python interface of upscaling: a model for arrays, and a function for files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Model:
 
     @property
     def scale(self) -> int:
-        """The model's own scale; outputs have another size where `settings` asked for one."""
+        """The scale of the model. Outputs have another size if `settings` specify one."""
         return self._upscaler.scale
 
     @property
@@ -56,13 +56,13 @@ class Model:
             (H', W') or (H', W', C) of the same type.
 
         Raises:
-            InputError: an array of another shape or type.
-            ResourceError: the memory does not suffice.
+            InputError: the array has another shape or type.
+            ResourceError: out of memory.
         """
         if image.dtype not in (np.uint8, np.uint16):
             raise InputError(
-                f"the array is of the type {image.dtype}, not uint8 or uint16",
-                "Scale its values to 0 to 255 or 0 to 65535 and convert it with `astype`.",
+                f"the array has the type {image.dtype}, not uint8 or uint16",
+                "Scale the values to 0..255 or 0..65535 and convert them with `astype`.",
             )
         channels = image[..., None] if image.ndim == 2 else image
         if channels.ndim != 3 or not 1 <= channels.shape[2] <= 4 or not channels.size:
@@ -75,7 +75,7 @@ class Model:
 
 
 def open_model(values: Mapping[str, Any]) -> Model:
-    """The model that settings of `upscale` name."""
+    """Load the model for settings of `upscale`."""
     settings = settings_from(UpscaleConfig, {**values, "input": ("",), "output": ""})
     opened = ExitStack()
     loaded = opened.enter_context(load_upscalers(settings, SINGLE_PROCESS, Observer(), dry_run=False))
@@ -83,7 +83,7 @@ def open_model(values: Mapping[str, Any]) -> Model:
 
 
 def upscale_files(sources: Sequence[Path], output: str, values: Mapping[str, Any]) -> list[Path]:
-    """The outputs of `sources`, in their order. Raises PartialFailure that names each input that failed."""
+    """Upscale files and return the outputs in the order of `sources`. Raises PartialFailure that names failures."""
     outcome = run(settings_from(UpscaleConfig, {**values, "input": tuple(sources), "output": output}))
     try:
         outcome.raise_for_failures()

@@ -1,4 +1,4 @@
-"""Inputs → jobs: which outputs a run makes, and what it refuses."""
+"""Plans a run: finds the inputs, names the outputs and rejects conflicts."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _VIDEO_FORMATS = ("mp4", "mov", "mkv", "webm")
 
 @dataclass(frozen=True)
 class Plan:
-    """The jobs of a run, and what in the folders has none.
+    """The jobs of a run, and the files that are not inputs.
 
-    `others`: how many files of each other kind there are, by suffix. `outputs`: how many files are outputs of earlier
-    runs, which are no inputs beside what they were made from. `problems`: folders that can't be read.
+    `others`: the number of files of other kinds, by suffix. `outputs`: outputs of earlier runs, which are skipped if
+    their inputs are there as well. `problems`: folders that can't be read.
     """
 
     jobs: list[Job] = field(default_factory=list)
@@ -39,15 +39,15 @@ class Plan:
 
 
 def plan_jobs(sources: Sequence[Path], output: str, *, format: FormatChoice, suffix: str, recursive: bool) -> Plan:
-    """The jobs of files, folders and glob patterns; nothing is read but folders.
+    """The jobs for files, folders and glob patterns. Folders are listed; files are opened only to recognise outputs.
 
-    One source: a folder goes to the same tree below `output`, a pattern too, from its first part without a wildcard
-    on. A file goes to the file `output`, or into it when it is a folder, ends with a slash or has no suffix. Several
-    sources: `output` is a folder; files and matches of patterns go into it, and a folder's tree below its own name.
-    `suffix` is put behind each name.
+    One source: the tree of a folder, or of the matches of a pattern, is reproduced below `output`. For a file, `output`
+    is the output file, or a folder if it exists as one, ends in a slash or has no suffix. Several sources: `output` is
+    a folder for files and matches; the tree of a folder is reproduced in a subfolder with its name. `suffix` is
+    appended to each name.
 
-    Raises InputError where there is nothing to do, two inputs would share an output, or an output would replace an
-    input or another file that pdd has not made.
+    Raises InputError if there is nothing to do, two inputs would have the same output, or an output would replace an
+    input.
     """
     if output == "-":
         raise InputError("the output -: pdd doesn't write to a pipe", "Name a file or a folder.")
@@ -65,15 +65,15 @@ def plan_jobs(sources: Sequence[Path], output: str, *, format: FormatChoice, suf
         for source in sources:
             below = f"{folder}{source.resolve().name}" if source.is_dir() else folder
             jobs += _jobs_of(source, below, format, suffix, recursive, plan)
-        jobs = list({job.source.resolve(): job for job in jobs}.values())  # named twice, made once
-    refuse_collisions(jobs)
+        jobs = list({job.source.resolve(): job for job in jobs}.values())  # a file that is named twice is one job
+    check_collisions(jobs)
     if format in ("heic", "jxl"):
         load_plugin(FORMATS[f".{format}"])
     return replace(plan, jobs=jobs)
 
 
 def _jobs_of(source: Path, output: str, format: FormatChoice, suffix: str, recursive: bool, plan: Plan) -> list[Job]:
-    """The jobs of one file, folder or pattern; `plan` gets what has none."""
+    """The jobs of one file, folder or pattern. Other files are recorded in `plan`."""
 
     def wanted(name: str) -> bool:
         if not _is_input(name):
@@ -95,15 +95,15 @@ def _jobs_of(source: Path, output: str, format: FormatChoice, suffix: str, recur
 
 
 def _is_folder_name(output: str) -> bool:
-    """Whether outputs go into `output`: a folder that exists, or a name with a slash at its end or without suffix."""
+    """Whether `output` is a folder: it exists as one, ends in a slash, or has no suffix and doesn't exist."""
     path = Path(output)
     return path.is_dir() or output.endswith(("/", os.sep)) or (not path.suffix and not path.exists())
 
 
 def manifest_folder(sources: Sequence[Path], output: str, jobs: Sequence[Job], *, strip: bool) -> Path | None:
-    """The folder that holds the manifest of a run; None for a single file, which says itself that pdd made it.
+    """The folder for the manifest of a run; None for a single file, whose metadata says that pdd made it.
 
-    A file that is stripped of all metadata does not say so.
+    A single file without metadata (`strip`) also needs a manifest.
     """
     if len(sources) == 1 and sources[0].is_file():
         return jobs[0].target.parent if strip else None
@@ -111,7 +111,7 @@ def manifest_folder(sources: Sequence[Path], output: str, jobs: Sequence[Job], *
 
 
 def _matching(pattern: Path) -> tuple[Path, list[Path]]:
-    """The folder before the first wildcard, and the files that match; ** goes through folders."""
+    """The folder before the first wildcard, and the matching files. ** matches folders at any depth."""
     fixed = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts)
     root = Path(*fixed)
     found = (Path(name) for name in glob.iglob(str(pattern), recursive=True))  # noqa: PTH207 - a pattern of any kind
@@ -119,23 +119,23 @@ def _matching(pattern: Path) -> tuple[Path, list[Path]]:
 
 
 def _folder_jobs(
-    source: Path, found: Sequence[Path], output: Path, format: FormatChoice, suffix: str, plan: Plan, nothing: str = ""
+    source: Path, found: Sequence[Path], output: Path, format: FormatChoice, suffix: str, plan: Plan, empty: str = ""
 ) -> list[Job]:
     if output.exists() and not output.is_dir():
         raise InputError(f"{source} is a folder, but {output} is a file", "Name a folder for the outputs.")
     if not output.exists() and _is_input(output):
         raise InputError(
-            f"{source} is not a single file, but the output {output} is named like one",
+            f"{source} is not a single file, but the output {output} has the suffix of a file",
             "Name a folder for the outputs, without such a suffix.",
         )
     inside, outside = source.resolve(), output.resolve()
     if inside == outside and not suffix:
         raise InputError(
-            f"the outputs would go between the inputs in {source}",
+            f"the outputs would be mixed with the inputs in {source}",
             "Name another folder for the outputs, or add for example --suffix _x4.",
         )
     if outside != inside and outside.is_relative_to(inside):
-        # What earlier runs have put there is no input.
+        # Outputs of earlier runs are not inputs.
         found = [path for path in found if not path.resolve().is_relative_to(outside)]
     made = _outputs_among(found, source)
     jobs = [Job(path, _named(output / path.relative_to(source), format, suffix)) for path in found if path not in made]
@@ -146,7 +146,7 @@ def _folder_jobs(
     if not jobs:
         kinds = f", only {_counted(plan.others)}" if plan.others else ""
         raise InputError(
-            "\n".join([f"{nothing or f'{source}: no images or videos in it'}{kinds}", *plan.problems]),
+            "\n".join([f"{empty or f'{source}: no images or videos in it'}{kinds}", *plan.problems]),
             "pdd reads PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC and JPEG XL files, and videos.",
         )
     return jobs
@@ -157,7 +157,7 @@ def _counted(kinds: Counter[str]) -> str:
 
 
 def _outputs_among(found: Sequence[Path], source: Path) -> set[Path]:
-    """Those of `found` that pdd has made from another one of them, as their manifest or they themselves say."""
+    """Those of `found` that pdd made from another one of them, according to a manifest or to their metadata."""
     present = {path.resolve(): path for path in found}
     by_stem: dict[str, list[Path]] = {}
     for path in found:
@@ -179,7 +179,7 @@ def _outputs_among(found: Sequence[Path], source: Path) -> set[Path]:
         # --suffix only adds to the name of the input.
         stems = (path.stem[:end] for end in range(1, len(path.stem) + 1))
         inputs = [other for stem in stems for other in by_stem.get(stem, ()) if other != path]
-        if real in records:  # of an earlier version, which didn't record the input
+        if real in records:  # by an earlier version, which did not record the input
             return any(other.parent == path.parent and other.resolve() not in records for other in inputs)
         digest = source_of(path) if inputs else None
         if digest is None:
@@ -199,12 +199,12 @@ def _target_of_file(source: Path, output: str, format: FormatChoice, suffix: str
     path = Path(output)
     check = check_video_name if is_video(source) else format_of
     if format != "keep" and (format in _VIDEO_FORMATS) != is_video(source):
-        raise InputError(f"--format {format} isn't one for {source}", "Leave it out, or name another format.")
+        raise InputError(f"--format {format} can't be used for {source}", "Omit it, or name another format.")
     if _is_folder_name(output):
         if not _is_input(source) and format == "keep":
-            probe(source, most_pixels=2**62)  # which fails for what pdd doesn't read
+            probe(source, most_pixels=2**62)  # raises for files that pdd doesn't read
             raise InputError(
-                f"{source}: pdd reads it, but writes no files named {source.suffix or 'without a suffix'}",
+                f"{source}: pdd reads it, but can't write files {source.suffix or 'without a suffix'}",
                 "Add --format png, or name the output file.",
             )
         target = _named(path / source.name, format, suffix)
@@ -212,7 +212,7 @@ def _target_of_file(source: Path, output: str, format: FormatChoice, suffix: str
         return target
     check(path)
     if format != "keep" and not _same_format(path, format):
-        raise InputError(f"--format {format} contradicts the name {path}", "Leave one of them out.")
+        raise InputError(f"--format {format} contradicts the name {path}", "Omit --format, or change the name.")
     return path.with_name(path.stem + suffix + path.suffix)
 
 
@@ -222,12 +222,12 @@ def _same_format(path: Path, format: FormatChoice) -> bool:
 
 
 def _named(path: Path, format: FormatChoice, suffix: str) -> Path:
-    """The name of the output for the input's; --format is of the images, or of the videos."""
+    """The name of the output for `path`, the name of the input. --format applies to images or to videos."""
     ending = path.suffix
     if format != "keep" and (format in _VIDEO_FORMATS) == is_video(path):
         ending = f".{format}"
     elif is_video(path) and ending.lower() not in CONTAINERS:
-        ending = ".mkv"  # which holds whatever there is in it
+        ending = ".mkv"  # the container for all kinds of streams
     return path.with_name(path.stem + suffix + ending)
 
 
@@ -235,12 +235,12 @@ def _is_input(path: Path | str) -> bool:
     return is_image(path) or is_video(path)
 
 
-def refuse_collisions(
+def check_collisions(
     jobs: Sequence[Job], protected: Iterable[Path] = (), hint: str = "Name another output, or add --suffix _x4."
 ) -> None:
-    """Raise InputError where an output would replace an input or a `protected` file, or two inputs share an output.
+    """Raise InputError if an output would replace an input or a `protected` file, or two inputs have the same output.
 
-    Files are compared as the file system does: links and other spellings of a name are seen through.
+    Links and different spellings of a name that refer to the same file are recognised.
     """
     inputs = {_identity(path) for path in (*(job.source for job in jobs), *protected)}
     by_target: dict[Path, Path] = {}
@@ -251,12 +251,12 @@ def refuse_collisions(
         if other != job.source:
             raise InputError(
                 f"{other} and {job.source} would both become {job.target}",
-                "Rename one of them, or upscale them into folders of their own.",
+                "Rename one of them, or upscale them into separate folders.",
             )
 
 
 def _identity(path: Path) -> tuple[int, int] | Path:
-    """The same for all names of one file: its device and number, or the resolved path while it does not exist."""
+    """An identifier that is equal for all names of a file: device and inode, or the resolved path if none exists."""
     try:
         status = path.stat()
     except OSError:

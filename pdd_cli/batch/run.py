@@ -1,4 +1,4 @@
-"""`upscale` as one call: inputs → outputs, with the manifest and the log that say what made them."""
+"""The use case of `pdd upscale`: upscales all inputs of a run and writes manifest and log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from pdd_cli.batch.devices import partition, run_on_devices
-from pdd_cli.batch.loading import Loaded, load_upscalers
+from pdd_cli.batch.loading import LoadedUpscalers, load_upscalers
 from pdd_cli.batch.plan import Plan, manifest_folder, plan_jobs
 from pdd_cli.errors import Interrupted, PartialFailure, PddError, ResourceError
 from pdd_cli.files import append_line, check_log, remove_leftovers
@@ -28,22 +28,22 @@ from pdd_cli.upscaling.upscaler import Upscaler
 from pdd_cli.video.decode import is_video
 from pdd_cli.video.pipeline import preview_videos, run_videos
 
-# What an output is meant to be. How it is computed (tiles, engine, precision) changes nothing that can be seen.
+# The settings that determine an output. Tiles, engine and precision make no visible difference.
 _RECIPE = {"scale", "width", "height", "long_side", "fit", "color_correction", "quality", "lossless", "strip_metadata"}
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """The result of each job, and what made them.
+    """The result of each job, with the settings, plan and models of the run.
 
-    `seconds`: duration of the run without loading. `stopped`: the error (a full disk) that ended the run before all
-    jobs were done.
+    `seconds`: duration of the run without loading. `stopped`: the error, such as a full disk, that ended the run before
+    all jobs were done.
     """
 
     settings: UpscaleConfig
     plan: Plan
     results: Sequence[Result]
-    loaded: Loaded
+    loaded: LoadedUpscalers
     seconds: float
     dry_run: bool = False
     stopped: ResourceError | None = None
@@ -53,7 +53,7 @@ class BatchResult:
         return sum(result.status == status for result in self.results)
 
     def raise_for_failures(self) -> None:
-        """Raise ResourceError where the run was stopped, PartialFailure where some inputs failed."""
+        """Raise ResourceError if the run was stopped, PartialFailure if some inputs failed."""
         if self.stopped is not None:
             raise self.stopped
         failed = self.count("failed")
@@ -62,7 +62,7 @@ class BatchResult:
             hint = "The others are done." if self.count("done") else ""
             raise PartialFailure(f"{failed} of {len(self.results)} files {verb}", hint)
         if self.plan.problems:
-            raise PartialFailure(f"folders that can't be read: {len(self.plan.problems)}", "All else is done.")
+            raise PartialFailure(f"folders that can't be read: {len(self.plan.problems)}", "Everything else is done.")
 
     def as_document(self) -> dict[str, object]:
         """The result as `pdd upscale --json` prints it."""
@@ -91,7 +91,7 @@ class BatchResult:
 
 @dataclass(frozen=True)
 class _Batch:
-    """The jobs of this process and what they need."""
+    """The jobs of this process with everything they need."""
 
     jobs: Sequence[Job]
     upscalers: Sequence[Upscaler]
@@ -120,10 +120,10 @@ def run(
 
     Args:
         settings: The settings of `pdd upscale`.
-        jobs: Inputs and outputs, where they are not found from the settings. `settings.output` is then the folder of
-            all outputs, and the run is not recorded as the last one.
+        jobs: Inputs and outputs; by default they are found from the settings. If given, `settings.output` must be the
+            folder of all outputs, and the run is not recorded as the last run.
         dry_run: Only estimate sizes, memory and time; nothing is written or fetched.
-        ranks: The processes among which the jobs are divided.
+        ranks: The processes that share the jobs.
         observer: Receives messages and progress.
 
     Returns:
@@ -132,9 +132,9 @@ def run(
     Raises:
         InputError: bad paths or settings, before anything is written.
         DownloadError: the weights can't be fetched.
-        Interrupted: by Ctrl-C or SIGTERM; finished outputs are kept.
+        Interrupted: Ctrl-C or SIGTERM; finished outputs are kept.
     """
-    # Wrong paths are reported before a model is fetched and loaded.
+    # Report wrong paths before a model is fetched and loaded.
     plan = Plan(jobs=list(jobs)) if jobs is not None else _plan(settings)
     folder = manifest_folder(settings.input, settings.output, plan.jobs, strip=settings.strip_metadata)
     if folder is None:
@@ -142,7 +142,7 @@ def run(
     if settings.log is not None and not dry_run:
         check_log(settings.log)
     with load_upscalers(settings, ranks, observer, dry_run=dry_run) as loaded:
-        # What a run that died has left is put in order before others write.
+        # Remove the temporary files of killed runs before anything is written.
         if ranks.is_first and not dry_run:
             remove_leftovers({job.target.parent for job in plan.jobs})
         batch = _batch(settings, plan, folder, loaded, ranks, dry_run=dry_run)
@@ -154,17 +154,17 @@ def run(
                 results = [replace(result, tiles=0, memory=0, seconds=0.0, model_seconds=0.0) for result in results]
         else:
             results, stopped = _run(batch, settings, observer)
-        results = _of_all(results, plan.jobs, ranks)
+        results = _gather_results(results, plan.jobs, ranks)
         outcome = BatchResult(settings, plan, results, loaded, time.perf_counter() - started, dry_run, stopped)
     if ranks.is_first and not dry_run:
         try:
             if jobs is None:
-                _remember(outcome)
+                _save_last_run(outcome)
             if folder is not None and ranks.size > 1:
                 Manifest(folder, batch.recipe).tidy()
-        except PddError as error:  # all outputs are there
+        except PddError as error:  # the outputs are complete
             observer.warn(
-                f"{error.message}. The outputs are complete, but this run is not remembered for `pdd evaluate`."
+                f"{error.message}. The outputs are complete, but this run is not recorded for `pdd evaluate`."
             )
     return outcome
 
@@ -180,9 +180,9 @@ def _plan(settings: UpscaleConfig) -> Plan:
 
 
 def _batch(
-    settings: UpscaleConfig, plan: Plan, folder: Path | None, loaded: Loaded, ranks: Ranks, *, dry_run: bool
+    settings: UpscaleConfig, plan: Plan, folder: Path | None, loaded: LoadedUpscalers, ranks: Ranks, *, dry_run: bool
 ) -> _Batch:
-    """The part of the plan that this process does."""
+    """The part of the plan for this process."""
     recipe = settings.model_dump(include=_RECIPE)
     recipe["weights"] = loaded.upscalers[0].engine.weights_sha256
     manifest = None
@@ -192,7 +192,7 @@ def _batch(
         ranks.barrier()
         part = ranks.rank if ranks.size > 1 else None
         manifest = Manifest(folder, recipe, provenance=loaded.provenance, part=part)
-    # Nobody begins before all have found the inputs and read the manifest.
+    # No process starts before all have found the inputs and read the manifest.
     ranks.barrier()
     output = Output(
         Encoding(settings.quality, settings.lossless),
@@ -212,7 +212,7 @@ def _preview(batch: _Batch) -> list[Result]:
 
 
 def _run(batch: _Batch, settings: UpscaleConfig, observer: Observer) -> tuple[list[Result], ResourceError | None]:
-    """The results, and the error that ended the run before all jobs were done."""
+    """Run the jobs. Returns the results, and the error that ended the run before all jobs were done."""
     log = settings.log
     results: list[Result] = []
     with observer.progress("files", len(batch.jobs), workers=len(batch.upscalers)) as progress:
@@ -234,17 +234,17 @@ def _run(batch: _Batch, settings: UpscaleConfig, observer: Observer) -> tuple[li
         except KeyboardInterrupt:
             finished = sum(job.target.exists() for job in batch.jobs)
             raise Interrupted(
-                f"interrupted: {finished} of {len(batch.jobs)} outputs are there, whole",
-                "" if batch.output.overwrite else "The same command again makes what is missing.",
+                f"interrupted: {finished} of {len(batch.jobs)} outputs are complete",
+                "" if batch.output.overwrite else "Run the same command again to make the missing outputs.",
             ) from None
         except ResourceError as error:
-            error.hint += " The same command again makes what is missing."
+            error.hint += " Run the same command again to make the missing outputs."
             return results, error
     return results, None
 
 
 def _results(batch: _Batch, progress: Progress) -> Generator[Result]:
-    """The result of each job as it ends, images first."""
+    """Yield the result of each job as it ends, images first."""
 
     def on_start(device: int, job: Job) -> None:
         progress.start(device, job.source.name, "frames" if is_video(job.source) else "tiles")
@@ -255,11 +255,11 @@ def _results(batch: _Batch, progress: Progress) -> Generator[Result]:
         yield from run_on_devices(runner, jobs, batch.upscalers, on_start=on_start, on_tile=progress.step)
 
 
-def _of_all(results: Sequence[Result], jobs: Sequence[Job], ranks: Ranks) -> list[Result]:
-    """The results of all processes, in the order of the jobs."""
-    found = [result for text in ranks.gather(results_to_json(results)) for result in results_from_json(text)]
-    place = {job: index for index, job in enumerate(jobs)}
-    return sorted(found, key=lambda result: place[result.job])
+def _gather_results(results: Sequence[Result], jobs: Sequence[Job], ranks: Ranks) -> list[Result]:
+    """The results of all processes in the order of the jobs."""
+    gathered = [result for text in ranks.gather(results_to_json(results)) for result in results_from_json(text)]
+    order = {job: index for index, job in enumerate(jobs)}
+    return sorted(gathered, key=lambda result: order[result.job])
 
 
 def _log_line(result: Result) -> str:
@@ -286,7 +286,7 @@ def _file_document(result: Result) -> dict[str, object]:
     }
 
 
-def _remember(outcome: BatchResult) -> None:
+def _save_last_run(outcome: BatchResult) -> None:
     """Record the run for `pdd evaluate` without a folder."""
     settings = outcome.settings
     pairs = tuple(

@@ -371,7 +371,7 @@ def _checksum(path: Path, name: str = "") -> str | None:
 def _damage(path: Path, name: str = "") -> str:
     """Why the file `name` at `path` is damaged, by the checksum in its name, else by its format; "" if it is not."""
     name = name or path.name
-    problem = sources.damage(path, _checksum(path, name), None)
+    problem = sources.find_damage(path, _checksum(path, name), None)
     if not problem and name in _VALUES:
         import scipy.io
 

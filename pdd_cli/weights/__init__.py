@@ -1,4 +1,4 @@
 """Weights files: the catalogue, downloads, formats, and the store of installed weights.
 
-Nothing here runs a network.
+Networks are built and run in `models` and `engines`.
 """

