@@ -371,7 +371,7 @@ def test_two_inputs_of_one_output_are_refused(tmp_path: Path) -> None:
 def test_output_beside_or_below_the_input(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "out/a.png")
     assert targets(tmp_path, str(tmp_path / "out")) == [(tmp_path / "out/a.png").as_posix()]
-    with pytest.raises(InputError, match="between the inputs"):
+    with pytest.raises(InputError, match="mixed with the inputs"):
         targets(tmp_path / "out", str(tmp_path / "out"))
     touch(tmp_path, "out/a_x4.png")  # what an earlier run left is no input
     assert targets(tmp_path / "out", str(tmp_path / "out"), suffix="_x4") == [(tmp_path / "out/a_x4.png").as_posix()]
