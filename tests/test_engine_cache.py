@@ -167,6 +167,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(weights: Path, home: Pat
     assert open_engine(lambda: load_sr_model(weights), "weights", CPU, "openvino").name == "openvino"
 
 
+@pytest.mark.slow
 @both
 def test_the_command_does_not_need_pytorch_the_second_time(
     weights: Path, tmp_path: Path, home: Path, engine: str

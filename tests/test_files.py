@@ -74,6 +74,7 @@ def test_memory_is_that_of_the_kernel() -> None:
     assert system.resident_memory() <= system.peak_memory() <= 1024 * kilobytes("/proc/self/status", "VmPeak:")
 
 
+@pytest.mark.slow
 def test_no_module_needs_what_only_unix_has() -> None:
     # The libraries come first: those of this system may use what they find on it.
     program = (

@@ -920,6 +920,7 @@ def test_avif_of_more_than_8_bits_keeps_them_and_its_colours(tmp_path: Path, dep
             write_image(tmp_path / f"b.{suffix}", picture)
 
 
+@pytest.mark.slow
 def test_a_package_that_cannot_be_loaded_is_not_blamed_on_the_image(tmp_path: Path) -> None:
     """A server without libGL, and OpenCV for desktops, which facexlib asks for."""
     (tmp_path / "cv2").mkdir()

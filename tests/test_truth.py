@@ -45,6 +45,7 @@ def chosen() -> object:
     return scores, (run / "best.safetensors").read_bytes(), json.loads((run / "verdict.json").read_text())["strength"]
 
 
+@pytest.mark.slow
 def test_the_scores_are_those_of_the_formulas_and_nothing_is_chosen_by_them(
     pdd: Callable[..., Outcome], ground: Path, pairs: tuple[Path, Path]
 ) -> None:

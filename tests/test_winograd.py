@@ -47,6 +47,7 @@ NETWORKS = {
     "compact, wide": lambda: SRVGGNetCompact(num_feat=80, num_conv=2),
     "compact-x1": lambda: SRVGGNetCompact(num_feat=48, num_conv=4, upscale=1),
 }
+SLOW = ("rrdbnet", "rrdbnet, gray")
 # What x86 CPUs have; each runs where its instructions are.
 CPUS = {"skylake-avx512": (winograd_kernel.AVX512, "avx512f"), "haswell": (winograd_kernel.AVX2, "avx2")}
 
@@ -81,7 +82,9 @@ def network_of(state: dict[str, torch.Tensor], kernel: winograd_kernel.Kernel, *
 
 
 @pytest.mark.parametrize("cpu", CPUS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NETWORKS]
+)
 def test_it_computes_what_spandrels_network_does(name: str, cpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "_STRIP", 0)  # the strips of the last layers are as narrow as can be: 64 rows
     shape, needed = CPUS[cpu]
@@ -209,6 +212,7 @@ def test_auto_takes_another_where_it_disagrees(monkeypatch: pytest.MonkeyPatch) 
     assert choose_engine(model, CPU, "auto").name != "winograd"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send")
 def test_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
     """In the middle of an image: reported before it would be done, with nothing half-written."""
