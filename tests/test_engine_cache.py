@@ -149,7 +149,7 @@ def test_that_openvino_cannot_be_taken_is_kept_too(
 
 def test_the_cache_is_bounded(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = Usable(ModelSpec(scale=1, in_channels=3, out_channels=3, architecture="test"), "", 1, bytes(2000))
-    monkeypatch.setattr(engine_cache, "_MOST_BYTES", 5000)
+    monkeypatch.setattr(engine_cache, "_MAX_BYTES", 5000)
     for number in range(6):
         engine_cache.keep("openvino", str(number), "fp32", result)
         time.sleep(0.02)  # as fine as file systems tell times

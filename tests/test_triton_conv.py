@@ -99,10 +99,8 @@ def test_the_kernels_compile_for_cards_that_are_not_here(architecture: int, monk
     from pdd_cli.engines import triton_conv
 
     if architecture != 90:  # elsewhere one way to divide the work suffices
-        fitting = triton_conv._fitting
-        monkeypatch.setattr(
-            triton_conv._tuned, "early_config_prune", lambda *args, **named: fitting(*args, **named)[:1]
-        )
+        prune = triton_conv._prune_configs
+        monkeypatch.setattr(triton_conv._tuned, "early_config_prune", lambda *args, **named: prune(*args, **named)[:1])
     kernels: list[Any] = []
 
     class Compiling:

@@ -128,7 +128,7 @@ def test_a_convolution_and_its_gradients(
 def test_spandrels_rrdbnet_and_its_gradients(
     cpu: str, steps: list[int], together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(winograd, "_SHARED", together * 4 * 192 * 29 * 34)
+    monkeypatch.setattr(winograd, "_SHARED_CACHE", together * 4 * 192 * 29 * 34)
     network = strong(RRDBNet(blocks=2)).to(memory_format=torch.channels_last)
     reference = SpandrelRRDBNet(num_blocks=2)
     for mine, theirs in zip(network.state_dict().values(), reference.state_dict().values(), strict=True):

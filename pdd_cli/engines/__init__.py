@@ -1,4 +1,4 @@
-"""What computes a model: PyTorch, OpenVINO, Winograd's algorithm on CPUs, Triton on GPUs.
+"""Engines compute a model: PyTorch (with Triton on GPUs), OpenVINO, and Winograd's algorithm on CPUs.
 
-Each engine gives the same result; `select` takes the fastest that does on this machine.
+All give the same result; `select` chooses the fastest one on this machine.
 """

@@ -1,4 +1,4 @@
-"""The interface of an engine, and what a conversion to an engine's own form gives."""
+"""The interface of an engine, and the result of converting a model to an engine's own format."""
 
 from __future__ import annotations
 
@@ -29,41 +29,41 @@ class Engine(Protocol):
 
     @property
     def weights_sha256(self) -> str:
-        """By `state_sha256`: equal for equal weights, in whatever file they are."""
+        """The `state_sha256` of the weights: equal for equal weights, whatever the file format."""
         ...
 
     @property
     def bytes_per_pixel(self) -> int:
-        """Bytes of fp32 activations that a forward pass holds at once, per LR pixel: an estimate."""
+        """Estimated peak memory of the fp32 activations of a forward pass, in bytes per LR pixel."""
         ...
 
     @property
     def batch_pixels(self) -> int:
-        """LR pixels up to which several small images at once are faster than one after the other."""
+        """Number of LR pixels in a batch up to which batching small images is faster than computing them singly."""
         ...
 
     def run(self, lr: FloatArray, *, exact: bool = False) -> FloatArray:
-        """(N, in_channels, h, w) in 0..1 to (N, out_channels, h*scale, w*scale); `exact` computes in fp32.
+        """Upscale (N, in_channels, h, w) in 0..1 to (N, out_channels, h*scale, w*scale), not clipped.
 
-        In memory the channels of the result lie next to each other, as they do in pictures.
+        With `exact` it computes in fp32. The result is channels-last in memory, as images are.
         """
         ...
 
     def run_rounded(self, lr: Array) -> Array | None:
-        """(N, h, w, in_channels) of 8 or 16 bits to (N, h*scale, w*scale, out_channels) of the same, clipped.
+        """Upscale (N, h, w, in_channels), uint8 or uint16, to (N, h*scale, w*scale, out_channels) of the same type.
 
-        None where a value isn't finite. Rounded on the device, which saves memory, time and most of the way back.
+        Values are clipped. Returns None if a value isn't finite. Rounding on the device saves memory and transfers.
         """
         ...
 
     def close(self) -> None:
-        """End its threads and free its memory. Afterwards it computes nothing more; its attributes stay."""
+        """End the threads and free the memory. Only the attributes can be used afterwards."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Usable:
-    """A network in an engine's own form, `exported`, which computes what PyTorch does."""
+    """A network in an engine's own format, `exported`, that agrees with PyTorch."""
 
     spec: ModelSpec
     weights_sha256: str
@@ -73,7 +73,7 @@ class Usable:
 
 @dataclass(frozen=True)
 class Unfit:
-    """An engine has no form of a network, or its form computes something else."""
+    """An engine can't compute a network, or its results differ from PyTorch's."""
 
     reason: str
 

@@ -1,7 +1,7 @@
-"""The cache of networks in an engine's own form: converting one takes seconds, loading it tenths of a second.
+"""Cache of networks in an engine's own format: converting takes seconds, loading tenths of a second.
 
-An entry is one file: a line of JSON, then the exported network. It is for one engine, version of its library, set of
-weights, CPU and precision. An entry that can't be read counts as missing.
+An entry is one file: a line of JSON, then the exported network. Its key is the engine, the version of the engine's
+library, the weights, the CPU and the precision. An entry that can't be read counts as missing.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from pdd_cli.weights.store import cache_home
 _FORMAT = 3
 _LIBRARIES = {"openvino": "openvino", "winograd": "llvmlite"}
 _SUFFIX = ".compiled"
-# Bytes of all entries together; the least recently used are deleted first.
-_MOST_BYTES = 1 << 30
+# Maximum size of all entries together, in bytes; the least recently used are deleted first.
+_MAX_BYTES = 1 << 30
 
 
 def fingerprint(files: Sequence[Path], strength: float) -> str:
-    """The identity of the weights that are made of these files, without loading them."""
+    """Identify the weights made from these files at this strength, without loading them."""
     digest = hashlib.sha256(repr(strength).encode())
     for path in files:
         try:
@@ -42,7 +42,7 @@ def fingerprint(files: Sequence[Path], strength: float) -> str:
 
 
 def find(engine: str, weights: str, precision: Precision) -> Usable | Unfit | None:
-    """The entry for the weights of this fingerprint; None where there is none that can be read."""
+    """Return the entry for the weights with this fingerprint; None if there is none or it can't be read."""
     path = _path(engine, weights, precision)
     try:
         with path.open("rb") as file:
@@ -58,7 +58,7 @@ def find(engine: str, weights: str, precision: Precision) -> Usable | Unfit | No
 
 
 def keep(engine: str, weights: str, precision: Precision, result: Usable | Unfit) -> None:
-    """Put an entry into the cache; where that can't be written, nothing is cached."""
+    """Write an entry to the cache. If it can't be written, nothing is cached."""
     exported = b""
     head: dict[str, object] = {"unfit": ""}
     if isinstance(result, Unfit):
@@ -87,11 +87,11 @@ def _path(engine: str, weights: str, precision: Precision) -> Path:
 
 
 def _trim(newest: Path) -> None:
-    """Delete the least recently used entries until all fit; never the newest."""
+    """Delete the least recently used entries until the rest fit, but never `newest`."""
     entries = sorted((path.stat().st_mtime, path) for path in newest.parent.glob(f"*{_SUFFIX}") if path != newest)
     size = newest.stat().st_size + sum(path.stat().st_size for _, path in entries)
     for _, path in entries:
-        if size <= _MOST_BYTES:
+        if size <= _MAX_BYTES:
             return
         size -= path.stat().st_size
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The OpenVINO engine, on CPUs: the model converted from a trace of PyTorch."""
+"""The OpenVINO engine for CPUs. Models are converted from a PyTorch trace."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class OpenVINOEngine:
-    """OpenVINO on the CPU in the runtime's precision, for any size of image.
+    """OpenVINO on the CPU in the runtime's precision, for images of any size.
 
-    `model`: a loaded model, or one that was exported before. Raises InputError when OpenVINO isn't installed, the
-    runtime isn't a CPU, or the model can't be converted; RuntimeError when `exported` isn't OpenVINO's.
+    `model`: a loaded or an exported model. Raises InputError if OpenVINO isn't installed, the runtime isn't a CPU, or
+    the model can't be converted; RuntimeError if the exported bytes aren't an OpenVINO model.
     """
 
     name = "openvino"
@@ -57,7 +57,7 @@ class OpenVINOEngine:
         if exact and self._exact is None:
             self._exact = _compile(self._source, "fp32").create_infer_request()
         sr = self._infer(self._exact if exact else self._fast, lr)
-        # A copy, for the next call writes there.
+        # Copied, because the next call overwrites the output buffer.
         return np.array(sr.transpose(0, 2, 3, 1), np.float32, order="C").transpose(0, 3, 1, 2)
 
     @convert_memory_errors()
@@ -76,14 +76,14 @@ class OpenVINOEngine:
         self._source = self._compiled = self._fast = self._exact = None
 
     def _infer(self, request: Any, lr: FloatArray) -> FloatArray:
-        """(N, C, h, w) to the network's own output, until the next call."""
+        """Return the network's output buffer for (N, C, h, w). The next call overwrites it."""
         height, width = lr.shape[-2:]
         bottom, right = self.model.lacking(height), self.model.lacking(width)
         if bottom or right:
             lr = np.pad(lr, ((0, 0), (0, 0), (0, bottom), (0, right)), mode="edge")
         request.start_async([np.ascontiguousarray(lr)])
         try:
-            # In small waits, between which Python answers Ctrl-C.
+            # Short waits, so that Python can handle Ctrl-C in between.
             while not request.wait_for(100):
                 pass
         except BaseException:
@@ -94,7 +94,7 @@ class OpenVINOEngine:
 
 
 def _compile(source: Any, precision: Precision) -> Any:
-    """The compiled model, for any size of image, of an openvino.Model or of the bytes of a compiled one."""
+    """Compile an openvino.Model, or load the bytes of a compiled one, for images of any size."""
     import openvino
 
     hint = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[precision]
@@ -108,7 +108,7 @@ def _compile(source: Any, precision: Precision) -> Any:
 
 
 def _convert(model: SRModel) -> Any:
-    """The openvino.Model of a network. Raises InputError where it has an operation that isn't known."""
+    """Convert a network to an openvino.Model. Raises InputError if OpenVINO doesn't support an operation."""
     import torch
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
@@ -118,15 +118,15 @@ def _convert(model: SRModel) -> Any:
     logging.getLogger("nncf").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.inference_mode():
-            warnings.simplefilter("ignore")  # torch.jit.trace's, about its own future
-            # Not checked by tracing and running it twice: what comes out is compared with PyTorch anyway.
+            warnings.simplefilter("ignore")  # torch.jit.trace warns about its deprecation
+            # check_trace would trace and run it twice; the result is compared with PyTorch anyway.
             traced = torch.jit.trace(model.module, example, check_trace=False)
-            # Not by openvino.convert_model, which first tries to report its use over the network.
+            # Not with openvino.convert_model, which tries to send telemetry.
             decoder = TorchScriptPythonDecoder(traced, example_input=(example,))
             frontend = FrontEndManager().load_by_framework("pytorch")
             converted = frontend.convert(frontend.load(decoder))
             converted.reshape([-1, model.in_channels, -1, -1])
-    except Exception as error:  # whatever tracing and conversion raise for an operation that they don't know
+    except Exception as error:  # tracing and conversion raise many types for unsupported operations
         raise InputError(
             f"--engine openvino: can't convert this {model.architecture} model", "Use --engine torch."
         ) from error

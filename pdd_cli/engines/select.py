@@ -1,4 +1,4 @@
-"""The choice of an engine for a model on this machine."""
+"""Choose the engine for a model on this machine."""
 
 from __future__ import annotations
 
@@ -25,21 +25,25 @@ _Kind = type[WinogradEngine] | type[OpenVINOEngine]
 
 
 def choose_engine(model: SRModel, runtime: Runtime, choice: EngineChoice, *, free: bool = False) -> Engine:
-    """The engine for `--engine`, by `open_engine`, of a loaded model; nothing is cached."""
+    """`open_engine` for a loaded model, without the cache."""
     return open_engine(lambda: model, None, runtime, choice, free=free)
 
 
 def open_engine(
     load: Callable[[], SRModel], weights: str | None, runtime: Runtime, choice: EngineChoice, *, free: bool = False
 ) -> Engine:
-    """The engine for `--engine`, of the model that `load` gives; it isn't loaded where the cache suffices.
+    """Open the engine that `--engine` names. The caller closes it.
 
-    auto on a CPU is the first of `_candidates` that has a form of this model and agrees with PyTorch, else PyTorch.
-    The comparison is made here, on noise, for this very model.
+    On a CPU, auto is the first of `_candidates` that can compute this model and agrees with PyTorch, else PyTorch.
+    They are compared here, with this model, on noise.
 
     Args:
-        weights: their fingerprint (`cache.fingerprint`), by which the result is cached; None caches nothing.
-        free: the engine may compute in another precision than the runtime's.
+        load: Loads the model. It is not called if the cache has the converted model.
+        weights: The fingerprint of the weights (`cache.fingerprint`), the key in the cache; None: don't use the cache.
+        free: The engine may use another precision than the runtime's.
+
+    Raises:
+        InputError: the engine that `choice` names can't compute this model or runtime.
     """
     loaded = functools.cache(load)
     for kind, place in _candidates(runtime, choice, free=free):
@@ -50,7 +54,7 @@ def open_engine(
 
 
 def _candidates(runtime: Runtime, choice: EngineChoice, *, free: bool) -> list[tuple[_Kind, Runtime]]:
-    """The engines besides PyTorch that may be taken, the fastest first (docs/benchmarks.md), and each one's runtime."""
+    """The engines to try before PyTorch, with their runtimes, fastest first (docs/benchmarks.md)."""
     exact = Runtime(runtime.device_name, "fp32") if free else runtime
     if choice == "winograd":
         return [(WinogradEngine, exact)]
@@ -68,14 +72,14 @@ def _candidates(runtime: Runtime, choice: EngineChoice, *, free: bool) -> list[t
 def _open(
     kind: _Kind, load: Callable[[], SRModel], weights: str | None, runtime: Runtime, *, insist: bool
 ) -> WinogradEngine | OpenVINOEngine | Unfit:
-    """An engine that agrees with PyTorch, from the cache where it can be.
+    """Open an engine that agrees with PyTorch, from the cache if possible.
 
-    With `insist` also one that doesn't agree; then raises InputError where the engine has no form of the model.
+    With `insist` it need not agree; then raises InputError if the engine can't compute the model.
     """
     if weights is not None:
         known = cache.find(kind.name, weights, runtime.precision)
         if isinstance(known, Usable):
-            with contextlib.suppress(RuntimeError, InputError):  # not what this library exported
+            with contextlib.suppress(RuntimeError, InputError):  # not exported by this library
                 return kind(known, runtime)
         elif known is not None and not insist:
             return known
@@ -100,9 +104,9 @@ def _open(
 
 
 def _pytorch(model: SRModel, runtime: Runtime) -> TorchEngine:
-    """PyTorch; on a GPU with Triton kernels where Triton is installed."""
+    """PyTorch, on a GPU with Triton kernels if Triton is installed."""
     convert: Convert | None = None
     if runtime.device_type == "cuda":
-        with contextlib.suppress(Exception):  # no Triton, or one that is too old
+        with contextlib.suppress(Exception):  # Triton is missing or too old
             from pdd_cli.engines.triton_conv import triton_model as convert
     return TorchEngine(model, runtime, convert=convert)

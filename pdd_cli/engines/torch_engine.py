@@ -1,4 +1,4 @@
-"""The PyTorch engine, which computes any model on any device; and the comparison of other engines with it."""
+"""The PyTorch engine, which computes any model on any device, and the comparison of other engines with it."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
     from pdd_cli.models.loading import SRModel
 
 Convert = Callable[["SRModel", "torch.dtype"], "SRModel | None"]
-"""Gives a model with another form of its network, computed in this precision; None where there is none."""
+"""Returns the model with a faster implementation of its network in this precision; None if there is none."""
 
-# The mean square error against PyTorch's fp32, as a fraction of the output's variance, that counts as rounding.
+# Mean squared error against PyTorch in fp32, as a fraction of the output's variance, that counts as rounding.
 _ROUNDING = 1e-6
-# In a lower precision: the error of another engine, as a multiple of PyTorch's own, that is accepted.
+# Accepted error of another engine in a lower precision, as a multiple of PyTorch's error in that precision.
 _ALLOWED = 2.0
-# LR pixels that keep a GPU busy: smaller frames are computed several at a time.
+# LR pixels that keep a GPU busy: smaller frames are batched.
 _GPU_PIXELS = 1 << 18
-# The side of the noise on which two forms of a network are timed, and the number of passes.
+# Two implementations of a network are timed on an image of this side, with this number of passes.
 _TIMED_SIDE, _TIMED_RUNS = 256, 2
-# Rows that are rounded at once, which needs twice or four times their memory.
+# Rows that are rounded at once. Rounding takes two to four times their memory.
 _ROWS = 256
 
 
 class TorchEngine:
     """PyTorch in the runtime's precision, channels last.
 
-    `convert`: gives the model with another form of its network, which is used where it computes the same in less time.
+    `convert`: returns a faster implementation of the network. It is used if it agrees with PyTorch and is faster.
     """
 
     name = "torch"
@@ -74,7 +74,7 @@ class TorchEngine:
         model = self._model if exact else self._fast
         batch = torch.from_numpy(lr).to(runtime.device, memory_format=torch.channels_last, copy=True)
         with torch.inference_mode(), runtime.autocast():
-            # Brought to fp32 on this side of the bus.
+            # Converted to fp32 after the transfer.
             return np.asarray(model.upscale(batch).cpu().float().numpy())
 
     @convert_memory_errors()
@@ -86,7 +86,7 @@ class TorchEngine:
             sr = self._fast.upscale(batch)
             if not torch.stack([sr.amin(), sr.amax()]).isfinite().all():
                 return None
-            # As `from_float` does it; 16 bits as signed ones, which every device has.
+            # Like `from_float`; 16 bits as int16, because not every device supports uint16.
             top, zero = (255, 0) if lr.dtype == np.uint8 else (65535, 32768)
             exact = torch.float32 if top == 255 or self.runtime.device_type == "mps" else torch.float64
             sr = sr.permute(0, 2, 3, 1)
@@ -104,7 +104,7 @@ class TorchEngine:
             torch.cuda.empty_cache()
 
     def _use_converted(self, convert: Convert) -> bool:
-        """Use another form of the network if it is right and faster; return whether it is used."""
+        """Use the converted network if it agrees with PyTorch and is faster. Return whether it is used."""
         import torch
 
         plain = self._fast
@@ -113,10 +113,10 @@ class TorchEngine:
             if candidate is not None:
                 before = self._seconds()
                 self._fast = candidate
-                # Timed first: kernels are tuned on what they see first, which should be of a common size.
+                # Timed first, because kernels are tuned for the first input, which should have a common size.
                 if self._seconds() < before and agrees_with_torch(self, self._model):
                     return True
-        except Exception:  # whatever a compiler of kernels raises; there is another form
+        except Exception:  # kernel compilers raise many types; PyTorch's own implementation remains
             pass
         self._fast = plain
         return False
@@ -131,10 +131,10 @@ class TorchEngine:
 
 
 def bytes_per_pixel(model: SRModel) -> int:
-    """Bytes of fp32 activations that a forward pass holds at once, per LR pixel: an estimate from a small one.
+    """Estimate the peak memory of fp32 activations in bytes per LR pixel, from a forward pass of a small image.
 
-    The largest input and output of any one layer, twice: what is upsampled, concatenated or kept for a skip
-    connection stands beside them.
+    It is twice the largest input and output of a layer, because upsampled, concatenated or skip connection tensors
+    exist beside them.
     """
     import torch
 
@@ -159,10 +159,10 @@ def bytes_per_pixel(model: SRModel) -> int:
 
 
 def _lowered(model: SRModel, runtime: Runtime) -> SRModel:
-    """A copy whose convolutions and linear layers have their weights in the runtime's precision.
+    """A copy of `model` whose convolutions and linear layers have their weights in the runtime's precision.
 
-    Autocast makes just these of them in every pass anew, so that the results are the same to the last bit. Where its
-    network doesn't run so, `model` itself.
+    Autocast converts the same weights in every pass, so results are bitwise equal. Returns `model` itself if its
+    network doesn't run that way.
     """
     import torch
     from torch import nn
@@ -173,9 +173,7 @@ def _lowered(model: SRModel, runtime: Runtime) -> SRModel:
     dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float16
     lowered = replace(model, module=copy.deepcopy(model.module))
     for layer in lowered.module.modules():
-        if (
-            type(layer) in layers and not layer._forward_pre_hooks
-        ):  # other subclasses and hooks compute with their weights
+        if type(layer) in layers and not layer._forward_pre_hooks:  # subclasses and hooks may compute with the weights
             layer.to(dtype)
     side = model.size_minimum + model.lacking(model.size_minimum)
     try:
@@ -187,9 +185,9 @@ def _lowered(model: SRModel, runtime: Runtime) -> SRModel:
 
 
 def agrees_with_torch(engine: Engine, model: SRModel) -> bool:
-    """Whether the error of `engine` against PyTorch's fp32 is about that of PyTorch in the same precision, or rounding.
+    """Whether the error of `engine` against PyTorch in fp32 is rounding, or like that of PyTorch in its precision.
 
-    Compared on noise of two sizes: the second finds a conversion that is fixed to one size.
+    They are compared on noise of two sizes, to reject a conversion that is fixed to one size.
     """
     runtime = engine.runtime
     same, full = TorchEngine(model, runtime), TorchEngine(model, Runtime(runtime.device_name, "fp32"))
@@ -203,11 +201,11 @@ def agrees_with_torch(engine: Engine, model: SRModel) -> bool:
         except RuntimeError:
             return False
         allowed = max(_ROUNDING * float(expected.var()), _ALLOWED * _error(own, expected), 1e-14)
-        if not _error(result, expected) <= allowed:  # NaN isn't either
+        if not _error(result, expected) <= allowed:  # also false for NaN
             return False
     return True
 
 
 def _error(result: FloatArray, expected: FloatArray) -> float:
-    """Mean square error."""
+    """Mean squared error."""
     return float(np.mean((result - expected) ** 2))

@@ -1,8 +1,8 @@
 """Networks of 3x3 convolutions on a GPU: one Triton kernel for a convolution, its bias, activation and residuals.
 
-Feature maps lie in memory with the channels next to each other and a border of one zero pixel. A dense block is one
-such map: its convolutions read the front of it and write slices behind that, so that nothing is ever concatenated. An
-enlargement by nearest neighbours is done in reading.
+Feature maps are channels-last with a border of one zero pixel. The maps of a dense block share one tensor: each
+convolution reads its first channels and writes the following ones, so nothing is concatenated. Nearest-neighbour
+upsampling is part of reading.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from pdd_cli.models.loading import SRModel
 from pdd_cli.models.wiring import Convolution, Wiring, wiring_of
 
-# Channels are padded to what tensor cores multiply at once; more than the second number of them don't fit registers.
+# Channels are padded to multiples of what tensor cores multiply at once; more outputs don't fit the registers.
 _GRANULE = 16
-_MOST_OUTPUTS = 128
-# Pixels and input channels of one step, warps, and steps whose data are under way; the card decides which is fastest.
+_MAX_OUTPUTS = 128
+# Pixels and input channels of a step, warps, and pipeline stages; the autotuner picks the fastest on the card.
 _CONFIGS = [
     triton.Config({"PIXELS": pixels, "CHANNELS": channels}, num_warps=warps, num_stages=stages)
     for pixels, channels, warps, stages in ((128, 32, 4, 4), (128, 64, 4, 3), (256, 32, 8, 3), (64, 32, 4, 4))
@@ -58,13 +58,13 @@ def convolve(  # type: ignore[no-untyped-def]  # annotations would be Triton's
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """A 3x3 convolution as products of matrices: PIXELS of the `count` output pixels, all OUTPUTS channels.
+    """A 3x3 convolution as matrix products: each program computes PIXELS of the `count` output pixels, all channels.
 
-    x: (N, h + 2, w + 2, x_stride), of which the first INPUTS channels count; h, w are height, width, or half of them
-    with UPSAMPLE_LOG2 1, which doubles x by nearest neighbours first. weight: (9, INPUTS, OUTPUTS). Then bias, a leaky
-    ReLU with a slope for each channel (ACTIVATE), and up to two RESIDUALS: residual1 + residual_scale * result, then
+    x: (N, h + 2, w + 2, x_stride), of which the first INPUTS channels are read. h, w are height, width, or half of them
+    with UPSAMPLE_LOG2 1, which first doubles x by nearest neighbours. weight: (9, INPUTS, OUTPUTS). Then bias, a leaky
+    ReLU with a slope per channel (ACTIVATE), and up to two RESIDUALS: residual1 + residual_scale * result, then
     residual2 + residual_scale * that. The first STORED channels are written to out: (N, height + 2 * BORDER, width +
-    2 * BORDER, out_stride); the residuals have a border of 1.
+    2 * BORDER, out_stride). The residuals have a border of 1.
     """
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     there = pixel < count
@@ -76,7 +76,7 @@ def convolve(  # type: ignore[no-untyped-def]  # annotations would be Triton's
     output = tl.arange(0, OUTPUTS)
 
     total = tl.zeros((PIXELS, OUTPUTS), tl.float32)
-    # All nine neighbours of some channels before the next channels: what they share is in the cache then.
+    # All nine taps of some channels before the next channels, because they read the same cache lines.
     for step in range(0, INPUTS // CHANNELS * 9):
         tap = step % 9
         first = step // 9 * CHANNELS
@@ -106,51 +106,54 @@ def convolve(  # type: ignore[no-untyped-def]  # annotations would be Triton's
     tl.store(out + (target * out_stride)[:, None] + output[None, :], total.to(out.dtype.element_ty), mask=stored)
 
 
-def _fitting(configs: list[triton.Config], _: Any, **constants: Any) -> list[triton.Config]:
+def _prune_configs(configs: list[triton.Config], _: Any, **constants: Any) -> list[triton.Config]:
     inputs = constants["INPUTS"]
     if inputs % 32:
         return [triton.Config({"PIXELS": 128, "CHANNELS": _GRANULE}, num_warps=4, num_stages=4)]
     fitting = [config for config in configs if inputs % config.kwargs["CHANNELS"] == 0]
-    return fitting[:1] if triton.knobs.runtime.interpret else fitting  # which has nothing to measure
+    return fitting[:1] if triton.knobs.runtime.interpret else fitting  # the interpreter isn't tuned
 
 
 _tuned = triton.autotune(
     _CONFIGS,
     key=["INPUTS", "OUTPUTS", "UPSAMPLE_LOG2", "RESIDUALS"],
-    prune_configs_by={"early_config_prune": _fitting},
+    prune_configs_by={"early_config_prune": _prune_configs},
     restore_value=["out"],
     cache_results=True,
 )(convolve)
-_starting = threading.Lock()
+_launch_lock = threading.Lock()
 
 
 class _Layer:
-    """A convolution and its tensors as `convolve` wants them. Raises ValueError for one that it can't do."""
+    """A convolution with its tensors in the layout of `convolve`. Raises ValueError if `convolve` can't compute it."""
 
     def __init__(self, convolution: Convolution, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self._convolution = convolution
         outputs, inputs = convolution.outputs, _whole_granules(convolution.inputs)
         padded = max(_GRANULE, triton.next_power_of_2(outputs))
-        if padded > _MOST_OUTPUTS or convolution.offset % _GRANULE:
+        if padded > _MAX_OUTPUTS or convolution.offset % _GRANULE:
             raise ValueError(convolution)
         missing = padded - outputs
         weight = state[f"{convolution.key}.weight"].detach().float()
         weight = F.pad(weight, (0, 0, 0, 0, 0, inputs - convolution.inputs, 0, missing))
         self._weight = weight.permute(2, 3, 1, 0).reshape(9, inputs, padded).to(dtype).contiguous()
         self._bias = F.pad(state[f"{convolution.key}.bias"].detach().float(), (0, missing))
-        given = convolution.slope
-        slope = state[given].detach().float() if isinstance(given, str) else torch.full((outputs,), given)
+        slope_or_key = convolution.slope
+        if isinstance(slope_or_key, str):
+            slope = state[slope_or_key].detach().float()
+        else:
+            slope = torch.full((outputs,), slope_or_key)
         self._slope = F.pad(slope, (0, missing)).to(weight.device)
 
     def __call__(self, maps: Mapping[str, Tensor]) -> None:
-        """Compute it from the maps (N, h + 2, w + 2, C) that it reads into the one that it writes."""
+        """Read and write the maps (N, h + 2, w + 2, C) that the convolution names; its output may have no border."""
         layer = self._convolution
         x, out = maps[layer.x], maps[layer.out][..., layer.written]
         images, height, width = x.shape[0], (x.shape[1] - 2) << layer.upsample, (x.shape[2] - 2) << layer.upsample
         count = images * height * width
         residual1, residual2 = (*(maps[name] for name in layer.residuals), out, out)[:2]
-        # The tuner isn't made for several threads, and what it starts runs on the current device.
-        with _starting, torch.cuda.device_of(x):
+        # The autotuner isn't thread-safe, and kernels run on the current device.
+        with _launch_lock, torch.cuda.device_of(x):
             _tuned[lambda config: (triton.cdiv(count, config["PIXELS"]),)](
                 x,
                 self._weight,
@@ -188,7 +191,7 @@ class TritonNetwork(nn.Module):
         super().__init__()
         self._wiring, self._dtype = wiring, dtype
         self._layers = [_Layer(convolution, state, dtype) for convolution in wiring.layers]
-        # The feature maps of the last size of input are kept: their borders are zero and stay so.
+        # Feature maps for the last input size, kept because their borders stay zero.
         self._maps: dict[str, Tensor] = {}
         self._size: Any = None
 
@@ -198,7 +201,7 @@ class TritonNetwork(nn.Module):
         lr = F.pixel_unshuffle(lr, wiring.pixel_unshuffle).to(self._dtype)
         images, channels, height, width = lr.shape
         if (lr.shape, lr.device) != self._size:
-            self._maps, self._size = {}, None  # freed before the others are made
+            self._maps, self._size = {}, None  # freed before new ones are allocated
             self._maps = {
                 name: lr.new_zeros(images, height * m.scale + 2, width * m.scale + 2, _whole_granules(m.channels))
                 for name, m in wiring.maps.items()
@@ -220,12 +223,12 @@ def _whole_granules(channels: int) -> int:
 
 
 def triton_model(model: SRModel, dtype: torch.dtype) -> SRModel | None:
-    """`model` with its network computed by `convolve`, on the same device; None for another kind of network."""
+    """`model` with its network computed by `convolve`, on the same device; None if `convolve` can't compute it."""
     state = model.module.state_dict()
     wiring = wiring_of(state)
     if wiring is None:
         return None
     try:
         return replace(model, module=TritonNetwork(wiring, state, dtype))
-    except ValueError:  # a number of channels that it can't compute
+    except ValueError:  # unsupported numbers of channels
         return None

@@ -1,4 +1,4 @@
-"""Networks: loading of any super-resolution model, and the ones that pdd trains or measures with.
+"""Networks: loading any super-resolution model, and the networks that training and metrics use.
 
-Nothing here knows files of images or training.
+Image files and training belong elsewhere.
 """

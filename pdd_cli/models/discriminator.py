@@ -1,4 +1,4 @@
-"""What tells real HR from SR: Real-ESRGAN's U-Net, or small heads on frozen perceptual features."""
+"""Discriminators of real HR and SR: Real-ESRGAN's U-Net, or small heads on frozen perceptual features."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pdd_cli.models.rrdbnet import ActivatedConv2d
 class UNetDiscriminator(nn.Module):
     """Per-pixel realness: (N, 3, H, W) in 0..1, H and W multiples of 8, to logits (N, 1, H, W).
 
-    Spectral normalisation, skip connections; the key names of the published weights. Source: Wang et al., Real-ESRGAN
-    (2021), section 3.3.
+    It has spectral normalisation, skip connections and the key names of the published weights. Source: Wang et al.,
+    Real-ESRGAN (2021), section 3.3.
     """
 
     def __init__(self, features: int = 64) -> None:
@@ -49,10 +49,10 @@ class UNetDiscriminator(nn.Module):
 class FeatureDiscriminator(nn.Module):
     """Realness of frozen perceptual features: {layer: (N, C, h, w)} to logits (N, 1, h, w) for each layer of `rms`.
 
-    It judges features that training computes anyway, and that tell edges and textures apart from the start: it learns
-    in tens of steps what a network of its own learns in thousands. Source of the idea: Sauer et al., Projected GANs
-    Converge Faster (2021). `rms`: layer → the root mean square of each of its channels on real HR, (C), which is
-    divided out.
+    It uses features that training computes anyway and that represent edges and textures from the start, so it learns in
+    tens of steps what a separate network learns in thousands. Source of the idea: Sauer et al., Projected GANs Converge
+    Faster (2021). `rms`: for each layer the root mean square of each channel on real HR, (C); features are divided by
+    it.
     """
 
     def __init__(self, rms: Mapping[str, Tensor], width: int = 128) -> None:

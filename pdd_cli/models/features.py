@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from pdd_cli.errors import InputError
 
-# Convolutions in each stage of the VGG networks, by torchvision's layout (stages are parted by max pooling).
+# Number of convolutions in each stage of the VGG networks in torchvision's layout; max pooling separates the stages.
 _VGG_STAGES = {"vgg19": (2, 2, 4, 4, 4), "vgg16": (2, 2, 3, 3, 3)}
 _VGG_CHANNELS = (64, 128, 256, 512, 512)
 
-# Root mean square of EfficientNet-Lite0's outputs at strides 2, 4, 8, 16, 32, measured on photographs: divided
-# out, so that its layers weigh as the VGG layers do whose places they take.
+# Root mean square of EfficientNet-Lite0's outputs at strides 2, 4, 8, 16, 32, measured on photographs. Outputs are
+# divided by it, so that its layers have the weight of the VGG layers that they replace.
 _EFFICIENTNET_RMS = (9.7, 10.1, 8.2, 5.3, 2.2)
 
 
 class FeatureNetwork(nn.Module):
-    """Features before the ReLU at named layers, of images in 0..1 (ImageNet mean and deviation are applied inside)."""
+    """Features before the ReLU at named layers, of images in 0..1. ImageNet normalisation is applied inside."""
 
     mean: Tensor
     std: Tensor
@@ -31,13 +31,13 @@ class FeatureNetwork(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        """(N, 3, H, W) in 0..1 to {layer: (N, C, h, w)}; `layers` by VGG-19's names, such as conv3_4."""
+        """(N, 3, H, W) in 0..1 to {layer: (N, C, h, w)}; `layers` are named as in VGG-19, for example conv3_4."""
         raise NotImplementedError
 
 
 # Not torchvision's VGG: importing torchvision takes 1.6 s, and its ReLUs overwrite the features before them.
 class VGG(FeatureNetwork):
-    """The convolutions of VGG-19 or VGG-16; a layer that VGG-16 lacks (conv3_4) is its stage's last (conv3_3)."""
+    """The convolutions of VGG-19 or VGG-16. A layer that VGG-16 lacks (conv3_4) is the last of its stage (conv3_3)."""
 
     def __init__(self, stages: tuple[int, ...]) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class VGG(FeatureNetwork):
 
 
 class EfficientNetLite0(FeatureNetwork):
-    """EfficientNet-Lite0's linear bottlenecks at strides 2 to 32, for stages 1 to 5 of VGG, each at unit response."""
+    """EfficientNet-Lite0's linear bottlenecks at strides 2 to 32, scaled to unit RMS, for stages 1 to 5 of VGG."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class EfficientNetLite0(FeatureNetwork):
         return {layer: levels[stage] / _EFFICIENTNET_RMS[stage] for layer, stage in stages.items()}
 
     def train(self, mode: bool = True) -> EfficientNetLite0:
-        # Batch normalisation must keep to its ImageNet statistics.
+        # Batch normalisation must keep its ImageNet statistics.
         super().train(False)
         return self
 
@@ -94,7 +94,7 @@ def feature_network(name: str, state: Mapping[str, Tensor], *, origin: str) -> F
     """The frozen feature network `name` with the weights `state`; `origin` names their file in an error.
 
     `name`: vgg19, vgg16 (torchvision's keys `features.N.weight`), or efficientnet-lite0 (keys of the package
-    efficientnet-lite-pytorch). Raises InputError where the weights aren't those of the network.
+    efficientnet-lite-pytorch). Raises InputError if the weights belong to another network.
     """
     network: FeatureNetwork
     if name == "efficientnet-lite0":
@@ -117,7 +117,7 @@ def feature_network(name: str, state: Mapping[str, Tensor], *, origin: str) -> F
 
 
 def _vgg_keys(stages: tuple[int, ...]) -> dict[str, str]:
-    """torchvision's key → ours: its `features` holds convolution, ReLU, …, max pooling at running numbers."""
+    """torchvision's keys to ours: its `features` numbers convolutions, ReLUs and max pooling consecutively."""
     keys, index = {}, 0
     for stage, count in enumerate(stages, 1):
         for number in range(1, count + 1):
@@ -129,11 +129,11 @@ def _vgg_keys(stages: tuple[int, ...]) -> dict[str, str]:
 
 
 def _efficientnet_keys(network: nn.Module) -> dict[str, str]:
-    """The published file's key → timm's."""
+    """Keys of the published file to timm's."""
     modules = {"_conv_stem": "conv_stem", "_bn0": "bn1"}
     blocks = [f"blocks.{s}.{b}" for s, stage in enumerate(network.blocks) for b, _ in enumerate(stage)]  # type: ignore[arg-type]
     for number, block in enumerate(blocks):
-        if number:  # every block but the first widens first
+        if number:  # every block but the first begins with an expansion
             theirs = "_expand_conv _bn0 _depthwise_conv _bn1 _project_conv _bn2"
             ours = "conv_pw bn1 conv_dw bn2 conv_pwl bn3"
         else:

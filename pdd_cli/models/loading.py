@@ -1,4 +1,4 @@
-"""Any super-resolution model from a weights file: our RRDBNet where it fits, spandrel's networks for the rest."""
+"""Load any super-resolution model from a weights file: RRDBNet by pdd, other networks by spandrel."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from pdd_cli.weights.store import Card, read_card
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SRModel(ModelSpec):
-    """A super-resolution network that knows its scale and size needs.
+    """A super-resolution network with its scale and size requirements.
 
     `module` maps (N, in_channels, h, w) in 0..1, h and w multiples of `size_multiple` and at least `size_minimum`, to
-    (N, out_channels, h*scale, w*scale), nominally 0..1 and not clamped.
+    (N, out_channels, h*scale, w*scale), nominally 0..1, not clipped.
     """
 
     module: nn.Module
     card: Card | None = None
 
     def upscale(self, lr: Tensor) -> Tensor:
-        """(N, C, h, w) of any size to (N, C, h*scale, w*scale): padded by repeating the border as the network needs."""
+        """Upscale (N, C, h, w) of any size to (N, C, h*scale, w*scale), padded by replication if needed."""
         height, width = lr.shape[-2:]
         bottom, right = self.lacking(height), self.lacking(width)
         if bottom or right:
@@ -39,15 +39,15 @@ class SRModel(ModelSpec):
 
 
 def load_sr_model(path: Path) -> SRModel:
-    """The super-resolution model in a weights file, in eval mode on the CPU, fp32.
+    """Load the super-resolution model in a weights file, in eval mode on the CPU in fp32.
 
-    Raises InputError for a file that isn't one, or holds an architecture that neither pdd nor spandrel knows.
+    Raises InputError if the file isn't a weights file, or neither pdd nor spandrel knows its architecture.
     """
     return model_from_state(read_state(path), origin=str(path), card=read_card(path))
 
 
 def model_from_state(state: Mapping[str, Tensor], *, origin: str, card: Card | None = None) -> SRModel:
-    """The super-resolution model that the tensors `state` are for; `origin` names them in an error."""
+    """The super-resolution model with the tensors `state`. `origin` names them in errors."""
     for key, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(
@@ -78,7 +78,7 @@ def model_from_state(state: Mapping[str, Tensor], *, origin: str, card: Card | N
     except UnsupportedModelError:
         raise InputError(f"{origin}: not an architecture that pdd or spandrel {_spandrel_version()} knows") from None
     except Exception as error:
-        # A state whose keys look like one architecture and whose shapes don't fit it.
+        # The keys look like one architecture, but the shapes don't fit.
         raise InputError(f"{origin}: damaged or incomplete weights: {error}") from error
     if not isinstance(model, ImageModelDescriptor) or model.purpose not in ("SR", "Restoration"):
         raise InputError(f"{origin}: a {model.architecture.name} model for {model.purpose}, not for super-resolution")
@@ -96,21 +96,21 @@ def model_from_state(state: Mapping[str, Tensor], *, origin: str, card: Card | N
 
 
 def stand_in(name: str) -> SRModel:
-    """A model with the scale of catalogue weights that aren't installed, which only repeats pixels."""
+    """A model that only repeats pixels, with the scale of catalogue weights that aren't installed."""
     from torch import nn, zeros
 
     from pdd_cli.weights.catalog import find
 
     entry = find(name)
     module = nn.Upsample(scale_factor=entry.scale or 1)
-    module.register_parameter("unused", nn.Parameter(zeros(1)))  # of which the device is taken
+    module.register_parameter("unused", nn.Parameter(zeros(1)))  # its device is that of the model
     return SRModel(
         module=module, scale=entry.scale or 1, in_channels=3, out_channels=3, architecture=entry.architecture
     )
 
 
 def interpolated(base: Mapping[str, Tensor], adapted: Mapping[str, Tensor], strength: float) -> dict[str, Tensor]:
-    """base + strength · (adapted − base) for every tensor of floating point; others are the adapted ones."""
+    """base + strength · (adapted − base) for each floating-point tensor; other tensors are those of `adapted`."""
     return {
         key: torch.lerp(base[key].float(), value.float(), strength) if value.is_floating_point() else value
         for key, value in adapted.items()

@@ -1,4 +1,4 @@
-"""RRDBNet, the generator of ESRGAN, Real-ESRGAN and BSRGAN, readable in each of its published key layouts."""
+"""RRDBNet, the generator of ESRGAN, Real-ESRGAN and BSRGAN. All published key layouts can be loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ActivatedConv2d(nn.Conv2d):
     """A convolution and the LeakyReLU after it, with a slope of 0.2."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # In place: the convolution's backward doesn't need its own output, and LeakyReLU's only the result's sign.
+        # In place: the convolution's backward pass doesn't need its output, and LeakyReLU's needs only the sign.
         return F.leaky_relu(super().forward(x), LEAKY_SLOPE, inplace=True)
 
 
@@ -56,7 +56,7 @@ class RRDBNet(nn.Module):
     """x4 generator; with `unshuffle` 2 or 4 its input is pixel-unshuffled first, which makes it x2 or x1.
 
     Input (N, in_channels, h, w) in 0..1, h and w multiples of `unshuffle`; output (N, out_channels, h*scale, w*scale),
-    nominally 0..1, not clamped. Source: Wang et al., ESRGAN (2018), Real-ESRGAN (2021).
+    nominally 0..1, not clipped. Source: Wang et al., ESRGAN (2018), Real-ESRGAN (2021).
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class RRDBNet(nn.Module):
         return self.conv_last(self.conv_hr(x))  # type: ignore[no-any-return]
 
 
-# The old layouts (ESRGAN's, and BSRGAN's) and what Real-ESRGAN, whose names this module has, calls the same.
+# The keys of ESRGAN and BSRGAN, and the corresponding keys of Real-ESRGAN, which this module uses.
 _RENAMES = (
     (r"model\.0\.", "conv_first."),
     (r"model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0\.", r"body.\1.rdb\2.conv\3."),
@@ -107,7 +107,7 @@ _RENAMES = (
 
 
 def standard_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with the keys of either old layout renamed to those of this module; other keys are kept."""
+    """`state` with the keys of ESRGAN and BSRGAN renamed to those of this module; other keys are kept."""
     renamed = {}
     for key, tensor in state.items():
         for pattern, replacement in _RENAMES:
@@ -119,12 +119,12 @@ def standard_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rrdbnet_from_state(state: Mapping[str, Tensor]) -> RRDBNet | None:
-    """The RRDBNet that `state` (any layout) is for, with its weights; None where it is for another network."""
+    """The RRDBNet with the weights `state`, in any key layout; None if they belong to another network."""
     state = standard_keys(state)
     size = rrdbnet_size(state)
     if size is None:
         return None
-    # On the meta device nothing is initialised: the weights are assigned below.
+    # The meta device skips the initialisation: the weights are assigned below.
     with torch.device("meta"):
         network = RRDBNet(**asdict(size))
     expected = {key: tensor.shape for key, tensor in network.state_dict().items()}

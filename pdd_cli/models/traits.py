@@ -1,4 +1,4 @@
-"""What one has to know of a super-resolution network to use it, whatever computes it."""
+"""The properties of a super-resolution network that engines and upscaling need."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ModelSpec:
-    """Scale, channels and size needs: inputs are multiples of `size_multiple` and at least `size_minimum` a side."""
+    """Scale, channels and size requirements: sides are multiples of `size_multiple` and at least `size_minimum`."""
 
     scale: int
     in_channels: int
@@ -17,5 +17,5 @@ class ModelSpec:
     size_minimum: int = 1
 
     def lacking(self, side: int) -> int:
-        """Pixels that a side of an input lacks to the minimum and the next multiple."""
+        """Pixels to add to a side of this length to reach the minimum and a multiple."""
         return max(self.size_minimum - side, 0) + -max(side, self.size_minimum) % self.size_multiple

@@ -1,6 +1,6 @@
 """3x3 convolutions by Winograd's algorithm F(4x4, 3x3) on CPUs: see README.md.
 
-Kernels are written with llvmlite and compiled for the CPU that runs them.
+Kernels are generated with llvmlite and compiled for the CPU that runs them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pdd_cli.runtime import Runtime, cpu_has_amx
 def winograd_pays(runtime: Runtime) -> bool:
     """Whether Winograd's algorithm in fp32 is faster than convolutions in the runtime's precision.
 
-    Only AMX multiplies in bf16 faster than the algorithm saves multiplications. The kernel for ARM is untested on ARM.
+    Only bf16 products with AMX are faster than it. The ARM kernel has not been run on ARM, so it isn't used there.
     """
     if runtime.device_type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
         return False

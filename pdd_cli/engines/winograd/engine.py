@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class WinogradEngine:
     """Winograd's algorithm on the CPU, in fp32: for RRDBNet and SRVGGNetCompact.
 
-    `model`: a loaded model, or one that was exported before. Raises InputError when the runtime isn't a CPU in fp32,
-    there is no kernel for this CPU, or the model is another; RuntimeError when `exported` isn't safetensors.
+    `model`: a loaded or an exported model. Raises InputError if the runtime isn't a CPU in fp32, there is no kernel for
+    this CPU, or the model is another one; RuntimeError if the exported bytes aren't safetensors.
     """
 
     name = "winograd"
@@ -88,7 +88,7 @@ class WinogradEngine:
         self._state = {}
 
     def _infer(self, lr: FloatArray) -> FloatArray:
-        """(h, w, C) to (h*scale, w*scale, C), until the next call."""
+        """Upscale (h, w, C) to (h*scale, w*scale, C). The next call overwrites the result."""
         height, width = lr.shape[:2]
         bottom, right = self.model.lacking(height), self.model.lacking(width)
         if bottom or right:
@@ -97,7 +97,7 @@ class WinogradEngine:
 
 
 def _loaded(exported: bytes) -> dict[str, FloatArray]:
-    """Tensors by name. Raises RuntimeError for other bytes."""
+    """Read safetensors. Raises RuntimeError for other bytes."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 

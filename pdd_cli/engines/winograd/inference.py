@@ -1,8 +1,8 @@
 """Networks of 3x3 convolutions on a CPU by Winograd's algorithm, in fp32.
 
-A network is a list of layers, each of which reads a feature map and writes another; `kernel.py` computes them
-one after the other. A dense block is one map: its convolutions read the front of it and write behind that, so that
-nothing is concatenated. The last layers, at full size, are computed in strips.
+`kernel.py` computes the layers of a network (`models/wiring.py`) one after the other. The maps of a dense block share
+one array: each convolution reads its first channels and writes the following ones, so nothing is concatenated. The
+last layers, at full size, are computed in strips.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from pdd_cli.runtime import usable_cpus
 
 FloatArray = npt.NDArray[np.float32]
 
-_STRIP = 1 << 26  # bytes of a layer at full size that is computed in strips
+_STRIP = 1 << 26  # maximum bytes of a strip of a full-size map
 
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A convolution as it is computed: `inputs` in whole blocks, `outputs` in whole products."""
+    """A convolution with channels padded for the kernel: `inputs` to whole blocks, `outputs` to whole groups."""
 
     convolution: Convolution
     inputs: int
@@ -46,13 +46,13 @@ class _Layer:
 
     @property
     def size(self) -> int:
-        """Floats of weight, bias and slope."""
+        """Number of floats of weight, bias and slope."""
         return (PLACES * self.inputs + 2) * self.outputs
 
 
 @dataclass(frozen=True, eq=False)
 class _Pass:
-    """Layers one after the other, as the kernel reads them; of the maps in strips the rows in `spans`."""
+    """A kernel program of successive layers, and the rows that it computes of the maps in strips."""
 
     program: npt.NDArray[np.int64]
     spans: Mapping[str, tuple[int, int]]
@@ -61,12 +61,12 @@ class _Pass:
 class Network:
     """The forward pass of a network.
 
-    `state`: the tensors that its `wiring` names, fp32. Raises ValueError where channels don't fill blocks, MemoryError.
+    `state`: the tensors that `wiring` names, fp32. Raises ValueError for unsupported numbers of channels, MemoryError.
     """
 
     def __init__(self, wiring: Wiring, state: Mapping[str, FloatArray], kernel: Kernel, *, threads: int | None = None):
         if any(layer.offset % BLOCK for layer in wiring.layers):
-            raise ValueError("channels that don't fill a block")
+            raise ValueError(f"its numbers of channels are not multiples of {BLOCK}")
         self._wiring, self._kernel = wiring, kernel
         self._threads = threads or usable_cpus()
         self._pool = ThreadPoolExecutor(self._threads, "winograd")
@@ -95,31 +95,31 @@ class Network:
 
     @property
     def bytes_per_pixel(self) -> int:
-        """Bytes of the whole feature maps, per LR pixel."""
+        """Bytes of the feature maps that aren't computed in strips, per LR pixel."""
         whole = [a_map for name, a_map in self._wiring.maps.items() if name not in self._strips]
         return sum(4 * a_map.scale**2 * _blocks(a_map.channels) * BLOCK for a_map in whole)
 
     def __call__(self, lr: FloatArray) -> FloatArray:
-        """(h, w, C) in 0..1, h and w multiples of what the network needs, to (h*scale, w*scale, C), not clamped.
+        """Upscale (h, w, C) in 0..1 to (h*scale, w*scale, C), not clipped. The next call overwrites the result.
 
-        The result is overwritten by the next call.
+        h and w must be multiples of the network's `size_multiple`.
         """
         lr = _unshuffled(lr, self._wiring.pixel_unshuffle)
         height, width = lr.shape[:2]
         if (height, width) != self._size:
-            self._lay_out(height, width)
-        for block, channels in zip(_inside(self._found["input"], height, width), _parts(lr), strict=True):
+            self._allocate(height, width)
+        for block, channels in zip(_interior(self._found["input"], height, width), _channel_blocks(lr), strict=True):
             block[..., : channels.shape[2]] = channels
         for one in self._passes:
             for name, (first, end) in one.spans.items():
-                self._found[name][:, end - first + 1 :] = 0  # there may be rows of the pass before
+                self._found[name][:, end - first + 1 :] = 0  # remains of the previous pass
             self._compute(one)
         return self._finish(lr, self._found["output"])
 
-    # Layers to compute.
+    # Weights.
 
     def _transform_weights(self, state: Mapping[str, FloatArray]) -> None:
-        """Put the weights, transformed, and biases and slopes of all layers into one piece of memory."""
+        """Store the transformed weights, the biases and the slopes of all layers in one array."""
         ends = np.cumsum([layer.size for layer in self._layers])
         whole = _memory(4 * int(ends[-1]))
 
@@ -129,8 +129,8 @@ class Network:
                 whole[end - layer.size : end], [layer.size - 2 * layer.outputs, layer.size - layer.outputs]
             )
             bias[: convolution.outputs] = state[f"{convolution.key}.bias"]
-            given = convolution.slope
-            slope[: convolution.outputs] = state[given] if isinstance(given, str) else given
+            value = convolution.slope
+            slope[: convolution.outputs] = state[value] if isinstance(value, str) else value
             taps = np.zeros((9, layer.inputs, layer.outputs), np.float32)
             taps[:, : convolution.inputs, : convolution.outputs] = (
                 state[f"{convolution.key}.weight"]
@@ -144,17 +144,17 @@ class Network:
         self._weights = whole
 
     def _finish(self, lr: FloatArray, out: FloatArray) -> FloatArray:
-        """What the network gives, from its last layer's map."""
+        """The network's output, from the map of its last layer."""
         height, width = lr.shape[:2]
         scale, channels = self._wiring.maps["output"].scale, self._wiring.maps["output"].channels
-        found = _inside(out, height * scale, width * scale)
+        found = _interior(out, height * scale, width * scale)
         if not self._wiring.global_residual:
             return found[0, ..., :channels]
         scale = self._wiring.pixel_shuffle
         colours = channels // scale**2
         sr = np.empty((height, scale, width, scale, colours), np.float32)
 
-        rows = max(1, SCRATCH // (4 * channels * width))  # that stay in a thread's cache
+        rows = max(1, SCRATCH // (4 * channels * width))  # that fit a thread's cache
 
         def shuffle(first: int) -> None:
             part = slice(first, first + rows)
@@ -166,10 +166,10 @@ class Network:
         list(self._pool.map(shuffle, range(0, height, rows)))
         return sr.reshape(height * scale, width * scale, colours)
 
-    # Memory to compute in.
+    # Memory.
 
-    def _lay_out(self, height: int, width: int) -> None:
-        """The maps for this size, in one piece of memory that is kept, and the passes that refer to them."""
+    def _allocate(self, height: int, width: int) -> None:
+        """Allocate the maps for an input of this size, in one array that is reused, and write the programs for them."""
         maps = self._wiring.maps
         row = max((4 * width * maps[name].scale * maps[name].channels for name in self._strips), default=1)
         strip = max(64, _STRIP // row // 2 * 2)
@@ -181,7 +181,7 @@ class Network:
         sizes = [math.prod(shape) for shape in shapes.values()]
         if sum(sizes) > self._arena.size:
             self._found = {}
-            self._arena = np.empty(0, np.float32)  # freed before the other is made
+            self._arena = np.empty(0, np.float32)  # freed before the new one is allocated
             self._arena = _memory(4 * sum(sizes))
         self._found = {
             name: self._arena[end - size : end].reshape(shape)
@@ -191,11 +191,11 @@ class Network:
             below = found.shape[1] if name in self._strips else height * maps[name].scale + 1
             for border in (found[:, 0], found[:, below:], found[:, :, 0], found[:, :, width * maps[name].scale + 1 :]):
                 border[:] = 0
-        self._found["input"][:] = 0  # its channels aren't all written
+        self._found["input"][:] = 0  # not all of its channels are written
         self._passes = [self._pass(self._layers[: len(self._layers) - self._tail], height, width)]
         last = height * maps["output"].scale
         for first in range(0, last if self._tail else 0, strip):
-            # Each layer has one more row above and below than what the next one reads it for.
+            # Each layer needs one more row above and below than the next one.
             low, high, spans = first, min(first + strip, last), {}
             for layer in reversed(self._layers[-self._tail :]):
                 spans[layer.convolution.out] = low, high
@@ -206,20 +206,20 @@ class Network:
     def _pass(
         self, layers: Sequence[_Layer], height: int, width: int, spans: Mapping[str, tuple[int, int]] | None = None
     ) -> _Pass:
-        """`layers` for an input of this size; in `spans`, by the map that they write, of some rows only."""
+        """The program of `layers` for an input of this size; `spans`: rows to compute of the maps that are in it."""
         spans = spans or {}
         rows = [self._row(layer, height, width, spans) for layer in layers]
         return _Pass(np.array(rows, np.int64), {name: span for name, span in spans.items() if name in self._strips})
 
     def _row(self, layer: _Layer, height: int, width: int, spans: Mapping[str, tuple[int, int]]) -> list[int]:
-        """`layer` as the kernel reads it."""
+        """The row of a program that computes `layer`."""
         convolution = layer.convolution
         scale = self._wiring.maps[convolution.out].scale
         width *= scale
         first, end = spans.get(convolution.out, (0, height * scale))
 
         def origin(name: str) -> int:
-            """The image's row that is the first in a map."""
+            """The row of the image that is the first one in a map."""
             return spans[name][0] if name in self._strips else 0
 
         x, out = self._found[convolution.x], self._found[convolution.out]
@@ -244,7 +244,7 @@ class Network:
         return [values[name] for name in FIELDS]
 
     def _most_scratch(self) -> int:
-        """Bytes."""
+        """Bytes of a thread's scratch memory."""
         shape = self._kernel.shape
         tiles = (
             shape.tiles_per_batch(layer.inputs, layer.outputs) * (layer.inputs + layer.outputs)
@@ -256,14 +256,14 @@ class Network:
         sync = np.zeros(1 + 2 * len(one.program), np.int64)
 
         def compute(scratch: FloatArray) -> None:
-            # It holds all memory that it computes in, even where an interrupted caller has let go of it.
+            # The closure keeps all memory alive, even after an interrupted caller has dropped the network.
             addresses = (one.program.ctypes.data, len(one.program), sync.ctypes.data, scratch.ctypes.data)
             self._kernel(*addresses, self._threads, pause_address())
 
         work: list[Future[None]] = []
         try:
             work.extend(self._pool.submit(compute, scratch) for scratch in self._scratch)
-            # In small waits, between which Python answers Ctrl-C.
+            # Short waits, so that Python can handle Ctrl-C in between.
             waiting = set(work)
             while waiting:
                 done, waiting = wait(waiting, timeout=0.1)
@@ -279,12 +279,12 @@ def _blocks(channels: int) -> int:
     return int(-(-channels // BLOCK))
 
 
-def _inside(a_map: FloatArray, height: int, width: int) -> FloatArray:
+def _interior(a_map: FloatArray, height: int, width: int) -> FloatArray:
     return a_map[:, 1 : height + 1, 1 : width + 1]
 
 
-def _parts(pixels: FloatArray) -> list[FloatArray]:
-    """(h, w, C) by blocks of channels."""
+def _channel_blocks(pixels: FloatArray) -> list[FloatArray]:
+    """Split (h, w, C) into blocks of channels."""
     return np.split(pixels, range(BLOCK, pixels.shape[2], BLOCK), axis=2)
 
 
@@ -298,10 +298,7 @@ def _unshuffled(lr: FloatArray, by: int) -> FloatArray:
 
 
 def _memory(size: int) -> FloatArray:
-    """Zeros, `size` bytes, from the start of a page; in large pages where the system has them.
-
-    Raises MemoryError.
-    """
+    """Allocate `size` bytes of zeros, page-aligned, in huge pages where the system has them. Raises MemoryError."""
     try:
         pages = mmap.mmap(-1, max(size, 1))
     except OSError as error:

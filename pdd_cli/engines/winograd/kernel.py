@@ -1,10 +1,10 @@
-"""The kernel of Winograd's algorithm: code that LLVM compiles for the CPU it runs on.
+"""The kernel of Winograd's algorithm, generated as LLVM code for the CPU that runs it.
 
-F(4x4, 3x3) of Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2016): 4 x 4 outputs come from a
-6 x 6 piece of the input, which is transformed, multiplied with transformed weights at each of the 36 places (there a
-convolution is a product of matrices, over channels), and transformed back: a quarter of the multiplications.
+F(4x4, 3x3) of Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2016): a tile of 4 x 4 outputs comes
+from a patch of 6 x 6 inputs. The patch is transformed, multiplied by the transformed weights at each of the 36 places
+(a matrix product over channels), and transformed back. This takes a quarter of the multiplications.
 
-A feature map is (channels / 16, h + 2, w + 2, 16) with zeros around it, h and w rounded up to whole tiles.
+A feature map is (channels / 16, h + 2, w + 2, 16) with a border of zeros; h and w are rounded up to whole tiles.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from pdd_cli.errors import PddError
 from pdd_cli.files import atomic_write
 from pdd_cli.weights.store import cache_home
 
-BLOCK = 16  # channels that lie next to each other
-TILE, PIECE = 4, 6  # sides of what comes out of a tile and of what goes into it
+BLOCK = 16  # channels that are contiguous in memory
+TILE, PIECE = 4, 6  # sides of a tile of outputs and of its patch of inputs
 PLACES = PIECE**2
-GAP = 48  # floats between places, which would share the cache's sets else
-SCRATCH = 1 << 19  # bytes for the transformed tiles of a thread, which should stay in its cache
-MOST_TILES = 28  # most tiles that a thread transforms at once, so that small images have work for all threads
+GAP = 48  # floats between places, so that they don't map to the same cache sets
+SCRATCH = 1 << 19  # bytes of a thread's transformed tiles, which should fit its cache
+MAX_TILES = 28  # maximum tiles per batch, so that small images have work for all threads
 _DIGEST = hashlib.sha256().digest_size
-_LOOKS = 2000  # spins of a waiting thread before it sleeps: some 50 microseconds
-_FUTEX = {"x86_64": 202, "aarch64": 98}  # Linux' number of that call
-_FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # within this process
-_PATIENCE = 50_000_000  # nanoseconds that a thread sleeps before it checks `stop` again
+_SPINS = 2000  # of a waiting thread before it sleeps: about 50 microseconds
+_FUTEX = {"x86_64": 202, "aarch64": 98}  # system call number on Linux
+_FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # private to this process
+_SLEEP_NANOSECONDS = 50_000_000  # nanoseconds that a thread sleeps before it checks `stop` again
 
 _POINTERS = ("x", "weight", "bias", "slope", "residual1", "residual2", "out")
 _NUMBERS = (
@@ -46,29 +46,29 @@ _NUMBERS = (
     "x_plane", "x_row", "residual1_plane", "residual1_row", "residual2_plane", "residual2_row", "out_plane", "out_row",
 )  # fmt: skip
 FIELDS = (*_POINTERS, *_NUMBERS)
-"""A layer as the kernel reads it, a 64-bit integer each: the addresses of its maps and weights; height and width in
-pixels; tiles in a row, in all, and in a batch that is transformed at once; channels read, computed and stored; 1 if x
-is upsampled twofold while it is read, else 0; the number of residuals and the bits of their scale; floats from a
-map's block of channels and row to the next."""
+"""A row of the program, which computes a layer, as 64-bit integers: addresses of maps and weights; height and width in
+pixels; number of tiles per row, in all, and per batch; channels read, computed and stored; 1 if x is upsampled twofold
+while it is read, else 0; number of residuals and the bits of their scale; strides of each map in floats, between blocks
+of channels and between rows."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How a CPU multiplies: `tiles` times `vectors` of `lanes` floats are summed in registers."""
+    """Register blocking for a CPU: `tiles` x `vectors` vectors of `lanes` floats are accumulated in registers."""
 
     lanes: int
     vectors: int
     tiles: int
-    rows: int  # as `tiles`, where a loop is over tiles
+    rows: int  # the same as `tiles` in the products that sum over tiles
 
     @property
     def group(self) -> int:
-        """Output channels of one product."""
+        """Number of output channels computed at once."""
         return self.lanes * self.vectors
 
     def tiles_per_batch(self, inputs: int, outputs: int) -> int:
-        """The number of tiles that a thread transforms at once: whole products, and few enough for its cache."""
-        fitting = min(MOST_TILES, SCRATCH // (4 * PLACES * (inputs + outputs)))
+        """Number of tiles that a thread transforms at once: a multiple of `tiles` that fits its cache."""
+        fitting = min(MAX_TILES, SCRATCH // (4 * PLACES * (inputs + outputs)))
         return max(1, fitting // self.tiles) * self.tiles
 
 
@@ -76,7 +76,7 @@ AVX512, AVX2, NEON = Shape(16, 2, 14, 8), Shape(8, 2, 6, 4), Shape(4, 4, 6, 4)
 
 
 def shape_of(features: Mapping[str, bool], triple: str) -> Shape | None:
-    """For a CPU with these features, by LLVM's names; None where it can't multiply and add in one instruction."""
+    """The shape for a CPU with these features (LLVM's names); None without vector FMA instructions."""
     if features.get("avx512f"):
         return AVX512
     if features.get("avx2") and features.get("fma"):
@@ -88,7 +88,7 @@ I64, FLOAT, VOID = ir.IntType(64), ir.FloatType(), ir.VoidType()
 
 
 class Emitter:
-    """Writes the kernel, layer by layer: transforms, products, inverse transforms, a barrier."""
+    """Generates the kernel. Each layer is input transforms, products, inverse transforms and a barrier."""
 
     fields: tuple[str, ...] = FIELDS
     pointers: tuple[str, ...] = _POINTERS
@@ -99,7 +99,7 @@ class Emitter:
         self.module = ir.Module("winograd")
         self.module.triple = triple
         integers = I64.as_pointer()
-        # Program, its length, [stop, then of each layer the next tile and the threads done], scratch, threads, pause.
+        # Program, its length, [stop, then per layer: next tile, threads done], scratch, threads, pause.
         signature = ir.FunctionType(VOID, [integers, I64, integers, FLOAT.as_pointer(), I64, I64])
         self.run = ir.Function(self.module, signature, "run")
         self.begin(self.run)
@@ -110,11 +110,11 @@ class Emitter:
         is_x86 = triple.startswith("x86_64-")
         self.spin = ir.Function(self.module, ir.FunctionType(VOID, []), "llvm.x86.sse2.pause") if is_x86 else None
         time = ir.ArrayType(I64, 2)  # seconds, nanoseconds
-        self.patience = ir.GlobalVariable(self.module, time, "patience")
-        self.patience.initializer = ir.Constant(time, [0, _PATIENCE])
-        self.patience.global_constant, self.patience.linkage = True, "internal"
+        self.sleep_time = ir.GlobalVariable(self.module, time, "sleep_time")
+        self.sleep_time.initializer = ir.Constant(time, [0, _SLEEP_NANOSECONDS])
+        self.sleep_time.global_constant, self.sleep_time.linkage = True, "internal"
 
-    # Helpers for writing LLVM's instructions.
+    # Helpers that generate instructions.
 
     def begin(self, function: ir.Function) -> None:
         self.function = function
@@ -142,7 +142,7 @@ class Emitter:
 
     @contextmanager
     def partition(self, next_tile: Any, end: Any, step: Any) -> Iterator[Any]:
-        """From 0 to `end`, divided among the threads: `next_tile` counts the parts that a thread has begun."""
+        """From 0 to `end`, divided among the threads: `next_tile` counts the parts that have been started."""
         b, again, some, done = self.b, self.block("again"), self.block("some"), self.block("done")
         b.branch(again)
         b.position_at_end(again)
@@ -166,7 +166,7 @@ class Emitter:
         return self.b.gep(pointer, [self.sum(*offsets)])
 
     def load(self, pointer: Any, align: int | None = None) -> Any:
-        """A vector, from an address of whole vectors if nothing else is said."""
+        """Load a vector, by default from an address aligned to vectors."""
         return self.b.load(self.b.bitcast(pointer, self.vector.as_pointer()), align=align or 4 * self.shape.lanes)
 
     def store(self, value: Any, pointer: Any) -> None:
@@ -175,8 +175,8 @@ class Emitter:
     def constant(self, value: float) -> Any:
         return ir.Constant(self.vector, [float(value)] * self.shape.lanes)
 
-    def spread(self, scalar: Any) -> Any:
-        """A vector of equal values."""
+    def broadcast(self, scalar: Any) -> Any:
+        """Broadcast a scalar to a vector."""
         nothing = ir.Constant(self.vector, ir.Undefined)
         first = self.b.insert_element(nothing, scalar, ir.Constant(ir.IntType(32), 0))
         mask = ir.Constant(ir.VectorType(ir.IntType(32), self.shape.lanes), [0] * self.shape.lanes)
@@ -199,7 +199,7 @@ class Emitter:
                 layer[name] = b.inttoptr(layer[name], FLOAT.as_pointer())
             next_tile = self.at(sync, self.times(number, 2), integer(1))
             self.layer(layer, scratch, next_tile)
-            self.meet(sync, self.at(next_tile, integer(1)), threads, pause, leave)
+            self.barrier(sync, self.at(next_tile, integer(1)), threads, pause, leave)
         b.branch(leave)
         b.position_at_end(leave)
         b.ret_void()
@@ -207,7 +207,7 @@ class Emitter:
         return self.module
 
     def emit_transform(self) -> None:
-        """And `transform`, which turns weights (3, 3, inputs, outputs) into (36, outputs / group, inputs, group)."""
+        """Generate `transform`: weights (3, 3, inputs, outputs) to (36, outputs / group, inputs, group)."""
         floats = FLOAT.as_pointer()
         self.begin(ir.Function(self.module, ir.FunctionType(VOID, [floats, I64, I64, floats]), "transform"))
         weight, inputs, outputs, packed = self.function.args
@@ -219,16 +219,16 @@ class Emitter:
         self.b.ret_void()
 
     def transform_taps(self, source: Any, row: Any, column: Any, target: Any, to_next: Any) -> None:
-        """Those of one input, to one group of outputs; `row` and `column` lead to the taps below and to the right."""
+        """Transform the taps from one input to a group of outputs; `row` and `column` are strides between taps."""
         with self.loop(integer(self.shape.group), self.shape.lanes) as output:
             taps = [
                 [self.load(self.at(source, self.times(row, i), self.times(column, j), output), 4) for i in range(3)]
                 for j in range(3)
             ]
-            self.store_tile(self.both(self.to_weight, taps), self.at(target, output), to_next)
+            self.store_tile(self.transform_2d(self.to_weight, taps), self.at(target, output), to_next)
 
     def layer(self, layer: dict[str, Any], scratch: Any, next_tile: Any) -> None:
-        """Compute batches of tiles until none is left; `next_tile` is the counter that the threads share."""
+        """Compute batches of tiles until none are left; `next_tile` is the counter that the threads share."""
         tiles_per_batch = layer["tiles_per_batch"]
         layer["x_place"] = self.sum(self.times(layer["inputs"], tiles_per_batch), integer(GAP))
         layer["y_place"] = self.sum(self.times(layer["outputs"], tiles_per_batch), integer(GAP))
@@ -240,16 +240,16 @@ class Emitter:
 
     @contextmanager
     def each(self, channels: Any, tiles: Any) -> Iterator[tuple[Any, Any]]:
-        """Each vector of channels of each tile, in the order in which they lie in memory."""
+        """Loop over the vectors of channels of each tile, in memory order."""
         with self.loop(channels, self.shape.lanes) as channel, self.loop(tiles) as tile:
             yield channel, tile
 
     def corner(self, layer: dict[str, Any], tile: Any) -> tuple[Any, Any]:
-        """Row and column of a tile's first output."""
+        """Row and column of a tile's top left output."""
         return tuple(self.times(divide(tile, layer["columns"]), TILE) for divide in (self.b.udiv, self.b.urem))  # type: ignore[return-value]
 
     def channels(self, first: Any, plane: Any) -> Any:
-        """Where the channels from `first` begin in a map."""
+        """Offset of channel `first` in a map."""
         b = self.b
         return self.sum(self.times(b.udiv(first, integer(BLOCK)), plane), b.urem(first, integer(BLOCK)))
 
@@ -258,20 +258,20 @@ class Emitter:
         b, some = self.b, integer(self.shape.tiles)
         last = b.sub(layer["tiles"], integer(1))
         with self.each(layer["inputs"], layer["tiles_per_batch"]) as (channel, tile):
-            # Beyond the last tile it once more, for there is nothing there.
+            # Past the last tile, repeat it to stay inside the map.
             piece = self.piece(layer, channel, self.least(b.add(first, tile), last))
-            lots = b.add(self.times(b.udiv(tile, some), b.udiv(layer["inputs"], integer(BLOCK))),
+            group = b.add(self.times(b.udiv(tile, some), b.udiv(layer["inputs"], integer(BLOCK))),
                          b.udiv(channel, integer(BLOCK)))  # fmt: skip
-            place = self.sum(self.times(lots, self.shape.tiles), b.urem(tile, some))
+            place = self.sum(self.times(group, self.shape.tiles), b.urem(tile, some))
             target = self.at(xs, self.times(place, BLOCK), b.urem(channel, integer(BLOCK)))
-            self.store_tile(self.both(self.to_tile, piece), target, layer["x_place"])
+            self.store_tile(self.transform_2d(self.to_tile, piece), target, layer["x_place"])
 
     def piece(self, layer: dict[str, Any], channel: Any, tile: Any) -> list[list[Any]]:
-        """The columns of what goes into a tile, six vectors each."""
+        """The columns of a tile's patch, six vectors each."""
         top, left = self.corner(layer, tile)
 
         def along(start: Any, step: Any) -> list[Any]:
-            """Six pixels, from the one before `start`; half as far apart where x is upsampled."""
+            """Offsets of six pixels from `start` - 1, in the smaller image if x is upsampled."""
             places = [self.b.ashr(self.b.add(start, integer(i - 1)), layer["upsample_log2"]) for i in range(PIECE)]
             return [self.times(self.b.add(place, integer(1)), step) for place in places]
 
@@ -279,10 +279,10 @@ class Emitter:
         rows, columns = along(top, layer["x_row"]), along(left, integer(BLOCK))
         return [[self.load(self.at(x, row, column)) for row in rows] for column in columns]
 
-    def both(
+    def transform_2d(
         self, transform: Callable[[Sequence[Any]], list[Any]], columns: Sequence[Sequence[Any]]
     ) -> Iterator[list[Any]]:
-        """The columns transformed, then what comes out of them row by row."""
+        """Transform the columns, then the rows of the result."""
         halves = [transform(column) for column in columns]
         for values in zip(*halves, strict=True):
             yield transform(values)
@@ -292,7 +292,7 @@ class Emitter:
             self.store(value, self.at(target, self.times(to_next, index)))
 
     def multiply(self, layer: dict[str, Any], xs: Any, ys: Any) -> None:
-        """At each place (tiles, inputs) times (inputs, outputs), to ys: (place, tiles, outputs)."""
+        """At each place multiply (tiles, inputs) by (inputs, outputs), to ys: (place, tiles, outputs)."""
         b, shape, group = self.b, self.shape, self.shape.group
         panel = self.times(layer["inputs"], group)
         groups = b.udiv(layer["outputs"], integer(group))
@@ -313,11 +313,11 @@ class Emitter:
                 self.load(self.at(weight, self.times(channel, group), integer(v * shape.lanes)))
                 for v in range(shape.vectors)
             ]
-            lot = self.times(b.udiv(channel, integer(BLOCK)), shape.tiles * BLOCK)
-            xs_here = self.at(x, lot, b.urem(channel, integer(BLOCK)))
+            group_offset = self.times(b.udiv(channel, integer(BLOCK)), shape.tiles * BLOCK)
+            xs_here = self.at(x, group_offset, b.urem(channel, integer(BLOCK)))
             found = []
             for t in range(shape.tiles):
-                value = self.spread(b.load(self.at(xs_here, integer(t * BLOCK))))
+                value = self.broadcast(b.load(self.at(xs_here, integer(t * BLOCK))))
                 for v, factor in enumerate(factors):
                     found.append(self.fma(value, factor, sums[t * shape.vectors + v]))
             following = b.add(channel, integer(1))
@@ -334,7 +334,7 @@ class Emitter:
                 self.store(value, self.at(y, row, integer(v * shape.lanes)))
 
     def transform_outputs(self, layer: dict[str, Any], first: Any, ys: Any) -> None:
-        """From ys to the map: bias, leaky ReLU with a slope for each channel, then residual + scale * result."""
+        """From ys to the map: bias, leaky ReLU with a slope per channel, then residual + scale * result."""
         b, zero = self.b, self.constant(0)
         residual_scale = self.residual_scale(layer)
         one, two = (b.icmp_signed(">", layer["residuals"], integer(count)) for count in (0, 1))
@@ -347,7 +347,7 @@ class Emitter:
             ]
             bias, slope = (self.load(self.at(layer[name], channel)) for name in ("bias", "slope"))
             top, left = self.corner(layer, b.add(first, tile))
-            for i, values in enumerate(self.both(self.from_tile, columns)):
+            for i, values in enumerate(self.transform_2d(self.from_tile, columns)):
                 row = b.add(top, integer(i))
                 for j, value in enumerate(values):
                     column = b.add(left, integer(j))
@@ -377,50 +377,50 @@ class Emitter:
                         self.store(result, place("out"))
 
     def residual_scale(self, layer: dict[str, Any]) -> Any:
-        return self.spread(self.b.bitcast(self.b.trunc(layer["residual_scale"], ir.IntType(32)), FLOAT))
+        return self.broadcast(self.b.bitcast(self.b.trunc(layer["residual_scale"], ir.IntType(32)), FLOAT))
 
     def pixel(self, layer: dict[str, Any], name: str, channel: Any, tile: Any, row: Any, column: Any) -> Any:
-        """Where channels of a map's pixel lie, behind the border."""
+        """Address of a channel of a pixel, counted from inside the border."""
         row, column = (self.b.add(value, integer(1)) for value in (row, column))
         offset = self.sum(self.times(row, layer[f"{name}_row"]), self.times(column, BLOCK))
         return self.at(layer[name], self.channels(channel, layer[f"{name}_plane"]), offset)
 
-    def meet(self, stop: Any, done: Any, threads: Any, pause: Any, leave: Any) -> None:
+    def barrier(self, stop: Any, done: Any, threads: Any, pause: Any, leave: Any) -> None:
         """A barrier: wait until all threads are `done`; leave if `stop` is set."""
         b = self.b
-        before, look, ask, rest, wake, go_on = (
-            self.block(name) for name in ("meet", "look", "ask", "rest", "wake", "go_on")
+        before, check, spin, sleep, wake, passed = (
+            self.block(name) for name in ("barrier", "check", "spin", "sleep", "wake", "passed")
         )
         arrived = b.add(b.atomic_rmw("add", done, integer(1), "acq_rel"), integer(1))
         b.cbranch(b.icmp_signed("==", arrived, threads), wake, before)
         b.position_at_end(before)
-        b.branch(look)
-        b.position_at_end(look)
-        looks = b.phi(I64)
-        looks.add_incoming(integer(0), before)
+        b.branch(check)
+        b.position_at_end(check)
+        spins = b.phi(I64)
+        spins.add_incoming(integer(0), before)
         seen = b.load_atomic(done, "acquire", 8)
-        b.cbranch(b.icmp_signed("==", seen, threads), go_on, ask)
-        b.position_at_end(ask)
-        # Spinning is fastest; after some time the core is left to other threads, perhaps to those that it waits for.
+        b.cbranch(b.icmp_signed("==", seen, threads), passed, spin)
+        b.position_at_end(spin)
+        # Spinning is fastest. After a while the thread sleeps, to leave the core to the threads that it waits for.
         if self.spin is not None:
             b.call(self.spin, [])
-        looks.add_incoming(b.add(looks, integer(1)), ask)
-        b.cbranch(b.icmp_signed("<", looks, integer(_LOOKS)), look, rest)
-        b.position_at_end(rest)
+        spins.add_incoming(b.add(spins, integer(1)), spin)
+        b.cbranch(b.icmp_signed("<", spins, integer(_SPINS)), check, sleep)
+        b.position_at_end(sleep)
         self.futex(pause, done, _FUTEX_WAIT, seen)
-        looks.add_incoming(looks, rest)
-        b.cbranch(b.icmp_signed("==", b.load_atomic(stop, "monotonic", 8), integer(0)), look, leave)
+        spins.add_incoming(spins, sleep)
+        b.cbranch(b.icmp_signed("==", b.load_atomic(stop, "monotonic", 8), integer(0)), check, leave)
         b.position_at_end(wake)
         self.futex(pause, done, _FUTEX_WAKE, threads)
-        b.branch(go_on)
-        b.position_at_end(go_on)
+        b.branch(passed)
+        b.position_at_end(passed)
 
     def futex(self, pause: Any, done: Any, operation: int, value: Any) -> None:
-        """Sleep while `done` has that value, or wake as many sleepers; without futexes wait for a moment."""
+        """Sleep while `done` has this value, or wake as many sleepers. Without futexes yield the core."""
         b = self.b
         if self.futex_number:
             given = [integer(self.futex_number), b.ptrtoint(done, I64), integer(operation), value,
-                     b.ptrtoint(self.patience, I64), integer(0), integer(0)]  # fmt: skip
+                     b.ptrtoint(self.sleep_time, I64), integer(0), integer(0)]  # fmt: skip
             b.call(b.inttoptr(pause, ir.FunctionType(I64, [I64] * len(given)).as_pointer()), given)
         elif operation == _FUTEX_WAIT:
             b.call(b.inttoptr(pause, ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
@@ -476,7 +476,7 @@ def integer(value: int) -> Any:
 
 
 class Kernel:
-    """The kernel for a CPU, compiled when it is first needed; that takes a fifth of a second, and is kept on disk."""
+    """The kernel for a CPU, compiled on first use. That takes 0.2 s; the machine code is cached on disk."""
 
     def __init__(self, shape: Shape, *, cpu: str, features: str, triple: str, emitter: type[Emitter] = Emitter) -> None:
         self.shape = shape
@@ -486,7 +486,7 @@ class Kernel:
         self._compiling = threading.Lock()
 
     def __call__(self, *arguments: int) -> None:
-        """One thread's part of a program, by what `Emitter` names: addresses and numbers."""
+        """Compute one thread's part of a program; the arguments are those of `Emitter.run`."""
         self.compile()(*arguments)
 
     def compile(self) -> Callable[..., None]:
@@ -494,11 +494,11 @@ class Kernel:
         return found
 
     def transform(self, weight: int, inputs: int, outputs: int, packed: int) -> None:
-        """By the addresses of weights (3, 3, inputs, outputs), and of room for (36, outputs / group, inputs, group)."""
+        """Transform weights (3, 3, inputs, outputs) to (36, outputs / group, inputs, group), by address."""
         _prototype("pqqp")(self.address("transform"))(weight, inputs, outputs, packed)
 
     def address(self, function: str) -> int:
-        """Of a compiled function."""
+        """The address of a compiled function."""
         with self._compiling:
             if self._engine is None:
                 llvm.initialize_native_target()
@@ -513,7 +513,7 @@ class Kernel:
         return int(self._engine.get_function_address(function))
 
     def _code(self, machine: Any) -> bytes:
-        """An object file, kept from the last time where it can be."""
+        """The object file, from the cache if possible."""
         source = str(self._emitter(self.shape, self._triple).emit())
         made_of = (source, self._cpu, self._features, llvm.llvm_version_info)
         path = cache_home() / "compiled" / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}.kernel"
@@ -523,7 +523,7 @@ class Kernel:
                 return code
         module = llvm.parse_assembly(source)
         options = llvm.create_pipeline_tuning_options(speed_level=2)
-        options.loop_vectorization = options.slp_vectorization = False  # it is vectors already
+        options.loop_vectorization = options.slp_vectorization = False  # the code is vectorised already
         passes = llvm.create_pass_builder(machine, options)
         passes.getModulePassManager().run(module, passes)
         code = machine.emit_object(module)
@@ -533,13 +533,13 @@ class Kernel:
 
 
 def _prototype(arguments: str) -> Any:
-    """The type of a function of pointers and 64-bit integers, p and q."""
+    """The type of a function of pointers (p) and 64-bit integers (q)."""
     return ctypes.CFUNCTYPE(None, *({"p": ctypes.c_void_p, "q": ctypes.c_int64}[kind] for kind in arguments))
 
 
 @functools.lru_cache
 def kernel(emitter: type[Emitter] = Emitter) -> Kernel | None:
-    """For this CPU; None where there is none for it."""
+    """The kernel for this CPU; None if this CPU isn't supported."""
     triple, features = llvm.get_process_triple(), llvm.get_host_cpu_features()
     shape = shape_of(features, triple)
     if shape is None:
@@ -549,7 +549,7 @@ def kernel(emitter: type[Emitter] = Emitter) -> Kernel | None:
 
 @functools.lru_cache(maxsize=1)
 def pause_address() -> int:
-    """The address of what leaves this core to other threads: on Linux of what asks the system for anything."""
+    """The address of the function that yields the core to other threads; on Linux that of `syscall`."""
     if sys.platform == "win32":
         function = ctypes.windll.kernel32.SwitchToThread
     elif sys.platform == "linux":

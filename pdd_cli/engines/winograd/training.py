@@ -1,7 +1,7 @@
 """3x3 convolutions and their gradients by Winograd's algorithm, in fp32, on a CPU.
 
-`accelerate` gives a network's layers another way to compute what they compute: parameters and names stay. A residual
-dense block is one operation on one tensor, which its convolutions read the front of and write behind that.
+`accelerate` replaces the computation of a network's layers and keeps their parameters and names. A residual dense block
+is one operation on one tensor: each convolution reads its first channels and writes the following ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pdd_cli.engines.winograd.kernel import GAP, MOST_TILES, PLACES, SCRATCH, Kernel, kernel, pause_address, tiles_along
+from pdd_cli.engines.winograd.kernel import GAP, MAX_TILES, PLACES, SCRATCH, Kernel, kernel, pause_address, tiles_along
 from pdd_cli.engines.winograd.training_kernel import (
     CHANNELS,
     CONVOLVE,
@@ -35,22 +35,22 @@ from pdd_cli.models.rrdbnet import ActivatedConv2d, ResidualDenseBlock
 from pdd_cli.models.wiring import LEAKY_SLOPE, dense_block
 from pdd_cli.runtime import usable_cpus
 
-_SHARED = 1 << 22  # bytes of a dense block's maps, of the images that go through it together
-_FEWEST_TILES = 64  # below, transforming the weights takes more time than is saved
-_MOST_CHANNELS = 512
+_SHARED_CACHE = 1 << 22  # maximum bytes of a dense block's maps for the images that are computed together
+_MIN_TILES = 64  # with fewer, transforming the weights costs more than the algorithm saves
+_MAX_CHANNELS = 512
 _ALIGNMENT = 64
 
 
 def accelerate(network: nn.Module) -> None:
-    """Let `network` compute its 3x3 convolutions by Winograd's algorithm, in place.
+    """Make `network` compute its 3x3 convolutions by Winograd's algorithm, in place.
 
-    Nothing is changed where there is no kernel for this CPU, or PyTorch computes with threads of another kind.
+    Does nothing if there is no kernel for this CPU, or PyTorch doesn't use OpenMP threads.
     """
     if _machine() is None:
         return
     for module in network.modules():
-        if type(module) in _FASTER and _is_plain_3x3(module):
-            module.__class__ = _FASTER[type(module)]
+        if type(module) in _REPLACEMENTS and _is_plain_3x3(module):
+            module.__class__ = _REPLACEMENTS[type(module)]
         elif type(module) is ResidualDenseBlock:
             module.__class__ = WinogradDenseBlock
 
@@ -66,7 +66,7 @@ def _is_plain_3x3(layer: nn.Module) -> bool:
 
 def _has_tiles(x: Tensor) -> bool:
     images, _, height, width = x.shape
-    return x.device.type == "cpu" and images * tiles_along(height) * tiles_along(width) >= _FEWEST_TILES
+    return x.device.type == "cpu" and images * tiles_along(height) * tiles_along(width) >= _MIN_TILES
 
 
 class _Winograd(nn.Conv2d):
@@ -75,36 +75,36 @@ class _Winograd(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if not _has_tiles(x):
             return super().forward(x)
-        # All in fp32, also the few that have too few channels for it: they stand beside others, at a network's ends.
+        # All in fp32, including the first and last layers, which have too few channels for the kernel.
         with torch.autocast("cpu", enabled=False):
             if not self.is_wide:
                 return super().forward(x.float())
             bias = None if self.bias is None else _aligned(self.bias.float())
-            arguments = (_plain(x), _plain(self.weight), bias, self.slope)
+            arguments = (_kernel_layout(x), _kernel_layout(self.weight), bias, self.slope)
             return _Convolution.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
 
     @property
     def is_wide(self) -> bool:
-        """Whether it has the channels that the kernel computes at once."""
+        """Whether the kernel supports its numbers of channels."""
         widths = (self.in_channels, self.out_channels)
-        return all(width % CHANNELS == 0 and width <= _MOST_CHANNELS for width in widths)
+        return all(width % CHANNELS == 0 and width <= _MAX_CHANNELS for width in widths)
 
 
 class WinogradConv2d(_Winograd):
-    """nn.Conv2d of 3x3 taps."""
+    """nn.Conv2d with 3x3 taps."""
 
 
 class WinogradActivatedConv2d(_Winograd, ActivatedConv2d):
-    """ActivatedConv2d of 3x3 taps."""
+    """ActivatedConv2d with 3x3 taps."""
 
     slope = LEAKY_SLOPE
 
 
-_FASTER: dict[type, type] = {nn.Conv2d: WinogradConv2d, ActivatedConv2d: WinogradActivatedConv2d}
+_REPLACEMENTS: dict[type, type] = {nn.Conv2d: WinogradConv2d, ActivatedConv2d: WinogradActivatedConv2d}
 
 
 class WinogradDenseBlock(ResidualDenseBlock):
-    """ResidualDenseBlock, whose maps stand in one tensor."""
+    """ResidualDenseBlock whose maps share one tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
         layers = [self.conv1, self.conv2, self.conv3, self.conv4, self.conv5]
@@ -114,16 +114,19 @@ class WinogradDenseBlock(ResidualDenseBlock):
             parameters = []
             for layer in layers:
                 assert layer.bias is not None
-                parameters += [_plain(layer.weight), _aligned(layer.bias.float())]
-            return _DenseBlock.apply(_plain(x), *parameters)  # type: ignore[no-any-return,no-untyped-call]
+                parameters += [_kernel_layout(layer.weight), _aligned(layer.bias.float())]
+            return _DenseBlock.apply(_kernel_layout(x), *parameters)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Convolution(torch.autograd.Function):
-    """(N, C, h, w), (K, C, 3, 3), (K) or None, and leaky ReLU's slope to (N, K, h, w); all fp32, channels last."""
+    """x (N, C, h, w), weight (K, C, 3, 3), bias (K) or None, slope of the leaky ReLU, to (N, K, h, w).
+
+    All tensors are fp32, channels-last.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
-        out = _like(x, weight.shape[0])
+        out = _empty_map(x, weight.shape[0])
         program = _Program()
         program.convolve(x, program.transform(weight), out, bias=bias, slope=slope)
         program.run()
@@ -135,7 +138,7 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *activated = ctx.saved_tensors
-        gradient = _plain(gradient)
+        gradient = _kernel_layout(gradient)
         of_x, of_weight, of_bias, _ = ctx.needs_input_grad
         found: list[Tensor | None] = [None, None, None, None]
         program = _Program()
@@ -143,7 +146,7 @@ class _Convolution(torch.autograd.Function):
             given, gradient = gradient, torch.empty_like(gradient)
             program.gate(out, given, gradient, ctx.slope)
         if of_x:
-            found[0] = of_input = _like(x, x.shape[1])
+            found[0] = of_input = _empty_map(x, x.shape[1])
             program.convolve(gradient, program.transform_back(weight), of_input)
         if of_weight:
             found[1] = of_taps = torch.empty_like(weight)
@@ -155,20 +158,20 @@ class _Convolution(torch.autograd.Function):
 
 
 class _DenseBlock(torch.autograd.Function):
-    """x and five pairs of weight and bias to what ResidualDenseBlock gives; all fp32, channels last.
+    """x and five pairs of weight and bias to the output of ResidualDenseBlock; all fp32, channels-last.
 
-    Some images go through the whole block before the next ones: what they share is in the cache then.
+    A few images go through the whole block before the next ones, so that their maps stay in the cache.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         weights, biases = parameters[::2], parameters[1::2]
         *dense, last = dense_block(x.shape[1], weights[0].shape[0])
-        whole, out = _like(x, last.inputs), torch.empty_like(x)
+        whole, out = _empty_map(x, last.inputs), torch.empty_like(x)
         whole[:, : x.shape[1]] = x
         program = _Program()
         filters = [program.transform(weight) for weight in weights]
-        for images in _some_images(whole):
+        for images in _image_chunks(whole):
             some = whole[images]
             for layer, by, bias in zip(dense, filters, biases, strict=False):
                 new = some[:, layer.written]
@@ -185,13 +188,13 @@ class _DenseBlock(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         whole, *weights = ctx.saved_tensors
         *dense, last = dense_block(weights[4].shape[0], weights[0].shape[0])
-        gradient = _plain(gradient)
+        gradient = _kernel_layout(gradient)
         of_last = gradient * last.residual_scale
         of_whole = torch.empty_like(whole)
         of_weights = [torch.empty_like(weight) for weight in weights] if any(ctx.needs_input_grad[1:]) else []
         program = _Program()
         filters = [program.transform_back(weight) for weight in weights]
-        for images in _some_images(whole):
+        for images in _image_chunks(whole):
             some, of_some = whole[images], of_whole[images]
             program.convolve(of_last[images], filters[4], of_some)
             for layer, by in reversed(list(zip(dense, filters, strict=False))):
@@ -211,7 +214,7 @@ class _DenseBlock(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Filter:
-    """Transformed weights, as the kernel multiplies with them."""
+    """Transformed weights in the kernel's layout."""
 
     inputs: int
     outputs: int
@@ -219,7 +222,7 @@ class _Filter:
 
 
 class _Program:
-    """The steps of the kernel; holds the tensors until they are done."""
+    """Steps for the kernel. Keeps the tensors alive until they are computed."""
 
     def __init__(self) -> None:
         machine = _machine()
@@ -232,14 +235,18 @@ class _Program:
         """The filter of a convolution with weights (K, C, 3, 3)."""
         taps = weight.permute(2, 3, 1, 0).contiguous()
         row, column, channel, _ = taps.stride()
-        return self._transform(taps, row, column, channel, _Filter(weight.shape[1], weight.shape[0], _packed(weight)))
+        return self._transform(
+            taps, row, column, channel, _Filter(weight.shape[1], weight.shape[0], _empty_packed(weight))
+        )
 
     def transform_back(self, weight: Tensor) -> _Filter:
-        """The filter by which the gradient by its input is a convolution of that by its output."""
-        # The taps turned round, inputs and outputs exchanged.
+        """The filter whose convolution with the gradient of the output gives the gradient of the input."""
+        # Taps rotated by 180 degrees, inputs and outputs exchanged.
         channel, _, row, column = weight.stride()
         last = weight[:, :, 2:, 2:]
-        return self._transform(last, -row, -column, channel, _Filter(weight.shape[0], weight.shape[1], _packed(weight)))
+        return self._transform(
+            last, -row, -column, channel, _Filter(weight.shape[0], weight.shape[1], _empty_packed(weight))
+        )
 
     def convolve(
         self,
@@ -252,7 +259,7 @@ class _Program:
         residual1: Tensor | None = None,
         residual_scale: float = 1.0,
     ) -> None:
-        """out = leaky ReLU(conv(x) + bias); with a residual it is residual + residual_scale times that."""
+        """out = leaky ReLU(conv(x) + bias); with a residual, residual1 + residual_scale * that."""
         machine = self._machine
         bias = machine.constants(0.0) if bias is None else bias
         slopes = machine.constants(slope)
@@ -265,8 +272,8 @@ class _Program:
         self._held += [by.packed, bias, slopes]
 
     def correlate(self, x: Tensor, gradient: Tensor, out: Tensor, *, add: bool = False) -> None:
-        """out = the gradient by the weights; with `add` it is added to out."""
-        tiles_per_batch = min(MOST_TILES, SCRATCH // (4 * PLACES * 2 * CHANNELS))
+        """out = the gradient of the weights; with `add` it is added to out."""
+        tiles_per_batch = min(MAX_TILES, SCRATCH // (4 * PLACES * 2 * CHANNELS))
         channel, _, row, column = out.stride()
         self._step(
             CORRELATE, x=x, residual1=gradient, inputs=x.shape[1], outputs=gradient.shape[1],
@@ -320,21 +327,21 @@ class _Program:
 
 
 class _Machine:
-    """The kernel, PyTorch's threads, and the memory that they work in.
+    """The kernel, PyTorch's threads, and their scratch memory.
 
-    Other threads would have to share the cores with PyTorch's, which don't rest at once when they have nothing to do.
-    Raises OSError or AttributeError where those aren't OpenMP's.
+    Threads of its own would compete for the cores with PyTorch's, which spin for a while when they are idle. Raises
+    OSError or AttributeError if PyTorch doesn't use OpenMP threads.
     """
 
     def __init__(self, compute: Kernel) -> None:
-        self._compute = compute  # which holds the machine code
+        self._compute = compute  # keeps the machine code alive
         self.shape = compute.shape
         library = ctypes.CDLL(_openmp())
         pointer = ctypes.c_void_p
         prototype = ctypes.CFUNCTYPE(None, pointer, pointer, ctypes.c_uint, ctypes.c_uint)
         self._parallel = prototype(("GOMP_parallel", library))
         self._team = compute.address("team")
-        widest = 4 * PLACES * (2 * GAP + compute.shape.tiles * 2 * _MOST_CHANNELS)
+        widest = 4 * PLACES * (2 * GAP + compute.shape.tiles * 2 * _MAX_CHANNELS)
         own = 4 * PLACES * (3 * GAP + CHANNELS * CHANNELS)
         self._scratch = torch.empty(usable_cpus(), (max(SCRATCH, widest) + own) // 4 // CHANNELS * CHANNELS)
         self._constants: dict[float, Tensor] = {}
@@ -348,9 +355,9 @@ class _Machine:
         }
 
     def constants(self, value: float) -> Tensor:
-        """Equal values, one for each channel."""
+        """The same value for each channel."""
         if value not in self._constants:
-            self._constants[value] = torch.full((_MOST_CHANNELS,), value)
+            self._constants[value] = torch.full((_MAX_CHANNELS,), value)
         return self._constants[value]
 
     def run(self, program: Any) -> None:
@@ -371,7 +378,7 @@ def _machine() -> _Machine | None:
 
 
 def _openmp() -> str:
-    """The library that PyTorch's threads come from; other packages may have brought another. Raises OSError."""
+    """The OpenMP library that PyTorch uses; other packages may have loaded others. Raises OSError."""
     loaded = Path("/proc/self/maps").read_text().split()
     found = {path for path in loaded if re.search(r"/lib(gomp|iomp5|omp)[.-][^/]*$", path)}
     if not found:
@@ -379,20 +386,20 @@ def _openmp() -> str:
     return min(found, key=lambda path: ("/torch/" not in path, path))
 
 
-def _some_images(whole: Tensor) -> Iterator[slice]:
-    """Parts of the batch that aren't too large for the cache that the cores share."""
-    count = max(1, _SHARED // (4 * whole[0].numel()))
+def _image_chunks(whole: Tensor) -> Iterator[slice]:
+    """Slices of the batch whose maps fit the cache that the cores share."""
+    count = max(1, _SHARED_CACHE // (4 * whole[0].numel()))
     for first in range(0, len(whole), count):
         yield slice(first, first + count)
 
 
-def _packed(weight: Tensor) -> Tensor:
-    """Room for transformed weights."""
+def _empty_packed(weight: Tensor) -> Tensor:
+    """Allocate transformed weights."""
     return torch.empty(PLACES * weight.shape[0] * weight.shape[1])
 
 
-def _plain(x: Tensor) -> Tensor:
-    """As the kernel reads it: in fp32, channels last, at an address of whole vectors."""
+def _kernel_layout(x: Tensor) -> Tensor:
+    """`x` in the kernel's layout: fp32, channels-last, aligned to vectors."""
     return _aligned(x.float().contiguous(memory_format=torch.channels_last))
 
 
@@ -400,7 +407,7 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % _ALIGNMENT else x
 
 
-def _like(x: Tensor, channels: int) -> Tensor:
-    """Room for a map of as many images and pixels."""
+def _empty_map(x: Tensor, channels: int) -> Tensor:
+    """Allocate a map of as many images and pixels."""
     images, _, height, width = x.shape
     return torch.empty((images, channels, height, width), memory_format=torch.channels_last)

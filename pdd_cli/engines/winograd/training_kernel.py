@@ -1,9 +1,9 @@
 """The kernel of Winograd's algorithm for training: convolutions, and their gradients by inputs and by weights.
 
-As `kernel.py`, but for PyTorch's tensors as they are (channels last, a batch of images, no border)
-and for weights that change with every step: they are transformed just before they are used, which keeps them in the
-cache. With the transforms of that module a convolution is y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A; what its transposition gives
-for the weights is dg = Gᵀ [(Bᵀ d B) ⊙ (A dy Aᵀ)] G, summed over all tiles. Source: Lavin and Gray, Fast Algorithms for
+Unlike `kernel.py` it reads PyTorch's tensors directly (channels-last, a batch of images, no border). Weights change
+with every step; they are transformed just before use, so they are in the cache. With the transforms of that module a
+convolution is y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A; its transposition gives the gradient of the weights,
+dg = Gᵀ [(Bᵀ d B) ⊙ (A dy Aᵀ)] G, summed over all tiles. Source: Lavin and Gray, Fast Algorithms for
 Convolutional Neural Networks (2016), section 4.1.
 """
 
@@ -17,13 +17,13 @@ from llvmlite import ir
 
 from pdd_cli.engines.winograd.kernel import FLOAT, GAP, I64, PIECE, PLACES, TILE, VOID, Emitter, Shape, integer
 
-CHANNELS = 32  # inputs and outputs come in as many, or a multiple
+CHANNELS = 32  # numbers of inputs and outputs are multiples of this
 TRANSFORM, CONVOLVE, GATE, CORRELATE = range(4)
 """The kinds of a row of the program.
 
-TRANSFORM: packed = the weights, transformed. CONVOLVE: out = x convolved with these, with bias and leaky ReLU; if there
-is a residual1, residual1 + residual_scale * that. GATE: out = residual1, multiplied by residual_scale where x is
-negative. CORRELATE: out = the gradient by the weights, from x and residual1; added to out if `residuals` is 1."""
+TRANSFORM: packed = the transformed weights. CONVOLVE: out = x convolved with them, with bias and leaky ReLU; with a
+residual1, residual1 + residual_scale * that. GATE: out = residual1, multiplied by residual_scale where x is negative.
+CORRELATE: out = the gradient of the weights, from x and residual1; added to out if `residuals` is 1."""
 
 _POINTERS = ("x", "weight", "packed", "bias", "slope", "residual1", "out")
 _MAPS = ("x", "residual1", "out")
@@ -34,17 +34,17 @@ _NUMBERS = (
     "tap_row", "tap_column", "tap_channel",
 )  # fmt: skip
 FIELDS = (*_POINTERS, *_NUMBERS)
-"""A row of the program, a 64-bit integer each: addresses; height and width in pixels; tiles in a row, in an image,
-in all, and in a batch that is transformed at once; the bits of `residual_scale`; floats from a map's image, row and
-pixel to the next; floats from a tap of the weights to the one below, to its right, and to the next channel: that of the
-inputs where weights are read (their outputs are neighbours), that of the outputs where gradients are written."""
+"""A row of the program, as 64-bit integers: addresses; height and width in pixels; number of tiles per row, per image,
+in all, and per batch; the bits of `residual_scale`; strides of each map in floats, between images, rows and pixels;
+strides of the weights in floats, between rows and columns of taps, and between channels: of the inputs where weights
+are read (their outputs are contiguous), of the outputs where gradients are written."""
 
 TEAM = ("program", "steps", "sync", "scratch", "scratch_bytes", "pause", "thread_number", "thread_count")
-"""What `team` is given, a 64-bit integer each; the last three are addresses of functions."""
+"""The arguments of `team`, as 64-bit integers; the last three are addresses of functions."""
 
 
 class TrainingEmitter(Emitter):
-    """Writes that kernel."""
+    """Generates the training kernel."""
 
     fields, pointers = FIELDS, _POINTERS
 
@@ -56,7 +56,7 @@ class TrainingEmitter(Emitter):
         self.zeros.global_constant, self.zeros.linkage, self.zeros.align = True, "internal", 4 * shape.lanes
 
     def emit(self) -> ir.Module:
-        """And `team`, by which OpenMP's threads run the program: each knows its number, and how many there are."""
+        """Also generate `team`, which OpenMP's threads call to run the program."""
         super().emit()
         signature = ir.FunctionType(VOID, [I64.as_pointer()])
         team = ir.Function(self.module, signature, "team")
@@ -96,7 +96,7 @@ class TrainingEmitter(Emitter):
         super().layer(layer, scratch, next_tile)
 
     def transform_weights(self, layer: dict[str, Any], scratch: Any, next_tile: Any) -> None:
-        """To (place, outputs / group, inputs, group)."""
+        """Transform weights to (place, outputs / group, inputs, group)."""
         b, group, lanes = self.b, self.shape.group, self.shape.lanes
         groups = b.udiv(layer["outputs"], integer(group))
         to_next = self.times(layer["inputs"], layer["outputs"])
@@ -120,7 +120,7 @@ class TrainingEmitter(Emitter):
                 self.store(b.select(b.fcmp_ordered("<", self.load(x), zero), b.fmul(value, residual_scale), value), out)
 
     def correlate(self, layer: dict[str, Any], scratch: Any, next_tile: Any) -> None:
-        """The gradients of 32 x 32 pairs of channels at a time: their products at each place, summed over all tiles."""
+        """Compute gradients for 32 x 32 channels at a time: products at each place, summed over all tiles."""
         b, shape, lanes = self.b, self.shape, self.shape.lanes
         to_next = b.add(self.times(layer["tiles_per_batch"], CHANNELS), integer(GAP))
         xs, ys = scratch, self.at(scratch, self.times(to_next, PLACES))
@@ -141,7 +141,7 @@ class TrainingEmitter(Emitter):
                         (ins, self.piece, self.to_tile, xs), (outs, self.gradient, self.to_gradient, ys),
                     ):  # fmt: skip
                         piece = read(layer, b.add(channels, channel), b.add(first, tile))
-                        self.store_tile(self.both(transform, piece), self.at(to, target), to_next)
+                        self.store_tile(self.transform_2d(transform, piece), self.at(to, target), to_next)
                 with self.loop(integer(PLACES)) as place:
                     x, y = (self.at(some, self.times(place, to_next)) for some in (xs, ys))
                     with (
@@ -157,14 +157,14 @@ class TrainingEmitter(Emitter):
                     for j in range(PIECE)
                 ]
                 place = self.sum(self.times(b.add(outs, output), layer["tap_channel"]), ins, channel)
-                for i, values in enumerate(self.both(self.from_weight, columns)):
+                for i, values in enumerate(self.transform_2d(self.from_weight, columns)):
                     for j, value in enumerate(values):
                         tap = self.sum(place, self.times(layer["tap_row"], i), self.times(layer["tap_column"], j))
                         target = self.at(layer["out"], tap)
                         self.store(b.select(more, b.fadd(value, self.load(target)), value), target)
 
     def add_products(self, x: Any, y: Any, tiles: Any, total: Any) -> None:
-        """total[output, channel] += y[tile, output] * x[tile, channel], for some outputs and vectors of channels."""
+        """total[output, channel] += y[tile, output] * x[tile, channel], for a block of outputs and channels."""
         b, shape = self.b, self.shape
         targets = [
             self.at(total, integer(row * CHANNELS + v * shape.lanes))
@@ -182,7 +182,7 @@ class TrainingEmitter(Emitter):
         factors = [self.load(self.at(x, here, integer(v * shape.lanes))) for v in range(shape.vectors)]
         found = []
         for row in range(shape.rows):
-            value = self.spread(b.load(self.at(y, here, integer(row))))
+            value = self.broadcast(b.load(self.at(y, here, integer(row))))
             for v, factor in enumerate(factors):
                 found.append(self.fma(value, factor, sums[row * shape.vectors + v]))
         following = b.add(tile, integer(1))
@@ -195,7 +195,7 @@ class TrainingEmitter(Emitter):
         for value, target in zip(found, targets, strict=True):
             self.store(value, target)
 
-    # Where pixels lie.
+    # Addresses of pixels.
 
     @contextmanager
     def each(self, channels: Any, tiles: Any) -> Iterator[tuple[Any, Any]]:
@@ -212,11 +212,11 @@ class TrainingEmitter(Emitter):
         return self.read(layer, "residual1", channel, tile, range(TILE))
 
     def read(self, layer: dict[str, Any], name: str, channel: Any, tile: Any, pixels: range) -> list[list[Any]]:
-        """Columns of the pixels around a tile, zeros beyond the image."""
+        """The columns of the pixels around a tile, zeros outside the image."""
         b = self.b
         top, left = self.corner(layer, tile)
         rows, columns = ([b.add(start, integer(i)) for i in pixels] for start in (top, left))
-        # As unsigned numbers those before the image are beyond it, too.
+        # As unsigned integers, negative positions are outside as well.
         in_rows = [b.icmp_unsigned("<", row, layer["height"]) for row in rows]
         in_columns = [b.icmp_unsigned("<", column, layer["width"]) for column in columns]
         zeros = b.bitcast(self.zeros, FLOAT.as_pointer())
@@ -235,7 +235,7 @@ class TrainingEmitter(Emitter):
         steps = ((image, "image"), (row, "row"), (column, "pixel"))
         return self.at(layer[name], channel, *(self.times(index, layer[f"{name}_{step}"]) for index, step in steps))
 
-    # What is done to them.
+    # Transforms.
 
     def from_weight(self, m: Sequence[Any]) -> list[Any]:
         """Gᵀ m."""
