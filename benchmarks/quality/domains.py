@@ -99,7 +99,9 @@ def _h264(hr: RGB, random: np.random.Generator) -> RGB:
     """Each frame is the photograph, moved by two HR pixels against the one before; the last is where the HR is."""
     file, frames = io.BytesIO(), 5
     with av.open(file, "w", format="matroska") as container:
-        stream = container.add_stream("libx264", rate=Fraction(25), options={"crf": "33", "preset": "medium"})
+        # x264's AVX-512 code gives another file each time; without assembly all CPUs give the same one.
+        options = {"crf": "33", "preset": "medium", "x264-params": "asm=0"}
+        stream = container.add_stream("libx264", rate=Fraction(25), options=options)
         stream.pix_fmt = "yuv420p"
         stream.width, stream.height = hr.shape[1] // SCALE, hr.shape[0] // SCALE
         for index in range(frames):
