@@ -3,11 +3,9 @@
     python -m benchmarks.quality DATA WORK --base realesrgan.safetensors --domains camera_b jpeg film \
         --variants bicubic lanczos base base-x8 plain photos --seeds 0 1
 
-DATA holds `camera_b`, `camera_phone`, `kodak24`, `hr_photos`, `realset65` and
-`features/vgg16_features_fp16.safetensors`
-(domains.py, variants.yaml and measures.py say how each is used). Everything is kept in WORK: what is there already is
-not computed again, so that a stopped call continues. The table is printed and written to WORK/table.md, a line of JSON
-for each score to WORK/scores.jsonl. HR images are for scoring only.
+DATA holds `camera_b`, `camera_phone`, `kodak24`, `hr_photos`, `realset65` and `features/` (domains.py, variants.yaml
+and measures.py say how each is used). Everything is kept in WORK, so that a stopped call continues. The table is
+printed and written to WORK/table.md. HR images are for scoring only.
 """
 
 from __future__ import annotations
@@ -60,27 +58,35 @@ class Laboratory:
         if done.returncode not in (0, 3):
             raise RuntimeError(f"exit code {done.returncode}: {' '.join(command)}")
 
-    def outputs(self, where: Domain, variant: str, seed: int) -> tuple[Path, dict[str, Any]]:
-        """The folder of SR images of a variant, computed where they are missing, and what is known of the run."""
+    def scores(self, where: Domain, variant: str, seed: int, judges: Judges) -> dict[str, Any]:
+        """What was measured of a variant, computed where it isn't known; `hr` is the HR images themselves."""
+        folder = where.test_hr if variant == "hr" else self.work / "outputs" / where.name / f"{variant}-{seed}"
+        known = self.work / "scores" / where.name / f"{variant}-{seed}.json"
+        if known.exists():
+            return dict(json.loads(known.read_text()))
+        try:
+            facts = {} if variant == "hr" else self.upscale(where, variant, seed, folder)
+            found = measure_folder(folder, where.test_hr, judges) | facts
+        except RuntimeError as error:  # a run that diverges, for one
+            found = {"verdict": str(error).split(":")[0]}
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_text(json.dumps(found) + "\n")
+        return found
+
+    def upscale(self, where: Domain, variant: str, seed: int, folder: Path) -> dict[str, Any]:
+        """Write the SR images of a variant into `folder`; returns what is known of its training."""
         settings = VARIANTS[variant]
-        folder = self.work / "outputs" / where.name / f"{variant}-{seed}"
-        facts = folder.with_suffix(".json")
-        if facts.exists():
-            return folder, json.loads(facts.read_text())
         shutil.rmtree(folder, ignore_errors=True)
-        known: dict[str, Any] = {}
         if method := settings.get("resize"):
             _each(where, folder, lambda lr: _resized(lr, method))
         elif settings.get("mean_of_8"):
             model = load_sr_model(self.base)
             _each(where, folder, lambda lr: _mean_of_8(model.upscale, lr))
         else:
-            weights: Path | str = self.base
-            if "adapt" in settings:
-                weights, known = self.adapted(where, variant, seed)
+            weights, facts = self.adapted(where, variant, seed) if "adapt" in settings else (str(self.base), {})
             self.pdd("upscale", where.test_lr, folder, "--weights", weights, *settings.get("upscale", ()))
-        facts.write_text(json.dumps(known))
-        return folder, known
+            return facts
+        return {}
 
     def adapted(self, where: Domain, variant: str, seed: int) -> tuple[str, dict[str, Any]]:
         """The name of weights adapted by the command, and the verdict."""
@@ -166,19 +172,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in arguments.domains:
         where = domain(name, lab.data, lab.work / "domains")
-        own = {"domain": name, "variant": "HR", "seed": ""}
-        rows.append(own | measure_folder(where.test_hr, where.test_hr, judges))
-        for variant in arguments.variants:
-            for seed in arguments.seeds if "adapt" in VARIANTS[variant] else [0]:
-                row = {"domain": name, "variant": variant, "seed": seed}
-                try:
-                    folder, known = lab.outputs(where, variant, seed)
-                    row |= measure_folder(folder, where.test_hr, judges) | known
-                except RuntimeError as error:  # a run that diverges, for one
-                    row |= {"verdict": str(error).split(":")[0]}
+        for variant in ("hr", *arguments.variants):
+            for seed in arguments.seeds if "adapt" in VARIANTS.get(variant, {}) else [0]:
+                row = {"domain": name, "variant": variant, "seed": seed} | lab.scores(where, variant, seed, judges)
                 rows.append(row)
-                with (lab.work / "scores.jsonl").open("a") as file:
-                    file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
     (lab.work / "table.md").write_text(table(rows, COLUMNS) + "\n")
     print(table(rows, COLUMNS))

@@ -17,6 +17,7 @@ Eight pixels at each border are left out. An SR image of another size is resized
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def measure(sr: RGB, hr: RGB, judges: Judges) -> dict[str, float]:
     a, b = (_tensor(image) for image in (sr, hr))
     with torch.inference_mode():
         return {
-            "psnr": -10 * float(np.log10(np.mean((sr / 255 - hr / 255) ** 2))),
+            "psnr": -10 * math.log10(max(float(np.mean((sr / 255 - hr / 255) ** 2)), 1e-10)),
             "ssim": float(judges.ssim(a, b)),
             "distance": float(feature_distance(*(unit_features(judges.features, image) for image in (a, b)))),
             "ssimulacra2": _ssimulacra2(hr, sr),
