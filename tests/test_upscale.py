@@ -619,11 +619,11 @@ def test_strength_needs_the_very_base(tmp_path: Path, home: Path) -> None:
     assert "ground isn't the base" in str(error)
     _, error = run_upscale(*arguments, "ground")
     assert isinstance(error, InputError)
-    assert "doesn't say what base" in str(error)
+    assert "is unknown" in str(error)
     (home / "weights/ground.safetensors").unlink()
     _, error = run_upscale(*arguments, "mine")
     assert isinstance(error, InputError)
-    assert "can't be had" in str(error)
+    assert "can't be loaded" in str(error)
 
 
 # --- the manifest -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Upscaling of one image: tiles, sizes, colours, and reading, computing and writing at once.
+"""Upscale images: tiles, sizes, colours, and a pipeline that reads, computes and writes concurrently.
 
-Nothing here knows videos, command lines or how a model is computed.
+Videos, command lines and the computation of models belong elsewhere.
 """

@@ -1,4 +1,4 @@
-"""Colours that stay the input's: two corrections of the output, and colour for transparent pixels."""
+"""Preserve the colours of the input: two corrections of the output, and colour for transparent pixels."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from PIL import Image
 FloatArray = npt.NDArray[np.float32]
 Correction = Literal["none", "mean-std", "low-frequency"]
 
-# The standard deviation of the low pass, in LR pixels: what is smoother than this is the LR's, what is finer the SR's.
+# Standard deviation of the low-pass filter in LR pixels: lower frequencies are taken from the LR, higher from the SR.
 _LOW_PASS = 5.0
 
 
 def correct(sr: FloatArray, lr: FloatArray, correction: Correction, visible: FloatArray | None = None) -> FloatArray:
     """`sr` (H, W, C) with the colours of `lr` (h, w, C), both in 0..1 or a little outside.
 
-    `mean-std`: each channel is shifted and scaled to the mean and standard deviation that it has in the LR (the
-    paper's, METHOD "At inference"). `low-frequency`: what the SR lacks of the LR's low frequencies is added, so that
-    a tint goes while edges and texture stay. `visible` (h, w): alpha; what isn't seen doesn't count.
+    `mean-std`: each channel is shifted and scaled to its mean and standard deviation in the LR, as in the paper.
+    `low-frequency`: the low frequencies of the difference are added, which removes a tint and keeps edges and texture.
+    `visible` (h, w): alpha, which weights the pixels.
     """
     match correction:
         case "mean-std":
@@ -32,9 +32,9 @@ def correct(sr: FloatArray, lr: FloatArray, correction: Correction, visible: Flo
 
 
 def bleed(pixels: npt.NDArray[np.generic], alpha: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    """`pixels` (h, w, C) with the colour of the nearest pixel that is seen wherever `alpha` (h, w) is 0.
+    """`pixels` (h, w, C), in which pixels with `alpha` (h, w) 0 have the colour of the nearest visible pixel.
 
-    What lies below transparent pixels (often black) would show as a halo once edges are upscaled.
+    The hidden colour of transparent pixels, often black, would cause a halo when edges are upscaled.
     """
     hidden = alpha == 0
     if not hidden.any() or hidden.all():

@@ -1,4 +1,4 @@
-"""One input and its output: the job, what became of it, and what keeps an output from being made."""
+"""One input and its output: the job, its result, and the checks before it starts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LONGEST_NAME = 255
 
 @dataclass(frozen=True)
 class Job:
-    """One image or video to upscale, and where it goes."""
+    """One image or video to upscale, and the path of the output."""
 
     source: Path
     target: Path
@@ -32,7 +32,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Output:
-    """How outputs are written: `overwrite` what is there, `strip` the metadata, with which `provenance` otherwise."""
+    """How outputs are written: whether to `overwrite` outputs or `strip` metadata, and the `provenance` to write."""
 
     encoding: Encoding = field(default_factory=Encoding)
     overwrite: bool = False
@@ -42,11 +42,10 @@ class Output:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one job. Sizes are (width, height); `problem` says why it failed, or what to know of it.
+    """The result of one job. Sizes are (width, height); `problem` is the reason of a failure, or a note.
 
-    `left_out`: names of what the input has and the output hasn't, which are in `problem`, too. `memory` (peak of the
-    process, bytes) and `seconds` are estimates where the status is "planned". `traceback`: of an error that nobody
-    expected.
+    `left_out`: names of what the input has and the output lacks; `problem` lists them, too. `memory` (peak of the
+    process, bytes) and `seconds` are estimates if the status is "planned". `traceback`: of an unexpected error.
     """
 
     job: Job
@@ -64,12 +63,12 @@ class Result:
 
 
 def results_to_json(results: Sequence[Result]) -> str:
-    """The results as a text for another process."""
+    """Serialise results for another process."""
     return json.dumps([{**asdict(result), "job": [str(path) for path in astuple(result.job)]} for result in results])
 
 
 def results_from_json(text: str) -> list[Result]:
-    """What `results_to_json` was given."""
+    """Parse the results of `results_to_json`."""
     found = []
     for values in json.loads(text):
         job = Job(*(Path(path) for path in values.pop("job")))
@@ -80,22 +79,22 @@ def results_from_json(text: str) -> list[Result]:
 
 
 def provenance_of(weights: Path, scale: int, strength: float = 1.0, correction: str = "none") -> Provenance:
-    """What outputs made with the file `weights` say of it and of these settings."""
+    """The provenance of outputs made with the file `weights` and these settings."""
     card = read_card(weights)
     how = [f"x{scale}"]
     if strength != 1:
         how.append(f"strength {strength:g}")
     if correction != "none":
         how.append(f"color correction {correction}")
-    # The sha256 of the published file is what others can look up.
+    # Others can look up the SHA-256 of the published file.
     digest = card.sha256 if card is not None and card.sha256 else file_sha256(weights)
     return Provenance(card.name if card is not None else weights.name, digest, ", ".join(how))
 
 
 def skipped(job: Job, key: str, output: Output, manifest: Manifest | None) -> Result | None:
-    """That a job has nothing to do, if so; `key` is the manifest's for what it would make.
+    """The result of a job that can be skipped, else None; `key` is the manifest's key of the new output.
 
-    Raises InputError where the output is a file that pdd has not made: no option replaces it.
+    Raises InputError if the output is a file that pdd did not make: no option replaces it.
     """
     if not job.target.exists():
         return None
@@ -108,7 +107,7 @@ def skipped(job: Job, key: str, output: Output, manifest: Manifest | None) -> Re
 
 
 def check_own(target: Path) -> None:
-    """Raise InputError where `target` exists without a sign that pdd made it."""
+    """Raise InputError if `target` exists and pdd did not make it."""
     if target.exists() and not made_by_pdd(target):
         raise InputError(
             f"{target} exists and was not made by pdd, or was changed since: it is not replaced",
@@ -117,7 +116,7 @@ def check_own(target: Path) -> None:
 
 
 def check_target(job: Job, size: tuple[int, int], output: Output) -> None:
-    """Raise InputError for what the format can't hold, before any work."""
+    """Raise InputError if the output's format can't hold the image, before any work."""
     check_size(job.target, *size)
     if output.encoding.lossless:
         check_lossless(job.target)
@@ -125,13 +124,13 @@ def check_target(job: Job, size: tuple[int, int], output: Output) -> None:
 
 
 def check_name(target: Path) -> None:
-    """Raise InputError for a name that file systems don't take."""
+    """Raise InputError for a name that is too long for file systems."""
     if len(os.fsencode(target.name)) > _LONGEST_NAME:
         raise InputError(f"{target}: the name is longer than {_LONGEST_NAME} bytes", "Use a shorter --suffix.")
 
 
 def failed(job: Job, error: Exception, started: float, done: Result | None = None) -> Result:
-    """That a job, begun at `started`, came to `error`; `done`: what was known of it."""
+    """The result of a job that started at `started` and failed with `error`; `done`: its result so far."""
     size = done.size_in if done else None
     shown = "" if isinstance(error, PddError | MemoryError) else "".join(traceback.format_exception(error))
     seconds = time.perf_counter() - started
@@ -139,7 +138,7 @@ def failed(job: Job, error: Exception, started: float, done: Result | None = Non
 
 
 def reason(job: Job, error: Exception) -> str:
-    """Why `job` failed, with its file."""
+    """The reason why `job` failed, with the name of the file."""
     if isinstance(error, PddError):
         reason = f"{error.message}. {error.hint}" if error.hint else error.message
     elif isinstance(error, MemoryError):
@@ -150,4 +149,4 @@ def reason(job: Job, error: Exception) -> str:
 
 
 class Abandoned(Exception):  # noqa: N818 - not a failure of its own
-    """Told to who computes or writes an image: it won't be finished."""
+    """Raised in the thread that computes or writes an image that won't be finished."""

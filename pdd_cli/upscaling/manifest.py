@@ -1,4 +1,4 @@
-"""What made each output of a folder, so that a run does exactly what is missing or changed."""
+"""Records of how each output of a folder was made, so that a run makes only missing or outdated outputs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ State = Literal["current", "stale", "missing", "foreign"]
 
 @dataclass(frozen=True)
 class _Record:
-    """`key` of the run that made the output; while it isn't `done` the file may be that of an earlier run.
+    """The `key` of an output; until it is `done` the file may be from an earlier run.
 
-    `about`: what is recorded of the output, by the last run that was done; empty in a manifest of an earlier version.
+    `about`: the record of the last finished output; empty in a manifest of an earlier version.
     """
 
     key: str
@@ -42,25 +42,25 @@ class _Record:
 
 
 def key_of(digest: str, recipe: Mapping[str, object]) -> str:
-    """What an output is known by: the SHA-256 of its input, and the weights and settings that decide what it is."""
+    """The key of an output: the SHA-256 of its input, and a digest of the weights and settings."""
     made_by = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
     return f"{digest}-{made_by[:16]}"
 
 
 def recorded(folder: Path) -> set[Path]:
-    """The outputs that the manifest in `folder`, if there is one, knows."""
+    """The outputs recorded in the manifest of `folder`, if there is one."""
     if not (folder / NAME).is_file():
         return set()
     return {folder / name for name in Manifest(folder, {}).outputs}
 
 
 class Manifest:
-    """The records of the outputs in one folder: one line of JSON each, appended when an output is begun and done.
+    """The records of the outputs in one folder, as lines of JSON, appended when an output is started and finished.
 
-    `recipe` is what decides, with the input, what an output is: the weights and the settings. `provenance` says the
-    same to people. `part`: the number of this process where several make outputs of the folder; each appends to a file
-    of its own, for appends from several machines to one file may be lost. A line that was cut short by a power failure
-    is passed over, and its output made again.
+    `recipe`: the weights and settings that determine an output together with its input. `provenance` is the readable
+    form of it. `part`: the number of this process if several write to the folder. Each appends to its own file, because
+    appends from several machines to one file may be lost. A line cut short by a power failure is ignored, and its
+    output is made again.
     """
 
     def __init__(
@@ -80,21 +80,21 @@ class Manifest:
         self._lock = threading.Lock()
         self._lines = 0
         self._cut = False
-        # Parts are there during a run of several processes, or after one that died: newer than the whole.
+        # Parts exist during a run of several processes, or after one that died. They are newer than the whole.
         for path in (self._whole, *self._parts()):
             self._read(path)
 
     @property
     def outputs(self) -> list[str]:
-        """The outputs, by their paths below the folder."""
+        """Paths of the outputs, relative to the folder."""
         return list(self._records)
 
     def key(self, digest: str) -> str:
-        """What an output made now of an input with this SHA-256 would be known by."""
+        """The key of a new output of an input with this SHA-256."""
         return key_of(digest, self._recipe)
 
     def state(self, target: Path, key: str) -> State:
-        """Whether the output `target` is what `key` makes; `foreign` is a file that pdd has not made, or not alone."""
+        """The state of the output `target` for `key`; `foreign`: pdd did not make it, or it was changed since."""
         if not target.exists():
             return "missing"
         record = self._records.get(self._name(target))
@@ -108,11 +108,11 @@ class Manifest:
         if record is None:
             return False
         known = record.about.get("output_sha256")
-        # The last: of a run that ended between the file and its record.
+        # The last condition: a run ended after writing the file and before recording it.
         return known is None or known == file_sha256(target) or made_by_pdd(target)
 
     def record(self, target: Path, key: str, *, source: Path, done: bool) -> None:
-        """Note that `target` is begun or done. Raises InputError, ResourceError where that can't be written."""
+        """Record that `target` is started or done. Raises InputError or ResourceError if that can't be written."""
         name = self._name(target)
         record = _Record(key, done, self._about(target, source, key) if done else self._known(name))
         with self._lock, write_errors(self._path):
@@ -142,22 +142,22 @@ class Manifest:
         }
 
     def inputs(self) -> dict[Path, Path | None]:
-        """The recorded outputs, and the input of each, as far as it is known."""
+        """The recorded outputs, and the input of each if it is known."""
         inputs = {name: record.about.get("input") for name, record in self._records.items()}
         return {self._folder / name: Path(str(source)) if source else None for name, source in inputs.items()}
 
     def tidy(self) -> None:
-        """Bring all records into one file, a line each, where there are parts, or lines that are cut short or old.
+        """Merge all records into one file, a line each, if there are parts, cut lines or many old lines.
 
-        To be called by one process while no other writes.
+        Only one process may call it, while no other writes.
         """
         parts = self._parts()
-        # Two lines an output are its life; what is more is from earlier runs.
+        # A run writes two lines per output; more are from earlier runs.
         if not parts and not self._cut and self._lines <= 4 * len(self._records) + 100:
             return
         with atomic_write(self._whole) as temporary:
             temporary.write_bytes(b"".join(record.line(name) for name, record in self._records.items()))
-        # Only then: until now they say the same as the whole.
+        # Deleted last: until then they hold the same records.
         for path in parts:
             path.unlink(missing_ok=True)
         self._lines, self._cut = len(self._records), False
@@ -177,7 +177,7 @@ class Manifest:
             raise InputError(f"can't read {path}: {error.strerror or error}") from error
         lines = data.decode("utf-8", "surrogateescape").splitlines()
         self._lines += len(lines)
-        # The next line would be appended to one that was cut short.
+        # The next line would be appended to one that is cut short.
         self._cut = self._cut or (bool(data) and not data.endswith(b"\n"))
         for line in lines:
             try:

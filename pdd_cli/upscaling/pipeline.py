@@ -1,4 +1,4 @@
-"""Images → images: reading, computing and writing overlap."""
+"""Upscale image files; reading, computing and writing overlap."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from pdd_cli.upscaling.manifest import Manifest
 from pdd_cli.upscaling.upscaler import OnTile, Upscaler
 from pdd_cli.upscaling.writer import OutputWriter
 
-# Images whose writing isn't waited for.
+# Images that may be waiting to be written.
 _WAITING_IMAGES = 2
-# A GPU makes images faster than one core compresses them.
+# Encoding threads with a GPU, which computes images faster than one core compresses them.
 _GPU_ENCODERS = 4
-# What is larger, in bytes of pixels, is not decoded ahead.
-_MOST_AHEAD = 100 << 20
+# Larger images, in bytes of pixels, are not decoded ahead.
+_MAX_AHEAD = 100 << 20
 
 
 def run_jobs(
@@ -41,12 +41,11 @@ def run_jobs(
     on_start: Callable[[Job], None] = lambda job: None,
     on_tile: OnTile = lambda done, total: None,
 ) -> Iterator[Result]:
-    """Do the jobs in turn, yielding what became of each.
+    """Do the jobs in turn, and yield the result of each.
 
-    Skipped, unless `output.overwrite`: with a `manifest`, what the same input, weights and settings have made already;
-    without one, every output of pdd that exists. The next image is decoded and the last one encoded
-    while one is computed. A job that fails doesn't stop the others; a full disk does (ResourceError), for it would
-    stop them all.
+    Unless `output.overwrite` is set, outputs that exist are skipped: with a `manifest` those of the same input, weights
+    and settings, without one all that pdd made. The next image is decoded and the last one encoded while one is
+    computed. A failed job doesn't stop the others, but a full disk does (ResourceError), because all would fail.
     """
     waiting: deque[Callable[[], Result]] = deque()
     encoders = 1 if upscaler.engine.runtime.device_type == "cpu" else min(_GPU_ENCODERS, usable_cpus())
@@ -74,7 +73,7 @@ def run_jobs(
 def preview_jobs(
     jobs: Sequence[Job], upscaler: Upscaler, *, output: Output = Output(), manifest: Manifest | None = None
 ) -> Iterator[Result]:
-    """What `run_jobs` would do, from the headers of the images alone (and their content, where a manifest is asked)."""
+    """Predict the results of `run_jobs` from the headers of the images (and, with a manifest, their content)."""
     for job in jobs:
         try:
             key = manifest.key(sha256(read_bytes(job.source)).hexdigest()) if manifest else ""
@@ -107,7 +106,7 @@ def preview_jobs(
 
 @dataclass(frozen=True)
 class _Loaded:
-    """An input that was read: `result` where that is the end of it, else its pages, decoded or about to be."""
+    """An input that was read: its `result` if the job is over, else its pages, which may be decoded later."""
 
     job: Job
     result: Result | None = None
@@ -118,7 +117,7 @@ class _Loaded:
 
 
 def _load(job: Job, upscaler: Upscaler, output: Output, manifest: Manifest | None) -> _Loaded:
-    """Read and decode the input of `job`, where it is to be done. Runs in the decoding thread."""
+    """Read and decode the input of `job` unless it is skipped. Runs in the decoding thread."""
     started = time.perf_counter()
     size_in = None
     try:
@@ -134,7 +133,7 @@ def _load(job: Job, upscaler: Upscaler, output: Output, manifest: Manifest | Non
         estimate = upscaler.estimate(header.spec, streamed=format_of(job.target) in STREAMED, timed=False)
         upscaler.check_memory(estimate.memory)
         pages = decode_pages(job.source, data, most_pixels=upscaler.most_pixels)
-        if header.spec.bytes <= _MOST_AHEAD:
+        if header.spec.bytes <= _MAX_AHEAD:
             pages = itertools.chain([next(pages)], pages)
         return _Loaded(job, None, data, digest, key, pages)
     except Exception as error:
@@ -149,7 +148,7 @@ def _compute(
     encoder: ThreadPoolExecutor,
     on_tile: OnTile,
 ) -> Callable[[], Result]:
-    """Compute the image of `loaded` while `encoder` writes it; what is returned waits for the file to be whole."""
+    """Compute the image of `loaded` while `encoder` writes it. The returned function waits for the file."""
     job, started = loaded.job, time.perf_counter()
     pages = loaded.pages
     while True:
@@ -227,7 +226,7 @@ def _about_frames(job: Job, frames: int) -> list[str]:
 
 
 def _left_out(job: Job, picture: DecodedImage, stream: ImageStream, count: int) -> tuple[str, ...]:
-    """Names of what the output can't have of `picture`. Raises InputError for colours that it can't have."""
+    """Names of what the output can't hold of `picture`. Raises InputError for colours that it can't hold."""
     names = left_out(job.target, stream, count=count)
     alpha = picture.alpha
     if alpha is None or stored_spec(job.target, stream.spec).alpha or (alpha == np.iinfo(alpha.dtype).max).all():

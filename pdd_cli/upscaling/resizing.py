@@ -1,4 +1,4 @@
-"""Which size an output gets, how many passes of the model that takes, and the one resampling to the exact size."""
+"""The size of an output, the number of model passes for it, and resampling to the exact size."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from PIL import Image
 
 FloatArray = npt.NDArray[np.float32]
 
-# Lanczos' radius in pixels of the coarser of the two grids.
+# Radius of the Lanczos filter in pixels of the coarser grid.
 _RADIUS = 3
 # Output rows that are resampled at once.
 _ROWS = 256
-# What resampling may add to the model's scale before another pass of the model (many times the work) is worth it.
+# Resampling may enlarge by this factor before another pass of the model, many times the work, is worth it.
 _STRETCH = 1.1
 
 
 @dataclass(frozen=True)
 class SizeRequest:
-    """The asked size of an output: at most one of the fields; none of them is the model's own scale.
+    """The requested size of an output. At most one field is set; without one it is the model's own scale.
 
-    `scale` times the input; `width`, `height` or `long_side` in pixels; `fit`: the largest (width, height) inside
-    this box. The aspect is kept in every case.
+    `scale`: a multiple of the input; `width`, `height`, `long_side`: pixels; `fit`: the largest size inside this
+    (width, height). The aspect ratio is always kept.
     """
 
     scale: float | None = None
@@ -35,7 +35,7 @@ class SizeRequest:
     fit: tuple[int, int] | None = None
 
     def size_of(self, width: int, height: int, native: int) -> tuple[int, int]:
-        """(width, height) that an image of this size gets from a model of scale `native`; at least one pixel."""
+        """(width, height) of the output for an image of this size and a model of scale `native`; at least 1 x 1."""
         if self.width is not None:
             return self.width, max(1, round(height * self.width / width))
         if self.height is not None:
@@ -55,9 +55,9 @@ class SizeRequest:
 
 
 def passes(source: tuple[int, int], target: tuple[int, int], native: int) -> int:
-    """How many passes of a model of scale `native` come before the resampling to `target` (width, height); at least 1.
+    """The number of passes of a model of scale `native` before the resampling to `target` (width, height); at least 1.
 
-    As many as reach the target, or fall short of it by a tenth at most.
+    The passes reach the target, or fall short of it by at most a tenth.
     """
     if native == 1:
         return 1
@@ -73,9 +73,9 @@ def resize_row_chunks(
 ) -> Iterator[FloatArray]:
     """Resample the rows of an image from `source` to `target` (width, height) with antialiased Lanczos.
 
-    `row_chunks`: (rows, width, C) from top to bottom, colours as sRGB encodes them, in 0..1; `alpha`: the last channel
-    is alpha. Only the rows that the filter needs are held. An image is reduced in linear light, where the mean of black
-    and white pixels has their brightness, and enlarged as it is encoded, where Lanczos rings least.
+    `row_chunks`: (rows, width, C) from top to bottom, sRGB-encoded, in 0..1; `alpha`: the last channel is alpha. Only
+    the rows that the filter needs are kept in memory. Images are reduced in linear light, which preserves brightness,
+    and enlarged as encoded, where Lanczos rings least.
     """
     if source == target:
         yield from row_chunks
@@ -86,7 +86,7 @@ def resize_row_chunks(
     margin = math.ceil(_RADIUS * max(step, 1)) + 1
     incoming = iter(row_chunks)
     held: list[FloatArray] = []
-    first = stop = 0  # the source rows that are held
+    first = stop = 0  # the range of source rows in `held`
     for start in range(0, target[1], _ROWS):
         end = min(start + _ROWS, target[1])
         while stop < min(math.ceil(end * step) + margin, source[1]):
@@ -114,10 +114,10 @@ def _resample(plane: FloatArray, size: tuple[int, int], box: tuple[float, float,
 
 
 def to_linear(encoded: FloatArray) -> FloatArray:
-    """sRGB's decoding of 0..1 (IEC 61966-2-1)."""
+    """Decode sRGB values in 0..1 to linear light (IEC 61966-2-1)."""
     return np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4).astype(np.float32)
 
 
 def from_linear(linear: FloatArray) -> FloatArray:
-    """sRGB's encoding of 0..1, the inverse of `to_linear`."""
+    """Encode linear light in 0..1 as sRGB, the inverse of `to_linear`."""
     return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Between the adapted model and its base: weights interpolated tensor by tensor."""
+"""Interpolation between the weights of an adapted model and of its base."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What `pdd adapt` says of weights: the `strength` to use, 1 where it says nothing, and why it `rejected` them."""
+    """What `pdd adapt` recommends: the `strength` to use, 1 by default, and the reason why it `rejected` weights."""
 
     strength: float = 1.0
     rejected: str = ""
 
 
 def recommended(path: Path) -> Recommendation:
-    """What the card of the weights at `path` recommends."""
+    """The recommendation in the card of the weights at `path`."""
     card = read_card(path)
     adapted = card.adapted if card is not None and card.adapted is not None else {}
     strength = adapted.get("strength")
@@ -35,22 +35,21 @@ def recommended(path: Path) -> Recommendation:
 
 
 def files_at_strength(path: Path, strength: float, find: Callable[[str], Path]) -> list[Path]:
-    """The weights files that decide what `at_strength` makes of the one at `path`."""
+    """The weights files that `at_strength` uses for the one at `path`."""
     card = read_card(path) if strength != 1 else None
     if card is None or card.base is None:
         return [path]
     try:
         return [path, find(card.base)]
-    except PddError:  # which `at_strength` explains
+    except PddError:  # reported by `at_strength`
         return [path]
 
 
 def at_strength(adapted: SRModel, strength: float, *, name: str, find: Callable[[str], Path]) -> SRModel:
-    """`adapted` moved towards its base: `strength` 1 is the adapted model, 0 its base, between them a mixture.
+    """Interpolate between the base (`strength` 0) and the adapted model (1), in place.
 
-    `find` turns the base's name, as the adapted model's card gives it, into a weights file; `name` is for messages.
-    The network of `adapted` is changed in place. Raises InputError where the base isn't known, can't be found, or
-    isn't the one that the card's checksum names.
+    `find` returns the weights file for the name of the base in the card; `name` is for messages. Raises InputError if
+    the base is unknown or not found, or its checksum is another one than in the card.
     """
     if strength == 1:
         return adapted
@@ -59,14 +58,14 @@ def at_strength(adapted: SRModel, strength: float, *, name: str, find: Callable[
     card = adapted.card
     if card is None or card.base is None or card.base_sha256 is None:
         raise InputError(
-            f"--strength {strength:g}: {name} doesn't say what base it was adapted from",
-            "Only weights that `pdd adapt` made know their base. Leave --strength out.",
+            f"--strength {strength:g}: the base of {name} is unknown",
+            "Only weights made by `pdd adapt` name their base. Leave out --strength.",
         )
     try:
         base = load_sr_model(find(card.base))
     except PddError as error:
         raise InputError(
-            f"--strength {strength:g}: the base of {name}, {card.base}, can't be had: {error.message}", error.hint
+            f"--strength {strength:g}: the base of {name}, {card.base}, can't be loaded: {error.message}", error.hint
         ) from error
     ours, theirs = adapted.module.state_dict(), base.module.state_dict()
     if state_sha256(theirs) != card.base_sha256:

@@ -1,4 +1,4 @@
-"""Where the tiles of an image lie and how much each counts where they overlap: pure planning, no pixels."""
+"""The positions of an image's tiles and their weights where they overlap: planning only, no pixels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Span:
 
 @dataclass(frozen=True)
 class TilePlan:
-    """The grid of tiles of one image: every row span with every column span; all tiles have one shape."""
+    """The grid of tiles of one image: each row span with each column span. All tiles have the same shape."""
 
     rows: tuple[Span, ...]
     columns: tuple[Span, ...]
@@ -44,8 +44,10 @@ class TilePlan:
         return row.stop - row.start, column.stop - column.start
 
     def tiles(self, scale: int) -> Iterator[tuple[Span, Span, Weights, Weights]]:
-        """(row span, column span, weights of its rows, of its columns) of each tile, for its h*scale rows and w*scale
-        columns; the products of both sum to 1 at every output pixel."""
+        """(row span, column span, row weights (h*scale), column weights (w*scale)) of each tile.
+
+        The products of the weights sum to 1 at every output pixel.
+        """
         down, across = feather(self.rows, scale), feather(self.columns, scale)
         for row, row_weights in zip(self.rows, down, strict=True):
             for column, column_weights in zip(self.columns, across, strict=True):
@@ -55,8 +57,8 @@ class TilePlan:
 def plan_tiles(height: int, width: int, *, tile: tuple[int, int] | None, overlap: int, multiple: int = 1) -> TilePlan:
     """Cover `height` x `width` LR pixels with tiles of at most `tile` (height, width); None is the whole image.
 
-    Neighbours overlap by at least `overlap` pixels, or by half a tile where that is less. Sizes must be multiples of
-    `multiple`, and every tile starts and ends at one, so that a network that pools pixels sees the same groups in
+    Neighbours overlap by at least `overlap` pixels, or by half a tile if that is less. Sizes must be multiples of
+    `multiple`. Every tile starts and ends at a multiple, so that a network that pools pixels sees the same groups in
     every tile.
     """
     tile_height, tile_width = tile or (height, width)
@@ -67,7 +69,7 @@ def plan_tiles(height: int, width: int, *, tile: tuple[int, int] | None, overlap
 
 
 def fit_tile(height: int, width: int, pixels: int) -> tuple[int, int] | None:
-    """The largest tile (height, width) of at most `pixels` LR pixels, as square as the image lets it be.
+    """The largest tile (height, width) of at most `pixels` LR pixels, as square as the image allows.
 
     None when the whole image fits.
     """
@@ -82,7 +84,7 @@ def feather(spans: Sequence[Span], scale: int) -> list[Weights]:
     """A weight for each output pixel of each span, summing to 1 where spans overlap.
 
     In the middle of an overlap, over at most 16 LR pixels, a tile's weight rises as sin² from 0 to 1. Nearer to its
-    edge, where the network lacks context, the tile doesn't count: the other one is further from its own edge there.
+    edge, where the network lacks context, its weight is 0: the other tile is further from its own edge there.
     """
     weights = []
     for index, span in enumerate(spans):
@@ -101,7 +103,7 @@ def feather(spans: Sequence[Span], scale: int) -> list[Weights]:
 
 
 def _ramp(overlap: int, scale: int) -> npt.NDArray[np.float64]:
-    """The weights along an overlap: 0, in its middle rising to 1."""
+    """The weights along an overlap: 0, rising in the middle, then 1."""
     blended = min(overlap, _BLENDED)
     before = (overlap - blended) // 2
     position = (np.arange(overlap * scale) + 0.5) / scale - before
@@ -118,7 +120,7 @@ def _spans(length: int, tile: int, overlap: int, multiple: int) -> tuple[Span, .
     units, tile = length // multiple, max(1, tile // multiple)
     overlap = min(-(-overlap // multiple), tile // 2)
     count = -(-(units - overlap) // (tile - overlap))
-    # As many tiles as the size asks for, but no larger than that number needs: no pixel is computed in vain.
+    # Tiles are as small as their number allows, so that no pixel is computed needlessly.
     tile = -(-(units + (count - 1) * overlap) // count)
     starts = [min(index * (tile - overlap), units - tile) for index in range(count)]
     return tuple(Span(start * multiple, (start + tile) * multiple) for start in starts)

@@ -1,4 +1,4 @@
-"""Image → image of the requested size, in tiles that fit the memory; rows come as soon as they are final."""
+"""Upscale an image to the requested size, in tiles that fit the memory; rows are yielded when they are final."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from pdd_cli.upscaling.colour import Correction, bleed, correct
 from pdd_cli.upscaling.resizing import SizeRequest, passes, resize_row_chunks
 from pdd_cli.upscaling.tiling import Span, TilePlan, Weights, fit_tile, plan_tiles
 
-# The automatic tile: what its activations may take of the free memory, and how large it gets at most. Beyond a
-# megapixel of LR a larger tile saves almost no overlap, and nothing would be heard of an image for minutes.
-_MEMORY_SHARE = 1 / 3
-_MOST_PIXELS = 1 << 20
-_SMALLEST_SIDE = 32
+# Automatic tiles: the fraction of the free memory for activations, and the maximum size. Tiles of more than a megapixel
+# save almost no overlap, and progress would be shown only every few minutes.
+_MEMORY_FRACTION = 1 / 3
+_MAX_TILE_PIXELS = 1 << 20
+_MIN_SIDE = 32
 
-# Of what --max-memory leaves, what is planned with; and what a process takes besides what it plans, bytes.
+# Fraction of the remaining --max-memory that is planned, and bytes that a process takes besides.
 _SAFE = 0.9
 _OVERHEAD = 150 << 20
-# Decoding holds the file, Pillow's pixels and a copy: per pixel of 4 samples.
+# Bytes per pixel of 4 samples while decoding: the file, Pillow's pixels and a copy.
 _DECODED_BYTES = 12
 _TIMED_SIDE = 64
 
 OnTile = Callable[[int, int], None]
-"""Told after each tile: how many are done, of how many."""
+"""Called after each tile with the number of finished tiles and of all tiles."""
 
 
 @dataclass(frozen=True, eq=False)
 class UpscaleResult:
-    """One upscaled picture, and what it took."""
+    """One upscaled picture, with the number of tiles and the seconds in the model."""
 
     picture: DecodedImage
     tiles: int
@@ -54,9 +54,9 @@ class UpscaleResult:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What upscaling one picture takes: `memory` is the peak of the process, `activations` the network's share (bytes).
+    """The estimated cost of one picture: peak `memory` of the process and `activations` of the network, in bytes.
 
-    `seconds`: from the time of a small tile; 0 where it wasn't asked.
+    `seconds`: extrapolated from a small tile; 0 if it was not measured.
     """
 
     memory: int
@@ -69,7 +69,7 @@ class UpscalePlan:
     """How one image is upscaled, decided once.
 
     `size`: (width, height) of the output; `passes`: the tiles of each pass of the model; `gray`: all channels are
-    equal; `opaque`: there is no transparent pixel; `direct`: the output is what the model makes of the whole image.
+    equal; `opaque`: no pixel is transparent; `direct`: the output is the model's output for the whole image.
     """
 
     size: tuple[int, int]
@@ -82,11 +82,11 @@ class UpscalePlan:
 class Upscaler:
     """Upscales pictures with one engine.
 
-    `tile`: "auto", 0 (whole image) or the longest side of a tile in LR pixels. `overlap`: the LR pixels around a tile
-    that the network sees besides. `size`: of the outputs. `max_memory`: bytes that the process may take on the CPU.
-    When memory runs out the tiles get smaller from then on, and `notify` is called once.
+    `tile`: "auto", 0 (whole image) or the longest side of a tile in LR pixels. `overlap`: LR pixels of context around a
+    tile. `size`: of the outputs. `max_memory`: maximum memory of the process on the CPU, in bytes. When memory runs
+    out, tiles become smaller from then on, and `notify` is called once.
 
-    Raises InputError for a model that takes or gives neither 1 nor 3 channels.
+    Raises InputError unless the model has 1 input and output channel, or 3.
     """
 
     def __init__(
@@ -112,22 +112,22 @@ class Upscaler:
         self.correction: Correction = correction
         self._overlap = overlap
         self._notify = notify
-        # What the network sees at once, in LR pixels: a side, or a number of pixels.
+        # Maximum size of a tile with its overlap, in LR pixels: a side, or a number of pixels.
         self._side = tile + 2 * overlap if isinstance(tile, int) and tile > 0 else None
         self._pixels: float = math.inf
         self._bytes_per_pixel = engine.bytes_per_pixel
-        fitting = available_memory(engine.runtime.device_name) * _MEMORY_SHARE // self._bytes_per_pixel
+        fitting = available_memory(engine.runtime.device_name) * _MEMORY_FRACTION // self._bytes_per_pixel
         if tile == "auto":
-            self._pixels = max(_SMALLEST_SIDE**2, min(_MOST_PIXELS, fitting))
+            self._pixels = max(_MIN_SIDE**2, min(_MAX_TILE_PIXELS, fitting))
         self._batch_pixels = min(engine.batch_pixels, fitting)
-        self.reserved = 0  # bytes that something else will take while a picture is upscaled: an encoder of video
+        self.reserved = 0  # bytes that other parts, such as a video encoder, use while a picture is upscaled
         self._max_memory = max_memory
         self._base_memory = resident_memory() + _OVERHEAD
         self._seconds_per_pixel = 0.0
 
     @property
     def most_pixels(self) -> int:
-        """The largest input that is decoded at all: by `max_memory`; without it 179 megapixels, for bombs' sake."""
+        """Maximum size of inputs: by `max_memory`, else 179 megapixels, as a limit for decompression bombs."""
         if self._max_memory is not None:
             return max(1, (self._max_memory - self._base_memory) // _DECODED_BYTES)
         return max(1, min(MOST_PIXELS, available_memory("cpu") // _DECODED_BYTES))
@@ -151,11 +151,11 @@ class Upscaler:
         return self.size.size_of(width, height, self.scale)
 
     def tiles(self, width: int, height: int) -> int:
-        """How many tiles an input of this size takes, over all passes."""
+        """The number of tiles of an input of this size, over all passes."""
         return sum(map(len, self._passes(width, height)))
 
     def estimate(self, spec: ImageSpec, *, streamed: bool, timed: bool = True) -> Estimate:
-        """What an input of this spec takes; `streamed`: its output is written row by row."""
+        """Estimate the cost of an input of this spec; `streamed`: the output is written row by row."""
         width, height = self.output_size(spec.width, spec.height)
         inputs = self._inputs(spec.width, spec.height)
         depth = spec.bits // 8
@@ -178,7 +178,7 @@ class Upscaler:
         return Estimate(memory, activations, seconds)
 
     def check_memory(self, memory: int) -> None:
-        """Raise ResourceError when an estimate is beyond what the process may take."""
+        """Raise ResourceError if an estimate exceeds the maximum memory."""
         limit = self._max_memory
         if limit is not None and memory > limit:
             raise ResourceError(
@@ -187,21 +187,21 @@ class Upscaler:
             )
 
     def _affordable(self, height: int, width: int) -> float:
-        """The LR pixels that the network may see at once within `max_memory`, beside all else of an image."""
+        """Maximum LR pixels of a tile within `max_memory`, beside the other memory for an image."""
         assert self._max_memory is not None
         left = self._max_memory - self._base_memory - self.reserved - 2 * height * width * 4
-        side = _SMALLEST_SIDE
+        side = _MIN_SIDE
         while True:
             rows, across = min(side + 8, height), min(side + 8, width)
             needed = rows * across * self._bytes_per_pixel + _rows_bytes(rows, width, self.scale)
-            if needed > left * _SAFE or rows * across >= _MOST_PIXELS:
+            if needed > left * _SAFE or rows * across >= _MAX_TILE_PIXELS:
                 return side**2
             if rows == height and across == width:
                 return math.inf
             side += 8
 
     def _time_of_a_pixel(self) -> float:
-        """Seconds of the network per LR pixel, measured once on a small tile."""
+        """Seconds per LR pixel in the network, measured once on a small tile."""
         if not self._seconds_per_pixel:
             lr = np.zeros((1, self.engine.model.in_channels, _TIMED_SIDE, _TIMED_SIDE), np.float32)
             self.engine.run(lr)
@@ -213,8 +213,8 @@ class Upscaler:
     def upscale(self, picture: DecodedImage, on_tile: OnTile = lambda done, total: None) -> UpscaleResult:
         """`picture` upscaled, in its own bit depth, with its alpha and metadata.
 
-        A gray picture stays exactly gray, opaque stays exactly opaque. Raises PddError when the model gives values
-        that aren't finite even in fp32, ResourceError when the memory doesn't suffice for the smallest tiles.
+        Gray stays exactly gray, opaque stays exactly opaque. Raises PddError if the model's output isn't finite even
+        in fp32, ResourceError if the memory doesn't suffice for the smallest tiles.
         """
         while True:
             try:
@@ -225,11 +225,11 @@ class Upscaler:
                 self.shrink(picture)
 
     def batch(self, width: int, height: int) -> int:
-        """How many images of this size are upscaled fastest together, by `upscale_all`."""
+        """The fastest batch size for images of this size in `upscale_all`."""
         return max(1, int(self._batch_pixels // (width * height)))
 
     def upscale_all(self, pictures: Sequence[DecodedImage]) -> list[UpscaleResult]:
-        """What `upscale` gives for each of some pictures of one size, in one pass of the model where that can be."""
+        """Upscale pictures of the same size, in one batch of the model if possible."""
         if len(pictures) > 1 and all(one.alpha is None and self.plan_image(one).direct for one in pictures):
             started = time.perf_counter()
             try:
@@ -262,20 +262,17 @@ class Upscaler:
         return UpscalePlan(size, tiles, gray, opaque, direct)
 
     def start(self, picture: DecodedImage, on_tile: OnTile = lambda done, total: None) -> UpscaleStream:
-        """`picture` as a stream whose rows are computed as they are taken: what `upscale` gives, but never held whole.
+        """Upscale `picture` as a stream whose rows are computed when they are read, so it is never whole in memory.
 
-        Taking them raises PddError as `upscale` does, and MemoryError, after which `shrink` is called for another try.
+        Reading raises PddError as `upscale` does, and MemoryError; call `shrink` then and try again.
         """
         return UpscaleStream(self, picture, on_tile)
 
     def shrink(self, picture: DecodedImage) -> None:
-        """Make the tiles smaller after memory ran out while `picture` was computed.
-
-        Raises ResourceError when they can't be any smaller.
-        """
+        """Make tiles smaller after memory ran out for `picture`. Raises ResourceError if they can't be smaller."""
         seen = max(self.plan(picture.height, picture.width).tile_size)
         side = seen // 2
-        if side < _SMALLEST_SIDE:
+        if side < _MIN_SIDE:
             raise ResourceError(
                 f"out of memory even with tiles of {seen} pixels",
                 "Close other programs, or use --device cpu or a lighter model.",
@@ -284,13 +281,13 @@ class Upscaler:
             import torch
 
             torch.cuda.empty_cache()
-        self._notify(f"out of memory: going on with tiles of at most {side} pixels")
-        # Told once: whatever comes later is known from the first time.
+        self._notify(f"out of memory: continuing with tiles of at most {side} pixels")
+        # Reported once.
         self._notify = lambda text: None
         self._side = side
 
     def _inputs(self, width: int, height: int) -> list[tuple[int, int]]:
-        """The (width, height) that each pass of the model takes."""
+        """The (width, height) of the input of each pass of the model."""
         count = passes((width, height), self.output_size(width, height), self.scale)
         return [(width * self.scale**n, height * self.scale**n) for n in range(count)]
 
@@ -300,7 +297,7 @@ class Upscaler:
 
 
 class UpscaleStream:
-    """One image being upscaled: `output` gives the rows; `tiles` and `model_seconds` tell what it takes."""
+    """One image being upscaled: `output` yields the rows; `tiles` and `model_seconds` are its cost."""
 
     def __init__(self, upscaler: Upscaler, picture: DecodedImage, on_tile: OnTile) -> None:
         self._upscaler = upscaler
@@ -315,7 +312,7 @@ class UpscaleStream:
         self.output = ImageStream(spec, self._row_chunks(picture, spec), metadata, picture.duration)
 
     def _row_chunks(self, picture: DecodedImage, spec: ImageSpec) -> Iterator[Array]:
-        """The rows of the output, in the picture's depth, colours first, alpha last."""
+        """The rows of the output, in the picture's bit depth, colours first, alpha last."""
         plan = self._plan
         if plan.direct:
             pixels = self._direct(picture)
@@ -329,7 +326,7 @@ class UpscaleStream:
             source = np.dstack([bleed(colours, picture.alpha), picture.alpha])
 
         for tiles in plan.passes[:-1]:
-            # Between two passes in 16 bits, which lose nothing that could be seen.
+            # 16 bits between two passes, which loses nothing visible.
             passed = (from_float(rows, 16) for rows in self._pass(source, tiles, gray))
             source = np.concatenate(list(passed))
         row_chunks = self._pass(source, plan.passes[-1], gray)
@@ -347,7 +344,7 @@ class UpscaleStream:
             yield values
 
     def _direct(self, picture: DecodedImage) -> Array | None:
-        """All rows of the output; None where the model gives values that aren't finite."""
+        """All rows of the output; None if the model's output isn't finite."""
         started = time.perf_counter()
         sr = self._upscaler.engine.run_rounded(np.ascontiguousarray(picture.pixels)[None])
         self.model_seconds += time.perf_counter() - started
@@ -373,13 +370,13 @@ class UpscaleStream:
             yield self._tile(source, plan.tile_size, gray)[: height * scale, : width * scale]
             return
         padded_width = plan.columns[-1].stop
-        top = 0  # the output row that `held` begins with
+        top = 0  # the output row of the first row in `held`
         held = np.zeros((0, padded_width * scale, source.shape[2]), np.float32)
         row: Span | None = None
         for next_row, column, down, across in plan.tiles(scale):
             if next_row != row:
                 row = next_row
-                # Rows above the first that this row of tiles counts in are final.
+                # Rows above the first one with a weight in this row of tiles are final.
                 final = row.start * scale + int(np.argmax(down > 0))
                 if final > top:
                     yield held[: final - top, : width * scale]
@@ -394,7 +391,7 @@ class UpscaleStream:
         yield held[: height * scale - top, : width * scale]
 
     def _tile(self, source: Array, size: tuple[int, int], gray: bool) -> FloatArray:
-        """(h, w, C) to (H*scale, W*scale, C), where (H, W) = `size`; less is padded by repeating the border."""
+        """Upscale (h, w, C), padded to (H, W) = `size` by replication, to (H*scale, W*scale, C)."""
         started = time.perf_counter()
         bottom, right = size[0] - source.shape[0], size[1] - source.shape[1]
         if bottom or right:
@@ -404,7 +401,7 @@ class UpscaleStream:
             sr = self._gray(planes[0])[None]
         elif self._upscaler.engine.model.in_channels == 3:
             sr = self._finite(planes[None, :3])[0]
-        else:  # a model of one channel sees the three one after the other
+        else:  # a model of one channel computes the three as a batch
             sr = self._finite(planes[:3, None])[:, 0]
         if len(planes) in (2, 4):
             alpha = planes[-1]
@@ -419,7 +416,7 @@ class UpscaleStream:
         return np.ascontiguousarray(sr.transpose(1, 2, 0))
 
     def _gray(self, plane: FloatArray) -> FloatArray:
-        """(h, w) to (h*scale, w*scale): the mean of what a colour model makes of three equal channels."""
+        """Upscale (h, w) to (h*scale, w*scale): the mean of a colour model's output for three equal channels."""
         channels = self._upscaler.engine.model.in_channels
         batch = np.broadcast_to(plane, (1, channels, *plane.shape))
         return np.asarray(self._finite(batch)[0].mean(axis=0))
@@ -428,10 +425,10 @@ class UpscaleStream:
         engine, lr = self._upscaler.engine, np.array(lr, np.float32, order="C")
         sr = engine.run(lr)
         if not np.isfinite(sr).all():
-            # fp16 overflows in this family of networks.
+            # fp16 may overflow in these networks.
             sr = engine.run(lr, exact=True)
             if not np.isfinite(sr).all():
-                raise PddError("the model gives values that are not finite, even in fp32: its weights are damaged")
+                raise PddError("the model's output is not finite, even in fp32: its weights are damaged")
         return sr
 
 
@@ -445,7 +442,7 @@ def _is_gray(pixels: Array) -> bool:
 
 
 def _rows_bytes(rows: int, width: int, scale: int) -> int:
-    """Bytes of a row of tiles, `rows` LR pixels high: as it is blended, quantised and waits to be written."""
+    """Bytes of a row of tiles, `rows` LR pixels high, while it is blended, quantised and queued for writing."""
     return rows * scale * width * scale * 4 * (2 * 4 + 4 + 3)
 
 
@@ -464,7 +461,7 @@ def _weigh(tile: FloatArray, down: Weights, across: Weights) -> None:
 
 
 def _keep_extremes(sr: FloatArray, lr: FloatArray, scale: int) -> FloatArray:
-    """`sr` with exact 0 and 1 where all LR neighbours have it, so that opaque and empty areas stay so."""
+    """`sr` with exactly 0 or 1 where all LR neighbours are 0 or 1, to keep opaque and empty areas exact."""
     height, width = lr.shape
     around = np.pad(lr, 1, mode="edge")
     windows = [around[y : y + height, x : x + width] for y in range(3) for x in range(3)]

@@ -1,4 +1,4 @@
-"""The rows of one output go from the thread that computes them to the one that encodes them."""
+"""Pass the rows of one output from the thread that computes them to the thread that encodes them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 from pdd_cli.imaging.image import Array, ImageStream
 from pdd_cli.upscaling.jobs import Abandoned
 
-# Chunks of rows that wait to be written.
+# Maximum number of chunks of rows that wait to be written.
 _WAITING_CHUNKS = 2
 
 
 class OutputWriter:
-    """Writes one file in a thread of `encoder` while its rows are computed; a few chunks of rows wait at most.
+    """Writes one file in a thread of `encoder` while its rows are computed. Only a few chunks of rows are queued.
 
-    `write` takes the images of the file, and how many they are.
+    `write` takes the images of the file and their number.
     """
 
     def __init__(self, encoder: ThreadPoolExecutor, write: Callable[[Iterator[ImageStream], int], None]) -> None:
@@ -33,9 +33,9 @@ class OutputWriter:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Within it, images are `put`; on exit the file is complete but for what waits, after an error it is dropped.
+        """The context in which images are `put`. After it only queued rows remain; after an error the file is dropped.
 
-        Where writing itself fails, the rest of the block is left out: `wait` raises the reason.
+        If writing fails, the rest of the block is skipped, and `wait` raises the error.
         """
         try:
             yield
@@ -49,7 +49,7 @@ class OutputWriter:
             raise
 
     def put(self, image: ImageStream, count: int) -> None:
-        """Hand over one of the `count` images of the file, with all its rows. The first one starts the writing."""
+        """Queue one of the `count` images of the file, with all its rows. The first one starts the writing."""
         if self._future is None:
             self._future = self._encoder.submit(self._write, self._images(), count)
         self._put(image)
@@ -57,7 +57,7 @@ class OutputWriter:
             self._put(rows)
 
     def wait(self) -> None:
-        """Wait until the file is written. Raises what writing it raised."""
+        """Wait until the file is written. Raises the error of writing it."""
         assert self._future is not None
         self._future.result()
 
@@ -72,7 +72,7 @@ class OutputWriter:
                 continue
 
     def _images(self) -> Iterator[ImageStream]:
-        """The images, for `write`, which takes the rows of each before the next."""
+        """The images for `write`, which must read all rows of an image before the next."""
         self._next = self._take()
         while isinstance(image := self._next, ImageStream):
             self._next = None
@@ -94,4 +94,4 @@ class OutputWriter:
 
 
 class _WriterEnded(Exception):  # noqa: N818 - the failure is in the writer's future
-    """Nobody takes the rows any more."""
+    """The writing thread has ended, so rows can't be queued."""
