@@ -885,7 +885,7 @@ def test_a_truncated_video_gives_what_can_be_decoded_and_says_so(tmp_path: Path,
     assert error is None
     count = document["files"][0]["frames"]
     assert 5 < count < 30
-    assert f"damaged or cut short: only {count}" in document["files"][0]["problem"]
+    assert f"damaged or truncated: only {count}" in document["files"][0]["problem"]
     assert len(frames_of(tmp_path / "out.mkv")) == count
     document, _ = run_upscale(source, tmp_path / "fine.mkv", "--weights", weights)
     assert document["files"][0]["problem"] == ""
@@ -897,7 +897,7 @@ def test_videos_that_change_midway_fail(tmp_path: Path, weights: Path) -> None:
     second = write_video(tmp_path / "b.ts", larger, times=list(range(100, 130)))
     (tmp_path / "again.ts").write_bytes(first.read_bytes() * 2)
     (tmp_path / "sizes.ts").write_bytes(first.read_bytes() + second.read_bytes())
-    for name, reason in (("again.ts", "timestamps start anew"), ("sizes.ts", "is 48x32")):
+    for name, reason in (("again.ts", "timestamps restart"), ("sizes.ts", "is 48x32")):
         document, error = run_upscale(tmp_path / name, tmp_path / "out.mkv", "--weights", weights)
         assert isinstance(error, PartialFailure)
         assert reason in document["files"][0]["problem"]

@@ -1,4 +1,4 @@
 """Videos: file to frames, frames to file, and the upscaling of a whole video in parts.
 
-All that knows PyAV belongs here.
+All code that uses PyAV belongs here.
 """

@@ -1,4 +1,4 @@
-"""Video file → what it is and its frames, by PyAV (FFmpeg's libraries)."""
+"""Reads the properties and frames of video files with PyAV (FFmpeg's libraries)."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ CONTAINERS = {
     ".webm": "webm",
     ".3gp": "3gp",
 }
-"""Suffix → FFmpeg's name of the container; what is written."""
+"""Suffix → FFmpeg's name of the container, for output."""
 
 _ALSO_READ = (
     *(".avi", ".divx", ".dv", ".mxf", ".ts", ".m2t", ".m2ts", ".mts", ".mpg", ".mpeg", ".vob", ".wmv", ".asf", ".flv"),
     *(".f4v", ".3g2", ".qt", ".ogv", ".ivf", ".y4m", ".m1v", ".m2v", ".h264", ".264", ".h265", ".265", ".hevc"),
 )
 
-# ITU-T H.273's numbers of matrices → the weights of red and blue in Y'.
+# Matrix number of ITU-T H.273 → weights of red and blue in Y'.
 _WEIGHTS = {
     1: (0.2126, 0.0722),
     4: (0.30, 0.11),
@@ -54,10 +54,10 @@ RGB, _BT709, _UNSPECIFIED, _BT601 = 0, 1, 2, 6
 _UNSPECIFIED_RANGE, _LIMITED, FULL_RANGE = 0, 1, 2
 
 SUBSAMPLINGS = {(1, 1): "444", (2, 1): "422", (2, 2): "420", (1, 2): "440", (4, 1): "411", (4, 4): "410"}
-_NO_FRAME_A_PACKET = ("vp8", "vp9", "libvpx", "libvpx-vp9")  # may hold packets that show nothing
+_CODECS_WITH_HIDDEN_FRAMES = ("vp8", "vp9", "libvpx", "libvpx-vp9")  # may hold packets that show nothing
 
-# FFmpeg's names of chroma sites → how far a chroma sample is from the first to the last luma sample that it covers,
-# across and down.
+# FFmpeg's chroma location → horizontal and vertical position of a chroma sample between the first (0) and the last (1)
+# luma sample that it covers.
 _SITES = {
     "left": (0.0, 0.5),
     "center": (0.5, 0.5),
@@ -67,7 +67,7 @@ _SITES = {
     "bottom": (0.5, 1.0),
 }
 
-# What frames carry beside their pixels and can't be kept. The rest says how the input was encoded.
+# Side data of frames that can't be kept, with readable names. Other side data only describes the encoding of the input.
 _SIDE_DATA = {
     "A53_CC": "closed captions",
     "MASTERING_DISPLAY_METADATA": "the mastering display",
@@ -93,14 +93,14 @@ HDR10 = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL")
 
 _DEINTERLACE = "deinterlace it first: ffmpeg -i FILE -vf bwdif OUT"
 
-_LOOK = 32  # packets, to find how they are timed
+_PROBED_PACKETS = 32  # packets that are read to find out which timestamps they have
 
-_MOST_BACK = 1  # seconds that timestamps may go back: a flaw of one frame, not another recording
+_MAX_BACKWARD_JUMP = 1  # seconds; a larger backward jump of the timestamps means the start of another recording
 
 
 @dataclass(frozen=True)
 class Colours:
-    """H.273's numbers of primaries, transfer and matrix, and FFmpeg's of the range, as the output is tagged."""
+    """The colour tags of the output: primaries, transfer and matrix as in H.273, range as in FFmpeg."""
 
     primaries: int
     transfer: int
@@ -109,26 +109,26 @@ class Colours:
 
     @property
     def full(self) -> bool:
-        """Whether all codes are used."""
+        """Whether the range is full."""
         return self.range == FULL_RANGE
 
     def coding(self, bits: int) -> Coding:
-        """How Y', Cb, Cr of so many bits stand for RGB."""
+        """The coding of RGB as Y', Cb, Cr with `bits` bits."""
         return Coding(*_WEIGHTS[self.matrix], bits, self.full)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """What a file says of its video; the stream `index` is the one that is upscaled.
+    """The properties of a video. The stream `index` is the one that is upscaled.
 
-    `width`, `height` as stored; `quarters`: turns counterclockwise that make it upright; `display`: the whole
-    matrix for that, as FFmpeg has it. `chroma`: luma samples per chroma sample, across and down; `coding` is None for
-    RGB. `site`: of chroma (`yuv.to_rgb`). `aspect`: of a pixel, 0 where unknown. `declared`: frames, 0 where unknown;
-    `frames`: about how many. `end`: the time when the last one ends, 0 where unknown. The file is cut short where that
-    is before `until`, or where all its streams end before `lasts`, seconds; both are 0 where unknown. `shift`: seconds
-    to take off all timestamps. `coded`: they are in the order of decoding; `timeless`: there are none. `side`: the
-    kinds of side data of the first frame; `mastering` and `light`: FFmpeg's numbers of the mastering display and the
-    content light level, or empty. `notes`: what to know of the input.
+    `width`, `height`: as stored. `quarters`: counterclockwise quarter turns that make it upright. `display`: FFmpeg's
+    display matrix. `chroma`: luma samples per chroma sample, horizontally and vertically. `coding`: None for RGB.
+    `site`: chroma location, see `yuv.to_rgb`. `aspect`: of a pixel; 0: unknown. `declared`: number of frames; 0:
+    unknown. `frames`: approximate number of frames. `end`: end time of the last frame; 0: unknown. The file is cut
+    short if the frames end before `until` or all streams end before `lasts` (seconds); 0: unknown. `shift`: seconds to
+    subtract from all timestamps. `coded`: timestamps are in decoding order. `timeless`: there are no timestamps.
+    `side`: kinds of side data of the first frame. `mastering`, `light`: FFmpeg's values of the mastering display and
+    the content light level, or empty. `notes`: messages about the input.
     """
 
     path: Path
@@ -163,25 +163,25 @@ class Clip:
 
     @property
     def upright(self) -> tuple[int, int]:
-        """(width, height) as it is seen."""
+        """(width, height) as displayed."""
         return (self.width, self.height) if self.quarters % 2 == 0 else (self.height, self.width)
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One frame: `time` in units of the clip's time base; `pixels` (h, w, 3) in 0..65535, as stored."""
+    """One frame. `time` is in units of the clip's time base; `pixels` are (h, w, 3) in 0..65535, as stored."""
 
     time: int
     pixels: Array | None
 
 
 def is_video(path: Path | str) -> bool:
-    """Whether the suffix is one of a video that pdd reads."""
+    """Whether the suffix is that of a video format that pdd reads."""
     return Path(path).suffix.lower() in (*CONTAINERS, *_ALSO_READ)
 
 
 def check_video_name(path: Path) -> None:
-    """Raise InputError where the suffix of an output isn't that of a container that pdd writes."""
+    """Raise InputError if pdd doesn't write containers with the suffix of `path`."""
     if path.suffix.lower() not in CONTAINERS:
         raise InputError(f"{path}: can't write a video of this kind", f"Use one of {', '.join(CONTAINERS)}.")
 
@@ -190,12 +190,12 @@ def check_video_name(path: Path) -> None:
 
 
 def read_clip(path: Path, *, most_pixels: int) -> Clip:
-    """What the file says of its video, and its first frame with it.
+    """Read the properties of a video from its header and its first frame.
 
-    Raises InputError for a file that is damaged, holds no video, or colours that pdd doesn't know.
+    Raises InputError if the file is damaged, contains no video, or has an unknown colour matrix.
     """
-    coded = _times_are_of_decoding(path)
-    with opened(path) as container:
+    coded = _has_only_dts(path)
+    with open_container(path) as container:
         stream = _video_of(container, path)
         described = describe_streams(container).get(stream.index, "")
         frame = _first_frame(container, stream)
@@ -209,9 +209,7 @@ def read_clip(path: Path, *, most_pixels: int) -> Clip:
         chroma = (2, 2) if len(form.components) < 3 and not rgb else _chroma_of(frame)
         colours = _colours_of(frame, rgb)
         if not rgb and colours.matrix not in _WEIGHTS:
-            raise InputError(
-                f"{path}: its colours are coded by a matrix that pdd doesn't know (number {colours.matrix} of H.273)"
-            )
+            raise InputError(f"{path}: unsupported colour matrix (number {colours.matrix} of H.273)")
         display = _display_of(frame)
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         rate = rate if 0 < rate <= 1000 else Fraction(25)
@@ -272,8 +270,8 @@ def read_clip(path: Path, *, most_pixels: int) -> Clip:
 
 
 def video_pixels(path: Path) -> int:
-    """About how many pixels all frames have, from the head of the file. Raises InputError as `read_clip` does."""
-    with opened(path) as container:
+    """The approximate number of pixels of all frames, from the header. Raises InputError as `read_clip` does."""
+    with open_container(path) as container:
         stream = _video_of(container, path)
         context = stream.codec_context
         seconds = Fraction(container.duration or 0, 1_000_000)
@@ -281,15 +279,15 @@ def video_pixels(path: Path) -> int:
 
 
 def side_data_names(side: Iterable[str]) -> list[str]:
-    """What the frames carry beside their pixels and is lost, from FFmpeg's names of it."""
+    """Readable names of the side data in `side` (FFmpeg's names) that can't be kept."""
     return list(dict.fromkeys(_SIDE_DATA[kind] for kind in _SIDE_DATA if kind in side))
 
 
 class FrameReader:
-    """The frames of a clip in order; those before `skip` come without their pixels.
+    """Yields the frames of a clip in order; frames before `skip` have no pixels.
 
-    `times` grows as they come. When all have, `end` is when the last one ends, and `notes` tells what was lost. Raises
-    InputError where the frames change their size, or the timestamps start anew.
+    `times` collects the times of the frames. After the last frame, `end` is its end time, and `notes` describes lost
+    data. Raises InputError if the size of the frames changes or the timestamps restart.
     """
 
     def __init__(self, clip: Clip, skip: int) -> None:
@@ -299,16 +297,16 @@ class FrameReader:
         self._packets = self._discarded = self._undecodable = self._damaged = self._untimed = self._interlaced = 0
         self._corrupt = 0
         self._cut = False
-        self._reached = Fraction(0)  # seconds at which the last packet of any stream ends
+        self._reached = Fraction(0)  # end of the last packet of any stream in seconds
         self._side: frozenset[str] = frozenset()
-        self._waiting: list[int] = []  # times of packets whose frames haven't come, a heap
-        self._one_a_packet = clip.codec not in _NO_FRAME_A_PACKET
+        self._waiting: list[int] = []  # heap of the times of packets that are not decoded yet
+        self._one_frame_per_packet = clip.codec not in _CODECS_WITH_HIDDEN_FRAMES
         self._shift = round(clip.shift / clip.time_base)
         self._step = self._last = max(1, round(1 / (clip.rate * clip.time_base)))
 
     def __iter__(self) -> Generator[Frame, None, None]:
         clip = self._clip
-        with opened(clip.path) as container:
+        with open_container(clip.path) as container:
             for frame in self._decoded(container):
                 if (frame.width, frame.height) != (clip.width, clip.height):
                     raise InputError(
@@ -327,17 +325,17 @@ class FrameReader:
 
     @property
     def end(self) -> int:
-        """When the last frame ends: as the file says, where it is whole."""
+        """The end time of the last frame: the declared one if the file is complete."""
         end = self._clip.end - self._shift
         return end if end > self.times[-1] and not self._lost else self.times[-1] + self._last
 
     def notes(self) -> list[str]:
-        """What to know of the frames that have come."""
+        """Messages about the frames that were read."""
         notes = []
         count, expected = len(self.times), self._expected
         if self._lost:
             of = f" of {expected}" if expected > count else ""
-            notes.append(f"the file is damaged or cut short: only {count}{of} frames could be decoded")
+            notes.append(f"the file is damaged or truncated: only {count}{of} frames could be decoded")
         elif self._corrupt:
             notes.append(f"packets that are damaged in the input: {self._corrupt}")
         if self._damaged:
@@ -352,13 +350,13 @@ class FrameReader:
 
     @property
     def left_out(self) -> list[str]:
-        """What later frames carry beside their pixels, not the first, and is lost."""
+        """Names of the side data of later frames, not of the first one, that can't be kept."""
         return side_data_names(self._side - self._clip.side)
 
     @property
     def _expected(self) -> int:
         declared = self._clip.declared - self._discarded
-        return max(declared, self._packets) if self._one_a_packet and not self._interlaced else declared
+        return max(declared, self._packets) if self._one_frame_per_packet and not self._interlaced else declared
 
     @property
     def _lost(self) -> bool:
@@ -376,10 +374,10 @@ class FrameReader:
         last = self.times[-1]
         if stamp is not None and stamp - self._shift > last:
             return stamp - self._shift
-        if stamp is not None and (last - stamp + self._shift) * self._clip.time_base > _MOST_BACK:
+        if stamp is not None and (last - stamp + self._shift) * self._clip.time_base > _MAX_BACKWARD_JUMP:
             raise InputError(
-                f"{self._clip.path}: the timestamps start anew at frame {len(self.times)}",
-                "Mend them first: ffmpeg -i FILE -c copy mended.mkv",
+                f"{self._clip.path}: the timestamps restart at frame {len(self.times)}",
+                "Repair them first: ffmpeg -i FILE -c copy repaired.mkv",
             )
         self._untimed += 1
         return last + (self._step if stamp is None else 1)
@@ -428,7 +426,7 @@ def _pixels(frame: VideoFrame, clip: Clip) -> Array:
 
 
 def _planes(frame: VideoFrame, format: str, count: int) -> list[Array]:
-    """The first `count` planes of `frame` in `format`, which differs from its own by the arrangement alone."""
+    """The first `count` planes of `frame` in `format`, which has the same samples in another arrangement."""
     if frame.format.name.replace("yuva", "yuv").replace("yuvj", "yuv").replace("gbra", "gbr") != format:
         same = frame.color_range
         frame = frame.reformat(format=format, src_color_range=same, dst_color_range=same)
@@ -436,7 +434,7 @@ def _planes(frame: VideoFrame, format: str, count: int) -> list[Array]:
 
 
 def plane_array(frame: VideoFrame, n: int) -> Array:
-    """A plane of `frame` as an array on its memory."""
+    """A plane of `frame` as an array that shares its memory."""
     plane = frame.planes[n]
     kind = np.dtype("<u2" if frame.format.components[0].bits > 8 else "u1")
     rows = np.frombuffer(memoryview(plane), kind).reshape(-1, plane.line_size // kind.itemsize)
@@ -445,7 +443,7 @@ def plane_array(frame: VideoFrame, n: int) -> Array:
 
 
 def _seconds_of(tag: str) -> Fraction:
-    """A duration as Matroska's tags have it, 00:00:10.500000000; 0 where it isn't one."""
+    """The seconds of a duration in Matroska's format, 00:00:10.500000000; 0 if it is invalid."""
     try:
         hours, minutes, seconds = tag.split(":")
         return (int(hours) * 60 + int(minutes)) * 60 + Fraction(seconds)
@@ -472,13 +470,13 @@ def _video_of(container: InputContainer, path: Path) -> VideoStream:
         if stream.codec_context is not None:
             return stream
     if videos:
-        kind = kind_of(videos[0], describe_streams(container))
+        kind = codec_name_of(videos[0], describe_streams(container))
         raise InputError(f"can't read {path}: nothing here decodes its video ({kind})")
     raise InputError(f"can't read {path}: there is no video in it")
 
 
-def kind_of(stream: Stream, described: Mapping[int, str]) -> str:
-    """FFmpeg's name of what a stream holds, or the file's own where FFmpeg has none; an attachment's file name."""
+def codec_name_of(stream: Stream, described: Mapping[int, str]) -> str:
+    """FFmpeg's name of the codec of a stream, or the file's name for it; the file name of an attachment."""
     if stream.type == "attachment":
         return stream.metadata.get("filename", "without a name")
     if stream.codec_context is not None:
@@ -489,7 +487,7 @@ def kind_of(stream: Stream, described: Mapping[int, str]) -> str:
 
 
 def describe_streams(container: InputContainer) -> dict[int, str]:
-    """By index, FFmpeg's line on each stream. PyAV has no other way to chroma sites and names of unknown codecs."""
+    """FFmpeg's description of each stream by index. PyAV gives chroma locations and unknown codecs in no other way."""
     log = pyav().logging
     log.set_libav_level(log.VERBOSE)
     log.set_level(log.VERBOSE)
@@ -501,14 +499,14 @@ def describe_streams(container: InputContainer) -> dict[int, str]:
     return {int(found[1]): found[0] for found in re.finditer(r"Stream #0:(\d+).*", text)}
 
 
-def _times_are_of_decoding(path: Path) -> bool:
-    """Whether the video's timestamps, as the file has them, are those of decoding alone, as in AVI.
+def _has_only_dts(path: Path) -> bool:
+    """Whether the file has only decoding timestamps (DTS), as AVI has.
 
-    What FFmpeg makes of these for display is wrong with B-frames.
+    The display times that FFmpeg derives from them are wrong if there are B-frames.
     """
-    with opened(path, options={"fflags": "nofillin"}) as container:
+    with open_container(path, options={"fflags": "nofillin"}) as container:
         packets = container.demux(_video_of(container, path))
-        some = [packet for packet in itertools.islice(packets, _LOOK) if packet.size]
+        some = [packet for packet in itertools.islice(packets, _PROBED_PACKETS) if packet.size]
         return all(packet.pts is None for packet in some) and any(packet.dts is not None for packet in some)
 
 
@@ -522,7 +520,7 @@ def _chroma_of(frame: VideoFrame) -> tuple[int, int]:
 
 
 def _colours_of(frame: VideoFrame, rgb: bool) -> Colours:
-    """What the frame is tagged as; without a tag what players take: the matrix by its size, all codes for gray."""
+    """The colour tags of the frame. Missing ones are chosen as players do: matrix by size, full range for gray."""
     matrix = frame.colorspace
     if not rgb and matrix in (RGB, _UNSPECIFIED, 3):
         matrix = _BT709 if frame.width >= 1280 or frame.height > 576 else _BT601
@@ -533,7 +531,7 @@ def _colours_of(frame: VideoFrame, rgb: bool) -> Colours:
 
 
 def _site_of(described: str) -> tuple[float, float]:
-    """Where chroma is sited, from FFmpeg's line on the stream."""
+    """The chroma location, from FFmpeg's description of the stream."""
     found = (site for name, site in _SITES.items() if re.search(rf"[(, ]{name}[,)]", described))
     return next(found, _SITES["left"])
 
@@ -554,7 +552,7 @@ def _kinds_of_side_data(frame: VideoFrame) -> frozenset[str]:
 
 
 def _numbers(frame: VideoFrame, kind: str, form: str) -> tuple[int, ...]:
-    """The numbers of a structure of FFmpeg's in the side data; none where there is no such."""
+    """The values of an FFmpeg structure in the side data; empty if it is absent."""
     for data in _side_data(frame):
         if data.type.name == kind and len(bytes(data)) >= struct.calcsize(form):
             return struct.unpack_from(form, bytes(data))
@@ -565,13 +563,13 @@ def _numbers(frame: VideoFrame, kind: str, form: str) -> tuple[int, ...]:
 
 
 def library_versions() -> str:
-    """What encoded frames may depend on, beside pdd."""
+    """The versions of PyAV and FFmpeg, on which encoded frames depend."""
     av = pyav()
     return f"{av.__version__} {sorted(av.library_versions.items())}"
 
 
 def pyav() -> Any:
-    """The module `av`. Raises InputError where it isn't installed."""
+    """The module `av`. Raises InputError if it isn't installed."""
     try:
         import av
     except ImportError as error:
@@ -580,8 +578,8 @@ def pyav() -> Any:
 
 
 @contextmanager
-def opened(path: Path, options: dict[str, str] | None = None) -> Iterator[InputContainer]:
-    """The file at `path`, opened for reading. Raises InputError that names it for what FFmpeg can't read."""
+def open_container(path: Path, options: dict[str, str] | None = None) -> Iterator[InputContainer]:
+    """Open `path` for reading. Raises InputError that names the file if FFmpeg can't read it."""
     av = pyav()
     try:
         with av.open(f"file:{path}", options=options, metadata_errors="surrogateescape") as container:

@@ -1,4 +1,4 @@
-"""Frames → video file, in parts, and everything else of the input's file beside them, by PyAV (FFmpeg's libraries)."""
+"""Encodes frames in parts and assembles them with the other streams of the input, with PyAV (FFmpeg's libraries)."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from pdd_cli.video.decode import (
     RGB,
     SUBSAMPLINGS,
     Clip,
+    codec_name_of,
     describe_streams,
-    kind_of,
-    opened,
+    open_container,
     plane_array,
     pyav,
 )
-from pdd_cli.video.matroska import ROOM, set_display_size
+from pdd_cli.video.matroska import PLACEHOLDER, set_display_size
 from pdd_cli.video.yuv import Coding, from_rgb
 
 if TYPE_CHECKING:
@@ -43,23 +43,23 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-# Statistics and marks of the old file that the new one's muxer or encoder writes, or that would be stale.
+# Tags of the input that the muxer or encoder writes itself, or that are wrong for the output.
 _STALE_TAGS = ("encoder", "major_brand", "minor_version", "compatible_brands", "duration", "bps", "number_of_")
 
 _MILLISECOND = Fraction(1, 1000)
 
-# The frame that is encoded, and the packets of the input that are written, to find whether a container holds them.
+# Size of the trial frame, and number of input packets, that test what a container supports.
 _SAMPLE = (64, 64)
-_TRIED = 400
+_PROBED_PACKETS = 400
 
-_OTHER_AUDIO = "Give it other audio first: ffmpeg -i FILE -map 0 -c copy -c:a flac new.mkv"
+_CONVERT_AUDIO = "Give it other audio first: ffmpeg -i FILE -map 0 -c copy -c:a flac new.mkv"
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How frames are encoded: FFmpeg's names of encoder and pixel format, bits, and the encoder's options.
+    """The encoding of frames: FFmpeg's names of encoder and pixel format, bits, and the options of the encoder.
 
-    `chroma`: luma samples per chroma sample; width and height must be multiples of them.
+    `chroma`: luma samples per chroma sample; width and height must be multiples of these.
     """
 
     name: str
@@ -71,31 +71,31 @@ class Codec:
 
     @property
     def kept_side_data(self) -> frozenset[str]:
-        """FFmpeg's names of the side data that the encoder is given."""
+        """FFmpeg's names of the side data that is passed to the encoder."""
         hdr = "x265-params" in dict(self.options) or "svtav1-params" in dict(self.options)
         return frozenset(HDR10 if hdr else ())
 
     @property
     def reorders(self) -> int:
-        """By how many frames the order of decoding may differ from that of display."""
+        """The maximum distance in frames between decoding order and display order."""
         return 2 if self.name in ("libx264", "libx265") else 0
 
 
 def choose_codec(clip: Clip, target: Path, encoding: Encoding) -> tuple[Codec, list[str]]:
-    """The encoder for `target`, with the chroma and bits of the clip as far as it has them; and what it hasn't.
+    """The encoder for `target`, with the clip's chroma and bits if it supports them, and notes on what it doesn't.
 
-    Raises InputError where the container can't hold what is asked.
+    Raises InputError if the container can't be used with these settings.
     """
     suffix = target.suffix.lower()
     if encoding.lossless:
         if suffix != ".mkv":
             raise InputError(
-                f"{target}: {suffix} videos can't be written losslessly", "Use --format mkv, or leave --lossless out."
+                f"{target}: {suffix} videos can't be written losslessly", "Use --format mkv, or omit --lossless."
             )
         bits = next(bits for bits in (8, 10, 12, 16) if bits >= clip.bits)
         format = "bgr0" if bits == 8 else f"gbrp{bits}le"
         return Codec("ffv1", format, bits, (1, 1), (("level", "3"), ("g", "1")), lossless=True), []
-    # 95 is the 17 that the well-known scripts take for "visually lossless", 80 about x264's own 23.
+    # Quality 95 is CRF 17, which is widely used as visually lossless; 80 is about x264's default of 23.
     quality = 15 + 0.36 * (100 - encoding.quality)
     chroma = {(1, 1): (1, 1), (2, 1): (2, 1), (1, 2): (1, 1)}.get(clip.chroma, (2, 2))
     bits = 8 if clip.bits == 8 else 10 if clip.bits <= 10 else 12
@@ -159,10 +159,10 @@ def _mastering(clip: Clip) -> tuple[list[tuple[Fraction, Fraction]], tuple[Fract
 
 
 class PartWriter:
-    """Encodes frames into one part of a video, a file that is there whole or not at all: `close` makes it so.
+    """Encodes frames into one part of a video. The file appears only when `close` has completed it.
 
-    A part begins with a frame that needs no other, and numbers its frames in milliseconds: the times of the clip,
-    whatever their unit, stay out of it. `target` is for messages.
+    A part starts with a keyframe. Its timestamps are frame numbers in milliseconds, because Matroska can't store the
+    times of the clip exactly. `target` is the name for messages.
     """
 
     def __init__(self, path: Path, target: Path, clip: Clip, codec: Codec, size: tuple[int, int]) -> None:
@@ -173,7 +173,7 @@ class PartWriter:
         os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 writes its settings to stderr; this leaves errors
         with ExitStack() as stack:
             temporary = stack.enter_context(atomic_write(path))
-            stack.enter_context(_told(target))
+            stack.enter_context(_ffmpeg_errors(target))
             self._container = stack.enter_context(pyav().open(f"file:{temporary}", "w", format="matroska"))
             self._stream = self._container.add_stream(codec.name, rate=clip.rate, options=dict(codec.options))
             self._stream.width, self._stream.height = size
@@ -184,7 +184,7 @@ class PartWriter:
             self._files = stack.pop_all()
 
     def add(self, time: int, pixels: Array) -> None:
-        """Encode a frame, (H, W, 3) in 0..65535, that is shown at `time` of the clip."""
+        """Encode a frame, (H, W, 3) in 0..65535, for display at `time` of the clip."""
         if not self._numbers:
             self._start = time
         self._numbers[time - self._start] = len(self._numbers)
@@ -193,16 +193,16 @@ class PartWriter:
             frame.pts, frame.time_base = time - self._start, self._clip.time_base
             self._mux(frame)
         except BaseException:
-            with self._files:  # which say what the matter is
+            with self._files:  # converts the error
                 raise
 
     def close(self) -> None:
-        """Put the part where it belongs. Raises ResourceError when the disk is full."""
+        """Complete the part. Raises ResourceError if the disk is full."""
         with self._files:
             self._mux(None)
 
     def abandon(self) -> None:
-        """Leave nothing behind."""
+        """Delete the incomplete part."""
         with suppress(_Abandoned), self._files:
             raise _Abandoned
 
@@ -219,7 +219,7 @@ class PartWriter:
 
 
 class _Abandoned(Exception):  # noqa: N818 - not a failure of its own
-    """What is being written won't be finished."""
+    """The file that is being written will not be finished."""
 
 
 def _video_frame(pixels: Array, codec: Codec, coding: Coding) -> VideoFrame:
@@ -245,7 +245,7 @@ def _video_frame(pixels: Array, codec: Codec, coding: Coding) -> VideoFrame:
 
 
 def _tag(stream: VideoStream, clip: Clip, codec: Codec) -> None:
-    """Say in `stream` what the colours of the clip are, and the aspect of its pixels."""
+    """Tag `stream` with the colours and the pixel aspect ratio of the clip."""
     context, colours = stream.codec_context, clip.colours
     context.color_primaries = colours.primaries
     context.color_trc = colours.transfer
@@ -257,9 +257,9 @@ def _tag(stream: VideoStream, clip: Clip, codec: Codec) -> None:
 
 @dataclass(frozen=True)
 class Extras:
-    """What else of the clip's file goes into an output: other streams, by index.
+    """The other streams of the input, by index, that are copied into the output.
 
-    `any_codec`: some of them are of a codec for which PyAV asks the muxer of Matroska in vain.
+    `any_codec`: some have a codec that PyAV rejects for Matroska, although its muxer supports it.
     """
 
     streams: tuple[int, ...] = ()
@@ -268,7 +268,7 @@ class Extras:
 
 @dataclass(frozen=True)
 class Target:
-    """An output: its path, and what is written about it. `strip`: no tags; `comment`: a line for its tags."""
+    """An output. `strip`: write no tags; `comment`: a line for the tag `comment`."""
 
     path: Path
     strip: bool = False
@@ -276,7 +276,7 @@ class Target:
 
     @property
     def container(self) -> str:
-        """FFmpeg's name of it."""
+        """FFmpeg's name of the container."""
         return CONTAINERS[self.path.suffix.lower()]
 
 
@@ -291,16 +291,16 @@ def assemble(
     *,
     length: int,
 ) -> None:
-    """Write `target`, whole or not at all, from encoded parts and everything else that the clip's file holds.
+    """Write `target` atomically from the encoded parts and the other streams of the clip's file.
 
-    `times` of all frames and the `end` of the last one are in the clip's time base; a part has `length` frames, the
-    last one may have less.
+    `times` of all frames and the `end` of the last one are in the clip's time base. Each part has `length` frames; the
+    last one may have fewer.
     """
     with (
-        opened(clip.path) as source,
-        opened(parts[0]) as first,
+        open_container(clip.path) as source,
+        open_container(parts[0]) as first,
         atomic_write(target.path) as temporary,
-        _told(target.path),
+        _ffmpeg_errors(target.path),
     ):
         encoded = first.streams.video[0]
         with _output(temporary, target, source, extras, last=True) as out:
@@ -319,17 +319,17 @@ def assemble(
 
 
 def choose_extras(clip: Clip, codec: Codec, target: Target) -> tuple[Extras, dict[str, str]]:
-    """What else of the clip's file `target` holds, by writing the head of it to nowhere; and what is left out: why.
+    """Find the streams that `target` supports by a trial without an output file. Also returns what is left out → why.
 
-    Raises InputError where that is sound.
+    Raises InputError if `target` doesn't support the audio.
     """
     from av.stream import Discard, Disposition
 
     wanted, videos, unknown = [], [], []
-    with opened(clip.path) as source:
+    with open_container(clip.path) as source:
         described = describe_streams(source)
         has_chapters = bool(source.chapters())
-        kinds = {stream.index: kind_of(stream, described) for stream in source.streams}
+        kinds = {stream.index: codec_name_of(stream, described) for stream in source.streams}
         types = {stream.index: stream.type for stream in source.streams}
         covers = {stream.index for stream in source.streams if stream.disposition & Disposition.attached_pic}
         for stream in source.streams:
@@ -344,10 +344,12 @@ def choose_extras(clip: Clip, codec: Codec, target: Target) -> tuple[Extras, dic
     left_out = {f"other video ({kinds[index]})": "one is upscaled" for index in videos}
     left_out |= {f"{types[index]} ({kinds[index]})": "nothing here knows it" for index in unknown}
     with _sample(clip, codec) as sample:
-        extras = _held(clip, codec, target, sample, wanted)
+        extras = _select_supported(clip, codec, target, sample, wanted)
         left = [index for index in wanted if index not in extras.streams]
         matroska = replace(target, path=target.path.with_suffix(".mkv"))
-        elsewhere = _held(clip, codec, matroska, sample, left).streams if target.container != "matroska" else ()
+        elsewhere = (
+            _select_supported(clip, codec, matroska, sample, left).streams if target.container != "matroska" else ()
+        )
     if extras.any_codec and has_chapters:
         left_out["chapters"] = "they can't go with such audio"
     suffix = target.path.suffix.lower()
@@ -355,7 +357,7 @@ def choose_extras(clip: Clip, codec: Codec, target: Target) -> tuple[Extras, dic
         if types[index] == "audio":
             raise InputError(
                 f"{target.path}: {suffix} can't hold the audio of {clip.path} ({kinds[index]})",
-                "Use .mkv." if index in elsewhere else _OTHER_AUDIO,
+                "Use .mkv." if index in elsewhere else _CONVERT_AUDIO,
             )
         name = "cover" if index in covers else types[index]
         instead = ", .mkv can" if index in elsewhere else ""
@@ -363,26 +365,26 @@ def choose_extras(clip: Clip, codec: Codec, target: Target) -> tuple[Extras, dic
     return extras, left_out
 
 
-def _held(clip: Clip, codec: Codec, target: Target, sample: Path, wanted: Sequence[int]) -> Extras:
-    """Those of the streams `wanted` that `target` holds."""
+def _select_supported(clip: Clip, codec: Codec, target: Target, sample: Path, wanted: Sequence[int]) -> Extras:
+    """Those of the streams `wanted` that `target` supports."""
     forms = [False, True] if target.container == "matroska" else [False]
     for any_codec in forms:
         extras = Extras(tuple(wanted), any_codec)
-        if _holds(clip, codec, target, extras, sample):
+        if _is_supported(clip, codec, target, extras, sample):
             return extras
     extras = Extras()
     for index in wanted:
         for any_codec in forms[extras.any_codec :]:
             more = Extras((*extras.streams, index), any_codec)
-            if _holds(clip, codec, target, more, sample):
+            if _is_supported(clip, codec, target, more, sample):
                 extras = more
                 break
     return extras
 
 
-def _holds(clip: Clip, codec: Codec, target: Target, extras: Extras, sample: Path) -> bool:
-    """Whether an output with these streams can be begun, and ended, with the first packets of each."""
-    with opened(clip.path) as source, opened(sample) as first:
+def _is_supported(clip: Clip, codec: Codec, target: Target, extras: Extras, sample: Path) -> bool:
+    """Whether an output with these streams, and the first packets of each, can be written."""
+    with open_container(clip.path) as source, open_container(sample) as first:
         try:
             with _output(Path(os.devnull), target, source, extras, last=False) as out:
                 streams = _add_streams(clip, codec, target, extras, source, first.streams.video[0], out)
@@ -390,7 +392,7 @@ def _holds(clip: Clip, codec: Codec, target: Target, extras: Extras, sample: Pat
                 for _, packet in _video_packets(clip, codec, [sample], [0, 1], 1, streams[clip.index]):
                     out.mux_one(packet)
                 others = streams.keys() - {clip.index}
-                some = (packet for packet in islice(source.demux(), _TRIED) if packet.stream_index in others)
+                some = (packet for packet in islice(source.demux(), _PROBED_PACKETS) if packet.stream_index in others)
                 for _, packet in _other_packets(clip, some, streams, target):
                     out.mux_one(packet)
         except (pyav().error.FFmpegError, ValueError):
@@ -410,11 +412,11 @@ def _sample(clip: Clip, codec: Codec) -> Iterator[Path]:
 
 
 def _output(path: Path, target: Target, source: InputContainer, extras: Extras, *, last: bool) -> OutputContainer:
-    """A container of the kind of `target` at `path`; the file is made with the header. `last`: it is the real one."""
+    """Open a container of the format of `target` at `path`. `last`: it is the final output, not a trial."""
     kind, url = target.container, f"file:{path}"
     options = {}
     if kind in ("mp4", "mov"):
-        # Playable while it downloads (by a second pass over the file); a phone's own tags have no other place.
+        # faststart: playable during download (a second pass over the file). Tags of phones need use_metadata_tags.
         flags = "+faststart" if last else ""
         if any(tag.startswith("com.") for tag in source.metadata):
             flags += "+use_metadata_tags"
@@ -422,7 +424,7 @@ def _output(path: Path, target: Target, source: InputContainer, extras: Extras, 
     elif kind in ("matroska", "webm"):
         options = {"write_crc32": "0"}
     if extras.any_codec:
-        # The muxer `tee` takes any codec, and so does Matroska behind it.
+        # PyAV checks codecs by the muxer's name; through `tee` it accepts any, and so does Matroska's muxer.
         settings = "".join(f":{key}={value}" for key, value in options.items())
         kind, url, options = "tee", f"[f={kind}{settings}]" + re.sub(r"([\\'|\[\] ])", r"\\\1", url), {}
     out: OutputContainer = pyav().open(
@@ -458,7 +460,7 @@ def _add_streams(
     for index, stream in streams.items():
         origin = source.streams.get(index)[0]
         stream.disposition = origin.disposition
-        stream.metadata.update(_fresh(origin.metadata, target.strip))
+        stream.metadata.update(_current_tags(origin.metadata, target.strip))
     video = streams[clip.index]
     _tag(video, clip, codec)
     video.time_base = clip.time_base
@@ -466,10 +468,10 @@ def _add_streams(
     if clip.display:
         video.set_display_matrix(clip.display)
     if codec.name == "libx265" and target.container not in ("matroska", "webm"):
-        video.codec_context.codec_tag = "hvc1"  # what Apple's players ask for
+        video.codec_context.codec_tag = "hvc1"  # required by Apple's players
     if target.container in ("matroska", "webm"):
-        video.metadata["title"] = video.metadata.get("title", "") + ROOM
-    out.metadata.update(_fresh(source.metadata, target.strip))
+        video.metadata["title"] = video.metadata.get("title", "") + PLACEHOLDER
+    out.metadata.update(_current_tags(source.metadata, target.strip))
     if target.comment:
         key = next((name for name in out.metadata if name.lower() == "comment"), "comment")
         out.metadata[key] = "\n".join(filter(None, [out.metadata.get(key), target.comment]))
@@ -478,12 +480,12 @@ def _add_streams(
 
 
 def _attach_cover(clip: Clip, cover: Any, out: OutputContainer) -> None:
-    """Attach a cover picture under its own name, where it has one. Raises ValueError where it is empty."""
+    """Attach a cover image under its own name, if it has one. Raises ValueError if it is empty."""
     kind = cover.codec_context.codec.canonical_name
     ending = {"mjpeg": "jpg"}.get(kind, kind)
     name = cover.metadata.get("filename", f"cover.{ending}")
     mime = cover.metadata.get("mimetype", f"image/{'jpeg' if kind == 'mjpeg' else kind}")
-    with opened(clip.path) as source:
+    with open_container(clip.path) as source:
         packets = source.demux(source.streams.get(cover.index)[0])
         data = next((bytes(packet) for packet in packets if packet.size), b"")
     if not data:
@@ -491,8 +493,8 @@ def _attach_cover(clip: Clip, cover: Any, out: OutputContainer) -> None:
     out.add_attachment(name, mime, data)
 
 
-def _fresh(tags: dict[str, str], strip: bool) -> dict[str, str]:
-    """The tags that stay true; of a stripped file the language alone."""
+def _current_tags(tags: dict[str, str], strip: bool) -> dict[str, str]:
+    """The tags that are still valid; with `strip` only the language."""
     if strip:
         return {key: value for key, value in tags.items() if key == "language"}
     return {key: value for key, value in tags.items() if not key.lower().lstrip("_").startswith(_STALE_TAGS)}
@@ -515,11 +517,11 @@ def _video_packets(
     length: int,
     stream: VideoStream,
 ) -> Iterator[tuple[float, Packet[Any]]]:
-    """The encoded frames in the order of decoding, with the second when each is due; `times`: theirs, and the end."""
+    """The encoded frames in decoding order with their decoding times in seconds. `times`: of all frames, and end."""
     step = times[1] - times[0]
     coded = 0
     for part, path in enumerate(parts):
-        with opened(path) as container:
+        with open_container(path) as container:
             for packet in container.demux(container.streams.video[0]):
                 if not packet.size or packet.pts is None:
                     continue
@@ -537,7 +539,7 @@ def _video_packets(
 def _other_packets(
     clip: Clip, packets: Iterator[Packet[Any]], streams: dict[int, Any], target: Target
 ) -> Iterator[tuple[float, Packet[Any]]]:
-    """The `packets` of other streams, as they are but for timestamps that go back, which no container takes."""
+    """The `packets` of other streams, unchanged except for decreasing timestamps, which no container accepts."""
     av = pyav()
     form = av.format
     step = 0 if form.ContainerFormat(target.container, "w").flags & form.Flags.ts_nonstrict.value else 1
@@ -567,8 +569,8 @@ def _other_packets(
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """What FFmpeg says while `path` is written as a PddError; what the system says is for `atomic_write`."""
+def _ffmpeg_errors(path: Path) -> Iterator[None]:
+    """Convert errors of FFmpeg while `path` is written to PddError. Errors of the system are left to `atomic_write`."""
     try:
         yield
     except (pyav().error.FFmpegError, ValueError) as error:

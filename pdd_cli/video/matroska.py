@@ -1,7 +1,7 @@
-"""The display size of a Matroska or WebM file: by way of PyAV, FFmpeg says that it is unknown.
+"""Sets the display size of a Matroska or WebM file, which FFmpeg marks as unknown when it is used through PyAV.
 
-The muxer is given a name for the track that is long enough, which then makes room for the elements: no other byte of
-the file moves.
+The title of the track is padded with a placeholder, whose space is then used for the new elements, so that no other
+byte of the file moves.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from pathlib import Path
 _SEGMENT, _TRACKS, _ENTRY, _VIDEO = b"\x18\x53\x80\x67", b"\x16\x54\xae\x6b", b"\xae", b"\xe0"
 _NAME, _VOID = b"\x53\x6e", b"\xec"
 _DISPLAY_WIDTH, _DISPLAY_HEIGHT, _DISPLAY_UNIT = b"\x54\xb0", b"\x54\xba", b"\x54\xb2"
-_HEAD = 1 << 20  # bytes, which hold the tracks
+_HEAD = 1 << 20  # bytes at the start of the file, which contain the tracks
 
-ROOM = "\x7f" * 32
-"""Goes behind the title of the video's track, until `set_display_size` takes it away."""
+PLACEHOLDER = "\x7f" * 32
+"""Appended to the title of the video track; `set_display_size` removes it."""
 
 
 def set_display_size(path: Path, size: tuple[int, int], aspect: Fraction) -> None:
-    """Say in the file at `path`, written without checksums, how large pixels of this `aspect` make its video.
+    """Set the display size in the file at `path`, written without checksums, for pixels with this `aspect` ratio.
 
-    Pixels of an aspect that isn't known, 0, are square.
+    An unknown aspect ratio, 0, means square pixels.
     """
     aspect = aspect or Fraction(1)
     width, height = size
@@ -31,17 +31,17 @@ def set_display_size(path: Path, size: tuple[int, int], aspect: Fraction) -> Non
         head = file.read(_HEAD)
         for start, end in _inside(head, (_SEGMENT, _TRACKS, _ENTRY), 0, len(head)):
             children = [(kind, head[begin:stop]) for kind, begin, stop in _elements(head, start, end)]
-            if any(kind == _NAME and body.endswith(ROOM.encode()) for kind, body in children):
+            if any(kind == _NAME and body.endswith(PLACEHOLDER.encode()) for kind, body in children):
                 file.seek(start)
                 file.write(_with_size(children, shown, end - start))
 
 
 def _with_size(children: list[tuple[bytes, bytes]], shown: tuple[int, int], length: int) -> bytes:
-    """A track's elements with the display size, `length` bytes."""
+    """The elements of a track with the display size, padded to `length` bytes."""
     parts = []
     for kind, body in children:
         if kind == _NAME:
-            body = body.removesuffix(ROOM.encode())
+            body = body.removesuffix(PLACEHOLDER.encode())
         elif kind == _VIDEO:
             sizes = {_DISPLAY_WIDTH: shown[0].to_bytes(4, "big"), _DISPLAY_HEIGHT: shown[1].to_bytes(4, "big")}
             kept = {name: body[begin:stop] for name, begin, stop in _elements(body, 0, len(body))}
@@ -54,7 +54,7 @@ def _with_size(children: list[tuple[bytes, bytes]], shown: tuple[int, int], leng
 
 
 def _inside(data: bytes, names: tuple[bytes, ...], start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Where the contents of the elements at the path `names` begin and end."""
+    """Start and end of the contents of the elements at the path `names`."""
     if not names:
         yield start, end
         return
@@ -64,7 +64,7 @@ def _inside(data: bytes, names: tuple[bytes, ...], start: int, end: int) -> Iter
 
 
 def _elements(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """(ID, begin, end of its contents) of each element; one that goes on beyond `end` stops there."""
+    """(ID, start and end of the contents) of each element; elements are cut at `end`."""
     while start + 2 <= end:
         id_length = 9 - data[start].bit_length()
         at = start + id_length
@@ -78,6 +78,6 @@ def _elements(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, i
 
 
 def _element(kind: bytes, body: bytes) -> bytes:
-    """An element with a size of one byte, or of two."""
+    """An element whose size is stored in one or two bytes."""
     size = bytes([0x80 | len(body)]) if len(body) < 127 else (0x4000 | len(body)).to_bytes(2, "big")
     return kind + size + body

@@ -1,4 +1,4 @@
-"""Videos → videos: decoding, upscaling and encoding overlap, and a run that was cut off is gone on with."""
+"""Upscales videos: decoding, upscaling and encoding overlap, and interrupted runs are resumed."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ from pdd_cli.video.decode import (
 from pdd_cli.video.encode import Codec, Extras, PartWriter, Target, assemble, choose_codec, choose_extras
 
 PART_FRAMES = 96
-"""Frames of a part: what is lost at most when a run is cut off."""
+"""Number of frames of a part, the most that is lost when a run is interrupted."""
 
 _T = TypeVar("_T")
 
-# Frames that wait to be upscaled, and that wait to be encoded.
-_AHEAD, _BEHIND = 2, 2
-# The frames that an encoder holds at a time, with their smaller copies, and the longest side it takes.
+# Numbers of frames that wait to be upscaled, and that wait to be encoded.
+_DECODE_AHEAD, _ENCODE_BEHIND = 2, 2
+# Number of frames that an encoder keeps in memory, and the longest side that it supports.
 _HELD_FRAMES = 64
 _LONGEST_SIDE = 16_384
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What becomes of a video: `size` (width, height) as stored; `memory`: of the process at most, bytes."""
+    """The plan for one video. `size`: (width, height) as stored. `memory`: peak of the process in bytes."""
 
     clip: Clip
     codec: Codec
@@ -65,8 +65,8 @@ class _Plan:
 
     @property
     def upright(self) -> tuple[int, int]:
-        """`size` as it is seen."""
-        return _turned(self.size, self.clip)
+        """`size` as displayed."""
+        return _swap_if_rotated(self.size, self.clip)
 
 
 def run_videos(
@@ -79,10 +79,10 @@ def run_videos(
     on_start: Callable[[Job], None] = lambda job: None,
     on_tile: OnTile = lambda done, total: None,
 ) -> Iterator[Result]:
-    """Do the jobs in turn, yielding what became of each, as `batch.run_jobs` does for images; `on_tile` counts frames.
+    """Run the jobs one after another and yield the result of each, as `run_jobs` does for images.
 
-    `recipe` is what decides, with the input, what an output is. What an earlier run of the same recipe left unfinished
-    is gone on with. A job that fails doesn't stop the others; a full disk does (ResourceError).
+    `on_tile` counts frames. `recipe`: the settings that, with the input, determine an output. Unfinished videos of the
+    same recipe are resumed. A failed job does not stop the others; a full disk does (ResourceError).
     """
     for job in jobs:
         started = time.perf_counter()
@@ -92,7 +92,7 @@ def run_videos(
             key = key_of(digest, recipe)
             result = skipped(job, key, output, manifest)
             if result is not None:
-                shutil.rmtree(parts, ignore_errors=True)  # of a run that was cut off just before it was done
+                shutil.rmtree(parts, ignore_errors=True)  # left by a run that was interrupted just before its end
                 yield result
                 continue
             on_start(job)
@@ -117,7 +117,7 @@ def preview_videos(
     output: Output = Output(),
     manifest: Manifest | None = None,
 ) -> Iterator[Result]:
-    """What `run_videos` would do, from the first frame of each video."""
+    """The expected results of `run_videos`, from the first frame of each video."""
     for job in jobs:
         try:
             digest = _digest(job.source)
@@ -146,17 +146,15 @@ def preview_videos(
 
 
 def _plan(job: Job, digest: str, upscaler: Upscaler, output: Output, *, timed: bool) -> _Plan:
-    """What becomes of a video, found out before any work, and the memory for its encoder reserved.
+    """Plan a video before any work, and reserve the memory of its encoder. `digest`: SHA-256 of the input.
 
-    `digest`: the input's SHA-256.
-
-    Raises InputError where it can't be done.
+    Raises InputError if the video can't be processed.
     """
     check_name(job.target)
     check_video_name(job.target)
     clip = read_clip(job.source, most_pixels=upscaler.most_pixels)
     codec, notes = choose_codec(clip, job.target, output.encoding)
-    width, height = _turned(upscaler.output_size(*clip.upright), clip)
+    width, height = _swap_if_rotated(upscaler.output_size(*clip.upright), clip)
     size = (width - width % codec.chroma[0], height - height % codec.chroma[1])
     if size != (width, height):
         notes.append(f"{width}x{height} is cut to {size[0]}x{size[1]}: its chroma needs even sizes")
@@ -199,7 +197,7 @@ def _check_memory(plan: _Plan, upscaler: Upscaler) -> None:
 
 
 class _Parts:
-    """The parts of a video in their folder beside the output; those of other settings or another input are dropped."""
+    """The parts of a video in a folder next to the output. Parts of other settings or inputs are deleted."""
 
     def __init__(self, folder: Path, target: Path, plan: _Plan, key: str) -> None:
         self._folder, self._target, self._plan = folder, target, plan
@@ -217,7 +215,7 @@ class _Parts:
 
     @property
     def frames(self) -> int:
-        """How many frames the finished parts hold, or more, where the last one is the end of the video."""
+        """The number of frames in the finished parts, or more if the last part is the shorter end of the video."""
         return len(self.paths) * PART_FRAMES
 
     def add(self, time: int, pixels: Array) -> None:
@@ -246,14 +244,14 @@ class _Parts:
             self.paths.append(path)
 
     def abandon(self) -> None:
-        """Drop the part that is being written; none is begun after it."""
+        """Delete the part that is being written, and start no other."""
         self._abandoned = True
         if self._open is not None:
             self._open.abandon()
             self._open = None
 
     def remove(self) -> None:
-        """Delete them all."""
+        """Delete all parts."""
         self.abandon()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -262,10 +260,10 @@ class _Parts:
 
 
 class _Worker:
-    """A thread that does what it is given, in turn.
+    """A thread that runs submitted functions one after another.
 
-    When its block ends early, what hasn't begun is dropped; and it ends only when the thread is idle, however often it
-    is interrupted meanwhile: files that the thread reads or writes must not be closed under it.
+    When the context ends early, pending functions are dropped. The context waits until the thread is idle, even if it
+    is interrupted, because files that the thread uses must not be closed.
     """
 
     def __init__(self, name: str) -> None:
@@ -276,7 +274,7 @@ class _Worker:
         return self
 
     def submit(self, function: Callable[..., _T], *arguments: object) -> Future[_T]:
-        """Have `function` called."""
+        """Call `function` in the thread."""
         while self._futures and self._futures[0].done():
             self._futures.popleft()
         future = self._pool.submit(function, *arguments)
@@ -309,8 +307,8 @@ def _upscale(
     model_seconds = 0.0
     try:
         with _Worker("decode") as decoder, _Worker("encode") as encoder:
-            together = upscaler.batch(*clip.upright)
-            ahead = deque(decoder.submit(next, frames, None) for _ in range(_AHEAD + together - 1))
+            batch_size = upscaler.batch(*clip.upright)
+            ahead = deque(decoder.submit(next, frames, None) for _ in range(_DECODE_AHEAD + batch_size - 1))
             waiting: deque[Future[None]] = deque()
 
             def upcoming() -> Iterator[Frame]:
@@ -319,15 +317,15 @@ def _upscale(
                     yield frame
 
             decoded = upcoming()
-            while some := list(itertools.islice(decoded, together)):
+            while some := list(itertools.islice(decoded, batch_size)):
                 shown = [(frame.time, frame.pixels) for frame in some if frame.pixels is not None]
                 found = _upscale_frames([pixels for _, pixels in shown], clip, upscaler)
                 for (time_shown, _), upscaled in zip(shown, found, strict=True):
                     tiles += upscaled.tiles
                     model_seconds += upscaled.model_seconds
-                    pixels = _turned_back(upscaled.picture.pixels, plan)
+                    pixels = _rotate_back(upscaled.picture.pixels, plan)
                     waiting.append(encoder.submit(parts.add, time_shown, pixels))
-                    while len(waiting) > _BEHIND + together - 1:
+                    while len(waiting) > _ENCODE_BEHIND + batch_size - 1:
                         waiting.popleft().result()
                 done += len(some)
                 on_tile(done, max(clip.frames, done))
@@ -365,7 +363,7 @@ def _upscale(
 
 
 def _upscale_frames(frames: Sequence[Array], clip: Clip, upscaler: Upscaler) -> list[UpscaleResult]:
-    """The frames as they are seen, upscaled. Raises PddError where it can't be."""
+    """Upscale frames in display orientation. Raises PddError if the memory does not suffice."""
     try:
         return upscaler.upscale_all(
             [DecodedImage(np.ascontiguousarray(np.rot90(one, clip.quarters))) for one in frames]
@@ -374,24 +372,24 @@ def _upscale_frames(frames: Sequence[Array], clip: Clip, upscaler: Upscaler) -> 
         raise PddError(f"{clip.path}: {error.message}", error.hint) from error
 
 
-def _turned(size: tuple[int, int], clip: Clip) -> tuple[int, int]:
-    """A (width, height) as it is seen, as it is stored, or the other way round."""
+def _swap_if_rotated(size: tuple[int, int], clip: Clip) -> tuple[int, int]:
+    """Convert a (width, height) between stored and displayed orientation."""
     return size if clip.quarters % 2 == 0 else (size[1], size[0])
 
 
-def _turned_back(pixels: Array, plan: _Plan) -> Array:
-    """The frame as it is stored, of the size that is encoded."""
+def _rotate_back(pixels: Array, plan: _Plan) -> Array:
+    """The frame in stored orientation, cropped to the encoded size."""
     stored = np.rot90(pixels, -plan.clip.quarters)
     return stored[: plan.size[1], : plan.size[0]]
 
 
 def _parts_folder(target: Path) -> Path:
-    """A hidden folder beside `target`, of a name that is short whatever the target's is."""
+    """A hidden folder next to `target`, with a short name of fixed length."""
     return target.with_name(f".pdd-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}.parts")
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file that need not fit into memory. Raises InputError where it can't be read."""
+    """The SHA-256 of a file, read in blocks. Raises InputError if it can't be read."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

@@ -1,6 +1,6 @@
-"""Y'CbCr ↔ R'G'B' as video stores it: the standard's matrix, range, bits and chroma sites, rounded once.
+"""Conversion between Y'CbCr, as stored in video, and R'G'B': matrix, range, bits and chroma location; rounded once.
 
-FFmpeg's own scaler goes through 8 bits on the way from 10-bit limited range, and is off by up to one 8-bit step there.
+FFmpeg's scaler converts 10-bit limited range through 8 bits and is off by up to one 8-bit step.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pdd_cli.imaging.image import Array, from_float
 
 FloatArray = npt.NDArray[np.float32]
 
-_PAD = 2  # columns and rows beyond the border that the cubic filter sees
+_PAD = 2  # padding for the cubic filter in samples
 
 
 @dataclass(frozen=True)
 class Coding:
-    """How Y', Cb, Cr stand for R'G'B'.
+    """The coding of R'G'B' as Y', Cb, Cr.
 
-    `red`, `blue`: their weights in Y' (ITU-R BT.601, BT.709, BT.2020); `bits` of a sample, 8 to 16; `full`: all codes
-    are used, else Y' lies in 16..235 and Cb, Cr in 16..240 (of 8 bits).
+    `red`, `blue`: weights in Y' (ITU-R BT.601, BT.709, BT.2020). `bits` per sample, 8 to 16. `full`: full range;
+    otherwise Y' is in 16..235 and Cb, Cr in 16..240 (for 8 bits).
     """
 
     red: float
@@ -44,7 +44,7 @@ class Coding:
 
     @property
     def luma_codes(self) -> float:
-        """How many codes Y' goes through from 0 to 1."""
+        """The number of codes between Y' = 0 and Y' = 1."""
         return (1 << self.bits) - 1 if self.full else 219 << self.bits - 8
 
     @property
@@ -54,23 +54,23 @@ class Coding:
 
     @property
     def chroma_codes(self) -> float:
-        """How many codes Cb and Cr go through from -0.5 to 0.5."""
+        """The number of codes between -0.5 and 0.5 of Cb and Cr."""
         return (1 << self.bits) - 1 if self.full else 224 << self.bits - 8
 
 
 def to_rgb(planes: Sequence[Array], coding: Coding, site: tuple[float, float] = (0.0, 0.5)) -> Array:
-    """(h, w, 3) in 0..65535 from Y' (h, w), and Cb and Cr of that size or smaller; from Y' alone, gray.
+    """Convert Y' (h, w), and Cb and Cr of that size or smaller, to (h, w, 3) in 0..65535. Y' alone gives gray.
 
-    `site`: where a chroma sample lies, across and down, from 0, at the first luma sample that it covers, to 1, at the
-    last: (0, 0.5) is MPEG-2's and later ones' on the left, (0.5, 0.5) JPEG's amid them, (0, 0) the top left of HDR10.
-    It is interpolated by a cubic filter.
+    `site`: horizontal and vertical position of a chroma sample, from 0 (at the first luma sample that it covers) to 1
+    (at the last). (0, 0.5) is left (MPEG-2 and later), (0.5, 0.5) centre (JPEG), (0, 0) top left (HDR10). Chroma is
+    interpolated by a cubic filter.
     """
     luma = (planes[0].astype(np.float32) - coding.black) / coding.luma_codes
     if len(planes) == 1:
         rgb = np.repeat(luma[:, :, None], 3, axis=2)
     else:
         cb, cr = (
-            _enlarged((plane.astype(np.float32) - coding.neutral) / coding.chroma_codes, luma.shape, site)
+            _upsample_chroma((plane.astype(np.float32) - coding.neutral) / coding.chroma_codes, luma.shape, site)
             for plane in planes[1:3]
         )
         from_cr, from_cb = 2 * (1 - coding.red), 2 * (1 - coding.blue)
@@ -80,10 +80,10 @@ def to_rgb(planes: Sequence[Array], coding: Coding, site: tuple[float, float] = 
 
 
 def from_rgb(pixels: Array, coding: Coding, chroma: tuple[int, int]) -> list[Array]:
-    """Y', Cb, Cr from (H, W, 3) in 0..255 or 0..65535; `chroma`: luma samples per chroma sample, across and down.
+    """Convert (H, W, 3) in 0..255 or 0..65535 to Y', Cb, Cr. `chroma`: luma samples per chroma sample in x and y.
 
-    Cb and Cr are sited on the left, halfway down (`to_rgb`); their filter is 1 2 1 across, a mean down. `chroma` is 1
-    or 2 each way and divides the size.
+    Each is 1 or 2 and divides the size. The chroma location is left (see `to_rgb`); the filter is 1 2 1 horizontally
+    and a mean vertically.
     """
     import cv2
 
@@ -115,8 +115,8 @@ def from_rgb(pixels: Array, coding: Coding, chroma: tuple[int, int]) -> list[Arr
     return [*planes, both[..., 0], both[..., 1]]
 
 
-def _enlarged(plane: FloatArray, shape: tuple[int, ...], site: tuple[float, float]) -> FloatArray:
-    """A chroma plane at the luma's size (h, w); each of its samples covers 1, 2 or 4 of them each way."""
+def _upsample_chroma(plane: FloatArray, shape: tuple[int, ...], site: tuple[float, float]) -> FloatArray:
+    """Upsample a chroma plane to the luma size (h, w); the factors are 1, 2 or 4."""
     if plane.shape == shape:
         return plane
     across, down = -(-shape[1] // plane.shape[1]), -(-shape[0] // plane.shape[0])
