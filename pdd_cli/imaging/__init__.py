@@ -1,4 +1,4 @@
-"""Still images: file to array and array to file, with everything the file says beside the pixels.
+"""Still images: read and write files, with all their metadata.
 
-All that knows a file format belongs here.
+Everything specific to a file format belongs here.
 """

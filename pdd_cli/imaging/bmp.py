@@ -1,4 +1,4 @@
-"""BMP files whose pixels are bit fields of 16 or 32 bits, of which Pillow knows only some."""
+"""BMP files whose pixels are bit fields of 16 or 32 bits. Pillow supports only some of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class BitFields:
 
 
 def bit_fields(head: bytes) -> BitFields | None:
-    """What the first 128 bytes of a file say; None for another kind of file, or of pixels."""
+    """Parse the first 128 bytes of a file; None for another kind of file or of pixels."""
     if len(head) < 54 or not head.startswith(b"BM"):
         return None
     start, size, width, height, _, bits, compression = struct.unpack_from("<IIiiHHI", head, 10)

@@ -1,4 +1,4 @@
-"""Rows of pixels to a file: PNG and TIFF are written as the rows come, other formats from the whole image."""
+"""Write image files: PNG and TIFF row by row, other formats from the whole image."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from pdd_cli.imaging.tiff import write_tiff
 def write_image(path: Path, picture: DecodedImage, *, quality: int = 95, lossless: bool = False) -> None:
     """Write `picture` in the format of the suffix of `path`, whole or not at all.
 
-    PNG and TIFF keep 16 bits, other formats are rounded to 8; JPEG has no alpha: the picture is laid on white.
-    `quality` 1..100 is for JPEG, AVIF and lossy WebP. Raises InputError when the format can't hold the size.
+    16 bits are rounded to 8 if the format has no more; JPEG has no alpha, so the picture is composited on white.
+    `quality` 1..100 is for JPEG, AVIF and lossy WebP. Raises InputError if the format can't hold the size.
     """
     stream = ImageStream(picture.spec, [picture.interleaved], picture.metadata)
     write_images(path, [stream], encoding=Encoding(quality, lossless))
@@ -35,7 +35,7 @@ def write_image(path: Path, picture: DecodedImage, *, quality: int = 95, lossles
 
 @dataclass(frozen=True)
 class Encoding:
-    """How files are written: `quality` 1 to 100 is for JPEG, AVIF and lossy WebP; `lossless` is for WebP."""
+    """Encoding options: `quality` 1 to 100 for lossy formats; `lossless` for WebP and JPEG XL."""
 
     quality: int = 95
     lossless: bool = False
@@ -49,13 +49,12 @@ def write_images(
     encoding: Encoding = Encoding(),
     provenance: Provenance | None = None,
 ) -> None:
-    """Write the images `streams`, of which there are `count`, as one file of the suffix's format, whole or not at all.
+    """Write `count` images as one file of the suffix's format, whole or not at all.
 
-    The rows of a stream are taken before the next stream is asked for. What the format can't hold is reduced:
+    The rows of a stream are read before the next stream. What the format can't hold is reduced:
     16 bits to 8, alpha to a white background, several images to the first. `provenance` is written to the metadata.
 
-    Raises InputError when the format can't hold the size, PddError when the file doesn't hold every row and image in
-    the end.
+    Raises InputError if the format can't hold the size, PddError if rows or images are missing in the finished file.
     """
     format = format_of(path)
     if not keeps_frames(path):
@@ -85,7 +84,7 @@ def write_images(
 
 def _stamped(metadata: Metadata, provenance: Provenance) -> Metadata:
     exif, software = stamped_exif(metadata.exif, provenance)
-    # Where a PNG names the program that made the input, that moves into the history like EXIF's.
+    # The program that a PNG names moves to the history, as EXIF's does.
     software = next((text.text for text in metadata.text if text.keyword == "Software"), software)
     return replace(
         metadata,
@@ -97,7 +96,7 @@ def _stamped(metadata: Metadata, provenance: Provenance) -> Metadata:
 
 
 class _Counted:
-    """Passes `streams` on and counts the rows taken from them; each one is read to its end before the next."""
+    """Iterates over `streams` and counts the rows that are read; each is read to its end before the next."""
 
     def __init__(self, streams: Iterable[ImageStream]) -> None:
         self._given = streams
@@ -112,7 +111,7 @@ class _Counted:
             self._left, self._expected = row_chunks, self._expected + stream.spec.height
             self.streams.append(replace(stream, row_chunks=()))
             yield replace(stream, row_chunks=row_chunks)
-            # A writer that knows the height doesn't ask for more than the last row: the check below does.
+            # A writer that knows the height stops at the last row; read on, for the check below.
             for _ in row_chunks:
                 pass
 
@@ -122,7 +121,7 @@ class _Counted:
             yield rows
 
     def check(self, path: Path, count: int) -> None:
-        """Raise PddError where not all rows of `count` images were taken."""
+        """Raise PddError unless all rows of `count` images were read."""
         for _ in self._left:
             pass
         if (len(self.streams), self._rows) != (count, self._expected):
@@ -133,7 +132,7 @@ class _Counted:
 
 
 def _check_images(path: Path, written: Path, format: str, streams: Sequence[ImageStream]) -> None:
-    """Raise PddError where the file `written` doesn't hold all of the `streams`, or not for as long."""
+    """Raise PddError if the file `written` lacks some of the `streams` or has other durations."""
     if format == "TIFF":
         import tifffile
 
@@ -141,7 +140,7 @@ def _check_images(path: Path, written: Path, format: str, streams: Sequence[Imag
             sizes = [(page.imagewidth, page.imagelength) for page in map(tifffile.TiffPage.aspage, file.pages)]
         complete = sizes == [(stream.spec.width, stream.spec.height) for stream in streams]
     else:
-        # Encoders join frames that are equal, which then are shown for as long as both.
+        # Encoders merge equal frames and add their durations.
         shown = 0.0
         with Image.open(written, formats=[format]) as image:
             for index in range(int(getattr(image, "n_frames", 1))):
@@ -169,7 +168,7 @@ def _fitted(path: Path, stream: ImageStream) -> ImageStream:
 
 
 def left_out(path: Path, stream: ImageStream, *, count: int = 1) -> tuple[str, ...]:
-    """Names of what a file of the suffix of `path` can't hold of one of `count` streams.
+    """Names of what the format of `path` can't hold of one of `count` streams.
 
     Raises InputError for colours that it can't hold.
     """
@@ -187,7 +186,7 @@ def _on_white(rows: Array) -> Array:
 
 
 def _write_whole(path: Path, format: str, streams: Iterable[ImageStream], encoding: Encoding) -> None:
-    """With Pillow, from arrays of the whole image."""
+    """Write with Pillow, from arrays of whole images."""
     images: list[Image.Image] = []
     durations: list[int] = []
     first: ImageStream | None = None
@@ -212,12 +211,12 @@ def _write_whole(path: Path, format: str, streams: Iterable[ImageStream], encodi
 
 
 def _has_profile(format: str, spec: ImageSpec) -> bool:
-    """Whether a file can have a colour profile that fits such pixels; without one it means sRGB."""
+    """Whether a file can hold a colour profile for such pixels; without one it is sRGB."""
     return format in ("JPEG", "TIFF", "PNG", "HEIF") or (format in ("WEBP", "AVIF") and spec.channels == 3)
 
 
 def _as_srgb(image: Image.Image, icc: bytes) -> Image.Image:
-    """`image` in sRGB."""
+    """Convert `image` to sRGB."""
     bands = image.split()
     colours = image.convert("L") if image.mode == "LA" else image.convert("RGB") if image.mode == "RGBA" else image
     if image.mode not in ("L", "LA", "RGB", "RGBA"):
@@ -237,7 +236,7 @@ def _pillow_options(format: str, stream: ImageStream, encoding: Encoding) -> dic
     metadata = stream.metadata
     match format:
         case "JPEG":
-            # Chroma at full resolution: nothing that the model drew is thrown away again.
+            # Chroma at full resolution, to keep the detail that the model adds.
             options = {"quality": encoding.quality, "subsampling": 0, "optimize": True}
             if metadata.iptc:
                 content = b"Photoshop 3.0\0" + photoshop_block(metadata.iptc)

@@ -17,12 +17,11 @@ def find_images(
     wanted: Callable[[str], bool] | None = None,
     problems: list[str] | None = None,
 ) -> list[Path]:
-    """The images below `folder`, by suffix, sorted; hidden files and folders are passed over, links followed once.
+    """The images below `folder`, by suffix, sorted. Hidden files and folders are skipped, links are followed once.
 
-    `wanted` says of a file's name whether it is looked for, in place of `is_image`. Folders below that can't be read
-    are added to `problems`.
+    `wanted` selects files by name; by default it is `is_image`. Subfolders that can't be read are added to `problems`.
 
-    Raises InputError when `folder`, or without `problems` one below, isn't a folder that can be read.
+    Raises InputError if `folder`, or without `problems` a subfolder, can't be read.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")

@@ -29,13 +29,13 @@ FORMATS = {
     ".hif": "HEIF",
     ".jxl": "JXL",
 }
-"""Suffix to the name of its format; what pdd reads and writes, HEIF and JXL with Pillow's plugins for them."""
+"""Suffixes and formats that pdd reads and writes; HEIF and JXL need Pillow's plugins."""
 
 STREAMED = ("PNG", "TIFF")
 """The formats that are written row by row."""
 
 _LONGEST_SIDE = {"JPEG": 65_535, "WEBP": 16_383, "AVIF": 65_535}
-# For HEIF what libheif, and so most programs, would read.
+# For HEIF the limit of libheif, which most programs use.
 _MOST_BYTES = {"BMP": 2**32 - 1, "HEIF": 2**32}
 _SIXTEEN_BIT = ("PNG", "TIFF", "HEIF")
 _WITH_ALPHA = ("PNG", "WEBP", "TIFF", "BMP", "AVIF", "HEIF", "JXL")
@@ -44,7 +44,7 @@ _ANIMATED = ("PNG", "WEBP", "AVIF")
 
 
 def format_of(path: Path) -> str:
-    """The format that the suffix of `path` names. Raises InputError for one that pdd doesn't write."""
+    """The format of the suffix of `path`. Raises InputError for one that pdd doesn't write."""
     try:
         return FORMATS[path.suffix.lower()]
     except KeyError:
@@ -52,7 +52,7 @@ def format_of(path: Path) -> str:
 
 
 def load_plugin(format: str) -> None:
-    """Let Pillow know HEIF or JXL. Raises InputError where the plugin isn't installed."""
+    """Register Pillow's plugin for HEIF or JXL. Raises InputError if it isn't installed."""
     try:
         if format == "HEIF":
             import pillow_heif
@@ -66,7 +66,7 @@ def load_plugin(format: str) -> None:
 
 
 def check_size(path: Path, width: int, height: int) -> None:
-    """Raise InputError when the format of `path` can't hold an image of this size."""
+    """Raise InputError if the format of `path` can't hold an image of this size."""
     format = format_of(path)
     longest = _LONGEST_SIDE.get(format, 2**31 - 1)
     if max(width, height) > longest:
@@ -81,7 +81,7 @@ def check_size(path: Path, width: int, height: int) -> None:
 
 
 def check_lossless(path: Path) -> None:
-    """Raise InputError when the format of `path` always loses something."""
+    """Raise InputError if the format of `path` is always lossy."""
     if format_of(path) in _LOSSY_ONLY:
         raise InputError(
             f"{path}: {format_of(path)} can't be written losslessly",
@@ -95,7 +95,7 @@ def keeps_frames(path: Path) -> bool:
 
 
 def stored_spec(path: Path, spec: ImageSpec) -> ImageSpec:
-    """`spec` as it is written to `path`: JPEG has no alpha; 16 bits only PNG, TIFF and HEIF, and JPEG XL for gray."""
+    """The spec of `spec` in the file `path`: JPEG has no alpha; only PNG, TIFF, HEIF and gray JPEG XL have 16 bits."""
     format = format_of(path)
     deep = format in _SIXTEEN_BIT or (format == "JXL" and spec.samples == 1)
     return replace(

@@ -15,21 +15,21 @@ from pdd_cli.imaging.metadata import Notes
 
 
 def is_deep(image: Image.Image, data: bytes) -> bool:
-    """Whether it is a HEIC or AVIF of 10 or 12 bits."""
+    """Whether a HEIC or AVIF image has 10 or 12 bits."""
     if image.format == "HEIF":
         return int(image.info.get("bit_depth", 8)) > 8
     return image.format == "AVIF" and _avif_bits(data) > 8
 
 
 def _avif_bits(data: bytes) -> int:
-    """8, 10 or 12, by the first configuration of AV1 in it."""
+    """Bits of the first AV1 configuration: 8, 10 or 12."""
     at = data.find(b"av1C")
     flags = data[at + 6] if 0 <= at < len(data) - 6 else 0
     return 8 if not flags & 0x40 else 12 if flags & 0x20 else 10
 
 
 def decode_avif(data: bytes) -> Array:
-    """The image of an AVIF file of 10 or 12 bits, which Pillow reduces to 8, in 16: (H, W, C)."""
+    """Decode AVIF of 10 or 12 bits, which Pillow reduces to 8, to 16 bits (H, W, C)."""
     import cv2
 
     decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -51,7 +51,7 @@ def lost_of_heif(image: Image.Image) -> Notes:
 
 
 def read_cicp(image: Image.Image, data: bytes) -> tuple[int, int, int, int] | None:
-    """What a HEIC or AVIF says of its colours where that isn't sRGB, for pixels that are full-range RGB here."""
+    """The colour space of a HEIC or AVIF file unless it is sRGB, for pixels that are decoded to full-range RGB."""
     primaries, transfer = 2, 2
     if image.format == "HEIF":
         nclx = image.info.get("nclx_profile") or {}
@@ -67,7 +67,7 @@ def read_cicp(image: Image.Image, data: bytes) -> tuple[int, int, int, int] | No
 
 
 def decode_heif(data: bytes) -> Array:
-    """The main image of a HEIC file of 10 or 12 bits, which Pillow's plugin reduces to 8, in 16: (H, W, C)."""
+    """Decode the main image of HEIC of 10 or 12 bits, which Pillow's plugin reduces to 8, to 16 bits (H, W, C)."""
     import pillow_heif
 
     file = pillow_heif.open_heif(io.BytesIO(data), convert_hdr_to_8bit=False)
@@ -84,7 +84,7 @@ _BITS = 10  # of 16: what devices read; x265 has 12, too
 
 
 def write_heif(path: Path, stream: ImageStream, quality: int) -> None:
-    """Not with Pillow, which has no 16 bits of several channels."""
+    """Write HEIC without Pillow, which has no 16-bit images of several channels."""
     load_plugin("HEIF")
     import pillow_heif
 

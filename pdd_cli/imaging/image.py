@@ -14,7 +14,7 @@ from pdd_cli.imaging.metadata import Metadata, Notes
 
 Array = npt.NDArray[Any]
 MOST_PIXELS = 178_956_970
-"""Pillow's limit against decompression bombs: what is larger is refused where the caller sets no limit of its own."""
+"""Pillow's limit against decompression bombs. Larger images are rejected unless the caller sets another limit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +22,8 @@ class DecodedImage:
     """A decoded image, upright.
 
     `pixels`: (H, W, C) uint8 or uint16, C = 1 (gray) or 3 (RGB). `alpha`: (H, W) of the same type, straight (not
-    premultiplied), or None. `metadata`: with a profile that fits the channels. `frames`: how many pages or frames the
-    file holds; `duration`: how long an animation shows this one, in milliseconds. `notes`: what was wrong with it.
+    premultiplied), or None. `metadata`: its profile fits the channels. `frames`: number of pages or frames in
+    the file; `duration` of this frame of an animation in milliseconds. `notes`: problems of the file.
     """
 
     pixels: Array
@@ -40,7 +40,7 @@ class DecodedImage:
 
     @property
     def interleaved(self) -> Array:
-        """(H, W, 1 to 4): the pixels, and the alpha last."""
+        """(H, W, 1 to 4): the pixels, then alpha."""
         return self.pixels if self.alpha is None else np.dstack([self.pixels, self.alpha])
 
     @property
@@ -82,7 +82,7 @@ class DecodedImage:
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of an image file says: the upright (width, height), frames, and the spec of the pixels."""
+    """The header of an image file: the upright (width, height), number of frames, and the spec of the pixels."""
 
     size: tuple[int, int]
     frames: int
@@ -138,9 +138,9 @@ class ImageSpec:
 
 @dataclass(frozen=True, eq=False)
 class ImageStream:
-    """One image of a file: its rows come in `row_chunks` (rows, width, samples) from top to bottom.
+    """One image of a file, whose rows come in `row_chunks` (rows, width, samples) from top to bottom.
 
-    `duration`: how long a frame of an animation is shown, in milliseconds.
+    `duration`: of a frame of an animation, in milliseconds.
     """
 
     spec: ImageSpec
@@ -160,13 +160,13 @@ def from_float(values: Array, bits: int) -> Array:
     found = np.empty(values.shape, np.uint16 if bits == 16 else np.uint8)
     if not values.size:
         return found
-    # In parts that stay in the CPU's cache.
+    # In chunks that fit the CPU's cache.
     rows = max(1, _CACHED // values[0].size) if values.ndim > 1 else _CACHED
     for start in range(0, len(values), rows):
         part = values[start : start + rows]
         if not np.isfinite(part).all():
             raise ValueError("pixel values that are not finite")
-        # In float64 for 16 bits: float32 has no half steps left there.
+        # float64 for 16 bits, because float32 is too coarse for rounding there.
         scaled = np.multiply(part, top, dtype=np.float64 if bits == 16 else np.float32)
         np.clip(np.rint(scaled, out=scaled), 0, top, out=scaled)
         found[start : start + rows] = scaled

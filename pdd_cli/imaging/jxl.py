@@ -1,4 +1,4 @@
-"""What the head of a JPEG XL file says, which Pillow's plugin tells only after decoding it all."""
+"""The header of a JPEG XL file, which Pillow's plugin returns only after decoding the whole file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def is_jxl(head: bytes) -> bool:
 
 
 def size_of(data: bytes) -> tuple[int, int]:
-    """(width, height) of the upright image, as the codestream has it (ISO/IEC 18181-1, D.2 and D.3).
+    """(width, height) of the upright image, from the codestream (ISO/IEC 18181-1, D.2 and D.3).
 
     Raises ValueError for a file without a codestream.
     """
     start = data[:64]
     if not data.startswith(_CODESTREAM):
-        # In a file of several parts each begins with its number.
+        # Each part of a file in parts begins with its number.
         parts = (body[4 if kind == b"jxlp" else 0 :][:64] for kind, body in _boxes(data) if kind in (b"jxlc", b"jxlp"))
         start = next(parts, b"")
     if not start.startswith(_CODESTREAM):
@@ -48,7 +48,7 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 
 def xmp_of(data: bytes) -> bytes | None:
-    """The XMP of a file, where it has one that isn't compressed."""
+    """The XMP of a file, if it has any that isn't compressed."""
     return next((bytes(body) for kind, body in _boxes(data) if kind == b"xml "), None)
 
 

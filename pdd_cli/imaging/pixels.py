@@ -45,14 +45,14 @@ def _from_palette(image: Image.Image) -> Image.Image:
 
 
 def without_copies(array: Array) -> Array:
-    """RGB (H, W, 3) or RGBA (H, W, 4) whose colours are all gray as (H, W) or (H, W, 2); others as they are."""
+    """Reduce RGB (H, W, 3) or RGBA (H, W, 4) that is gray to (H, W) or (H, W, 2); other arrays are unchanged."""
     if not (array[..., 0] == array[..., 1]).all() or not (array[..., 1] == array[..., 2]).all():
         return array
     return array[..., (0, 3)] if array.shape[2] == 4 else array[..., 0]
 
 
 def _from_cmyk(image: Image.Image, icc: object) -> Image.Image:
-    """sRGB by the image's own profile; without a usable one, by the plain formula."""
+    """Convert to sRGB by the image's profile, or by a simple formula if it has no usable one."""
     if isinstance(icc, bytes):
         try:
             converted = ImageCms.profileToProfile(
@@ -61,7 +61,7 @@ def _from_cmyk(image: Image.Image, icc: object) -> Image.Image:
             if converted is not None:
                 return converted
         except (ImageCms.PyCMSError, OSError):
-            pass  # a profile that is damaged or for another colour space
+            pass  # the profile is damaged or for another colour space
     return image.convert("RGB")
 
 

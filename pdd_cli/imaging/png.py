@@ -26,10 +26,10 @@ _MOST_INFLATED = 64 << 20
 
 @dataclass(frozen=True)
 class Chunks:
-    """`pixels`: a PNG file of nothing but the pixels. `beside`: (kind, content) of the other chunks, in their order.
+    """`pixels`: a PNG file of the pixels only. `beside`: (kind, content) of the other chunks, in order.
 
-    `key`: of a file of 16 bits the gray or RGB value that is transparent, which is not in `pixels` then. `notes`: what
-    was wrong with those that aren't there.
+    `key`: the transparent gray or RGB value of a 16-bit file, which `pixels` lacks. `notes`: problems of chunks that
+    were left out.
     """
 
     pixels: bytes
@@ -38,19 +38,19 @@ class Chunks:
     notes: tuple[str, ...]
 
     def first(self, kind: bytes) -> bytes | None:
-        """The content of the first chunk of this kind."""
+        """Content of the first chunk of this kind."""
         return next((content for name, content in self.beside if name == kind), None)
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    """A chunk as it is in a file."""
+    """Serialise a chunk."""
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def split(file: BinaryIO, *, whole: bool = True) -> Chunks:
-    """The chunks of a file that begins with the SIGNATURE; what comes behind its end isn't looked at.
+    """Split a file that begins with the SIGNATURE into chunks; data after its end is ignored.
 
-    Damage beside the pixels is noted, in them it raises ValueError. Not `whole`: without the pixels themselves.
+    Damaged metadata is noted, damaged pixels raise ValueError. Unless `whole`, the pixel data are skipped.
     """
     pixels, beside, notes = [file.read(len(SIGNATURE))], [], []
     kind, bits, colour, key, cut = b"", 0, 0, None, False
@@ -86,7 +86,7 @@ def split(file: BinaryIO, *, whole: bool = True) -> Chunks:
 
 
 def inflate(content: bytes) -> bytes:
-    """zlib's decompression, of what isn't a bomb. Raises ValueError, zlib.error."""
+    """Decompress with zlib. Raises ValueError for a decompression bomb, zlib.error."""
     stream = zlib.decompressobj()
     found = stream.decompress(content, _MOST_INFLATED)
     if stream.unconsumed_tail or not stream.eof:
@@ -96,10 +96,10 @@ def inflate(content: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame of an animation as it is stored: `file`, a PNG of its own, and where and how it is put on the canvas.
+    """A stored frame of an animation: `file`, a PNG, and its position on the canvas.
 
-    `is_over`: blended with what is there, else in place of it. `disposal`: what becomes of its rectangle when the next
-    one comes: 0 it stays, 1 it is cleared, 2 it is what it was before. `duration` in milliseconds.
+    `is_over`: blended over the canvas, else it replaces it. `disposal` of its rectangle before the next frame: 0 keep,
+    1 clear, 2 restore. `duration` in milliseconds.
     """
 
     file: bytes
@@ -113,7 +113,7 @@ class Frame:
 
 
 def frames(pixels: bytes) -> Iterator[Frame]:
-    """The frames of an animated PNG (PNG, third edition, 11.3.7), without an image that isn't part of it."""
+    """The frames of an animated PNG (PNG, third edition, 11.3.7), without a default image outside the animation."""
     at = len(SIGNATURE)
     header, shared, control, content = b"", b"", b"", b""
     while at + 8 <= len(pixels):
@@ -139,9 +139,9 @@ def frames(pixels: bytes) -> Iterator[Frame]:
 
 
 def play_frames(pixels: bytes, size: tuple[int, int]) -> Iterator[tuple[Array, float]]:
-    """The frames of an animated PNG as they are shown: (H, W, 3), or (H, W, 4) where there is alpha; and how long.
+    """The displayed frames of an animated PNG, (H, W, 3) or with alpha (H, W, 4), and their durations.
 
-    Pillow blends the alpha of a frame like a colour, which makes holes, and restores nothing below the first frame.
+    Pillow blends alpha like a colour, which makes holes, and doesn't restore the canvas below the first frame.
     """
     stored = list(frames(pixels))
     canvas = Image.new("RGBA", size)
@@ -169,10 +169,10 @@ def play_frames(pixels: bytes, size: tuple[int, int]) -> Iterator[tuple[Array, f
 
 
 def decode_png16(chunks: Chunks) -> Array:
-    """16 bits of several channels, which Pillow reduces to 8: (H, W, C), alpha last."""
+    """Decode 16 bits of several channels, which Pillow reduces to 8, to (H, W, C), alpha last."""
     import cv2
 
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it prints what it finds in damaged files
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # OpenCV prints problems of damaged files
     decoded = cv2.imdecode(np.frombuffer(chunks.pixels, np.uint8), cv2.IMREAD_UNCHANGED)
     if decoded is None or decoded.dtype != np.uint16 or decoded.ndim != 3:
         raise ValueError("16-bit pixels that can't be decoded")
@@ -182,7 +182,7 @@ def decode_png16(chunks: Chunks) -> Array:
 
 
 def with_key(channels: Array, key: tuple[int, ...] | None) -> Array:
-    """(H, W) or (H, W, C) of 16 bits, with an alpha where one value is transparent."""
+    """Add alpha to (H, W) or (H, W, C) of 16 bits if one value is transparent."""
     if key is None or channels.dtype != np.uint16:
         return channels
     channels = channels.reshape(*channels.shape[:2], -1)
@@ -200,7 +200,7 @@ def read_profile(chunks: Chunks, notes: Notes) -> tuple[object, Notes]:
 
 _COLOUR_CHUNKS = (b"gAMA", b"cHRM", b"sRGB", b"mDCV", b"cLLI", b"mDCv", b"cLLi")
 
-# Chunks of a PNG that are read, and those that are true of the old pixels only.
+# Chunks that are read, and chunks that describe the old pixels only.
 _READ_CHUNKS = (b"iCCP", b"cICP", b"pHYs", b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 _STALE_CHUNKS = (b"bKGD", b"tIME", b"sBIT", b"hIST", b"vpAg", b"orNT", b"caNv")
 _KNOWN_CHUNKS = (*_COLOUR_CHUNKS, *_READ_CHUNKS, *_STALE_CHUNKS)
@@ -261,20 +261,20 @@ def read_texts(chunks: Chunks) -> tuple[list[Text], Notes]:
 
 
 def raw_profile(text: str) -> bytes | None:
-    """What ImageMagick writes into a text of a PNG: a name, a length and hexadecimal digits, in lines."""
+    """Decode ImageMagick's profile in a PNG text: lines of a name, a length and hexadecimal digits."""
     try:
         return bytes.fromhex("".join(text.split("\n")[3:]))
     except ValueError:
         return None
 
 
-# Rows that a PNG is filtered by at once, and values that are computed with at once: as the CPU's cache holds them.
+# Rows that are filtered at once, and values that are computed at once: they fit the CPU's cache.
 _ROWS = 16
-_LONG_TEXT = 1024  # bytes of a text that is compressed
+_LONG_TEXT = 1024  # minimum bytes of a text that is compressed
 
 
 def write_png(file: BinaryIO, streams: Iterator[ImageStream], count: int) -> None:
-    """Any PNG of 8 or 16 bits, an animation of several streams: Pillow holds all of it, and has no 16 bits of RGB."""
+    """Write a PNG of 8 or 16 bits, with several streams an animation. Pillow has no 16-bit RGB and isn't streamed."""
     sequence = itertools.count()
     first: ImageSpec | None = None
     for stream in streams:
@@ -292,7 +292,7 @@ def write_png(file: BinaryIO, streams: Iterator[ImageStream], count: int) -> Non
         elif spec != first:
             raise InputError("pages of different sizes or kinds can't be frames of one PNG", "Use --format tiff.")
         if count > 1:
-            # The whole canvas, in place of what was there.
+            # The frame replaces the whole canvas.
             shown = round(stream.duration or 0)
             delay = (shown, 1000) if shown < 65536 else (min(65535, round(shown / 1000)), 1)
             control = struct.pack(">IIIIIHHBB", next(sequence), spec.width, spec.height, 0, 0, *delay, 0, 0)
@@ -306,7 +306,7 @@ def write_png(file: BinaryIO, streams: Iterator[ImageStream], count: int) -> Non
 
 
 def _metadata_chunks(metadata: Metadata) -> Iterator[tuple[bytes, bytes]]:
-    """The chunks of it, (kind, content)."""
+    """The metadata as chunks (kind, content)."""
     if metadata.cicp:
         yield b"cICP", bytes(metadata.cicp)
     if metadata.icc:
@@ -319,7 +319,7 @@ def _metadata_chunks(metadata: Metadata) -> Iterator[tuple[bytes, bytes]]:
     if metadata.xmp:
         yield b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + metadata.xmp
     if metadata.iptc:
-        # As ImageMagick and exiftool have it.
+        # The same as ImageMagick and exiftool.
         block = photoshop_block(metadata.iptc)
         yield b"zTXt", b"Raw profile type iptc\0\0" + zlib.compress(f"\niptc\n{len(block):8}\n{block.hex()}\n".encode())
     texts = metadata.text
@@ -348,10 +348,10 @@ def _text_chunk(text: Text) -> tuple[bytes, bytes]:
 
 
 def _compressed_rows(stream: ImageStream) -> Iterator[bytes]:
-    """The rows, filtered and compressed."""
+    """Filter and compress the rows."""
     spec = stream.spec
-    # Of filtered photographs only the statistics and flat areas can be used: to look for repetitions takes ten times as
-    # long, and the short ones that are found make the file larger.
+    # Filtered photographs have few repetitions. A search for them takes ten times as long, and the short matches make
+    # the file larger.
     compressor = zlib.compressobj(6, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
     above = np.zeros(spec.width * spec.samples * spec.bits // 8, np.uint8)
     for rows in stream.row_chunks:
@@ -366,15 +366,15 @@ def _compressed_rows(stream: ImageStream) -> Iterator[bytes]:
 
 
 def _filtered(rows: Array, above: Array, step: int) -> Array:
-    """The rows (n, bytes) after the one `above`, each by the PNG filter whose differences are smallest (n, 1 + bytes).
+    """Filter rows (n, bytes) below the row `above` by the PNG filter with the smallest differences: (n, 1 + bytes).
 
-    `step`: bytes per pixel. PNG specification, section 9; the choice is the heuristic that it recommends.
+    `step`: bytes per pixel. PNG specification, section 9, with its recommended heuristic.
     """
     up = np.vstack([above, rows[:-1]])
     left, corner = np.zeros_like(rows), np.zeros_like(rows)
     left[:, step:], corner[:, step:] = rows[:, :-step], up[:, :-step]
-    # In 8 bits throughout, which a CPU does 64 at a time. Paeth: where left and up differ from the corner to the same
-    # side, |left + up - 2 corner| is the sum of both differences, more than either.
+    # 8 bits throughout, which a CPU computes 64 at a time. Paeth: if left and up differ from the corner in the same
+    # direction, |left + up - 2 corner| is the sum of both differences, and larger than either.
     to_left, to_up = _distance(up, corner), _distance(left, corner)
     to_corner = _distance(to_left, to_up) | _mask((left > corner) == (up > corner))
     is_left = _mask((to_left <= to_up) & (to_left <= to_corner))
@@ -393,6 +393,6 @@ def _distance(a: Array, b: Array) -> Array:
 
 
 def _mask(condition: npt.NDArray[np.bool_]) -> Array:
-    """255 where it holds, else 0."""
+    """255 where the condition holds, else 0."""
     mask: Array = -condition.view(np.uint8)
     return mask
