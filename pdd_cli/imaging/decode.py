@@ -1,4 +1,4 @@
-"""File to image: formats, limits, errors; the first look at a header (`probe`) and the pages (`decode_pages`)."""
+"""Read image files: the header (`probe`) and the pages (`decode_pages`), with limits and errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _KINDS = "PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC, JPEG XL or GIF"
 
 
 def read_image(path: Path) -> DecodedImage:
-    """Read an image of any of the FORMATS, whatever the suffix says; of several pages or frames the first.
+    """Read an image, or the first page or frame, in any of the FORMATS, whatever its suffix.
 
     The orientation is applied. Palette images become RGB (gray where the palette is), CMYK becomes RGB; 16 bits per
     channel stay 16. Raises InputError that names the file and the reason for one that is damaged, cut short, too
@@ -72,13 +72,13 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _check_kind(path: Path) -> None:
-    """Raise InputError for a pipe or a device, which would be read for ever."""
+    """Raise InputError for a pipe or a device, which would be read forever."""
     if path.exists() and not path.is_file():
         raise InputError(f"can't read {path}: not a file")
 
 
 def decode_pages(path: Path, data: bytes, *, most_pixels: int = MOST_PIXELS) -> Iterator[DecodedImage]:
-    """The pages of a TIFF or frames of an animation, of another file the one image in it; `path` is for messages.
+    """Yield the pages of a TIFF, the frames of an animation, or the image of another file; `path` is for messages.
 
     Raises InputError as `read_image` does; `most_pixels` is the largest size that a page may have.
     """
@@ -120,7 +120,7 @@ def _probe_bit_fields(file: BinaryIO, most_pixels: int) -> Header:
 def _probe_jxl(file: BinaryIO, most_pixels: int) -> Header:
     size = size_of(file.read())
     check_pixels(size, most_pixels)
-    return Header(size, 1, ImageSpec(*size, 3, True))  # the most that it may hold
+    return Header(size, 1, ImageSpec(*size, 3, True))  # the maximum that it may hold
 
 
 def _probe_with_pillow(file: BinaryIO, most_pixels: int) -> Header:
@@ -143,7 +143,7 @@ _PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "AVIF", "GIF")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
 _TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
-# Bytes that tell the format.
+# Number of bytes that identify the format.
 _HEAD = 128
 
 # By these names and these beginnings; those that are TIFFs, DNG and others, by their tags.
@@ -159,7 +159,7 @@ _RAW_HEADS = (b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FUJIFILMCCD-RAW", b"FOVb", 
 
 @contextmanager
 def decode_errors(path: Path) -> Iterator[None]:
-    """Whatever goes wrong while `path` is decoded, as an InputError that names it and the reason."""
+    """Convert decoding errors to an InputError that names `path` and the reason."""
     try:
         yield
     except MemoryError:
@@ -173,7 +173,7 @@ def decode_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"can't read {path}: {error.strerror or f'damaged: {error}'}") from error
     except Exception as error:
-        # Decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError…, by where the file is broken.
+        # Decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError and others, depending on the damage.
         what = re.split(r"\.\s|\n", str(error))[0]
         raise InputError(f"can't read {path}: damaged: {what}") from error
 
@@ -200,7 +200,7 @@ def _formats(head: bytes) -> tuple[str, ...]:
 class _StrictPillow:
     """Within it, Pillow reports a file cut short and prints no warnings.
 
-    Of several threads that are in it the last one to leave puts everything back.
+    If several threads use it, the last one to leave restores the settings.
     """
 
     def __init__(self) -> None:
@@ -264,7 +264,7 @@ def _pillow_pages(data: bytes, most_pixels: int, notes: Notes = ()) -> Iterator[
             icc = image.info.get("icc_profile")
             if deep and frames == 1:
                 assert chunks is not None
-                image.load()  # finds out whether it is cut short, which OpenCV prints
+                image.load()  # detects files cut short; OpenCV only prints them
                 channels = decode_png16(chunks)
             elif is_deep(image, data) and frames == 1:
                 channels = decode_heif(data) if image.format == "HEIF" else decode_avif(data)
@@ -383,9 +383,9 @@ def _metadata(
 
 
 def _plays(image: Image.Image) -> int:
-    """How often an animation is shown; 0: for ever."""
+    """How often an animation is played; 0: forever."""
     loop = image.info.get("loop")
-    if image.format == "GIF":  # how often it is shown again
+    if image.format == "GIF":  # the number of repetitions
         return 1 if loop is None else loop + 1 if loop else 0
     return int(loop or 0)
 
@@ -434,7 +434,7 @@ def _has_previews(image: Image.Image) -> bool:
 
 @dataclass(frozen=True)
 class _Decoder:
-    """How files of one kind are read: `recognises` their first bytes, reads their header, decodes their pages."""
+    """A decoder: `recognises` the first bytes of a file, probes its header, and reads its pages."""
 
     recognises: Callable[[bytes], bool]
     probe: Callable[[BinaryIO, int], Header]

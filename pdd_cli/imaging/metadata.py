@@ -1,4 +1,4 @@
-"""What a file says beside its pixels: as one value, corrected for a new size, and as far as a format holds it."""
+"""Metadata of an image file: corrected for a new size, and reduced to what a format holds."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _HOLDS = {
     "BMP": {"dpi"},
 }
 
-# What one segment of a JPEG holds.
+# Maximum size of a JPEG segment.
 _MOST_JPEG = {"exif": 65_533, "xmp": 65_504, "iptc": 65_490, "comment": 65_533}
 
 
@@ -75,7 +75,7 @@ class GeoTag:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a file says beside the pixels.
+    """The metadata of an image file.
 
     `exif` begins with "Exif\\0\\0" and is without orientation, resolution and thumbnail, `dpi` is horizontal, vertical.
     `iptc`: records of IPTC-IIM. `comment`: that of a JPEG. `text`: of a PNG. `colour`: gAMA, cHRM, sRGB of a PNG as
@@ -100,11 +100,11 @@ class Metadata:
 
     @property
     def stripped(self) -> Metadata:
-        """What is needed to show the pixels as they are meant: their colour space, and how often they are played."""
+        """Only what is needed to display the pixels: the colour space, and how often an animation is played."""
         return Metadata(icc=self.icc, colour=self.colour, cicp=self.cicp, plays=self.plays)
 
     def resized(self, before: Size, after: Size) -> Metadata:
-        """What is true of the image of the (width, height) `after`."""
+        """The metadata for the resized image of (width, height) `after`."""
         if before == after:
             return self
         factors = (after[0] / before[0], after[1] / before[1])
@@ -116,7 +116,7 @@ class Metadata:
         )
 
     def held_by(self, format: str, *, gray: bool, animated: bool = False) -> tuple[Metadata, tuple[str, ...]]:
-        """What a file of `format` holds of it, and the names of the rest.
+        """The metadata that `format` can hold, and the names of the rest.
 
         A colour space that the format can only have as a profile becomes one. Raises InputError for HDR where the
         format can't say so.
@@ -189,7 +189,7 @@ def _is_of_a_program(description: object) -> bool:
 
 
 def load_exif(exif: bytes | None) -> Image.Exif:
-    """The tags of `exif`."""
+    """Parse the tags of `exif`."""
     tags = Image.Exif()
     if exif:
         tags.load(exif)
@@ -345,5 +345,5 @@ def dpi_of_exif(exif: Image.Exif) -> tuple[float, float] | None:
 
 
 def photoshop_block(iptc: bytes) -> bytes:
-    """IPTC as a resource of Photoshop."""
+    """IPTC as a Photoshop resource block."""
     return b"8BIM\x04\x04\0\0" + struct.pack(">I", len(iptc)) + iptc + b"\0" * (len(iptc) % 2)

@@ -1,4 +1,4 @@
-"""That a file was upscaled by pdd: written into each output, and read back, so that pdd knows its own files.
+"""Provenance: each output records that pdd made it, so that pdd recognises its own files.
 
 An output says it in EXIF or TIFF `Software` and in XMP (digital source type, history, and properties of pdd's own);
 what has neither, BMP, in a line of text behind its pixels. The seal in it is the SHA-256 of the file without the seal:
@@ -135,7 +135,7 @@ def stamped_xmp(xmp: bytes | None, made: Provenance, software: str | None) -> by
 
 
 def append_to_bmp(path: Path, made: Provenance) -> None:
-    """Put the line behind the pixels of a BMP, whose header says how long the file is."""
+    """Append the line to a BMP; its header states the length of the image."""
     with path.open("rb+") as file:
         file.seek(0, io.SEEK_END)
         file.write(b"\0" + sealed_text(made).encode(errors="replace") + b"\0")
@@ -145,7 +145,7 @@ def append_to_bmp(path: Path, made: Provenance) -> None:
 
 
 def seal(path: Path) -> None:
-    """Put the SHA-256 of the file in the place that was left for it; a file without one stays as it is."""
+    """Write the SHA-256 of the file into its placeholder; a file without one is unchanged."""
     with path.open("rb+") as file:
         for at in _places(file):
             file.seek(at)
@@ -228,7 +228,7 @@ def _append(parent: minidom.Element, text: str) -> None:
 
 
 def _plain(text: str) -> str:
-    """`text` without what XML can't hold."""
+    """Remove characters that XML can't hold."""
     return re.sub(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
 
 

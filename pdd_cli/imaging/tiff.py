@@ -82,7 +82,7 @@ def open_tiff(source: BinaryIO) -> Iterator[Any]:
 
     import tifffile
 
-    logging.getLogger("tifffile").disabled = True  # it writes about damaged files
+    logging.getLogger("tifffile").disabled = True  # tifffile logs problems of damaged files
     with tifffile.TiffFile(source) as file:
         first = file.pages[0]
         inner = first.pages or ()
@@ -188,7 +188,7 @@ def from_stored(samples: Array, spec: Page, colour_map: Any = None) -> Array:
 
 
 def straight(channels: Array) -> Array:
-    """Colours that were multiplied by their alpha, the last channel, as they were before."""
+    """Divide premultiplied colours by alpha, the last channel."""
     top = np.iinfo(channels.dtype).max
     values = channels.astype(np.float64)
     values[..., :-1] *= top / np.maximum(values[..., -1:], 1)
@@ -259,7 +259,7 @@ def _by_opencv(data: bytes, index: int, spec: Page) -> Array:
     samples = spec.colours + (spec.alpha is not None) + spec.extra
     decoded = None
     if spec.photometric in PLAIN and not spec.planar and samples in (1, 3, 4):
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it prints what it finds in damaged files
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # OpenCV prints problems of damaged files
         buffer = np.frombuffer(data, np.uint8)
         pages = cv2.imdecodemulti(buffer, cv2.IMREAD_UNCHANGED, range=(index, index + 1))[1]
         decoded = pages[0] if pages else None
