@@ -88,7 +88,7 @@ def test_the_resolved_config_repeats_the_run(ground, finished, tmp_path):
     assert_equal_weights(folder, tmp_path)
 
 
-def test_ctrl_c_saves_and_resume_equals_an_undisturbed_run(ground, finished, tmp_path):
+def test_ctrl_c_saves_and_resume_equals_an_uninterrupted_run(ground, finished, tmp_path):
     undisturbed, _ = finished
     process, log, hold = start(ground, tmp_path, lines=2)
     process.send_signal(signal.SIGINT)

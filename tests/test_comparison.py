@@ -90,7 +90,7 @@ def test_verdicts_follow_the_metrics_direction(differences: list[float], verdict
     assert compare(niqe, "a", "b", ours, {"other": 1.0}) is None
 
 
-def test_the_verdict_is_said_in_words() -> None:
+def test_the_verdict_is_reported_in_words() -> None:
     lpips, psnr_, niqe = metric_infos(["lpips", "psnr", "niqe"])
     names = [str(i) for i in range(8)]
     messages = [
@@ -264,7 +264,7 @@ def test_bad_companions_are_named_and_the_others_are_scored(sets: Path) -> None:
         (["good", "--lr-dir", "nowhere"], "--lr-dir nowhere"),
     ],
 )
-def test_bad_usage_is_told(sets: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str) -> None:
+def test_bad_usage_is_reported(sets: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str) -> None:
     monkeypatch.chdir(sets)
     (sets / "empty").mkdir()
     save(sets / "other/zzz.png", photo())

@@ -67,7 +67,7 @@ def test_hr_from_real_is_half_the_size_but_never_below_a_crop():
     assert (large.shape, small.shape, tiny.shape) == ((100, 150, 3), (64, 96, 3), (40, 50, 3))
 
 
-def test_unreadable_images_are_told_and_left_out(tmp_path):
+def test_unreadable_images_are_reported_and_left_out(tmp_path):
     (tmp_path / "below").mkdir()
     Image.fromarray(noise(20, 30)).save(tmp_path / "below" / "good.png")
     Image.fromarray(noise(20, 30)[..., 0]).save(tmp_path / "gray.png")

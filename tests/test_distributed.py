@@ -144,7 +144,7 @@ def test_what_is_not_finite_in_one_process_is_skipped_in_all(outcomes: tuple[Pat
         assert "returned to step 4 with 0.5" in reports[8][3]
 
 
-def test_one_interrupted_process_stops_all_after_one_step_and_one_process_goes_on(
+def test_one_interrupted_process_stops_all_after_one_step_and_one_process_continues(
     ground: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     hold = Hold(tmp_path / "hold", "log.jsonl", 3)
@@ -166,7 +166,7 @@ def test_one_interrupted_process_stops_all_after_one_step_and_one_process_goes_o
     assert_same_run(ground, undisturbed, tmp_path / "runs" / "realLR")
 
 
-def test_two_processes_go_on_where_one_was_stopped_and_write_and_print_once(
+def test_two_processes_continue_where_one_was_stopped_and_write_and_print_once(
     ground: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     in_this_process(ground, tmp_path, until=5)
@@ -208,7 +208,7 @@ def test_a_batch_that_can_not_be_shared_is_refused_with_one_that_can() -> None:
         Ranks(1, 4).device("cuda:1")
 
 
-def test_shares_of_a_batch_are_its_parts() -> None:
+def test_each_process_takes_its_part_of_a_batch() -> None:
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (90, 100, 3), np.uint8) for _ in range(3)]
     degradation = Degradation(blur=(0.5, 2), noise=(1, 9), jpeg=(30, 90))

@@ -162,7 +162,7 @@ def test_a_full_disk_ends_with_the_remedy_and_a_whole_checkpoint(prepare: Callab
     assert torch.load(run.folder.checkpoint, weights_only=True)["step"] == 4
 
 
-def test_a_full_disk_is_told_of_the_files_of_libraries(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_of_the_files_of_libraries(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     tensors = {"a": torch.zeros(1 << 20)}
     try:

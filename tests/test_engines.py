@@ -63,7 +63,7 @@ def test_bf16_is_autocasts_to_the_last_bit(name: str) -> None:
         assert np.abs(found - exact).max() > 0
 
 
-def test_a_cpu_is_chosen_by_name_or_for_want_of_a_gpu() -> None:
+def test_a_cpu_is_chosen_by_name_or_without_a_gpu() -> None:
     runtime = choose_runtime("cpu", "fp32")
     assert (runtime.device_name, runtime.device_type, runtime.device) == ("cpu", "cpu", torch.device("cpu"))
     assert runtime == Runtime(torch.device("cpu"), "fp32")

@@ -340,7 +340,7 @@ def test_bad_images_are_named_and_the_others_are_scored(folders: tuple[Path, Pat
         assert words in err, words
 
 
-def test_a_metric_without_a_value_is_told(tmp_path: Path) -> None:
+def test_a_metric_without_a_value_is_reported(tmp_path: Path) -> None:
     save(tmp_path / "sr/tiny.png", photo(4, 4))
     save(tmp_path / "gt/tiny.png", photo(4, 4, seed=1))
     code, out, err, _ = run(
@@ -352,7 +352,7 @@ def test_a_metric_without_a_value_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "smallest"), [("ssim", 11), ("ms_ssim", None), ("cw_ssim", None)])
-def test_too_small_an_image_is_told_with_the_smallest_size(tmp_path: Path, name: str, smallest: int | None) -> None:
+def test_too_small_an_image_is_reported_with_the_smallest_size(tmp_path: Path, name: str, smallest: int | None) -> None:
     save(tmp_path / "sr/tiny.png", photo(5, 30))
     save(tmp_path / "gt/tiny.png", photo(5, 30, seed=1))
     arguments = ("--gt-dir", tmp_path / "gt", "--metrics", name, "--json")
@@ -477,7 +477,7 @@ def test_a_missing_package_is_named_and_loses_no_other_score(
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's limit on a process's memory")
-def test_what_the_memory_does_not_hold_is_told_and_the_rest_is_scored(tmp_path: Path) -> None:
+def test_what_the_memory_does_not_hold_is_reported_and_the_rest_is_scored(tmp_path: Path) -> None:
     import resource
 
     items = []
@@ -542,7 +542,7 @@ def test_a_metric_that_fails_loses_no_other_and_one_without_room_goes_to_the_cpu
         (["sr", "--device", "cuda:9"], ["--device cuda:9"]),
     ],
 )
-def test_bad_usage_is_told(
+def test_bad_usage_is_reported(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -288,7 +288,7 @@ def test_a_name_is_enough_to_resume_and_images_are_compared(pdd: Callable[..., O
     assert "1 changed (0.png); 1 missing (1.png)" in done.err
 
 
-def test_a_run_folder_of_an_earlier_version_goes_on(finished: Callable[..., Outcome], ground: Path) -> None:
+def test_a_run_folder_of_an_earlier_version_continues(finished: Callable[..., Outcome], ground: Path) -> None:
     checkpoint = Path("runs/realLR/checkpoint.pt")
     content = torch.load(checkpoint, weights_only=True)
     judged = [json.loads(line) for line in Path("runs/realLR/judgements.jsonl").read_text().splitlines()]

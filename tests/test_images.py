@@ -287,7 +287,7 @@ def test_missing_and_unsupported(tmp_path: Path) -> None:
         read_image(tmp_path / "f.tif")
 
 
-def test_size_limits_are_told() -> None:
+def test_size_limits_are_reported() -> None:
     check_size(Path("a.jpg"), 65535, 1)
     with pytest.raises(InputError, match="JPEG"):
         check_size(Path("a.jpg"), 65536, 1)

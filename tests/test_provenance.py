@@ -110,7 +110,7 @@ def test_xmp_keeps_all_else_and_states_each_thing_once(tmp_path: Path) -> None:
         ("compositeWithTrainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"),
     ],
 )
-def test_what_a_generator_made_goes_on_saying_so(tmp_path: Path, before: str, after: str) -> None:
+def test_generated_images_keep_their_source_type(tmp_path: Path, before: str, after: str) -> None:
     space = "http://cv.iptc.org/newscodes/digitalsourcetype/"
     xmp = HISTORY.replace(
         b"<dc:title>",

@@ -36,7 +36,7 @@ def adapted(ground: Path, home: Path):
     return install
 
 
-def test_the_recommended_strength_is_used_and_said(pdd, adapted, ground: Path) -> None:
+def test_the_recommended_strength_is_used_and_reported(pdd, adapted, ground: Path) -> None:
     adapted("keep", 0.5)
     lr = ground / "realLR/0.png"
     command = ("--weights", "mine", "--engine", "torch", "--json")

@@ -29,7 +29,7 @@ def picture(source: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))))
 
 
-def test_the_page_tells_the_run(pdd: Callable[..., Outcome], ground: Path, home: Path) -> None:
+def test_the_page_describes_the_run(pdd: Callable[..., Outcome], ground: Path, home: Path) -> None:
     done = pdd(*command(ground)[3:], "--name", "realLR", "--json")
     assert done.code == 0, done.err
     assert not (RUN / "tensorboard").exists()  # unasked

@@ -470,7 +470,7 @@ def test_a_single_broken_file_fails_the_command(batch: Path, home: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_an_interrupted_run_leaves_whole_files_and_goes_on(tmp_path: Path, home: Path) -> None:
+def test_an_interrupted_run_leaves_whole_files_and_continues(tmp_path: Path, home: Path) -> None:
     saved(tmp_path, compact())
     for number in range(20):
         write_image(tmp_path / f"in/{number:02}.png", picture(128, 128))

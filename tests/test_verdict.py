@@ -56,7 +56,7 @@ def test_images_are_held_out_where_enough_are_left(count: int, share: float, exp
     assert all(0 <= index < count for index in found)
 
 
-def test_a_faithful_model_is_told_from_a_shifted_and_a_blurred_one() -> None:
+def test_a_shifted_and_a_blurred_model_score_lower() -> None:
     good, shifted, blurred = (
         measure(model(**faults), images(), CPU) for faults in ({}, {"shift": 0.05}, {"blur": True})
     )
@@ -108,7 +108,7 @@ class Sharpener(nn.Module):
         return y + self.sharpen * (y - F.avg_pool2d(y, 5, 1, padding=2, count_include_pad=False)) + self.grain * noise
 
 
-def test_detail_is_told_from_grain() -> None:
+def test_detail_is_distinguished_from_grain() -> None:
     columns, rows = np.meshgrid(np.arange(96), np.arange(96))
     stripes = np.where((columns < 48) & (rows % 6 < 3), 200, 60) + columns // 8  # textured, and nearly flat
     lr = np.repeat(stripes[..., None], 3, axis=2).astype(np.uint8)

@@ -408,7 +408,7 @@ def test_the_model_sees_a_turned_video_upright(tmp_path: Path, weights: Path) ->
     assert psnr(after.to_ndarray(format="rgb24").astype(float), np.asarray(larger, float), 255) > 30
 
 
-def test_what_a_container_cannot_hold_is_told(tmp_path: Path, weights: Path) -> None:
+def test_what_a_container_cannot_hold_is_reported(tmp_path: Path, weights: Path) -> None:
     source = write_video(tmp_path / "in.mkv", rgb_frames(3), audio="aac", subtitles=True)
     document, error = run_upscale(source, tmp_path / "out.mp4", "--weights", weights)
     assert error is None
@@ -711,7 +711,7 @@ def test_names_of_videos(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_a_killed_run_goes_on_and_gives_the_same(tmp_path: Path, weights: Path) -> None:
+def test_a_killed_run_continues_and_gives_the_same(tmp_path: Path, weights: Path) -> None:
     count = 2 * PART_FRAMES + 10
     rgb = rgb_frames(count)
     packed = [av.VideoFrame.from_ndarray(frame).reformat(format="bgr0") for frame in rgb]
@@ -774,7 +774,7 @@ def test_a_full_disk_keeps_the_finished_parts(tmp_path: Path, weights: Path, opt
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("times", [1, 4])
-def test_an_interrupted_run_ends_well_and_goes_on(tmp_path: Path, weights: Path, times: int) -> None:
+def test_an_interrupted_run_ends_well_and_continues(tmp_path: Path, weights: Path, times: int) -> None:
     count = PART_FRAMES + 20
     source = write_video(tmp_path / "in.mp4", rgb_frames(count))
     command = [source, tmp_path / "out.mkv", "--weights", weights, "--lossless"]
@@ -926,7 +926,7 @@ def test_sound_that_is_longer_than_the_picture_is_no_damage(tmp_path: Path, weig
     assert packets_of(tmp_path / "out.mkv", "audio")[-1][0] > 3
 
 
-def test_frames_that_are_interlaced_later_are_told(tmp_path: Path, weights: Path) -> None:
+def test_frames_that_are_interlaced_later_are_reported(tmp_path: Path, weights: Path) -> None:
     graph = av.filter.Graph()
     graph.link_nodes(
         graph.add_buffer(width=WIDTH, height=HEIGHT, format="yuv420p", time_base=Fraction(1, 25)),

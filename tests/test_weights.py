@@ -115,7 +115,7 @@ def test_a_broken_connection_is_taken_up_where_it_broke(server: Server, tmp_path
     assert server.requests == [("/tiny.pth", None), ("/tiny.pth", "bytes=1000-"), ("/tiny.pth", "bytes=1500-")]
 
 
-def test_truncated_each_time_is_told_and_the_next_run_goes_on(server: Server, tmp_path: Path) -> None:
+def test_truncated_each_time_is_reported_and_the_next_run_continues(server: Server, tmp_path: Path) -> None:
     server.files["/tiny.pth"] = PTH
     server.break_after = [100] * 4
     store = Store(tmp_path / "weights")
@@ -130,7 +130,7 @@ def test_truncated_each_time_is_told_and_the_next_run_goes_on(server: Server, tm
     assert files_below(tmp_path) == ["weights/tiny.safetensors"]
 
 
-def test_without_a_checksum_nothing_says_that_the_next_run_goes_on(server: Server, tmp_path: Path) -> None:
+def test_without_a_checksum_nothing_says_that_the_next_run_continues(server: Server, tmp_path: Path) -> None:
     server.files["/tiny.pth"] = PTH
     server.break_after = [100] * 4
     unknown = entry(Https(f"{server.address}/tiny.pth"), sha256=None)
@@ -274,7 +274,7 @@ def test_an_answer_that_is_no_file_of_weights_leads_to_the_next_source(
     assert re.search(words, next(event.text for event in events if event.kind == "failed"))
 
 
-def test_redirects_are_followed_and_endless_ones_are_told(server: Server, tmp_path: Path) -> None:
+def test_redirects_are_followed_and_endless_ones_are_reported(server: Server, tmp_path: Path) -> None:
     server.files["/cdn/tiny.pth"] = PTH
     server.redirects = {
         "/tiny.pth": "/again", "/again": f"{server.address}/cdn/tiny.pth?signed=1", "/loop": "/loop",
@@ -325,14 +325,14 @@ def nothing(done: int, total: int | None) -> None:
         (503, "answered 503"),
     ],
 )
-def test_each_answer_is_told_for_what_it_is(server: Server, tmp_path: Path, status: int, words: str) -> None:
+def test_each_answer_is_reported_for_what_it_is(server: Server, tmp_path: Path, status: int, words: str) -> None:
     server.files["/tiny.pth"], server.status["/tiny.pth"] = PTH, status
     with pytest.raises(DownloadError, match=words):
         sources.https(f"{server.address}/tiny.pth", tmp_path / "f", sha256=None, size=None, on_bytes=nothing)
     assert len(server.requests) == (4 if status in (429, 503) else 1)
 
 
-def test_each_trouble_on_the_way_is_told_for_what_it_is(
+def test_each_trouble_on_the_way_is_reported_for_what_it_is(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.silent.add("/silent.pth")
@@ -446,7 +446,7 @@ def test_the_command_exits_4_and_names_every_source(server: Server, tmp_path: Pa
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_half(server: Server, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing_half(server: Server, tmp_path: Path) -> None:
     # The real thing needs a disk of its own; a limit on the size of files makes writes fail in the same way.
     server.files["/RealESRGAN_x4plus.pth"] = bytes(67_040_989)
 
@@ -502,7 +502,7 @@ def test_ctrl_c_keeps_what_has_come(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_bad_usage_is_told(tmp_path: Path) -> None:
+def test_bad_usage_is_reported(tmp_path: Path) -> None:
     for arguments, code, word in (
         (["fetch-weights", "realesrgn"], 2, "did you mean realesrgan"),
         (["fetch-weights"], 2, "--list"),

@@ -185,7 +185,7 @@ def test_auto_takes_it_for_fp32_and_where_bf16_is_no_faster(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("other", ["another network", "relu", "features", "bf16", "cuda", "old CPU"])
-def test_what_it_cannot_do_is_told(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_cannot_do_is_reported(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     state, runtime = state_of("compact"), CPU
     if other == "features":
         state = dict(RRDBNet(features=24, growth=8, blocks=1).state_dict())
@@ -334,7 +334,7 @@ def test_a_thread_that_waits_for_another_sleeps(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("content", [b"", b"broken", bytes(32) + b"not what the digest is of"], ids=len)
-def test_a_kept_kernel_that_is_broken_is_made_anew(content: bytes, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_cached_kernel_is_made_again(content: bytes, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     triple, features = llvm.get_process_triple(), llvm.get_host_cpu_features()
     shape = winograd_kernel.shape_of(features, triple)
     assert shape is not None

@@ -70,7 +70,7 @@ def publish(run: Run, store: Store, say: Callable[[str], None], warn: Callable[[
         except PddError as error:
             done.failures.append(error)
         except Exception as error:
-            if was_raised():  # a library has turned Ctrl-C into an error of its own
+            if was_raised():  # a library has turned Ctrl-C into another error
                 raise KeyboardInterrupt from error
             done.failures.append(PddError(f"a bug in pdd: {type(error).__name__}: {error}", "--debug shows where."))
 

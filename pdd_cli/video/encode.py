@@ -218,7 +218,7 @@ class PartWriter:
             self._container.mux(packet)
 
 
-class _Abandoned(Exception):  # noqa: N818 - not a failure of its own
+class _Abandoned(Exception):  # noqa: N818 - not a failure
     """The file that is being written will not be finished."""
 
 
