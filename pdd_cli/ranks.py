@@ -94,6 +94,10 @@ class Ranks:
         if self.size == 1:
             return
         import torch
+
+        # Functions of this module keep a reference to the process group that exists when it is first imported. Then
+        # `leave` would not end the group's threads, and one that still frees a tensor aborts the ending process.
+        import torch.distributed.nn
         from torch import distributed
 
         with _communication_errors():

@@ -105,3 +105,6 @@ if __name__ == "__main__":
     ranks.join(torch.device("cpu"))
     main(Path(sys.argv[1]), Path(sys.argv[2]), ranks)
     ranks.leave()
+    if sys.platform == "linux":  # a thread that outlives this may abort the process while Python ends
+        threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+        assert not [name for name in threads if "gloo" in name], threads
