@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -71,6 +72,58 @@ class DryRun:
     estimate: Estimate | None = None
     to_fetch: list[str] = field(default_factory=list)
     problems: list[PddError] = field(default_factory=list)
+
+    def as_document(self) -> dict[str, Any]:
+        """For --json."""
+        run, estimate = self.run, self.estimate
+        return {
+            "dry_run": True,
+            "name": self.name,
+            "run": self.folder,
+            "images": [
+                {
+                    "option": source.option,
+                    "folder": source.folder,
+                    "used": source.used,
+                    "smallest": source.smallest,
+                    "largest": source.largest,
+                    "smaller_than_a_crop": source.small,
+                    "left_out": source.left_out,
+                }
+                for source in self.sources
+            ],
+            **(
+                {
+                    "trained_on": len(run.sampler.real),
+                    "judged_on": len(run.judge.images),
+                    "pairs": run.judge.pairs.found if run.judge.pairs else 0,
+                    "architecture": run.models.base.architecture,
+                    "scale": run.models.base.scale,
+                    "features": run.features_name,
+                    "device": str(run.models.runtime.device),
+                    "precision": run.models.runtime.precision,
+                }
+                if run
+                else {}
+            ),
+            "to_fetch": self.to_fetch,
+            **(
+                {
+                    "steps": estimate.steps,
+                    "judgements": estimate.judgements,
+                    "seconds_per_step": estimate.seconds_per_step,
+                    "seconds_per_judgement": estimate.seconds_per_judgement,
+                    "seconds": estimate.seconds,
+                    "memory": estimate.memory,
+                }
+                if estimate
+                else {}
+            ),
+            "disk": [{"folder": use.folder, "needed": use.needed, "free": use.free} for use in self.disk],
+            "problems": [
+                {"message": error.message, "hint": error.hint, "exit_code": error.exit_code} for error in self.problems
+            ],
+        }
 
 
 def dry_run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -53,6 +53,23 @@ class PublishResult:
             first.message,
             f"{first.hint} The trained weights are in {run.folder.best}. To try again: {run.resume_command}",
         )
+
+    def as_document(self, run: Run, losses: Mapping[str, float]) -> dict[str, Any]:
+        """For --json; `losses`: those of the last step."""
+        return {
+            "name": run.name,
+            "weights": self.weights and self.weights.path,
+            "run": run.folder.path,
+            "report": self.report,
+            "exported": self.exported,
+            "steps": run.state.step,
+            "features": run.features_name,
+            "losses": losses,
+            "verdict": {"keep": self.verdict.keep, "reason": self.verdict.reason, "strength": self.verdict.strength},
+            "truth": self.conclusion and self.conclusion.validation_document(),
+            "card": self.weights and self.weights.card.model_dump(),
+            "failures": [{"message": failure.message, "hint": failure.hint} for failure in self.failures],
+        }
 
 
 def publish(run: Run, store: Store, say: Callable[[str], None], warn: Callable[[str], None]) -> PublishResult:

@@ -20,7 +20,7 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
       pdd adapt --real-dir ./realLR --hr-dir ./photos --name mine --steps 300
     """
     from pdd_cli.adaptation.folder import find_run
-    from pdd_cli.commands._adapting import dry_run_document, dry_run_table, run_document
+    from pdd_cli.commands._dry_run_table import dry_run_table
 
     console = call.console
     resume, overwrite = call.flags.resume, call.flags.overwrite
@@ -51,7 +51,7 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
             settings, store, name=run_name, resume=resume, overwrite=overwrite, say=console.say, warn=console.warn
         )
         console.table(dry_run_table(found))
-        console.result(dry_run_document(found))
+        console.result(found.as_document())
         for error in found.problems[1:]:
             console.fail(error)
         if found.problems:
@@ -90,7 +90,7 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
     if not ranks.is_first:
         return
     done = publish(run, store, console.say, console.warn)
-    console.result(run_document(run, done, losses))
+    console.result(done.as_document(run, losses))
     for error in done.failures[1:]:
         console.fail(error)
     if failure := done.failure(run):

@@ -1,35 +1,14 @@
-"""The output of `pdd adapt`: a finished run and a dry run, as tables and documents."""
+"""The table of `pdd adapt --dry-run`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from pdd_cli.adaptation.estimate import DryRun
-    from pdd_cli.adaptation.prepare import Run
-    from pdd_cli.adaptation.publish import PublishResult
     from pdd_cli.adaptation.sources import Source
-
-
-def run_document(run: Run, done: PublishResult, losses: Mapping[str, float]) -> dict[str, object]:
-    """A finished run, for --json."""
-    return {
-        "name": run.name,
-        "weights": done.weights and done.weights.path,
-        "run": run.folder.path,
-        "report": done.report,
-        "exported": done.exported,
-        "steps": run.state.step,
-        "features": run.features_name,
-        "losses": losses,
-        "verdict": {"keep": done.verdict.keep, "reason": done.verdict.reason, "strength": done.verdict.strength},
-        "truth": done.conclusion and done.conclusion.validation_document(),
-        "card": done.weights and done.weights.card.model_dump(),
-        "failures": [{"message": failure.message, "hint": failure.hint} for failure in done.failures],
-    }
 
 
 def dry_run_table(found: DryRun) -> Table:
@@ -92,56 +71,3 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def dry_run_document(found: DryRun) -> dict[str, object]:
-    """The dry run, for --json."""
-    run, estimate = found.run, found.estimate
-    return {
-        "dry_run": True,
-        "name": found.name,
-        "run": found.folder,
-        "images": [
-            {
-                "option": source.option,
-                "folder": source.folder,
-                "used": source.used,
-                "smallest": source.smallest,
-                "largest": source.largest,
-                "smaller_than_a_crop": source.small,
-                "left_out": source.left_out,
-            }
-            for source in found.sources
-        ],
-        **(
-            {
-                "trained_on": len(run.sampler.real),
-                "judged_on": len(run.judge.images),
-                "pairs": run.judge.pairs.found if run.judge.pairs else 0,
-                "architecture": run.models.base.architecture,
-                "scale": run.models.base.scale,
-                "features": run.features_name,
-                "device": str(run.models.runtime.device),
-                "precision": run.models.runtime.precision,
-            }
-            if run
-            else {}
-        ),
-        "to_fetch": found.to_fetch,
-        **(
-            {
-                "steps": estimate.steps,
-                "judgements": estimate.judgements,
-                "seconds_per_step": estimate.seconds_per_step,
-                "seconds_per_judgement": estimate.seconds_per_judgement,
-                "seconds": estimate.seconds,
-                "memory": estimate.memory,
-            }
-            if estimate
-            else {}
-        ),
-        "disk": [{"folder": use.folder, "needed": use.needed, "free": use.free} for use in found.disk],
-        "problems": [
-            {"message": error.message, "hint": error.hint, "exit_code": error.exit_code} for error in found.problems
-        ],
-    }
