@@ -1,4 +1,4 @@
-"""Colour profiles for what a file says of its colours in other ways: primaries and a curve."""
+"""ICC profiles made from primaries and a transfer curve, for files that describe their colours in another way."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 
-# CIE 1931 x, y of white, red, green, blue, by the number of the primaries (ITU-T H.273).
+# CIE 1931 x, y of white, red, green and blue, by the code of the colour primaries in ITU-T H.273.
 PRIMARIES = {
     1: (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06),
     5: (0.3127, 0.329, 0.64, 0.33, 0.29, 0.6, 0.15, 0.06),
@@ -17,14 +17,23 @@ PRIMARIES = {
     12: (0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06),
 }
 SRGB_PRIMARIES = PRIMARIES[1]
-# The curve of sRGB: g, a, b, c, d of a parametric curve of type 3.
+# The sRGB curve: g, a, b, c, d of a parametric curve of type 3 (parametricCurveType of ICC.1).
 _SRGB_CURVE = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
 _D50 = (0.9642, 1.0, 0.8249)
 _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 
 
 def profile(primaries: tuple[float, ...], gamma: float | None, *, gray: bool) -> bytes:
-    """An ICC profile (version 4.3) of x, y of white, red, green, blue, and a power curve; None is the curve of sRGB."""
+    """An ICC profile, version 4.3.
+
+    Args:
+        primaries: CIE 1931 x, y of white, red, green and blue: eight numbers.
+        gamma: Exponent of the power curve. None for the sRGB curve.
+        gray: Whether the profile is for gray images, which need the curve only.
+
+    Raises:
+        ValueError: the primaries span no colours.
+    """
     curve = b"para\0\0\0\0" + struct.pack(">HH", 3 if gamma is None else 0, 0)
     curve += _fixed(_SRGB_CURVE if gamma is None else (gamma,))
     tags = {b"desc": _text("as the file says"), b"cprt": _text("none"), b"wtpt": _xyz(_D50)}
@@ -46,17 +55,17 @@ def profile(primaries: tuple[float, ...], gamma: float | None, *, gray: bool) ->
 
 
 def _columns(primaries: tuple[float, ...]) -> list[tuple[float, ...]]:
-    """XYZ of red, green and blue, adapted to D50. Raises ValueError for primaries that span nothing."""
+    """XYZ of red, green and blue, adapted to D50. Raises ValueError if the primaries span no colours."""
     points = np.array(primaries, float).reshape(4, 2)
     xyz = np.stack([points[:, 0], points[:, 1], 1 - points.sum(axis=1)]) / points[:, 1]
     white, colours = xyz[:, 0], xyz[:, 1:]
     try:
         matrix = colours * np.linalg.solve(colours, white)
     except np.linalg.LinAlgError as error:
-        raise ValueError("primaries that span no colours") from error
+        raise ValueError("the primaries span no colours") from error
     adapted = np.linalg.inv(_BRADFORD) @ np.diag((_BRADFORD @ _D50) / (_BRADFORD @ white)) @ _BRADFORD @ matrix
     if not np.isfinite(adapted).all() or np.abs(adapted).max() > 100:
-        raise ValueError("primaries that span no colours")
+        raise ValueError("the primaries span no colours")
     return [tuple(column) for column in adapted.T]
 
 

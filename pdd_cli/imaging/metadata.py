@@ -1,4 +1,4 @@
-"""Metadata of an image file: corrected for a new size, and reduced to what a format holds."""
+"""Metadata of image files: correction for a new size, and selection of the parts that a format supports."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Size = tuple[int, int]
 EXIF_IFD, GPS_IFD = 0x8769, 0x8825
 ORIENTATION, USER_COMMENT = 0x0112, 0x9286
 
-# Tags of the image itself that stay true when the pixels change: who, when, with what, where.
+# Tags of the main image that stay valid when the pixels change: author, date, device and place.
 _KEPT = {0x010D, 0x010E, 0x010F, 0x0110, 0x011D, 0x011E, 0x011F, 0x0129, 0x0131, 0x0132, 0x013B, 0x013C, 0x0150, 0x4746}
 _KEPT |= {0x4749, 0x8298, 0x9C9B, 0x9C9C, 0x9C9D, 0x9C9E, 0x9C9F, 0xC614, 0xC615, 0xC62F}
 
-# How the pixels are stored, and what has a place of its own here: the resolution, XMP, IPTC, the profile, the Earth.
+# Tags of how the pixels are stored, and of data that `Metadata` has in other fields: resolution, XMP, IPTC, profile.
 _STRUCTURE = {*range(0x00FE, 0x010D), *range(0x0111, 0x011D), *range(0x0120, 0x0126), 0x0128, 0x012D, 0x013D, 0x013E}
 _STRUCTURE |= {0x013F, *range(0x0140, 0x0150), *range(0x0151, 0x015C), *range(0x0200, 0x0216), 0x02BC, 0x83BB, 0x8649}
 _STRUCTURE |= {0x8773, EXIF_IFD, GPS_IFD, 0xA005, 0x1000, 0x1001, 0x1002, 0xC4A5}
@@ -34,11 +34,11 @@ GEO_TAGS = (PIXEL_SCALE, TIE_POINTS, TRANSFORMATION, GEO_KEYS, 34736, 34737, 421
 _RASTER_TYPE, _POINT = 1025, 2
 _PQ, _HLG = 16, 18
 
-# Of the transfer characteristics of H.273 those that are a power of so much; None is the curve of sRGB. Pictures that
-# are marked with a camera's curve (1, 6) are shown with that of sRGB by all browsers.
+# Exponents of the transfer characteristics of H.273; None stands for the sRGB curve. Browsers show images that are
+# tagged with the BT.709 or BT.601 camera curve (1, 6) with the sRGB curve.
 _GAMMAS: dict[int, float | None] = {1: None, 2: None, 4: 2.2, 5: 2.8, 6: None, 8: 1.0, 13: None, 14: None, 15: None}
 
-# What of it each format has a place for.
+# The fields of `Metadata` that each format supports.
 _HOLDS = {
     "PNG": {"icc", "exif", "xmp", "dpi", "iptc", "comment", "text", "colour", "cicp", "plays"},
     "JPEG": {"icc", "exif", "xmp", "dpi", "iptc", "comment"},
@@ -50,13 +50,13 @@ _HOLDS = {
     "BMP": {"dpi"},
 }
 
-# Maximum size of a JPEG segment.
+# Maximum number of bytes in a JPEG segment.
 _MOST_JPEG = {"exif": 65_533, "xmp": 65_504, "iptc": 65_490, "comment": 65_533}
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text of a PNG file; one with a `language`, which may be empty, is international."""
+    """A text chunk of a PNG: iTXt if `language` (which may be empty) is set, else tEXt or zTXt."""
 
     keyword: str
     text: str
@@ -66,7 +66,7 @@ class Text:
 
 @dataclass(frozen=True)
 class GeoTag:
-    """A tag of GeoTIFF: its code, its data type and values as in the file."""
+    """A tag of a GeoTIFF: its code, data type and values, as in the file."""
 
     code: int
     type: int
@@ -77,11 +77,20 @@ class GeoTag:
 class Metadata:
     """The metadata of an image file.
 
-    `exif` begins with "Exif\\0\\0" and is without orientation, resolution and thumbnail, `dpi` is horizontal, vertical.
-    `iptc`: records of IPTC-IIM. `comment`: that of a JPEG. `text`: of a PNG. `colour`: gAMA, cHRM, sRGB of a PNG as
-    (chunk, content). `cicp`: primaries, transfer characteristics, matrix and full range of ITU-T H.273. `geo`: of a
-    GeoTIFF. `plays`: how often an animation is shown, 0: for ever. `software`: the program that makes the file, for
-    PNG's text of that name; other formats have it in `exif`. `lost`: names of what no output can have.
+    Attributes:
+        icc: ICC profile.
+        exif: EXIF that begins with "Exif\\0\\0", without orientation, resolution and thumbnail.
+        xmp: XMP packet.
+        dpi: Horizontal and vertical resolution in pixels per inch.
+        iptc: Records of IPTC-IIM.
+        comment: Comment of a JPEG.
+        text: Text chunks of a PNG.
+        colour: gAMA, cHRM and sRGB chunks of a PNG, as (type, content).
+        cicp: Primaries, transfer characteristics, matrix and full-range flag of ITU-T H.273.
+        geo: Tags of a GeoTIFF.
+        plays: How many times an animation is played; 0: endlessly.
+        software: The program that writes the file, for the Software text of a PNG. Other formats have it in `exif`.
+        lost: Names of input metadata that no output can contain.
     """
 
     icc: bytes | None = None
@@ -100,11 +109,11 @@ class Metadata:
 
     @property
     def stripped(self) -> Metadata:
-        """Only what is needed to display the pixels: the colour space, and how often an animation is played."""
+        """Only the metadata needed to display the pixels: the colour space and the number of plays of an animation."""
         return Metadata(icc=self.icc, colour=self.colour, cicp=self.cicp, plays=self.plays)
 
     def resized(self, before: Size, after: Size) -> Metadata:
-        """The metadata for the resized image of (width, height) `after`."""
+        """The metadata for the image after it is resized from `before` to `after`, each (width, height)."""
         if before == after:
             return self
         factors = (after[0] / before[0], after[1] / before[1])
@@ -116,10 +125,10 @@ class Metadata:
         )
 
     def held_by(self, format: str, *, gray: bool, animated: bool = False) -> tuple[Metadata, tuple[str, ...]]:
-        """The metadata that `format` can hold, and the names of the rest.
+        """The metadata that `format` supports, and the names of the rest.
 
-        A colour space that the format can only have as a profile becomes one. Raises InputError for HDR where the
-        format can't say so.
+        If the format supports ICC profiles only, other descriptions of the colour space are converted to a profile.
+        Raises InputError for HDR and other colours that the format can't describe.
         """
         holds = _HOLDS[format]
         kept, left = self, list(self.lost)
@@ -140,7 +149,7 @@ class Metadata:
             kept = replace(kept, exif=_with_resolution(kept.exif, self.dpi))
         left += [name.upper() for name in ("exif", "xmp") if getattr(kept, name) and name not in holds]
         if animated and self.plays and "plays" not in holds:
-            left.append(f"that it is shown {self.plays} times only")
+            left.append(f"the limit of {self.plays} plays")
         most = _MOST_JPEG if format == "JPEG" else {}
         large = {name for name, size in most.items() if len(getattr(kept, name) or b"") > size}
         left += [f"{name.upper()} (larger than a JPEG holds)" for name in sorted(large & holds)]
@@ -159,14 +168,14 @@ class Metadata:
 
 
 def kept_exif(exif: Image.Exif, size: Size) -> tuple[bytes | None, tuple[str, ...]]:
-    """The tags that stay true for the upright image of `size`, and names of lost ones."""
+    """The EXIF that stays valid for the upright image of (width, height) `size`, and the names of removed tags."""
     kept, lost = Image.Exif(), []
     turned = exif.get(ORIENTATION, 1) != 1
     for tag in exif:
         if tag in _KEPT and not (tag == 0x010E and _is_of_a_program(exif[tag])):
             kept[tag] = exif[tag]
         elif tag in _KEPT:
-            lost.append("the ImageDescription of a program")
+            lost.append("ImageDescription written for a program")
         elif tag not in _STRUCTURE and tag not in GEO_TAGS:
             lost.append(f"TIFF tag {tag}")
     for ifd in (EXIF_IFD, GPS_IFD):
@@ -183,13 +192,13 @@ def kept_exif(exif: Image.Exif, size: Size) -> tuple[bytes | None, tuple[str, ..
 
 
 def _is_of_a_program(description: object) -> bool:
-    """Whether it is for a program, with sizes in it: tifffile's shape, OME-XML."""
+    """Whether the description is meant for a program and contains sizes, such as tifffile's shape or OME-XML."""
     text = str(description).lstrip()
     return text.startswith('{"shape"') or (text.startswith("<?xml") and "<OME" in text)
 
 
 def load_exif(exif: bytes | None) -> Image.Exif:
-    """Parse the tags of `exif`."""
+    """Parse `exif`, with its EXIF and GPS directories."""
     tags = Image.Exif()
     if exif:
         tags.load(exif)
@@ -212,7 +221,7 @@ def _resized_exif(exif: bytes, size: Size, factors: tuple[float, float]) -> byte
                 values[tag] = float(values[tag]) * factor
         for tag in (_AREA, _PLACE):
             if tag in values:
-                # x, y and, of an area, a diameter, or a width and a height.
+                # x and y; of an area also its diameter, or its width and height.
                 values[tag] = tuple(
                     min(65535, round(value * factors[index % 2])) for index, value in enumerate(values[tag])
                 )
@@ -227,7 +236,10 @@ def _with_resolution(exif: bytes | None, dpi: tuple[float, float]) -> bytes:
 
 
 def _with_parameters(metadata: Metadata, has_exif: bool) -> tuple[Metadata, list[Text]]:
-    """The `parameters` of Stable Diffusion where its programs read them in other formats; and the other texts."""
+    """Move the `parameters` text of Stable Diffusion to the EXIF UserComment.
+
+    Its programs read it there in formats other than PNG. Returns the metadata and the other texts.
+    """
     tags = load_exif(metadata.exif)
     values = dict(tags.get_ifd(EXIF_IFD))
     found = next((text for text in metadata.text if text.keyword == "parameters"), None)
@@ -242,7 +254,7 @@ def _profile_of_cicp(cicp: tuple[int, int, int, int], format: str) -> bytes | No
     primaries, transfer = cicp[:2]
     if transfer in (_PQ, _HLG):
         raise InputError(
-            f"its colours are HDR ({'PQ' if transfer == _PQ else 'HLG'}), which pdd can't write to {format}",
+            f"its colours are HDR ({'PQ' if transfer == _PQ else 'HLG'}), which can't be written to {format}",
             "Use --format png or heic.",
         )
     points = profiles.PRIMARIES.get(1 if primaries == 2 else primaries)
@@ -257,7 +269,7 @@ def _profile_of_cicp(cicp: tuple[int, int, int, int], format: str) -> bytes | No
 
 
 def _profile_of_chunks(chunks: Iterable[tuple[bytes, bytes]], *, gray: bool) -> bytes | None:
-    """A profile for gAMA and cHRM; None for what means sRGB."""
+    """An ICC profile for the gAMA and cHRM chunks. None if the colours are sRGB."""
     found = dict(chunks)
     if b"sRGB" in found:
         return None
@@ -271,14 +283,17 @@ def _profile_of_chunks(chunks: Iterable[tuple[bytes, bytes]], *, gray: bool) -> 
             points = given
     if gamma is None and (points == profiles.SRGB_PRIMARIES or gray):
         return None
-    # Other primaries with the usual value mean a power, not the curve of sRGB.
+    # With other primaries, the gAMA value of sRGB stands for a power curve, not for the sRGB curve.
     if gamma is None and b"gAMA" in found:
         gamma = 2.2
     return profiles.profile(points, gamma, gray=gray)
 
 
 def _resized_geo(tags: tuple[GeoTag, ...], factors: tuple[float, float]) -> tuple[GeoTag, ...]:
-    """Pixels are smaller by `factors`; where places are those of their centres, the first one's moves, too."""
+    """GeoTIFF tags for pixels that are smaller by `factors` (x, y).
+
+    If coordinates refer to pixel centres (RasterPixelIsPoint), the position of the first pixel changes, too.
+    """
     fx, fy = factors
     centre = 0.5 if _is_of_centres(tags) else 0.0
 
@@ -313,14 +328,16 @@ NO_NOTES: Notes = ()
 
 
 def true_exif(exif: Image.Exif, size: tuple[int, int]) -> tuple[bytes | None, Notes, Notes]:
+    """`kept_exif`, and notes for the user: damaged EXIF is left out with a note."""
     try:
         return (*kept_exif(exif, size), ())
     except Exception:
-        # Values of a type that the tag doesn't have: the picture is worth more than its EXIF.
+        # Pillow raises many kinds of errors for tags with values of a wrong type. The image is kept without EXIF.
         return None, (), ("its EXIF is damaged and left out",)
 
 
 def true_xmp(packet: object, orientation: int, size: tuple[int, int]) -> tuple[bytes | None, Notes]:
+    """The XMP `packet` for the upright image, and the names of removed data. See `xmp.upright`."""
     if isinstance(packet, str):
         packet = packet.encode()
     if not isinstance(packet, bytes) or not packet.strip(b"\0 \n"):
@@ -329,6 +346,7 @@ def true_xmp(packet: object, orientation: int, size: tuple[int, int]) -> tuple[b
 
 
 def dpi_of(values: object) -> tuple[float, float] | None:
+    """The two `values` as a resolution in pixels per inch. None if they aren't two plausible numbers."""
     try:
         x, y = (float(value) for value in values)  # type: ignore[attr-defined]
     except (TypeError, ValueError, ZeroDivisionError):
@@ -337,6 +355,7 @@ def dpi_of(values: object) -> tuple[float, float] | None:
 
 
 def dpi_of_exif(exif: Image.Exif) -> tuple[float, float] | None:
+    """The resolution in pixels per inch from the tags of `exif`. None without a plausible one."""
     unit = {2: 1.0, 3: 2.54}.get(exif.get(0x0128, 2), 1.0)
     try:
         return dpi_of([float(exif[0x011A]) * unit, float(exif[0x011B]) * unit])

@@ -1,8 +1,8 @@
 """Provenance: each output records that pdd made it, so that pdd recognises its own files.
 
-An output says it in EXIF or TIFF `Software` and in XMP (digital source type, history, and properties of pdd's own);
-what has neither, BMP, in a line of text behind its pixels. The seal in it is the SHA-256 of the file without the seal:
-a file that another program has changed since is no longer pdd's, whatever metadata it has kept.
+The record is in EXIF or TIFF `Software` and in XMP (digital source type, history, and properties in pdd's namespace).
+BMP supports neither and gets a line of text after its pixels. The record contains a seal: the SHA-256 of the file
+without the seal. If another program changes the file, pdd no longer recognises it, even if the metadata is kept.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SEAL = b"pdd-seal-"
 _DIGITS = 64
 _UNSEALED = "0" * _DIGITS
 _BLOCK = 1 << 20
-# The source's digest stands this close to the seal, also when another program has written the XMP anew.
+# The digest of the source is at most this many bytes from the seal, also if another program has rewritten the XMP.
 _AROUND = 600
 _SOURCE = re.compile(rb"(?:SourceSHA256(?:=[\"']|>)|source sha256 )([0-9a-f]{64})")
 _SOFTWARE_TAG = 0x0131
@@ -52,15 +52,19 @@ _EMPTY_XMP = (
     f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="{_RDF}"/></x:xmpmeta><?xpacket end="w"?>'
 )
 _SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
-# An image that a generator made stays one.
+# Source types of generated images. They are kept: an upscaled generated image is still a generated one.
 _GENERATED = ("rainedAlgorithmicMedia", "algorithmicMedia", "compositeSynthetic", "virtualRecording", "dataDriven")
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """How an output was made: with the weights `model`, whose file has this `sha256`, and the settings `how`.
+    """How an output was made.
 
-    `source_sha256`: of the input file.
+    Attributes:
+        model: Name of the weights.
+        sha256: SHA-256 of the weights file.
+        how: The settings, as text.
+        source_sha256: SHA-256 of the input file.
     """
 
     model: str
@@ -74,12 +78,12 @@ class Provenance:
 
 
 def sealed_text(made: Provenance) -> str:
-    """One line for a file or container that holds plain text; `seal` the file when it is whole."""
+    """The record as one line, for files and containers that hold plain text. Call `seal` when the file is complete."""
     return f"{made}; source sha256 {made.source_sha256}; {_SEAL.decode()}{_UNSEALED}"
 
 
 def stamped_exif(exif: bytes | None, made: Provenance) -> tuple[bytes, str | None]:
-    """`exif`, which begins with "Exif\\0\\0", with pdd as its Software, and the Software that it had before."""
+    """Set the Software tag of `exif`, which begins with "Exif\\0\\0". Returns it, and the previous Software if any."""
     tags = Image.Exif()
     if exif:
         tags.load(exif)
@@ -89,9 +93,12 @@ def stamped_exif(exif: bytes | None, made: Provenance) -> tuple[bytes, str | Non
 
 
 def stamped_xmp(xmp: bytes | None, made: Provenance, software: str | None) -> bytes | None:
-    """`xmp` with how the image was made; all else in it is kept. What isn't XMP comes back as it is.
+    """Add the record to `xmp`. Its other properties are kept. Data that isn't valid XMP is returned unchanged.
 
-    `software`: the program that EXIF named until now, which moves into the history.
+    Args:
+        xmp: The XMP packet of the input, None if it has none.
+        made: How the output was made.
+        software: The previous EXIF Software, which is added to the history.
     """
     try:
         document = minidom.parseString(xmp.rstrip(b"\0 \r\n") if xmp else _EMPTY_XMP.encode())
@@ -135,7 +142,7 @@ def stamped_xmp(xmp: bytes | None, made: Provenance, software: str | None) -> by
 
 
 def append_to_bmp(path: Path, made: Provenance) -> None:
-    """Append the line to a BMP; its header states the length of the image."""
+    """Append the record to a BMP file, and set the file size in its header."""
     with path.open("rb+") as file:
         file.seek(0, io.SEEK_END)
         file.write(b"\0" + sealed_text(made).encode(errors="replace") + b"\0")
@@ -145,12 +152,12 @@ def append_to_bmp(path: Path, made: Provenance) -> None:
 
 
 def seal(path: Path) -> None:
-    """Write the SHA-256 of the file into its placeholder; a file without one is unchanged."""
+    """Write the SHA-256 of the file into its placeholder. A file without a placeholder is unchanged."""
     with path.open("rb+") as file:
         for at in _places(file):
             file.seek(at)
             if file.read(_DIGITS) != _UNSEALED.encode():
-                continue  # of the input, in what was kept of it
+                continue  # the input's seal, in metadata that was kept
             chunk = _png_chunk(file, at)
             digest = _digest(file, at, chunk)
             file.seek(at)
@@ -164,9 +171,9 @@ def seal(path: Path) -> None:
 
 
 def made_by_pdd(path: Path) -> bool:
-    """Whether pdd made the image or video at `path`, and nothing has changed the file since.
+    """Whether pdd made the image or video at `path`, and the file has not been changed since.
 
-    Of a file without provenance (--strip-metadata) only a manifest knows. False for what can't be read.
+    False if the file can't be read, and for outputs made with --strip-metadata: only a manifest lists those.
     """
     try:
         with path.open("rb") as file:
@@ -180,7 +187,7 @@ def made_by_pdd(path: Path) -> bool:
 
 
 def source_of(path: Path) -> str | None:
-    """The SHA-256 of the input that the file at `path` was upscaled from, as far as it says so."""
+    """The SHA-256 of the input that the file at `path` was upscaled from. None if the file doesn't contain it."""
     try:
         with path.open("rb") as file:
             for at in _places(file):
@@ -197,7 +204,7 @@ def source_of(path: Path) -> str | None:
 
 
 def _take(root: minidom.Element, prefix: str, name: str) -> str:
-    """Remove a property wherever it is, and return its value, "" where it isn't."""
+    """Remove all occurrences of a property, and return its value; "" if there is none."""
     space, value = _NAMESPACES[prefix], ""
     for element in root.getElementsByTagNameNS(_RDF, "Description"):
         value = element.getAttributeNS(space, name) or value
@@ -212,14 +219,14 @@ def _take(root: minidom.Element, prefix: str, name: str) -> str:
 
 
 def _event(action: str, agent: str, parameters: str) -> str:
-    """An entry of the history; in elements, for ImageMagick 6 can't read several attributes of one."""
+    """An entry of the history, with elements instead of attributes, because ImageMagick 6 can't read the latter."""
     values = {"action": action, "softwareAgent": agent, "parameters": parameters}
     content = "".join(f"<stEvt:{key}>{escape(_plain(text))}</stEvt:{key}>" for key, text in values.items() if text)
     return f'<rdf:li rdf:parseType="Resource">{content}</rdf:li>'
 
 
 def _append(parent: minidom.Element, text: str) -> None:
-    """Put the elements of `text` at the end of `parent`, where the namespaces are declared already."""
+    """Append the elements in `text` to `parent`, which already declares the namespaces."""
     declared = " ".join(f'xmlns:{prefix}="{space}"' for prefix, space in _NAMESPACES.items())
     wrapper = minidom.parseString(f"<all {declared}>{text}</all>".encode()).documentElement
     assert wrapper is not None
@@ -228,7 +235,7 @@ def _append(parent: minidom.Element, text: str) -> None:
 
 
 def _plain(text: str) -> str:
-    """Remove characters that XML can't hold."""
+    """Replace the characters that XML doesn't allow."""
     return re.sub(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
 
 
@@ -236,7 +243,7 @@ def _plain(text: str) -> str:
 
 
 def _places(file: BinaryIO) -> list[int]:
-    """Where in the file digests begin."""
+    """Offsets at which digests begin: after each seal mark."""
     found, offset, held = [], 0, b""
     file.seek(0)
     while block := file.read(_BLOCK):
@@ -251,7 +258,7 @@ def _places(file: BinaryIO) -> list[int]:
 
 
 def _digest(file: BinaryIO, at: int, chunk: tuple[int, int] | None) -> bytes:
-    """SHA-256 in hexadecimal digits of the file without the ones at `at` and the checksum of their PNG chunk."""
+    """SHA-256 of the file, as hexadecimal digits, without the digest at `at` and the checksum of its PNG chunk."""
     digest = hashlib.sha256()
     file.seek(0)
     for start, end in [(at, at + _DIGITS), *([(chunk[1], chunk[1] + 4)] if chunk else [])]:
@@ -271,7 +278,7 @@ def _blocks(file: BinaryIO, count: int) -> Iterator[bytes]:
 
 
 def _png_chunk(file: BinaryIO, at: int) -> tuple[int, int] | None:
-    """Where the checksummed part of the chunk around `at` begins and its checksum lies; None in other formats."""
+    """Offsets of the checksummed data and of the checksum of the PNG chunk that contains `at`. None if not a PNG."""
     file.seek(0)
     if file.read(len(_PNG)) != _PNG:
         return None

@@ -1,4 +1,4 @@
-"""TIFF: its pages by their tags, decoded by tifffile, else by libtiff; and the streamed writer."""
+"""TIFF: pages described by their tags, decoded by tifffile or else by libtiff, and a writer that streams rows."""
 
 from __future__ import annotations
 
@@ -39,16 +39,27 @@ _OTHER_COLOURS = {4: "a transparency mask", 9: "ICC Lab", 10: "ITU Lab", 32844: 
 _DNG_VERSION = 50706
 _PREMULTIPLIED, _STRAIGHT = 1, 2
 CAMERA_RAW = InputError(
-    "a camera RAW file: what can be read of it is a small preview",
+    "a camera RAW file, of which pdd could read only a small preview",
     "Develop it first, for example with darktable, RawTherapee or Adobe DNG Converter, and save a 16-bit TIFF.",
 )
 
 
 @dataclass(frozen=True)
 class Page:
-    """What the tags of a page say: its size as it is stored, and what its samples mean.
+    """The description of a page, from its tags.
 
-    `alpha`: which of the samples behind the colours it is, None without one; `extra`: how many others there are.
+    Attributes:
+        width, height: Size in pixels, as stored.
+        photometric: PhotometricInterpretation: the colour space.
+        colours: Number of colour samples per pixel.
+        bits: Bits per sample.
+        planar: Whether each sample has a plane of its own.
+        compression: Name of the compression, for messages.
+        orientation: EXIF orientation, 1 to 8.
+        alpha: Index of alpha among the samples after the colours. None without alpha.
+        premultiplied: Whether the colours are multiplied by alpha.
+        extra: Number of samples that are neither colour nor alpha.
+        icc: ICC profile.
     """
 
     width: int
@@ -71,18 +82,18 @@ class Page:
 
     @property
     def needs_libtiff(self) -> bool:
-        """Whether what it means is left to libtiff: subsampled colours, Lab."""
+        """Whether libtiff must convert the colours: YCbCr (which may be subsampled) and Lab."""
         return self.photometric in (_YCBCR, _LAB)
 
 
 @contextmanager
 def open_tiff(source: BinaryIO) -> Iterator[Any]:
-    """The file by tifffile. Raises InputError for a camera's RAW file."""
+    """Open `source` with tifffile. Raises InputError for a camera RAW file."""
     import logging
 
     import tifffile
 
-    logging.getLogger("tifffile").disabled = True  # tifffile logs problems of damaged files
+    logging.getLogger("tifffile").disabled = True  # it would log the problems of damaged files
     with tifffile.TiffFile(source) as file:
         first = file.pages[0]
         inner = first.pages or ()
@@ -93,14 +104,14 @@ def open_tiff(source: BinaryIO) -> Iterator[Any]:
 
 
 def full_pages(file: Any) -> list[int]:
-    """Which pages are images of their own: not reduced copies (an overview, a thumbnail) or masks of another."""
-    # By numbers: iterated, a chain of pages that leads back to itself has no end.
+    """Indices of the pages that are full images, not reduced copies (overviews, thumbnails) or masks."""
+    # By index: iteration would not end if a page links back to an earlier one.
     found = [index for index in range(len(file.pages)) if not file.pages[index].aspage().subfiletype & 0b101]
     return found or [0]
 
 
 def describe(page: Any) -> Page:
-    """What `page` of tifffile holds. Raises InputError for pixels of a kind that pdd doesn't read, with the reason."""
+    """Describe a page of tifffile. Raises InputError, with the reason, if pdd doesn't support its pixels."""
     photometric = _photometric(page)
     bits, kind = page.bitspersample, page.sampleformat
     if not isinstance(bits, int) or not isinstance(kind, int):
@@ -109,11 +120,11 @@ def describe(page: Any) -> Page:
         what = {2: "signed integers", 3: "floating-point values", 5: "complex numbers", 6: "complex numbers"}
         raise InputError(
             f"pixels that are {bits}-bit {what.get(kind, 'integers')} are not supported: "
-            "which of the values is white isn't known",
+            "the value of white is not known",
             "Save it with 8- or 16-bit unsigned integers.",
         )
     if page.imagedepth > 1:
-        raise InputError("a TIFF of volumes is not supported", "Save its slices as pages.")
+        raise InputError("a TIFF with volumes is not supported", "Save the slices as pages.")
     colours = _COLOURS.get(photometric)
     if colours is None or (photometric == CMYK and page.tags.valueof(_INK_SET, 1) != 1):
         name = "inks other than CMYK" if colours else _OTHER_COLOURS.get(photometric, f"kind {photometric}")
@@ -121,9 +132,9 @@ def describe(page: Any) -> Page:
     if photometric in (_YCBCR, _LAB) and bits != 8:
         raise InputError(f"a TIFF of {bits}-bit Lab or YCbCr is not supported", "Save it as RGB.")
     if page.samplesperpixel < colours:
-        raise ValueError(f"{page.samplesperpixel} samples per pixel, where {colours} are needed")
+        raise ValueError(f"{page.samplesperpixel} samples per pixel instead of {colours}")
     behind = page.samplesperpixel - colours
-    # Without the tag one more sample is taken for alpha, as other programs do.
+    # Without the tag, a single additional sample is read as alpha, as in other programs.
     declared = page.tags.valueof(_EXTRA_SAMPLES, (_STRAIGHT,) if behind == 1 else ())
     declared = (declared if isinstance(declared, tuple) else (declared,))[:behind]
     alpha = next((index for index, extra in enumerate(declared) if extra in (_PREMULTIPLIED, _STRAIGHT)), None)
@@ -148,9 +159,14 @@ def _photometric(page: Any) -> int:
 
 
 def decode(page: Any, spec: Page) -> Array | None:
-    """The samples (H, W, C): gray, RGB or CMYK, and then alpha; 8 or 16 bits, black is zero, alpha straight.
+    """Decode a page, as stored (not upright).
 
-    As they are stored, not upright. None where tifffile has no decoder. Raises ValueError for a file cut short.
+    Returns:
+        Samples (H, W, C): gray, RGB or CMYK, then alpha if any, in uint8 or uint16. Zero is black (no ink in CMYK).
+        Colours are not premultiplied. None if tifffile has no decoder for the page.
+
+    Raises:
+        ValueError: the file is truncated or damaged.
     """
     _check_complete(page)
     if spec.needs_libtiff:
@@ -169,11 +185,11 @@ def decode(page: Any, spec: Page) -> Array | None:
 
 
 def from_stored(samples: Array, spec: Page, colour_map: Any = None) -> Array:
-    """`samples` (H, W, C) as the file has them, with black as zero, in 8 or 16 bits, alpha straight."""
+    """Convert stored samples (H, W, C) to uint8 or uint16, with zero as black and without premultiplied colours."""
     values = samples
     if spec.photometric == PALETTE:
         colours = np.asarray(colour_map, np.uint16).reshape(3, -1)
-        # Old programs wrote 8 bits.
+        # Some old programs wrote 8-bit values.
         colours = colours if (colours < 256).all() else np.rint(colours / 257)
         index = np.minimum(values[..., 0], colours.shape[1] - 1)
         return np.dstack([colours.T[index].astype(np.uint8), values[..., 1:]])
@@ -188,7 +204,7 @@ def from_stored(samples: Array, spec: Page, colour_map: Any = None) -> Array:
 
 
 def straight(channels: Array) -> Array:
-    """Divide premultiplied colours by alpha, the last channel."""
+    """Divide premultiplied colours by alpha, which is the last channel."""
     top = np.iinfo(channels.dtype).max
     values = channels.astype(np.float64)
     values[..., :-1] *= top / np.maximum(values[..., -1:], 1)
@@ -196,7 +212,7 @@ def straight(channels: Array) -> Array:
 
 
 def _check_complete(page: Any) -> None:
-    """Raise ValueError where strips or tiles lie behind the end, for which tifffile would give zeros."""
+    """Raise ValueError if strips or tiles are missing or lie beyond the end of the file: tifffile would give zeros."""
     end = page.parent.filehandle.size
     parts = list(zip(page.dataoffsets, page.databytecounts, strict=False))
     if len(parts) < math.prod(page.chunked):
@@ -206,7 +222,7 @@ def _check_complete(page: Any) -> None:
 
 
 def probe(source: BinaryIO, most_pixels: int) -> Header:
-    """The header of the first full page, and how many there are. Raises InputError for one that is too large."""
+    """The header of the first full page, with the number of full pages. Raises InputError if the page is too large."""
     with open_tiff(source) as file:
         pages = full_pages(file)
         page = describe(file.pages[pages[0]])
@@ -220,13 +236,13 @@ def _spec(page: Page) -> ImageSpec:
 
 
 def read_pages(data: bytes, most_pixels: int) -> Iterator[DecodedImage]:
-    """The full pages, decoded. Raises InputError for one that is too large or of a kind that is not supported."""
+    """Decode the full pages. Raises InputError if a page is too large or not supported."""
     with open_tiff(io.BytesIO(data)) as file:
         pages = full_pages(file)
         for index in pages:
             page = file.pages[index]
             spec = describe(page)
-            # What more than four samples take is counted, too.
+            # Samples beyond four take memory, too: count them as additional pixels.
             check_pixels((spec.width * -(-(spec.colours + spec.extra) // 4), spec.height), most_pixels)
             channels, icc, notes = decode(page, spec), spec.icc, NO_NOTES
             if channels is not None:
@@ -244,7 +260,10 @@ def read_pages(data: bytes, most_pixels: int) -> Iterator[DecodedImage]:
 
 
 def _by_pillow(data: bytes, index: int) -> tuple[Array, bytes | None]:
-    """A page of at most 8 bits whose compression, or colour space, only libtiff knows: it comes upright."""
+    """Decode a page of at most 8 bits with libtiff, for compressions and colour spaces that tifffile can't decode.
+
+    The result is upright.
+    """
     with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
         image.seek(index)
         image.load()
@@ -253,24 +272,27 @@ def _by_pillow(data: bytes, index: int) -> tuple[Array, bytes | None]:
 
 
 def _by_opencv(data: bytes, index: int, spec: Page) -> Array:
-    """A page of 9 to 16 bits whose compression only libtiff knows: it comes upright."""
+    """Decode a page of 9 to 16 bits with libtiff, for compressions that tifffile can't decode.
+
+    The result is upright.
+    """
     import cv2
 
     samples = spec.colours + (spec.alpha is not None) + spec.extra
     decoded = None
     if spec.photometric in PLAIN and not spec.planar and samples in (1, 3, 4):
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # OpenCV prints problems of damaged files
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # no prints for damaged files
         buffer = np.frombuffer(data, np.uint8)
         pages = cv2.imdecodemulti(buffer, cv2.IMREAD_UNCHANGED, range=(index, index + 1))[1]
         decoded = pages[0] if pages else None
     if decoded is None or decoded.dtype != np.uint16:
         raise InputError(
-            f"{samples} samples of {spec.bits} bits with {spec.compression} compression need a package more",
+            f"{samples} samples of {spec.bits} bits with {spec.compression} compression need another package",
             "Save it with Deflate compression, or run pip install imagecodecs.",
         )
     if decoded.ndim == 3:
         decoded = decoded[:, :, (2, 1, 0, 3)[: decoded.shape[2]]]
-    # OpenCV has brought the values to 16 bits.
+    # OpenCV has scaled the values to 16 bits.
     return from_stored(decoded.reshape(*decoded.shape[:2], -1), replace(spec, bits=16))
 
 
@@ -288,10 +310,10 @@ def _metadata(data: bytes, file: Any, page: Any, spec: Page, left_pages: int) ->
     if geo and spec.orientation != 1:
         geo, gone = (), (*gone, "GeoTIFF tags")
     iptc = page.tags.valueof(0x83BB)
-    if isinstance(iptc, tuple):  # as numbers of four bytes
+    if isinstance(iptc, tuple):  # stored as 32-bit numbers
         iptc = np.array(iptc, f"{file.byteorder}u4").tobytes()
     lost += gone
-    lost += (f"{spec.extra} more bands",) if spec.extra else ()
+    lost += (f"{spec.extra} additional bands",) if spec.extra else ()
     lost += (f"{left_pages} reduced copies or masks",) if left_pages else ()
     lost += (f"{len(page.pages)} reduced copies",) if page.pages else ()
     resolution = [page.tags.valueof(tag) for tag in (0x011A, 0x011B)]
@@ -305,6 +327,7 @@ _BIG_TIFF = 3_900_000_000
 
 
 def write_tiff(path: Path, streams: Iterable[ImageStream]) -> None:
+    """Write each of `streams` as a page of a TIFF at `path`: tiled, with Deflate compression, row by row of tiles."""
     import tifffile
 
     pointers: list[dict[int, dict[int, Any]]] = []
@@ -312,7 +335,7 @@ def write_tiff(path: Path, streams: Iterable[ImageStream]) -> None:
     try:
         for stream in streams:
             spec, metadata = stream.spec, stream.metadata
-            # Classic TIFF holds 4 GiB; beyond it the variant with 64-bit offsets, which not every program reads.
+            # A classic TIFF holds at most 4 GiB. Larger files are BigTIFF, which not every program reads.
             writer = writer or tifffile.TiffWriter(path, byteorder="<", bigtiff=spec.bytes > _BIG_TIFF)
             tags, folders = _tags(metadata)
             shape = (spec.height, spec.width, spec.samples)
@@ -342,7 +365,7 @@ def write_tiff(path: Path, streams: Iterable[ImageStream]) -> None:
 
 
 def _tiles(row_chunks: Iterable[Array]) -> Iterator[Array]:
-    """The rows as tiles of `_TILE` rows and columns, row by row; those at the border are smaller."""
+    """Split the rows into tiles of `_TILE` x `_TILE` pixels, row by row. Tiles at the edges may be smaller."""
     for rows in _of_height(row_chunks, _TILE):
         rows = rows[..., 0] if rows.shape[2] == 1 else rows
         for x in range(0, rows.shape[1], _TILE):
@@ -350,7 +373,7 @@ def _tiles(row_chunks: Iterable[Array]) -> Iterator[Array]:
 
 
 def _of_height(row_chunks: Iterable[Array], height: int) -> Iterator[Array]:
-    """The same rows in chunks of `height`; the last one may be less."""
+    """The same rows in chunks of `height` rows; the last chunk may have fewer."""
     held: list[Array] = []
     count = 0
     for rows in row_chunks:
@@ -366,7 +389,7 @@ def _of_height(row_chunks: Iterable[Array], height: int) -> Iterator[Array]:
 
 
 def _tags(metadata: Metadata) -> tuple[list[tuple[object, ...]], dict[int, dict[int, Any]]]:
-    """The metadata as tags of the page, and the EXIF and GPS folders that it points to."""
+    """The metadata as tags of the page, and the EXIF and GPS directories (IFDs) to which its tags point."""
     tags: list[tuple[object, ...]] = [(tag.code, tag.type, *_counted(tag.values), True) for tag in metadata.geo]
     folders: dict[int, dict[int, Any]] = {}
     for code, kind, content in ((0x02BC, 1, metadata.xmp), (0x83BB, 7, metadata.iptc)):
@@ -389,7 +412,7 @@ def _counted(values: tuple[float, ...] | str) -> tuple[int, object]:
 
 
 def _value(value: Any) -> tuple[int, int, object]:
-    """Data type, count and value of a tag of the image itself, as tifffile takes them."""
+    """Data type, count and value of a tag, as tifffile expects them."""
     if isinstance(value, str):
         return 2, 0, value.encode("utf-8", "replace") + b"\0"
     if isinstance(value, bytes):
@@ -403,7 +426,7 @@ def _value(value: Any) -> tuple[int, int, object]:
 
 
 def _append_folders(path: Path, pages: list[dict[int, dict[int, Any]]]) -> None:
-    """Put the EXIF and GPS folders of each page behind the file, and the page's pointers on them."""
+    """Append the EXIF and GPS directories of each page to the file, and set the page's pointers to them."""
     if not any(pages):
         return
     with path.open("rb+") as file:

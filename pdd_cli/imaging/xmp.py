@@ -1,4 +1,4 @@
-"""XMP for the image that an output is: upright, of its own size, without what it announces and hasn't."""
+"""XMP for an output: for the upright image and its new size, without references to data that outputs don't contain."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _IPTC = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
 _DECLARATIONS = "http://www.w3.org/2000/xmlns/"
 _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 _CAMERA = "http://ns.google.com/photos/1.0/camera/"
-# (namespace, name; "" is any) of what is gone, and how that is called.
+# Properties to remove: namespace, beginning of the name ("" for any name), and the name for messages ("" for none).
 _GONE = (
     ("http://ns.adobe.com/hdr-gain-map/1.0/", "", "HDR gain map"),
     ("http://ns.apple.com/HDRGainMap/1.0/", "", "HDR gain map"),
@@ -44,12 +44,13 @@ _PIXELS = {
     (_PANORAMA, "CroppedAreaTopPixels"): 1,
 }
 _PIXEL_STRUCTURES = (
-    # namespace, its unit, the values by axis
+    # namespace, name of the unit, axis (0: x, 1: y) of each value
     (_DIMENSIONS, "unit", {"w": 0, "h": 1}),
     (_AREA, "unit", {"x": 0, "w": 0, "d": 0, "y": 1, "h": 1}),
     (_IPTC, "rbUnit", {"rbX": 0, "rbW": 0, "rbRx": 0, "rbY": 1, "rbH": 1}),
 )
-# In attributes, a line end or tab that isn't escaped is read as a space.
+# XML parsers read an unescaped tab or line end in an attribute as a space, and minidom may write them unescaped.
+# `serialised` uses these private characters until it escapes them.
 _ATTRIBUTE_WHITESPACE = {"\t": "\ue009", "\n": "\ue00a", "\r": "\ue00d"}
 _PACKET = re.compile(r"^\s*(<\?xpacket begin.*?\?>)?(.*?)(<\?xpacket end.*?\?>)?\s*$", re.DOTALL)
 
@@ -80,7 +81,7 @@ class _Value:
         self._node.appendChild(self._node.ownerDocument.createTextNode(text))
 
     def scale(self, factor: float, *, whole: bool) -> None:
-        """Multiply a number; what is none stays."""
+        """Multiply the number by `factor`. A value that isn't a number is unchanged."""
         try:
             value = float(self.text) * factor
         except ValueError:
@@ -95,9 +96,15 @@ class _Value:
 
 
 def upright(packet: bytes, orientation: int, size: tuple[int, int]) -> tuple[bytes | None, tuple[str, ...]]:
-    """`packet` for the pixels alone, turned as `orientation` says to `size`; and names of what is gone.
+    """The XMP `packet` for the pixels in upright position, and the names of the data that is removed.
 
-    None for one that isn't XML.
+    Args:
+        packet: An XMP packet in UTF-8 or UTF-16.
+        orientation: The EXIF orientation of the stored pixels, 1 to 8.
+        size: (width, height) of the upright image.
+
+    Returns:
+        The packet, None if it isn't valid XML, and the names.
     """
     lost: list[str] = []
 
@@ -124,11 +131,14 @@ def upright(packet: bytes, orientation: int, size: tuple[int, int]) -> tuple[byt
     try:
         return _changed(packet, change), tuple(name for name in dict.fromkeys(lost) if name)
     except (ExpatError, ValueError, UnicodeError):
-        return None, ("XMP that is damaged",)
+        return None, ("damaged XMP",)
 
 
 def resized(packet: bytes, size: tuple[int, int], factors: tuple[float, float]) -> bytes:
-    """`packet` of an upright image that now has this (width, height), multiplied by `factors`."""
+    """The `packet` of an upright image for its new (width, height) `size`; `factors` are new size / old size by axis.
+
+    Raises ExpatError, ValueError or UnicodeError if the packet is damaged.
+    """
 
     def change(document: Any) -> None:
         for value in list(_values(document)):
@@ -147,7 +157,10 @@ def resized(packet: bytes, size: tuple[int, int], factors: tuple[float, float]) 
 
 
 def _changed(packet: bytes, change: Callable[[Any], None]) -> bytes:
-    """`packet` after `change` of its document. Raises ExpatError, ValueError, UnicodeError for one that is damaged."""
+    """Parse `packet`, apply `change` to the document, and write it again.
+
+    Raises ExpatError, ValueError or UnicodeError if the packet is damaged.
+    """
     encoding = next(
         (name for mark, name in ((b"\xfe\xff", "utf-16"), (b"\xff\xfe", "utf-16")) if mark in packet[:2]), ""
     )
@@ -156,14 +169,14 @@ def _changed(packet: bytes, change: Callable[[Any], None]) -> bytes:
     assert match is not None
     begin, body, end = match.groups()
     if "<!DOCTYPE" in body or "<!ENTITY" in body:
-        raise ValueError("XMP with a document type")
+        raise ValueError("XMP must not contain a document type")
     document = minidom.parseString(body.strip().encode())
     change(document)
     return (begin or "").encode() + serialised(document) + (end or "").encode()
 
 
 def serialised(document: minidom.Document) -> bytes:
-    """The text of `document`, with line ends in attributes as they were."""
+    """The document as XML. Tabs and line ends in attributes are escaped, so that parsers keep them."""
     for element in document.getElementsByTagName("*"):
         for attribute in element.attributes.values():
             for character, stand_in in _ATTRIBUTE_WHITESPACE.items():
@@ -190,7 +203,7 @@ def _values(document: Any) -> Iterator[_Value]:
 
 
 def _structures(document: Any) -> Iterator[dict[tuple[str, str], _Value]]:
-    """The simple values that are together in one place, attributes or elements."""
+    """The properties of each element, by namespace and name: its attributes and its direct children."""
     for element in _elements(document):
         values = [_Value(element, attribute) for attribute in element.attributes.values()]
         values += [_Value(element, child) for child in element.childNodes if child.nodeType == child.ELEMENT_NODE]
@@ -198,7 +211,7 @@ def _structures(document: Any) -> Iterator[dict[tuple[str, str], _Value]]:
 
 
 def _turn(structure: dict[tuple[str, str], _Value], orientation: int) -> None:
-    """Turn a region of MWG, whose x and y are its centre in 0..1, and exchange sizes."""
+    """Turn an MWG region, whose x and y are its centre in 0..1. A quarter turn exchanges width and height."""
     for namespace, first, second in ((_AREA, "w", "h"), (_DIMENSIONS, "w", "h")):
         if orientation in (5, 6, 7, 8) and {(namespace, first), (namespace, second)} <= structure.keys():
             a, b = structure[namespace, first], structure[namespace, second]
@@ -213,7 +226,7 @@ def _turn(structure: dict[tuple[str, str], _Value], orientation: int) -> None:
 
 
 def _turned_point(x: float, y: float, orientation: int) -> tuple[float, float]:
-    """Where a point of the stored image, in 0..1, is in the upright one."""
+    """The position in the upright image, in 0..1, of a point of the stored image."""
     return {
         2: (1 - x, y),
         3: (1 - x, 1 - y),
@@ -226,7 +239,7 @@ def _turned_point(x: float, y: float, orientation: int) -> tuple[float, float]:
 
 
 def _turned_rectangle(text: str, orientation: int) -> str:
-    """ "x, y, width, height" in 0..1, from the top left corner."""
+    """Turn a rectangle "x, y, width, height" in 0..1, where x and y are the top left corner."""
     try:
         x, y, width, height = (float(value) for value in text.split(","))
     except ValueError:
