@@ -77,6 +77,10 @@ def test_sabotaged_models_are_rejected_and_better_ones_kept() -> None:
     verdict = decide({1.0: measure(model(grain=0.01), images(), CPU)}, base, 4)
     assert verdict.keep
     assert verdict.strength == 1
+    unchanged = decide({1.0: base}, base, 4)
+    assert not unchanged.keep
+    assert unchanged.reason.startswith("no clear gain")
+    assert "fine detail 0 % (in flat regions 0 %)" in unchanged.reason
 
 
 def test_the_best_strength_is_recommended() -> None:

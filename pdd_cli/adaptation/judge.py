@@ -238,11 +238,11 @@ def decide(judgements: Mapping[float, Judgement], base: Judgement, scale: int) -
         if judgement.texture >= _MIN_TEXTURE_RATIO * base.texture and judgement.drift <= base.drift + _MAX_ADDED_DRIFT
     }
     best = max(acceptable, key=lambda strength: acceptable[strength].score(base, scale), default=None)
-    if best is None or acceptable[best].score(base, scale) <= 0:
+    if best is None or acceptable[best].score(base, scale) < _MIN_GAIN:
         full = judgements[max(judgements)]
-        return Verdict(False, f"the base is better on the held-out images: {_describe(full, base)}", 0.0)
-    if acceptable[best].score(base, scale) < _MIN_GAIN:
-        return Verdict(False, f"no clear gain on the held-out images: {_describe(acceptable[best], base)}", 0.0)
+        worse = max(judgements) not in acceptable or full.score(base, scale) <= -_MIN_GAIN
+        word = "the base is better" if worse else "no clear gain"
+        return Verdict(False, f"{word} on the held-out images: {_describe(full, base)}", 0.0)
     return Verdict(True, f"better than the base on the held-out images: {_describe(acceptable[best], base)}", best)
 
 
@@ -275,4 +275,5 @@ def _describe(adapted: Judgement, base: Judgement) -> str:
 
 
 def _percent_change(value: float, base: float) -> str:
-    return f"{100 * (value / max(base, 1e-6) - 1):+.0f} %"
+    percent = round(100 * (value / max(base, 1e-6) - 1))
+    return f"{percent:+d} %" if percent else "0 %"
