@@ -4,6 +4,7 @@ import io
 import threading
 from dataclasses import astuple
 
+import cv2
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -37,6 +38,18 @@ def test_downsampling_equals_pillows_antialiased_filters(filter):
     expected = np.asarray(Image.fromarray(pixels).resize((6, 8), getattr(Image.Resampling, filter.upper())))
     ours = downsample(torch.from_numpy(pixels)[None, None], 4, filter)[0, 0].numpy()
     np.testing.assert_allclose(ours, np.round(expected.clip(0, 1) * 255) / 255, atol=1.01 / 255)
+
+
+@pytest.mark.parametrize("filter", ["bicubic", "bilinear"])
+def test_without_antialiasing_filters_are_opencvs(filter):
+    pixels = np.random.default_rng(0).random((32, 24)).astype(np.float32)
+    method = {"bicubic": cv2.INTER_CUBIC, "bilinear": cv2.INTER_LINEAR}[filter]
+    expected = cv2.resize(pixels, (6, 8), interpolation=method)
+    degradation = Degradation((filter,), antialias=False)
+    image = torch.from_numpy(pixels)[None, None].expand(1, 3, -1, -1)
+    ours = degradation.apply(image, 4, np.random.default_rng(0))[0, 0].numpy()
+    np.testing.assert_allclose(ours, np.round(expected.clip(0, 1) * 255) / 255, atol=1.01 / 255)
+    assert not np.allclose(ours, downsample(image, 4, filter)[0, 0].numpy(), atol=0.05)
 
 
 def test_a_pair_is_one_crop_and_its_downsampling():

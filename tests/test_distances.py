@@ -76,6 +76,19 @@ def test_inter_loss(four):
     assert set(INTER_LAYERS.values()) == {0.25}
 
 
+def test_inter_loss_of_groups_is_the_mean_of_their_norms(four):
+    """As two GPUs compute it, each for its part of the batch."""
+    S_s, S_t, G_s, G_t = four
+    expected = 0.0
+    for element in range(2):
+        for layer in INTER_LAYERS:
+            one = slice(element, element + 1)
+            difference = gram(S_t[layer][one] - G_t[layer][one]) - gram(S_s[layer][one] - G_s[layer][one])
+            expected += 0.25 * np.sqrt((difference**2).sum()) / 2
+    assert float(inter_loss(*map(tensors, four), group=1)) == pytest.approx(expected, rel=1e-4)
+    assert float(inter_loss(*map(tensors, four), group=2)) == pytest.approx(float(inter_loss(*map(tensors, four))))
+
+
 def test_intra_loss(four):
     S_s, S_t, G_s, G_t = four
     expected = 0.0

@@ -25,19 +25,24 @@ ALL_LAYERS = tuple(sorted({*INTER_LAYERS, *INTRA_LAYERS, *PERCEPTUAL_LAYERS}))
 _LOG_EPSILON = 1e-6
 
 
-def inter_loss(S_s: Features, S_t: Features, G_s: Features, G_t: Features, ranks: Ranks = SINGLE_PROCESS) -> Tensor:
+def inter_loss(
+    S_s: Features, S_t: Features, G_s: Features, G_t: Features, ranks: Ranks = SINGLE_PROCESS, group: int | None = None
+) -> Tensor:
     """Σ_l a_l ‖A_t − A_s‖_F, where A is the inter-model distance in each domain.
 
-    The norm is taken over the whole batch tensor, of which each process of `ranks` holds a part. The gradient is
-    undefined if S equals G exactly (then A is zero in both domains).
+    The norm is taken over the whole batch tensor, of which each process of `ranks` holds a part; or over each `group`
+    of elements, with the mean over the groups (the paper's code: 8, the crops of one GPU). The gradient is undefined if
+    S equals G exactly (then A is zero in both domains).
     """
     norms = []
     for layer in INTER_LAYERS:
         A_t = inter_model_distance(S_t[layer], G_t[layer])
         A_s = inter_model_distance(S_s[layer], G_s[layer])
-        norms.append(torch.linalg.vector_norm(A_t - A_s))
+        parts = (A_t - A_s).flatten().unflatten(0, (len(A_t) // group if group else 1, -1))
+        norms.append(torch.linalg.vector_norm(parts, dim=1).mean())
     total = torch.zeros((), device=norms[0].device)
-    for weight, norm in zip(INTER_LAYERS.values(), ranks.norm(torch.stack(norms)), strict=True):
+    over_batch = torch.stack(norms) if group else ranks.norm(torch.stack(norms))
+    for weight, norm in zip(INTER_LAYERS.values(), over_batch, strict=True):
         total = total + weight * norm
     return total
 

@@ -13,6 +13,7 @@ from pdd_cli.adaptation.prepare import (
     prepare_run,
     weight_files,
 )
+from pdd_cli.errors import InputError
 from pdd_cli.observer import Observer
 from pdd_cli.ranks import SINGLE_PROCESS, Ranks
 from pdd_cli.runtime import choose_runtime, keep_freed_memory
@@ -35,7 +36,12 @@ def start(
     Raises InputError if images, weights or settings can't be used, DownloadError if weights can't be downloaded.
     """
     store = Store.default()
-    ranks.per_rank(settings.batch_size)
+    per_rank, group = ranks.per_rank(settings.batch_size), settings.losses.inter_group
+    if group and per_rank % group:
+        raise InputError(
+            f"losses.inter_group {group}: each of the {ranks.size} processes has {per_rank} crops of a batch",
+            f"Give each process a multiple of {group}: --batch-size {ranks.size * group}, for example.",
+        )
     runtime = choose_runtime(ranks.device(settings.device), settings.precision)
     ranks.join(runtime.device)
     keep_freed_memory()

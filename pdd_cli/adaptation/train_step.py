@@ -87,8 +87,9 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
         losses["perceptual"] = perceptual_loss(phi_S_s, phi_hr)
         if weights.feature_distance:
             losses["feature_distance"] = feature_distance_loss(phi_S_s, phi_hr)
-        # S_s and (with adversarial_on_target) S_t must each look real, so their two means are added.
-        losses["adversarial"] = adversarial_loss(logits, real=True) * (judged / n)
+        # S_s and (with adversarial_on_target) S_t must look real: the sum of two means, or one mean over both.
+        domains = judged // n if weights.adversarial_reduction == "sum" else 1
+        losses["adversarial"] = adversarial_loss(logits, real=True) * domains
         if distilling:
             phi_S_t, phi_G_s, phi_G_t = (
                 _part(phi, n, 2 * n),
@@ -97,7 +98,7 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
             )
             # static: the synthetic prediction is trained by its ground truth only, not by distillation.
             distilled = phi_S_s if ema else {layer: value.detach() for layer, value in phi_S_s.items()}
-            losses["inter"] = inter_loss(distilled, phi_S_t, phi_G_s, phi_G_t, ranks)
+            losses["inter"] = inter_loss(distilled, phi_S_t, phi_G_s, phi_G_t, ranks, weights.inter_group)
             losses["intra"] = intra_loss(distilled, phi_S_t, phi_G_s, phi_G_t)
             if weights.consistency:
                 losses["consistency"] = consistency_loss(S[n:], batch.lr_t, specialist.scale)

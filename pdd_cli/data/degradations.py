@@ -22,7 +22,7 @@ class Degradation:
     `blur`: standard deviation of a Gaussian in LR pixels. `noise`: standard deviation of white noise in 8-bit levels.
     `jpeg`: quality. Without these three it is the paper's clean degradation. `second_order`: the degradation is applied
     twice, first down to a random size between those of HR and LR, like an image that is saved, downscaled and saved
-    again (Wang et al., Real-ESRGAN, 2021, section 3.1).
+    again (Wang et al., Real-ESRGAN, 2021, section 3.1). `antialias`: of the bicubic and bilinear filters.
     """
 
     filters: tuple[Filter, ...] = ("bicubic", "bilinear", "area")
@@ -30,6 +30,7 @@ class Degradation:
     noise: Range | None = None
     jpeg: Range | None = None
     second_order: bool = False
+    antialias: bool = True
 
     def apply(self, hr: Tensor, scale: int, rng: np.random.Generator) -> Tensor:
         """HR (1, 3, H, W) in 0..1 to LR (1, 3, H/scale, W/scale), rounded to 8 bits. H and W are multiples of `scale`.
@@ -48,7 +49,7 @@ class Degradation:
         filter = rng.choice(self.filters)
         if self.blur is not None:
             image = gaussian_blur(image, rng.uniform(*self.blur) * factor * image.shape[-1] / size[1])
-        image = _resized(image, size, filter)
+        image = _resized(image, size, filter, antialias=self.antialias)
         if self.noise is not None:
             sigma = rng.uniform(*self.noise) / 255
             # Half of the time all three channels get the same noise (luma noise).
@@ -65,13 +66,14 @@ def downsample(hr: Tensor, factor: float, filter: Filter) -> Tensor:
     Bicubic and bilinear are antialiased, as in image libraries and MATLAB.
     """
     height, width = (max(1, round(side / factor)) for side in hr.shape[-2:])
-    return _resized(hr, (height, width), filter)
+    return _resized(hr, (height, width), filter, antialias=True)
 
 
-def _resized(image: Tensor, size: tuple[int, int], filter: Filter) -> Tensor:
+def _resized(image: Tensor, size: tuple[int, int], filter: Filter, *, antialias: bool) -> Tensor:
+    """Without antialiasing, bicubic (a = -0.75) and bilinear are those of OpenCV's `resize`."""
     if filter == "area":
         return _to_8_bit(F.interpolate(image, size, mode="area"))
-    return _to_8_bit(F.interpolate(image, size, mode=filter, antialias=True))
+    return _to_8_bit(F.interpolate(image, size, mode=filter, antialias=antialias))
 
 
 def gaussian_blur(image: Tensor, sigma: float) -> Tensor:

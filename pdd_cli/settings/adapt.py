@@ -88,6 +88,8 @@ class SyntheticSettings(Settings):
     filters: tuple[Literal["bicubic", "bilinear", "area"], ...] = Field(
         default=("bicubic", "bilinear", "area"), min_length=1
     )
+    # Bicubic and bilinear filters: antialiased ones are closer to real cameras; the paper's code uses OpenCV's.
+    antialias: bool = True
     # HR images are also used at these sizes, because a downscaled photograph is sharper per pixel.
     hr_scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=(1.0, 0.7, 0.5), min_length=1)
     blur: Range | None = None  # standard deviation of a Gaussian, LR pixels
@@ -121,10 +123,15 @@ class LossWeights(Settings):
         Field(description="Weight of the intra-model distance."),
         Option("Method", flags=("--intra-weight",)),
     ] = 1.0
+    # The norm of the inter-model distance is taken over groups of this many crops, and averaged over the groups; None:
+    # over the whole batch. The paper's code takes it over the 8 crops of each GPU.
+    inter_group: PositiveInt | None = None
     pixel: NonNegative = 0.2
     perceptual: NonNegative = 1.0
     feature_distance: NonNegative = 8.0  # not in the paper: distance of features normalized to unit length
     adversarial: NonNegative = 0.45  # for discriminator features; unet has another scale, use the paper's 0.01
+    # The adversarial losses of S_s and S_t are added, or averaged as in the paper.
+    adversarial_reduction: Literal["sum", "mean"] = "sum"
     # Not in the paper: S_t, downscaled to LR size, must have the colours and coarse shading of its LR input.
     consistency: NonNegative = 5.0
     adversarial_on_target: bool = True
@@ -225,6 +232,13 @@ class AdaptConfig(Settings):
     def _pairs_have_both_sides(self) -> AdaptConfig:
         if (self.val_lr is None) != (self.val_hr is None):
             raise ValueError("--val-lr DIR and --val-hr DIR must be given together")
+        return self
+
+    @model_validator(mode="after")
+    def _groups_fill_the_batch(self) -> AdaptConfig:
+        group = self.losses.inter_group
+        if group and self.batch_size % group:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of losses.inter_group {group}")
         return self
 
     @model_validator(mode="after")
