@@ -107,6 +107,19 @@ def test_a_download_becomes_an_entry_with_its_provenance(server: Server, tmp_pat
     assert files_below(tmp_path) == ["weights/tiny.safetensors"]
 
 
+def test_of_the_papers_models_the_specialist_is_taken(tmp_path: Path) -> None:
+    averaged = {key: tensor + 1 for key, tensor in STATE.items()}
+    path = tmp_path / "theirs.pth"
+    torch.save({"params_ema": averaged, "params": STATE}, path)
+    paper = entry(sha256=None, size=None, table="params")
+    assert_holds_the_weights(fetch(paper, store=Store(tmp_path / "a"), from_path=path, on_event=print).path)
+    other = fetch(entry(sha256=None, size=None), store=Store(tmp_path / "b"), from_path=path, on_event=print)
+    assert all(torch.equal(value, averaged[key]) for key, value in load_file(other.path).items())
+    assert {one.table for one in CATALOG if one.name.startswith("pdd-")} == {"params"}
+    torch.save({"params_ema": STATE}, path)  # without such a key
+    assert_holds_the_weights(fetch(paper, store=Store(tmp_path / "c"), from_path=path, on_event=print).path)
+
+
 def test_a_broken_connection_is_taken_up_where_it_broke(server: Server, tmp_path: Path) -> None:
     server.files["/tiny.pth"] = PTH
     server.break_after = [1000, 500]

@@ -79,6 +79,7 @@ class CatalogEntry:
     tensors: int
     parameters: int
     sources: tuple[Source, ...]  # in the order in which they are tried
+    table: str | None = None  # the network's key in a training checkpoint; None: the moving average, if there is one
 
     @property
     def source_kinds(self) -> list[SourceKind]:
@@ -110,12 +111,16 @@ _RRDBNET_23 = (702, 16_697_987)
 
 
 def _adapted(base: str, domain: str) -> CatalogEntry:
-    """One of the paper's models. The checksums of the files are unknown."""
+    """One of the paper's models. The checksums of the files are unknown.
+
+    Its checkpoints have the specialist as `params`; their `params_ema` is the moving average, the generalist.
+    """
     without = ("drealsr",) if domain == "realsr" else ()
     return CatalogEntry(
         f"pdd-{base}-{domain}", "sr", "RRDBNet", 4, "not stated (research)",
         f"pdd-{base}-{domain}.pth", None, None, *_RRDBNET_23,
         (GoogleDrive(_PAPER_FOLDER, (base, "ntire" if domain == "ntire20" else domain), without),),
+        table="params",
     )  # fmt: skip
 
 

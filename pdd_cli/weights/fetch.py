@@ -233,7 +233,7 @@ def _read(entry: CatalogEntry, path: Path) -> tuple[str, dict[str, Tensor]]:
     if path.name == entry.file and entry.sha256 and not digest.startswith(entry.sha256):
         # A file with the published name and another checksum is damaged or forged.
         raise InputError(f"{path.name}: its sha256 is {digest}, {entry.sha256} was expected")
-    return digest, read_state(path)
+    return digest, read_state(path, entry.table)
 
 
 def _select_tensors(entry: CatalogEntry, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -70,12 +70,13 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path, table: str | None = None) -> dict[str, Tensor]:
     """The tensors of the network in a weights file, without running any code from it.
 
     The format is recognised by content, not by suffix: safetensors, a file of `torch.save`, or ncnn's `.bin` and
-    `.param`. From a training checkpoint the generator is read, as its moving average (`params_ema`) if there is one.
-    Prefixes that wrappers add to the keys (`module.`) are removed.
+    `.param`. From a training checkpoint the generator is read: the one with the key `table` if there is such a key,
+    else its moving average (`params_ema`) if there is one. Prefixes that wrappers add to the keys (`module.`) are
+    removed.
 
     Raises InputError, which names the kind of file, if it is not a weights file.
     """
@@ -93,9 +94,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if head.startswith(b"7767517") or (path.suffix == ".bin" and path.with_suffix(".param").is_file()):
         return _read_ncnn(path)
     if head[8:9] == b"{":
-        return _network(_read_safetensors(path), path)
+        return _network(_read_safetensors(path), path, table)
     if head.startswith((b"PK\x03\x04", b"\x80")):
-        return _network(_read_pickled(path, head), path)
+        return _network(_read_pickled(path, head), path, table)
     other = identify(head)
     if other is not None:
         raise InputError(f"{path} is {other[0]}, not a weights file", other[1])
@@ -197,13 +198,13 @@ def _read_ncnn(path: Path) -> dict[str, Tensor]:
     return ncnn.read_state(param.read_text(errors="replace"), data.read_bytes(), origin=str(data))
 
 
-def _network(content: Any, path: Path) -> dict[str, Tensor]:
+def _network(content: Any, path: Path, table: str | None) -> dict[str, Tensor]:
     """The tensors of the network in `content`, which may be nested, with the keys of the network itself."""
     tables = list(_tables(content))
     if not tables:
         keys = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
         raise InputError(f"{path} is not a weights file: it contains no tensors ({keys or 'nothing'})")
-    state = _select_table(tables)
+    state = _select_table(tables, table)
     while True:
         parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in state.items():
@@ -232,10 +233,11 @@ def _tables(content: Any, name: str = "", depth: int = 5) -> Iterator[tuple[str,
             yield from _tables(value, str(key), depth - 1)
 
 
-def _select_table(tables: list[tuple[str, dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """The largest of `tables`, or the moving average of the same network."""
+def _select_table(tables: list[tuple[str, dict[str, Tensor]]], wanted: str | None = None) -> dict[str, Tensor]:
+    """The table named `wanted`; without one the largest of `tables`, or the moving average of the same network."""
     sizes = [sum(tensor.numel() for tensor in state.values()) for _, state in tables]
     whole = [table for table, size in zip(tables, sizes, strict=True) if 2 * size >= max(sizes)]
-    averaged = [table for table in whole if _AVERAGED.search(table[0].replace("_", " "))]
+    named = [table for table in whole if table[0] == wanted]
+    averaged = named or [table for table in whole if _AVERAGED.search(table[0].replace("_", " "))]
     _, state = max(averaged or whole, key=lambda table: sum(tensor.numel() for tensor in table[1].values()))
     return state
