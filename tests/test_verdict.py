@@ -143,3 +143,17 @@ def test_interpolation_is_linear() -> None:
 def test_a_model_that_gives_nan_is_not_judged() -> None:
     with pytest.raises(ValueError, match="finite"):
         measure(model(shift=float("nan")), images(), CPU)
+
+
+def test_weights_that_add_visible_grain_are_rejected() -> None:
+    """Measured of a run on grainy film that lost 0.9 dB and 25 % of the feature distance to the ground truth."""
+    base = Judgement(consistency=25.79, drift=3.27, texture=28.13, grain=17.83)
+    adapted = {
+        0.5: Judgement(consistency=27.28, drift=2.01, texture=35.12, grain=26.06),
+        1.0: Judgement(consistency=28.05, drift=0.84, texture=42.11, grain=34.38),
+    }
+    verdict = decide(adapted, base, 4)
+    assert verdict.keep is False
+    assert "add grain" in verdict.reason
+    faint = {strength: replace(one, grain=one.grain / 10) for strength, one in adapted.items()}
+    assert decide(faint, replace(base, grain=1.783), 4).keep

@@ -43,6 +43,8 @@ _MIN_CONTRAST = 2.0  # standard deviation in 8-bit levels; images with less are 
 _DUPLICATE_CORRELATION = 0.98  # thumbnails with a higher correlation show the same scene
 _MIN_IMAGES = 3  # distinct images that a verdict needs
 _MIN_GAIN = 0.5  # dB; a smaller gain is not significant on a few images
+_MAX_GRAIN_RATIO = 1.5  # of the base's; above it, weights that score well have learnt to add grain …
+_STRONG_GRAIN = 8.0  # … if it is strong (8-bit levels of the Laplacian: noise of about 2 levels)
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,8 @@ def decide(judgements: Mapping[float, Judgement], base: Judgement, scale: int) -
         worse = max(judgements) not in acceptable or full.score(base, scale) <= -_MIN_GAIN
         word = "the base is better" if worse else "no clear gain"
         return Verdict(False, f"{word} on the held-out images: {_describe(full, base)}", 0.0)
+    if acceptable[best].grain > max(_STRONG_GRAIN, _MAX_GRAIN_RATIO * base.grain):
+        return Verdict(False, f"the weights add grain in flat regions: {_describe(acceptable[best], base)}", 0.0)
     return Verdict(True, f"better than the base on the held-out images: {_describe(acceptable[best], base)}", best)
 
 
