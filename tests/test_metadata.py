@@ -479,3 +479,21 @@ def test_everything_of_a_png_comes_back_from_a_png(tmp_path: Path) -> None:
     metadata = read_image(text_input(tmp_path)).metadata
     write_images(tmp_path / "out.png", [ImageStream(ImageSpec(16, 12, 3), [PIXELS], metadata)])
     assert read_image(tmp_path / "out.png").metadata == metadata
+
+
+@pytest.mark.skipif(shutil.which("exiftool") is None, reason="exiftool is not installed")
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "avif"])
+def test_text_that_is_not_ascii_keeps_its_bytes(tmp_path: Path, suffix: str) -> None:
+    """As exiftool and cameras write it, in UTF-8; in another encoding, too."""
+    IMAGE.save(tmp_path / "in.jpg")
+    names = {"Artist": "Zoë", "Copyright": "© 日本", "LensModel": "Objektiv é"}
+    for options in ([f"-{name}={value}" for name, value in names.items()], ["-charset", "exif=latin", "-Make=Müller"]):
+        subprocess.run(["exiftool", "-q", "-overwrite_original", *options, tmp_path / "in.jpg"], check=True)
+    out = tmp_path / f"out.{suffix}"
+    upscaled(tmp_path / "in.jpg", out)
+    for name in (*names, "Make"):
+        ours, theirs = (
+            subprocess.run(["exiftool", "-b", f"-EXIF:{name}", path], capture_output=True, check=True).stdout
+            for path in (out, tmp_path / "in.jpg")
+        )
+        assert ours == theirs != b"", name

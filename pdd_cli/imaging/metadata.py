@@ -188,7 +188,7 @@ def kept_exif(exif: Image.Exif, size: Size) -> tuple[bytes | None, tuple[str, ..
             kept[ifd] = values
     if not len(kept):
         return None, tuple(lost)
-    return kept.tobytes(), tuple(lost)
+    return exif_bytes(kept), tuple(lost)
 
 
 def _is_of_a_program(description: object) -> bool:
@@ -209,6 +209,25 @@ def load_exif(exif: bytes | None) -> Image.Exif:
     return tags
 
 
+class ExifText(str):
+    """Text that Pillow writes as it was read: Pillow reads Latin-1 and writes ASCII with question marks."""
+
+    def encode(self, encoding: str = "latin-1", errors: str = "strict") -> bytes:
+        try:
+            return super().encode("latin-1")
+        except UnicodeEncodeError:  # text that was not read from EXIF
+            return super().encode()
+
+
+def exif_bytes(tags: Image.Exif) -> bytes:
+    """`tags` as an EXIF block whose text has the bytes that were read; cameras and programs write UTF-8."""
+    for values in (tags, *(tags[ifd] for ifd in (EXIF_IFD, GPS_IFD) if isinstance(tags.get(ifd), dict))):
+        for tag, value in list(values.items()):
+            if isinstance(value, str) and not value.isascii():
+                values[tag] = ExifText(value)
+    return bytes(tags.tobytes())
+
+
 def _resized_exif(exif: bytes, size: Size, factors: tuple[float, float]) -> bytes:
     tags = load_exif(exif)
     values = dict(tags.get_ifd(EXIF_IFD))
@@ -226,13 +245,13 @@ def _resized_exif(exif: bytes, size: Size, factors: tuple[float, float]) -> byte
                     min(65535, round(value * factors[index % 2])) for index, value in enumerate(values[tag])
                 )
         tags[EXIF_IFD] = values
-    return bytes(tags.tobytes())
+    return exif_bytes(tags)
 
 
 def _with_resolution(exif: bytes | None, dpi: tuple[float, float]) -> bytes:
     tags = load_exif(exif)
     tags[_X_RESOLUTION], tags[_Y_RESOLUTION], tags[_UNIT] = dpi[0], dpi[1], 2
-    return bytes(tags.tobytes())
+    return exif_bytes(tags)
 
 
 def _with_parameters(metadata: Metadata, has_exif: bool) -> tuple[Metadata, list[Text]]:
@@ -247,7 +266,7 @@ def _with_parameters(metadata: Metadata, has_exif: bool) -> tuple[Metadata, list
         return metadata, list(metadata.text)
     values[USER_COMMENT] = b"UNICODE\0" + found.text.encode("utf-16-be")
     tags[EXIF_IFD] = values
-    return replace(metadata, exif=bytes(tags.tobytes())), [text for text in metadata.text if text != found]
+    return replace(metadata, exif=exif_bytes(tags)), [text for text in metadata.text if text != found]
 
 
 def _profile_of_cicp(cicp: tuple[int, int, int, int], format: str) -> bytes | None:

@@ -21,8 +21,7 @@ from xml.dom import minidom
 from xml.parsers.expat import ExpatError
 from xml.sax.saxutils import escape, quoteattr
 
-from PIL import Image
-
+from pdd_cli.imaging.metadata import exif_bytes, load_exif
 from pdd_cli.imaging.xmp import serialised
 from pdd_cli.version import __version__
 
@@ -84,12 +83,10 @@ def sealed_text(made: Provenance) -> str:
 
 def stamped_exif(exif: bytes | None, made: Provenance) -> tuple[bytes, str | None]:
     """Set the Software tag of `exif`, which begins with "Exif\\0\\0". Returns it, and the previous Software if any."""
-    tags = Image.Exif()
-    if exif:
-        tags.load(exif)
+    tags = load_exif(exif)
     before = tags.get(_SOFTWARE_TAG)
     tags[_SOFTWARE_TAG] = str(made)
-    return tags.tobytes(), before.strip("\0 ") if isinstance(before, str) else None
+    return exif_bytes(tags), before.strip("\0 ") if isinstance(before, str) else None
 
 
 def stamped_xmp(xmp: bytes | None, made: Provenance, software: str | None) -> bytes | None:

@@ -21,6 +21,7 @@ from pdd_cli.imaging.metadata import (
     GEO_TAGS,
     GPS_IFD,
     NO_NOTES,
+    ExifText,
     GeoTag,
     Metadata,
     dpi_of,
@@ -414,7 +415,7 @@ def _counted(values: tuple[float, ...] | str) -> tuple[int, object]:
 def _value(value: Any) -> tuple[int, int, object]:
     """Data type, count and value of a tag, as tifffile expects them."""
     if isinstance(value, str):
-        return 2, 0, value.encode("utf-8", "replace") + b"\0"
+        return 2, 0, ExifText(value).encode() + b"\0"
     if isinstance(value, bytes):
         return 1, len(value), value
     values = value if isinstance(value, tuple) else (value,)
@@ -455,5 +456,5 @@ def _folder(values: dict[int, Any], offset: int, big: bool) -> bytes:
     header = b"II\x2b\x00\x08\x00\x00\x00" + b"\0" * 8 if big else b"II\x2a\x00\x08\x00\x00\x00"
     folder = TiffImagePlugin.ImageFileDirectory_v2(header)
     for tag, value in values.items():
-        folder[tag] = value
+        folder[tag] = ExifText(value) if isinstance(value, str) else value
     return bytes(folder.tobytes(offset))
