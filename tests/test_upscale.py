@@ -504,7 +504,7 @@ def test_an_interrupted_run_leaves_whole_files_and_continues(tmp_path: Path, hom
 def test_a_large_output_is_never_held_whole(tmp_path: Path, suffix: str) -> None:
     worker = upscaler(repeating(4), tile=32, overlap=4)
     peaks = []
-    for height in (512, 1536):
+    for height in (1024, 3072):  # both long enough to fill the queue to the thread that writes
         lr = np.tile(RNG.integers(0, 256, (64, 128, 3), np.uint8), (height // 64, 1, 1))
         write_image(tmp_path / "a.png", DecodedImage(lr))
         job = Job(tmp_path / "a.png", tmp_path / f"{height}.{suffix}")
@@ -516,8 +516,8 @@ def test_a_large_output_is_never_held_whole(tmp_path: Path, suffix: str) -> None
             tracemalloc.stop()
         assert result.status == "done"
         np.testing.assert_array_equal(read_image(job.target).pixels, lr.repeat(4, axis=0).repeat(4, axis=1))
-    # The output grew by 6 MiB, the input by 0.4: of this a few copies.
-    assert peaks[1] - peaks[0] < 2 << 20
+    # The output grew by 12 MiB, the input by 0.8: of this a few copies.
+    assert peaks[1] - peaks[0] < 4 << 20, peaks
 
 
 def test_inputs_beyond_the_limit_against_bombs_need_max_memory(tmp_path: Path, home: Path) -> None:
