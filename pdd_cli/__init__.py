@@ -188,20 +188,25 @@ def evaluate(
 
 
 def fetch_weights(name: str, *, offline: bool = False) -> Path:
-    """Install weights unless they are already installed.
+    """Install weights, or an image set for the setting `hr_dir` of `adapt`, unless they are already installed.
 
     Args:
         name: A name listed by `pdd fetch-weights --list`.
         offline: Never use the network.
 
     Returns:
-        The weights file.
+        The weights file, or the folder of the image set.
 
     Raises:
         InputError: the name is unknown.
         DownloadError: no source has the weights, or the checksum is wrong. Nothing is installed.
     """
     from pdd_cli.weights.fetch import ensure
+    from pdd_cli.weights.fetch_images import install_set
+    from pdd_cli.weights.image_sets import find_set
     from pdd_cli.weights.store import Store
 
-    return ensure(name, store=Store.default(), offline=offline, on_event=lambda event: None)
+    store, image_set = Store.default(), find_set(name)
+    if image_set is not None and store.get(name) is None:
+        return install_set(image_set, store=store, offline=offline).folder
+    return ensure(name, store=store, offline=offline, on_event=lambda event: None)

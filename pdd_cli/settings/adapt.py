@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pdd_cli.settings.base import (
     Device,
@@ -75,6 +75,10 @@ class FeatureSettings(Settings):
             raise ValueError(f"weights {self.weights} also need the name of their network (--features vgg19)")
         return self
 
+
+ImageSetName = Literal["div2k-valid", "kodak", "photos"]
+OWN_HR = "own"
+"""The value of `hr_dir` for HR images that are made from the real images."""
 
 Range = tuple[float, float]
 
@@ -162,8 +166,11 @@ class AdaptConfig(Settings):
     ] = "realesrgan"
     hr_dir: Annotated[
         Path | None,
-        Field(description="Folder of sharp HR photographs for the synthetic domain."),
-        Option("Input", default="made from the real images"),
+        Field(
+            description="Sharp HR photographs for the synthetic domain: a folder, an image set (div2k-valid, kodak, "
+            "photos), or own: made from the real images."
+        ),
+        Option("Input", metavar="DIR|NAME", default="an installed image set, else own"),
     ] = None
     generalist: Generalist = EmaGeneralist()
     name: Annotated[
@@ -227,6 +234,15 @@ class AdaptConfig(Settings):
     device: Device = "auto"
     precision: Precision = "auto"
     offline: Offline = False
+
+    @field_validator("hr_dir", mode="before")
+    @classmethod
+    def _path_is_no_name(cls, value: Any) -> Any:
+        """Make `./kodak` absolute: as a relative path it would equal `kodak`, the name of an image set."""
+        names = (*get_args(ImageSetName), OWN_HR)
+        if isinstance(value, str) and value not in names and str(Path(value)) in names:
+            return Path.cwd() / value
+        return value
 
     @model_validator(mode="after")
     def _pairs_have_both_sides(self) -> AdaptConfig:

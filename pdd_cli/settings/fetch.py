@@ -15,7 +15,7 @@ class FetchConfig(Settings):
 
     names: Annotated[
         tuple[str, ...],
-        Field(description="Names of weights, as listed by --list."),
+        Field(description="Names of weights or image sets, as listed by --list."),
         Option("Weights", argument=True, metavar="NAME"),
     ] = ()
     metrics: Annotated[
@@ -44,12 +44,12 @@ class FetchFlags(Settings):
         Field(description="Fetch this feature network of `pdd adapt`."),
         Option("Weights"),
     ] = None
-    all: Annotated[bool, Field(description="Fetch everything on the list."), Option("Weights")] = False
-    list: Annotated[bool, Field(description="List all weights and show which are installed."), Option("Weights")] = (
-        False
-    )
+    all: Annotated[bool, Field(description="Fetch all weights on the list."), Option("Weights")] = False
+    list: Annotated[
+        bool, Field(description="List weights and image sets, and which are installed."), Option("Weights")
+    ] = False
     overwrite: Annotated[
         bool,
-        Field(description="Fetch installed weights again; the old ones are kept if that fails."),
+        Field(description="Fetch again what is installed; the old version is kept if that fails."),
         Option("Weights"),
     ] = False

