@@ -10,6 +10,7 @@ resulting score with scores against ground truth.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -203,7 +204,7 @@ def insufficient_images(evaluation_images: Sequence[RGB], trained_on: Sequence[R
     """The reason why these images are too few or too uniform for a verdict; "" if they suffice."""
     tiny = flat = copies = 0
     thumbnails: list[NDArray[np.float32]] = []
-    for number, image in enumerate((*evaluation_images, *trained_on), 1):
+    for number, image in enumerate(itertools.chain(evaluation_images, trained_on), 1):
         if min(image.shape[:2]) < _MIN_SIDE:
             tiny += 1
         elif image.std() < _MIN_CONTRAST:

@@ -24,7 +24,7 @@ from pdd_cli.adaptation.tensorboard import check_tensorboard
 from pdd_cli.adaptation.train_step import Models, scheduled_rate
 from pdd_cli.adaptation.trainable import check_rgb, check_trainable
 from pdd_cli.adaptation.validation import read_pairs
-from pdd_cli.data.datasets import CropSampler, downscaled, hr_from_real, images_below
+from pdd_cli.data.datasets import CropSampler, downscaled, hr_from_real, images_below, select
 from pdd_cli.data.degradations import Degradation
 from pdd_cli.engines.winograd import winograd_pays
 from pdd_cli.errors import DownloadError, InputError, ResourceError
@@ -151,8 +151,8 @@ def prepare_run(
     images = read_sources(config, base.scale, warn, say)
     real, hr = images.real, images.hr
     kept_out = held_out_indices(len(real), config.held_out)
-    judged_on = [real[index] for index in kept_out] or real
-    real = [image for index, image in enumerate(real) if index not in kept_out]
+    judged_on = select(real, kept_out) or real
+    real = select(real, [index for index in range(len(real)) if index not in kept_out])
     if reason := insufficient_images(judged_on, real):
         warn(f"not enough images to judge the result: {reason}")
     hr_crop = config.crop * base.scale

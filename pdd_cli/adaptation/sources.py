@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdd_cli.adaptation.folder import RunFolder
-from pdd_cli.data.datasets import RGB, images_below, read_images
+from pdd_cli.data.datasets import RGB, images_below, lazy_images, read_images
 from pdd_cli.data.layouts import Side, select_images
 from pdd_cli.errors import InputError, ResourceError
 from pdd_cli.imaging.decode import image_size
@@ -19,6 +19,10 @@ from pdd_cli.system import free_memory
 from pdd_cli.upscaling.manifest import recorded
 
 Callback = Callable[[str], None]
+
+# Bytes of the decoded images of a folder, with their copies. Images of a larger folder are decoded when they are used.
+# The limit doesn't depend on the machine, because the images of a step, and so the result, depend on it.
+_LARGEST_IN_MEMORY = 3 << 29
 
 
 @dataclass(frozen=True)
@@ -37,15 +41,17 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """The decoded images of a run. `hr` is empty if HR is to be made from the real images."""
+    """The images of a run, decoded or lazy. `hr` is empty if HR is to be made from the real images."""
 
-    real: list[RGB]
-    hr: list[RGB]
+    real: Sequence[RGB]
+    hr: Sequence[RGB]
     sources: list[Source]
 
 
 def read_sources(config: AdaptConfig, scale: int, warn: Callback, say: Callback) -> Images:
-    """Decode the images that `config` names. `warn` receives warnings, `say` progress messages.
+    """Read the images that `config` names. Those of a large folder are decoded when they are used.
+
+    `warn` receives warnings, `say` progress messages.
 
     Raises InputError for a folder without a readable image, ResourceError if the images don't fit in memory.
     """
@@ -59,7 +65,7 @@ def read_sources(config: AdaptConfig, scale: int, warn: Callback, say: Callback)
 
 def _read(
     folder: Path, side: Side, crop: int, scale: int, copies: float, warn: Callback, say: Callback
-) -> tuple[list[RGB], Source]:
+) -> tuple[Sequence[RGB], Source]:
     option = "--real-dir" if side == "LR" else "--hr-dir"
     paths = images_below(folder, option)
     paths, of_pdd = _without_outputs(paths, folder)
@@ -69,12 +75,28 @@ def _read(
         raise InputError(
             f"{option} {folder}: no usable image in it, only {'; '.join(left_out)}", "Name another folder."
         )
-    _check_memory(paths, option, folder, copies)
-    say(f"reading the {len(paths)} images of {option} {folder}")
-    images, content = read_images(paths, folder, option, left_out.append)
+    unreadable: list[str] = []
+    headers = _sizes(paths, unreadable.append)
+    needed = sum(3 * width * height * copies for width, height in headers.values())
+    images: Sequence[RGB]
+    if needed <= _LARGEST_IN_MEMORY:
+        _check_memory(needed, f"its {len(paths)} images take", option, folder)
+        say(f"reading the {len(paths)} images of {option} {folder}")
+        images, content = read_images(paths, folder, option, left_out.append)
+        sizes = [(image.shape[1], image.shape[0]) for image in images]
+    else:
+        say(
+            f"checking the {len(paths)} images of {option} {folder}: they take {needed / 2**30:.1f} GiB decoded, "
+            "so they are decoded when they are used"
+        )
+        images, content = lazy_images(headers, folder, lambda text: warn(f"{option}: {text}; another image is used"))
+        window = images.derive(lambda image: [image], copies)
+        _check_memory(window.window_bytes, "the images of a step take", option, folder)
+        sizes = list(headers.values())
+        left_out += unreadable
     for reason in left_out:
         warn(f"{option}: left out: {reason}")
-    by_size = sorted(((image.shape[1], image.shape[0]) for image in images), key=math.prod)
+    by_size = sorted(sizes, key=math.prod)
     small = sum(min(size) < crop for size in by_size)
     if small:
         warn(f"{small} of {len(images)} images of {option} are smaller than a crop of {crop} pixels: mirrored")
@@ -96,19 +118,22 @@ def _without_outputs(paths: Sequence[Path], folder: Path) -> tuple[list[Path], l
     return [path for path in paths if path not in of_runs | upscaled], left_out
 
 
-def _check_memory(paths: Sequence[Path], option: str, folder: Path, copies: float) -> None:
-    """Raise ResourceError if the decoded images, times `copies`, don't fit in memory."""
-    needed = 0.0
+def _sizes(paths: Sequence[Path], on_unreadable: Callback) -> dict[Path, tuple[int, int]]:
+    """(width, height) of the images, from their headers."""
+    sizes = {}
     for path in paths:
         try:
-            width, height = image_size(path)
-        except InputError:
-            continue  # reported when it is decoded
-        needed += 3 * width * height * copies
+            sizes[path] = image_size(path)
+        except InputError as error:
+            on_unreadable(error.message)
+    return sizes
+
+
+def _check_memory(needed: float, subject: str, option: str, folder: Path) -> None:
+    """Raise ResourceError if `needed` bytes of decoded images, described by `subject`, don't fit in memory."""
     free = free_memory()
     if needed > free:
         raise ResourceError(
-            f"{option} {folder}: its {len(paths)} images take {needed / 2**30:.1f} GiB of memory decoded, "
-            f"{free / 2**30:.1f} GiB are free",
+            f"{option} {folder}: {subject} {needed / 2**30:.1f} GiB of memory decoded, {free / 2**30:.1f} GiB are free",
             "Use fewer or smaller images, such as the most detailed part of each.",
         )

@@ -1,10 +1,10 @@
-"""Training crops of both domains: real LR, and synthetic LR with its HR. Images are decoded once."""
+"""Training crops of both domains: real LR, and synthetic LR with its HR."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pdd_cli.data.degradations import Degradation, downsample
+from pdd_cli.data.lazy_images import ImageFile, LazyImages
 from pdd_cli.errors import InputError
 from pdd_cli.imaging.decode import decode_pages, read_bytes
 from pdd_cli.imaging.find import find_images
+from pdd_cli.weights.sources import file_sha256
 
 RGB = NDArray[np.uint8]  # (H, W, 3)
 
@@ -55,19 +57,28 @@ class CropSampler:
         An element depends only on the seed, the step and its index. So a resumed run sees the same crops as an
         uninterrupted one, and several processes together see the same crops as one process.
         """
+        hr, real = (self._drawn_from(images, step) for images in (self.hr, self.real))
         rngs = [np.random.default_rng((self.seed, step, first + number)) for number in range(size)]
-        hr_s = _stack([self._crop(self.hr, self.crop * self.scale, rng) for rng in rngs])
+        hr_s = _stack([self._crop(hr, self.crop * self.scale, rng) for rng in rngs])
         pairs = zip(hr_s.split(1), rngs, strict=True)
         lr_s = torch.cat([self.degradation.apply(one, self.scale, rng) for one, rng in pairs])
-        lr_t = _stack([self._crop(self.real, self.crop, rng) for rng in rngs])
+        lr_t = _stack([self._crop(real, self.crop, rng) for rng in rngs])
         return Batch(lr_s, hr_s, lr_t)
 
     def digest(self) -> str:
-        """A checksum of the sizes and of every 16th row of all images."""
+        """A checksum of the sizes and of every 16th row of all images; of lazy images, of their files."""
         digest = hashlib.sha256()
-        for image in (*self.real, *self.hr):
-            digest.update(repr(image.shape).encode() + np.ascontiguousarray(image[::16]).tobytes())
+        for images in (self.real, self.hr):
+            if isinstance(images, LazyImages):
+                digest.update(images.facts.encode())
+                continue
+            for image in images:
+                digest.update(repr(image.shape).encode() + np.ascontiguousarray(image[::16]).tobytes())
         return digest.hexdigest()
+
+    def _drawn_from(self, images: Sequence[RGB], step: int) -> Sequence[RGB]:
+        """The decoded images from which the crops of `step` are drawn."""
+        return images.window(self.seed, step) if isinstance(images, LazyImages) else images
 
     def _crop(self, images: Sequence[RGB], size: int, rng: np.random.Generator) -> RGB:
         """A random crop with some texture, because nothing is learnt from sky, walls and blur.
@@ -109,7 +120,7 @@ def read_images(
     for path in paths:
         try:
             data = read_bytes(path)
-            found.append(_as_rgb8(next(decode_pages(path, data)).to_float()))
+            found.append(_decode(path, data))
             content[path.relative_to(folder).as_posix()] = hashlib.sha256(data).hexdigest()
         except InputError as error:
             on_unreadable(error.message)
@@ -118,6 +129,32 @@ def read_images(
             f"{option} {folder}: no readable image in it", "Give a folder of PNG, JPEG, WebP, TIFF or BMP."
         )
     return found, content
+
+
+def lazy_images(
+    sizes: Mapping[Path, tuple[int, int]], folder: Path, report: Callable[[str], None]
+) -> tuple[LazyImages, dict[str, str]]:
+    """The images at the paths in `sizes` (width, height), which are below `folder`, without decoding them.
+
+    Images that can't be decoded later are reported to `report`. The second value is their sha256 by relative path.
+    """
+    files = [ImageFile(path, size, file_sha256(path)) for path, size in sizes.items()]
+    content = {file.path.relative_to(folder).as_posix(): file.sha256 for file in files}
+    return LazyImages(files, lambda path: _decode(path, read_bytes(path)), report), content
+
+
+def _decode(path: Path, data: bytes) -> RGB:
+    """The first page of the image file with the content `data`."""
+    image = next(decode_pages(path, data))
+    if image.pixels.dtype != np.uint8:
+        return _as_rgb8(image.to_float())
+    pixels = np.array(image.pixels, np.uint8)
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
+
+
+def select(images: Sequence[RGB], indices: Iterable[int]) -> Sequence[RGB]:
+    """The images with these indices; lazy images stay lazy."""
+    return images.select(indices) if isinstance(images, LazyImages) else [images[index] for index in indices]
 
 
 def texture(crop: RGB) -> float:
@@ -131,15 +168,18 @@ def laplacian(image: RGB) -> NDArray[np.float32]:
     return np.asarray(cv2.Laplacian(gray, cv2.CV_32F))
 
 
-def downscaled(images: Sequence[RGB], scales: Sequence[float], min_side: int) -> list[RGB]:
+def downscaled(images: Sequence[RGB], scales: Sequence[float], min_side: int) -> Sequence[RGB]:
     """Each image at each of `scales` (1 and below) at which its shorter side has at least `min_side` pixels.
 
     Photographs are seldom sharp at the pixel level; downscaled ones are.
     """
-    results = []
-    for image in images:
-        results += [_resize(image, scale) for scale in scales if scale == 1 or min(image.shape[:2]) * scale >= min_side]
-    return results
+
+    def of(image: RGB) -> list[RGB]:
+        return [_resize(image, scale) for scale in scales if scale == 1 or min(image.shape[:2]) * scale >= min_side]
+
+    if isinstance(images, LazyImages):
+        return images.derive(of, sum(scale**2 for scale in scales))
+    return [result for image in images for result in of(image)]
 
 
 def _resize(image: RGB, scale: float) -> RGB:
@@ -149,16 +189,19 @@ def _resize(image: RGB, scale: float) -> RGB:
     return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def hr_from_real(real: Sequence[RGB], crop: int) -> list[RGB]:
+def hr_from_real(real: Sequence[RGB], crop: int) -> Sequence[RGB]:
     """Clean HR images made from the real LR images by downscaling, which removes their noise and blur.
 
     The factor is 2, or less for an image that would become smaller than `crop` pixels.
     """
-    results = []
-    for image in real:
+
+    def of(image: RGB) -> RGB:
         factor = min(2.0, max(1.0, min(image.shape[:2]) / crop))
-        results.append(_as_rgb8(_to_hwc(downsample(_stack([image]), factor, "bicubic"))))
-    return results
+        return _as_rgb8(_to_hwc(downsample(_stack([image]), factor, "bicubic")))
+
+    if isinstance(real, LazyImages):
+        return real.derive(lambda image: [of(image)], 1 / 4)
+    return [of(image) for image in real]
 
 
 def _random_crop(images: Sequence[RGB], size: int, rng: np.random.Generator) -> RGB:
