@@ -1,4 +1,4 @@
-"""The `pdd` command: registers the four commands and turns errors into messages and exit codes."""
+"""The `pdd` command: registers the commands and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from pdd_cli.commands.adapt import adapt
 from pdd_cli.commands.evaluate import evaluate
+from pdd_cli.commands.export import export
 from pdd_cli.commands.fetch_weights import fetch_weights
 from pdd_cli.commands.upscale import upscale
 from pdd_cli.console import Console, prepare_streams
@@ -56,6 +57,7 @@ app.command("adapt", cls=_Command)(adapt)
 app.command("upscale", cls=_Command)(upscale)
 app.command("evaluate", cls=_Command)(evaluate)
 app.command("fetch-weights", cls=_Command)(fetch_weights)
+app.command("export", cls=_Command)(export)
 
 
 def _version(value: bool) -> None:

@@ -22,10 +22,10 @@ from spandrel import ModelLoader
 from torch import Tensor
 from typer.testing import CliRunner
 
-from pdd_cli.adaptation.export import export
 from pdd_cli.adaptation.judge import insufficient_images
 from pdd_cli.cli import app
 from pdd_cli.errors import PddError
+from pdd_cli.exporting.formats import write
 from pdd_cli.models.loading import load_sr_model, model_from_state
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.weights.store import Store, invalid_name_reason, read_card, valid_name_from
@@ -73,7 +73,7 @@ def test_an_onnx_graph_is_that_of_the_model_at_any_size(
     model = model_from_state(state, origin="test")
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
-        export(tmp_path / "x.onnx", model)
+        write("onnx", tmp_path / "x.onnx", model)
     session = onnxruntime.InferenceSession(str(tmp_path / "x.onnx"), providers=["CPUExecutionProvider"])
     theirs = ModelLoader().load_from_state_dict(state).eval()
     for height, width in ((16, 24), (40, 8), (56, 72)):
@@ -90,10 +90,12 @@ def test_what_training_made_faster_is_exported_from_the_file(pdd: Callable[..., 
     torch.manual_seed(0)
     network = RRDBNet(features=16, growth=32, blocks=1)
     torch.save(network.state_dict(), "wide.pth")
-    done = adapt(pdd, ground, "--base", "wide.pth", "--export", "onnx,pth", "--json")
+    done = adapt(pdd, ground, "--base", "wide.pth", "--export", "onnx,pth,ncnn,safetensors", "--json")
     assert done.code == 0, done.err
     assert "TracerWarning" not in done.err
-    assert [Path(path).name for path in json.loads(done.out)["exported"]] == ["realLR.onnx", "realLR.pth"]
+    names = [Path(path).name for path in json.loads(done.out)["exported"]]
+    assert names == ["realLR.onnx", "realLR.pth", "realLR-4x.param", "realLR-4x.bin", "realLR.safetensors"]
+    assert read_card(Path("runs/realLR/realLR.safetensors")).adapted["steps"] == STEPS
     content = torch.load("runs/realLR/realLR.pth", weights_only=True)
     RRDBNet(features=16, growth=32, blocks=1).load_state_dict(content["params"], strict=True)
 
@@ -102,7 +104,7 @@ def test_an_export_has_basicsrs_keys_whatever_the_base_had(tmp_path: Path) -> No
     network = RRDBNet(features=8, growth=32, blocks=1)
     wrapped = {f"module.{key}": value for key, value in old_layout(network.state_dict()).items()}
     torch.save(wrapped, tmp_path / "base.pth")
-    export(tmp_path / "out.pth", load_sr_model(tmp_path / "base.pth"))
+    write("pth", tmp_path / "out.pth", load_sr_model(tmp_path / "base.pth"))
     assert set(torch.load(tmp_path / "out.pth", weights_only=True)["params"]) == set(network.state_dict())
 
 
@@ -116,9 +118,9 @@ def test_a_model_that_cannot_be_a_graph_is_named(tmp_path: Path) -> None:
         object.__setattr__(model, "module", module)
         object.__setattr__(model, "scale", 2)
         with pytest.raises(PddError) as raised:
-            export(tmp_path / "x.onnx", model)
+            write("onnx", tmp_path / "x.onnx", model)
         assert words in raised.value.message or "can't be exported" in raised.value.message
-        assert "--export pth" in raised.value.hint
+        assert "such as pth" in raised.value.hint
     assert not list(tmp_path.iterdir())
 
 

@@ -20,6 +20,7 @@ from pdd_cli.options import Call, command
 from pdd_cli.settings.adapt import AdaptConfig, AdaptFlags, Generalist
 from pdd_cli.settings.base import Option, Settings
 from pdd_cli.settings.evaluate import EvaluateConfig
+from pdd_cli.settings.export import ExportConfig, ExportFlags
 from pdd_cli.settings.fetch import FetchConfig, FetchFlags
 from pdd_cli.settings.upscale import UpscaleConfig, UpscaleFlags
 
@@ -28,6 +29,7 @@ COMMANDS: dict[str, tuple[type[Settings], type[Settings]]] = {
     "upscale": (UpscaleConfig, UpscaleFlags),
     "evaluate": (EvaluateConfig, Settings),
     "fetch-weights": (FetchConfig, FetchFlags),
+    "export": (ExportConfig, ExportFlags),
 }
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from pdd_cli.engines.torch_engine import TorchEngine
 from pdd_cli.models.loading import SRModel
 from pdd_cli.models.rrdbnet import RRDBNet
-from pdd_cli.models.wiring import wiring_of
 from pdd_cli.runtime import Runtime
+from pdd_cli.weights.wiring import wiring_of
 from tests.helpers.images import psnr
 
 pytestmark = pytest.mark.slow

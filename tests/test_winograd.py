@@ -32,9 +32,9 @@ from pdd_cli.engines.winograd.training_kernel import TrainingEmitter
 from pdd_cli.errors import InputError
 from pdd_cli.models.loading import SRModel, model_from_state
 from pdd_cli.models.rrdbnet import RRDBNet
-from pdd_cli.models.wiring import wiring_of
 from pdd_cli.runtime import Runtime
 from pdd_cli.weights.store import cache_home
+from pdd_cli.weights.wiring import wiring_of
 
 CPU, BF16 = Runtime("cpu", "fp32"), Runtime("cpu", "bf16")
 NETWORKS = {

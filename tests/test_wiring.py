@@ -10,7 +10,7 @@ from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 from torch import nn
 
 from pdd_cli.models.rrdbnet import RRDBNet
-from pdd_cli.models.wiring import wiring_of
+from pdd_cli.weights.wiring import wiring_of
 from tests.helpers.networks import swinir
 
 
@@ -50,5 +50,5 @@ def test_other_networks_have_none() -> None:
 
 
 def test_it_needs_no_pytorch() -> None:
-    code = "import sys, pdd_cli.models.wiring; sys.exit('torch' in sys.modules)"
+    code = "import sys, pdd_cli.weights.wiring; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -44,9 +44,9 @@ from benchmarks.timing._machine import Timing, describe, in_turn, show, summary
 from pdd_cli.engines.base import Engine
 from pdd_cli.engines.select import choose_engine
 from pdd_cli.models.loading import load_sr_model
-from pdd_cli.models.wiring import wiring_of
 from pdd_cli.runtime import choose_runtime
 from pdd_cli.settings.upscale import EngineChoice
+from pdd_cli.weights.wiring import wiring_of
 
 REFERENCE = "PyTorch fp32 NCHW"
 _SCRIPT = Path(__file__).with_name("_openvino_script.py")

@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pdd_cli.adaptation.export import check_export
 from pdd_cli.adaptation.folder import RunFolder
 from pdd_cli.adaptation.hr_images import HRChoice, choose_hr
 from pdd_cli.adaptation.judge import STRENGTHS
@@ -24,6 +23,7 @@ from pdd_cli.adaptation.preview import PREVIEW_IMAGES, PREVIEW_SIZE
 from pdd_cli.adaptation.sources import Source, read_sources
 from pdd_cli.adaptation.train_step import set_learning_rates, train_step
 from pdd_cli.errors import DownloadError, InputError, PddError, ResourceError
+from pdd_cli.exporting.formats import check_packages
 from pdd_cli.runtime import available_memory, choose_runtime, peak_memory
 from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.weights.catalog import find
@@ -167,7 +167,7 @@ def dry_run(
     with collected():
         check_folder(RunFolder(found.folder), settings, resume=resume, overwrite=overwrite)
     with collected():
-        check_export(settings.export)
+        check_packages(settings.export, "--export")
     resuming = resume and not found.problems
     if hr.to_fetch:  # the estimate is made with HR images from the real images
         settings = found.settings = settings.model_copy(update={"hr_dir": None})

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from pdd_cli.errors import InputError
+from pdd_cli.exporting.names import SUFFIXES, default_path, paths_of
 from pdd_cli.files import write_errors
 from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.weights.store import valid_name_from
@@ -73,7 +74,10 @@ class RunFolder:
     def clear(self) -> None:
         """Delete the files that a run writes, and nothing else. Raises InputError if a file can't be deleted."""
         files = [self.config, self.checkpoint, self.log, self.best, self.judgements, self.verdict, self.report]
-        files += [self.path / f"{self.path.name}.{form}" for form in ("pth", "onnx", "safetensors")]
+        name = self.path.name
+        for form in SUFFIXES:
+            for scale in range(1, 17):  # a part of ncnn's file names
+                files += paths_of(form, default_path(form, self.path, name, scale))
         files += [*self.previews.glob("step_*.png"), *self.tensorboard.glob("events.out.tfevents.*")]
         with write_errors(self.path):
             for file in files:

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from pdd_cli.adaptation.checkpoint import TrainState, checkpoint_settings, load_checkpoint
-from pdd_cli.adaptation.export import check_export
 from pdd_cli.adaptation.folder import RunFolder
 from pdd_cli.adaptation.judge import Judge, held_out_indices, insufficient_images, stalled
 from pdd_cli.adaptation.losses import DISCRIMINATOR_LAYERS
@@ -28,6 +27,7 @@ from pdd_cli.data.datasets import CropSampler, downscaled, hr_from_real, images_
 from pdd_cli.data.degradations import Degradation
 from pdd_cli.engines.winograd import winograd_pays
 from pdd_cli.errors import DownloadError, InputError, ResourceError
+from pdd_cli.exporting.formats import check_architecture, check_packages
 from pdd_cli.files import is_within
 from pdd_cli.models.discriminator import FeatureDiscriminator, UNetDiscriminator
 from pdd_cli.models.features import FeatureNetwork, feature_network
@@ -135,6 +135,7 @@ def prepare_run(
         check_inputs(config, folder, resume=resume, overwrite=overwrite)
     base = load_sr_model(weights.base)
     check_trainable(base, config.base)
+    check_architecture(config.export, base, "--export")
     generalist = base
     if weights.generalist is not None and config.generalist.mode == "static":
         generalist = load_sr_model(weights.generalist)
@@ -314,7 +315,7 @@ def check_inputs(config: AdaptConfig, folder: RunFolder, *, resume: bool, overwr
         images_below(images, option)
     if config.tensorboard:
         check_tensorboard()
-    check_export(config.export)
+    check_packages(config.export, "--export")
 
 
 def check_folder(folder: RunFolder, config: AdaptConfig, *, resume: bool, overwrite: bool) -> None:

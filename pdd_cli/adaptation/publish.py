@@ -13,18 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from pdd_cli.adaptation.export import export
 from pdd_cli.adaptation.judge import Conclusion, Verdict
 from pdd_cli.adaptation.prepare import Run, memory_errors
 from pdd_cli.adaptation.preview import to_rgb8, upscale_image
 from pdd_cli.data.datasets import RGB
 from pdd_cli.errors import InputError, Interrupted, PartialFailure, PddError, ResourceError
+from pdd_cli.exporting.formats import card_of, write
+from pdd_cli.exporting.names import default_path
 from pdd_cli.files import write_text
 from pdd_cli.interruption import was_raised
 from pdd_cli.models.loading import load_sr_model
 from pdd_cli.reporting.adaptation import ReportImage, RunReport, as_page
 from pdd_cli.reporting.html import window
 from pdd_cli.settings.adapt import AdaptConfig
+from pdd_cli.settings.base import ExportForm
 from pdd_cli.weights.states import read_state
 from pdd_cli.weights.store import Card, Entry, Store
 
@@ -120,8 +122,9 @@ def publish(run: Run, store: Store, say: Callable[[str], None], warn: Callable[[
             say(f"report: {done.report}")
         for form in run.config.export:
             with collected():
-                done.exported.append(write_export(run, form))
-                say(f"exported: {done.exported[-1]}")
+                files = write_export(run, form, done.weights)
+                done.exported += files
+                say(f"exported: {', '.join(map(str, files))}")
     except KeyboardInterrupt:
         raise Interrupted(
             f"stopped; all {run.state.step} steps are done and saved in {run.folder.path}",
@@ -201,11 +204,15 @@ def register(run: Run, store: Store, verdict: Verdict) -> Entry:
     return store.add(card, weights)
 
 
-def write_export(run: Run, form: str) -> Path:
-    """Write the best weights for other programs, as `runs/NAME/NAME.pth` or `.onnx`."""
-    path = run.folder.path / f"{run.name}.{form}"
-    export(path, load_sr_model(run.folder.best))
-    return path
+def write_export(run: Run, form: ExportForm, registered: Entry | None) -> list[Path]:
+    """Write the best weights for other programs, as files of the run's name in its folder."""
+    model = load_sr_model(run.folder.best)
+    path = default_path(form, run.folder.path, run.name, model.scale)
+    if registered is not None:
+        if registered.path == path:  # the store couldn't be written, and the entry is here
+            return [path]
+        model = replace(model, card=registered.card)
+    return write(form, path, replace(model, card=card_of(model, run.name, "pdd adapt")))
 
 
 def _verdict_document(run: Run, conclusion: Conclusion) -> dict[str, Any]:

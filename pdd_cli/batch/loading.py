@@ -19,7 +19,7 @@ from pdd_cli.runtime import choose_runtime, resident_memory
 from pdd_cli.settings.upscale import UpscaleConfig
 from pdd_cli.upscaling.jobs import provenance_of
 from pdd_cli.upscaling.resizing import SizeRequest
-from pdd_cli.upscaling.strength import at_strength, files_at_strength, recommended
+from pdd_cli.upscaling.strength import at_strength, choose_strength, files_at_strength
 from pdd_cli.upscaling.upscaler import Upscaler
 from pdd_cli.weights.catalog import find as find_published
 from pdd_cli.weights.fetch import ensure
@@ -120,12 +120,7 @@ def _find_weights(settings: UpscaleConfig, observer: Observer, *, dry_run: bool)
             if not to_fetch:
                 raise
             return _Weights(None, (), strength, to_fetch)
-        recommendation = recommended(path)
-        if recommendation.rejected:
-            observer.warn(f"pdd adapt rejected the weights {settings.weights}: {recommendation.rejected}")
-        if settings.strength is None and recommendation.strength != 1:
-            strength = recommendation.strength
-            observer.say(f"{settings.weights}: strength {strength:g}, as pdd adapt recommends (--strength 1: full)")
+        strength = choose_strength(path, settings.strength, name=settings.weights, observer=observer)
         files = files_at_strength(path, strength, find)
     # If the base is not installed, a dry run uses strength 1, which has the same size, time and memory.
     return _Weights(path, files, 1.0 if to_fetch else strength, to_fetch)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from pdd_cli.models.loading import SRModel
-from pdd_cli.models.wiring import Convolution, Wiring, wiring_of
+from pdd_cli.weights.wiring import Convolution, Wiring, wiring_of
 
 # Channels are padded to multiples of what tensor cores multiply at once; more outputs don't fit the registers.
 _GRANULE = 16

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pdd_cli.models.wiring import LEAKY_SLOPE, RESIDUAL_SCALE, rrdbnet_size
+from pdd_cli.weights.wiring import LEAKY_SLOPE, RESIDUAL_SCALE, rrdbnet_size
 
 
 class ActivatedConv2d(nn.Conv2d):

@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pdd_cli.settings.base import (
     Device,
+    ExportForm,
     Fraction,
     NonNegative,
     Offline,
@@ -224,7 +225,7 @@ class AdaptConfig(Settings):
     ] = None
     # Files for other programs, in addition to the entry in the store.
     export: Annotated[
-        tuple[Literal["pth", "onnx"], ...],
+        tuple[ExportForm, ...],
         Field(description="Also write the weights for other programs; pth is the format of BasicSR."),
         Option("Output", comma_separated=True),
     ] = ()

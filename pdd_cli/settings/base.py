@@ -65,6 +65,7 @@ def expand_home(value: Any) -> Any:
     return value
 
 
+ExportForm = Literal["pth", "safetensors", "onnx", "ncnn"]
 Device = Annotated[str, Field(description="auto, cpu, cuda, cuda:N or mps."), Option("Computing", metavar="NAME")]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],

@@ -1,7 +1,7 @@
 """Merges the settings from the command line, `--set` and one YAML file.
 
 Precedence: command line > `--set` > `--config` FILE (or `./pdd.yaml`) > the defaults of the models.
-A file has one section for each command: `adapt:`, `upscale:`, `evaluate:`, `fetch-weights:`.
+A file has one section for each command: `adapt:`, `upscale:`, `evaluate:`, `fetch-weights:`, `export:`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ class _File(Settings):
     upscale: dict[str, Any] = Field(default={})
     evaluate: dict[str, Any] = Field(default={})
     fetch_weights: dict[str, Any] = Field(default={}, alias="fetch-weights")
+    export: dict[str, Any] = Field(default={})
 
 
-Section = Literal["adapt", "upscale", "evaluate", "fetch-weights"]
+Section = Literal["adapt", "upscale", "evaluate", "fetch-weights", "export"]
 T = TypeVar("T", bound=Settings)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdd_cli.errors import InputError, PddError
+from pdd_cli.observer import Observer
 from pdd_cli.weights.store import read_card
 
 if TYPE_CHECKING:
@@ -32,6 +33,22 @@ def recommended(path: Path) -> Recommendation:
     if adapted.get("verdict") == "keep" and isinstance(strength, float | int) and 0 < strength < 1:
         return Recommendation(float(strength))
     return Recommendation()
+
+
+def choose_strength(path: Path, requested: float | None, *, name: str, observer: Observer) -> float:
+    """The `requested` strength for the weights at `path`, or else the recommended one, which is reported.
+
+    Rejected weights are warned of. `name` is for messages.
+    """
+    recommendation = recommended(path)
+    if recommendation.rejected:
+        observer.warn(f"pdd adapt rejected the weights {name}: {recommendation.rejected}")
+    if requested is not None:
+        return requested
+    if recommendation.strength != 1:
+        strength = recommendation.strength
+        observer.say(f"{name}: strength {strength:g}, as pdd adapt recommends (--strength 1: full)")
+    return recommendation.strength
 
 
 def files_at_strength(path: Path, strength: float, find: Callable[[str], Path]) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -150,6 +151,8 @@ def _known(name: str, store: Store) -> CatalogEntry:
         own = [entry.name for entry in store.entries() if entry.name not in {known.name for known in CATALOG}]
         if own:
             error.hint += f" Your adapted weights: {', '.join(own)}."
+            if close := difflib.get_close_matches(name, own, 1):
+                error.message = f"no weights are named {name!r}; did you mean {close[0]}?"
         raise
 
 

@@ -27,7 +27,7 @@ from pdd_cli.weights.states import SUFFIXES, state_sha256
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CARD_KEY = "pdd_card"
+CARD_KEY = "pdd_card"
 _ELSEWHERE = "Set PDD_HOME to a folder that you may write to."
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # A name with one of these suffixes would be taken for a file.
@@ -56,6 +56,10 @@ class Card(BaseModel):
     base: str | None = None  # adapted weights: name in the store or absolute path of their base
     base_sha256: str | None = None  # adapted weights: `state_sha256` of the base
     adapted: dict[str, Any] | None = None  # adapted weights: settings of the run, verdict and strength
+
+    def as_json(self) -> str:
+        """The card as ASCII text, as it is stored in files."""
+        return json.dumps(self.model_dump(mode="json"))
 
 
 @dataclass(frozen=True)
@@ -174,22 +178,29 @@ class Store:
 
     def add(self, card: Card, state: Mapping[str, Tensor]) -> Entry:
         """Install `state` atomically as `card.name`, replacing an entry of that name."""
-        from safetensors.torch import save_file
-
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-        card = card.model_copy(
-            update={
-                "tensors": len(tensors),
-                "parameters": sum(tensor.numel() for tensor in tensors.values()),
-                "pdd_version": __version__,
-                "content_sha256": state_sha256(tensors),
-            }
-        )
         path = self.path(card.name)
-        with atomic_write(path) as temporary:
-            text = json.dumps(card.model_dump(mode="json"))
-            save_file(tensors, temporary, metadata={_CARD_KEY: text, "format": "pt"})
-        return Entry(card.name, path, card)
+        return Entry(card.name, path, write_weights(path, card, state))
+
+
+def write_weights(path: Path, card: Card, state: Mapping[str, Tensor]) -> Card:
+    """Write `state` atomically as a safetensors file with `card`, which is completed and returned."""
+    from safetensors.torch import save_file
+
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    card = card.model_copy(
+        update={
+            "tensors": len(tensors),
+            "parameters": sum(tensor.numel() for tensor in tensors.values()),
+            "pdd_version": __version__,
+            "content_sha256": state_sha256(tensors),
+        }
+    )
+    metadata = {"format": "pt", "architecture": card.architecture, "licence": card.licence, CARD_KEY: card.as_json()}
+    if card.scale is not None:
+        metadata["scale"] = str(card.scale)
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+    return card
 
 
 def read_card(path: Path) -> Card | None:
@@ -198,7 +209,7 @@ def read_card(path: Path) -> Card | None:
 
     try:
         with safe_open(path, framework="numpy") as opened:
-            text = (opened.metadata() or {}).get(_CARD_KEY)
+            text = (opened.metadata() or {}).get(CARD_KEY)
     except (SafetensorError, OSError):
         return None
     try:

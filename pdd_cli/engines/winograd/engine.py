@@ -9,8 +9,8 @@ import numpy as np
 from pdd_cli.engines.base import FloatArray, Usable, spec_of
 from pdd_cli.errors import InputError
 from pdd_cli.imaging.image import Array, from_float, to_float
-from pdd_cli.models.wiring import wiring_of
 from pdd_cli.runtime import Runtime, convert_memory_errors
+from pdd_cli.weights.wiring import wiring_of
 
 if TYPE_CHECKING:
     from pdd_cli.models.loading import SRModel

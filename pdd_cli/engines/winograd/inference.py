@@ -1,6 +1,6 @@
 """Networks of 3x3 convolutions on a CPU by Winograd's algorithm, in fp32.
 
-`kernel.py` computes the layers of a network (`models/wiring.py`) one after the other. The maps of a dense block share
+`kernel.py` computes the layers of a network (`weights/wiring.py`) one after the other. The maps of a dense block share
 one array: each convolution reads its first channels and writes the following ones, so nothing is concatenated. The
 last layers, at full size, are computed in strips.
 """
@@ -27,8 +27,8 @@ from pdd_cli.engines.winograd.kernel import (
     pause_address,
     tiles_along,
 )
-from pdd_cli.models.wiring import Convolution, Wiring
 from pdd_cli.runtime import usable_cpus
+from pdd_cli.weights.wiring import Convolution, Wiring
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -32,8 +32,8 @@ from pdd_cli.engines.winograd.training_kernel import (
     TrainingEmitter,
 )
 from pdd_cli.models.rrdbnet import ActivatedConv2d, ResidualDenseBlock
-from pdd_cli.models.wiring import LEAKY_SLOPE, dense_block
 from pdd_cli.runtime import usable_cpus
+from pdd_cli.weights.wiring import LEAKY_SLOPE, dense_block
 
 _SHARED_CACHE = 1 << 22  # maximum bytes of a dense block's maps for the images that are computed together
 _MIN_TILES = 64  # with fewer, transforming the weights costs more than the algorithm saves

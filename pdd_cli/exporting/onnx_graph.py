@@ -1,70 +1,57 @@
-"""Export of adapted weights for other programs: as a checkpoint of BasicSR, and as ONNX."""
+"""Writes a model as an ONNX graph."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
+import math
 import warnings
-from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from pdd_cli.errors import InputError, PddError
+from pdd_cli.errors import PddError
 from pdd_cli.files import atomic_write
 from pdd_cli.models.loading import SRModel
-from pdd_cli.models.rrdbnet import rrdbnet_from_state
 
+OPSET = 17
+_HINT = "Choose another form, such as pth."
 _MIN_PSNR = 60.0  # dB, of the output of the ONNX graph against that of PyTorch
-_LR_SIDES = ((32, 33), (33, 32), (17, 70), (70, 17), (64, 48))  # height, width of the test images
+LR_SIDES = ((32, 33), (33, 32), (17, 70), (70, 17), (64, 48))  # height, width of the test images
 
 
-def check_export(forms: Sequence[str]) -> None:
-    """Raise InputError if a package that one of `forms` needs isn't installed."""
-    if "onnx" not in forms:
-        return
-    missing = [package for package in ("onnx", "onnxruntime") if find_spec(package) is None]
-    if missing:
-        raise InputError(
-            f"--export onnx needs a package that isn't installed: {', '.join(missing)}",
-            "Run: pip install 'pdd-cli[onnx]'",
-        )
+class _AnySize(nn.Module):
+    """The model for any size: it pads the right and bottom by replication to a multiple, and crops the output."""
+
+    def __init__(self, model: SRModel) -> None:
+        super().__init__()
+        self.module = model.module
+        self._model = model
+
+    def forward(self, lr: Tensor) -> Tensor:
+        height, width = lr.shape[2], lr.shape[3]
+        multiple, scale = self._model.size_multiple, self._model.scale
+        padded = F.pad(lr, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+        sr: Tensor = self.module(padded)
+        return sr[:, :, : height * scale, : width * scale]
 
 
-def export(path: Path, model: SRModel) -> None:
-    """Write `model` in the format of the suffix of `path`, `.pth` or `.onnx`.
+def write_onnx(path: Path, model: SRModel, metadata: Mapping[str, str]) -> None:
+    """Write a graph `lr` (1, C, h, w) to `sr` (1, C, h*scale, w*scale) for any h and w, and compare it with PyTorch.
 
-    `model` must be freshly loaded from a file, because the faster layers that training inserts can't be traced.
-    Raises PddError if the graph can't be made or doesn't compute the same as the model.
+    h and w must be at least `model.size_minimum`. `metadata` becomes the graph's. Raises PddError if the graph can't be
+    made or doesn't compute the same as the model; it is not written then.
     """
-    (_export_pth if path.suffix == ".pth" else _export_onnx)(path, model)
-
-
-def _export_pth(path: Path, model: SRModel) -> None:
-    """Write `params` and `params_ema`, which Real-ESRGAN's scripts, chaiNNer and spandrel read.
-
-    Both hold the same weights, because some programs read one and some the other. An RRDBNet gets BasicSR's keys.
-    """
-    state = {key: value.detach().cpu().clone() for key, value in model.module.state_dict().items()}
-    network = rrdbnet_from_state(state)
-    if network is not None:
-        state = network.state_dict()
-    with (
-        atomic_write(path) as temporary,
-        temporary.open("wb") as file,
-    ):  # a file, because torch hides the OSError of a path
-        torch.save({"params": state, "params_ema": state}, file)
-
-
-def _export_onnx(path: Path, model: SRModel) -> None:
-    """Write a graph (1, C, h, w) to (1, C, h*scale, w*scale) for any h and w, and compare it with PyTorch."""
+    import onnx
     import onnxruntime
 
-    module = model.module.eval().cpu()
-    multiple = model.size_multiple
-    sizes = [tuple(max(side, model.size_minimum) // multiple * multiple + multiple for side in s) for s in _LR_SIDES]
+    model.module.eval().cpu()
+    module = _AnySize(model) if model.size_multiple > 1 else model.module
+    sizes = [tuple(max(side, model.size_minimum) for side in size) for size in LR_SIDES]
     generator = torch.Generator().manual_seed(0)
     examples = [torch.rand(1, model.in_channels, *size, generator=generator) for size in sizes]
     axes = {2: "height", 3: "width"}
@@ -77,27 +64,35 @@ def _export_onnx(path: Path, model: SRModel) -> None:
                 input_names=["lr"],
                 output_names=["sr"],
                 dynamic_axes={"lr": axes, "sr": axes},
-                opset_version=17,
+                opset_version=OPSET,
                 dynamo=False,
                 do_constant_folding=True,
             )
+            graph = onnx.load(str(temporary))
+            onnx.helper.set_model_props(graph, dict(metadata))
+            onnx.save(graph, str(temporary))
         for lr in examples:
             with torch.inference_mode():
-                expected = module(lr)
+                expected = model.upscale(lr)
             with _export_errors(path, model.architecture):
                 options = onnxruntime.SessionOptions()
                 options.log_severity_level = 4  # fatal only: errors are also raised as exceptions
                 session = onnxruntime.InferenceSession(str(temporary), options, providers=["CPUExecutionProvider"])
                 (found,) = session.run(None, {"lr": lr.numpy()})
-            deviation = (
-                float((torch.from_numpy(found) - expected).square().mean()) if found.shape == expected.shape else 1
-            )
-            if not deviation <= 10 ** (-_MIN_PSNR / 10):
+            if not psnr(torch.from_numpy(found), expected) >= _MIN_PSNR:
                 raise PddError(
                     f"{path}: the ONNX graph of {model.architecture} and the model give different results for an "
                     f"image of {lr.shape[3]}x{lr.shape[2]} pixels; the graph was not written",
-                    "Export it as pth: --export pth.",
+                    _HINT,
                 )
+
+
+def psnr(found: Tensor, expected: Tensor) -> float:
+    """The PSNR in dB of two images in 0..1; 0 if their shapes differ, infinity if they are equal."""
+    if found.shape != expected.shape:
+        return 0.0
+    error = float((found - expected).square().mean())
+    return -10 * math.log10(error) if error > 0 else math.inf if error == 0 else math.nan
 
 
 @contextlib.contextmanager
@@ -111,7 +106,7 @@ def _export_errors(path: Path, architecture: str) -> Iterator[None]:
         why = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise PddError(
             f"{path}: {architecture} can't be exported as ONNX ({type(error).__name__}: {why})",
-            "Export it as pth: --export pth.",
+            _HINT,
         ) from error
 
 

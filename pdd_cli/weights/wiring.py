@@ -1,6 +1,7 @@
 """The wiring of RRDBNet and SRVGGNetCompact: their feature maps, and the 3x3 convolutions from map to map.
 
-Engines compute these networks from this description and the tensors that it names. It doesn't import PyTorch.
+Engines compute these networks from this description and the tensors that it names; `ncnn` reads and writes files with
+it. It doesn't import PyTorch.
 """
 
 from __future__ import annotations
@@ -86,6 +87,16 @@ class Wiring:
                 shapes[layer.slope] = (layer.outputs,)
         return shapes
 
+    @property
+    def modules(self) -> list[str]:
+        """The modules that have tensors, convolutions and PReLUs, in the order in which they are computed."""
+        names = []
+        for layer in self.layers:
+            names.append(layer.key)
+            if isinstance(layer.slope, str):
+                names.append(layer.slope.removesuffix(".weight"))
+        return list(dict.fromkeys(names))
+
 
 @dataclass(frozen=True)
 class RRDBNetSize:
@@ -102,7 +113,7 @@ class RRDBNetSize:
 def wiring_of(state: Mapping[str, Shaped]) -> Wiring | None:
     """The wiring of the network with these tensors; None for any but an RRDBNet or SRVGGNetCompact with PReLU."""
     size = rrdbnet_size(state)
-    wiring = _compact(state) if size is None else _rrdbnet(size)
+    wiring = _compact(state) if size is None else rrdbnet_wiring(size)
     if wiring is None or wiring.shapes != {key: tuple(tensor.shape) for key, tensor in state.items()}:
         return None
     return wiring
@@ -135,8 +146,11 @@ def dense_block(
     return [*layers, last]
 
 
-def _rrdbnet(size: RRDBNetSize) -> Wiring:
-    """Source: Wang et al., ESRGAN (2018), figure 4; Real-ESRGAN (2021), figure 4, for pixel-unshuffling."""
+def rrdbnet_wiring(size: RRDBNetSize) -> Wiring:
+    """The wiring of an RRDBNet.
+
+    Source: Wang et al., ESRGAN (2018), figure 4; Real-ESRGAN (2021), figure 4, for pixel-unshuffling.
+    """
     features, inputs = size.features, size.in_channels * size.unshuffle**2
     dense = ("dense0", "dense1", "dense2")
     maps = {
@@ -162,13 +176,20 @@ def _rrdbnet(size: RRDBNetSize) -> Wiring:
 
 
 def _compact(state: Mapping[str, Shaped]) -> Wiring | None:
-    """SRVGGNetCompact of Real-ESRGAN (2021): convolutions at even places of `body`, a PReLU behind all but the last."""
     last = len({key.rpartition(".")[0] for key in state}) - 1
     ends = [state.get(f"body.{place}.weight") for place in (0, last)]
     shapes = [end.shape for end in ends if end is not None and len(end.shape) == 4]
     if len(shapes) < 2:
         return None
     (features, inputs, *_), (outputs, *_) = shapes
+    return compact_wiring(inputs, outputs, features, last)
+
+
+def compact_wiring(inputs: int, outputs: int, features: int, last: int) -> Wiring | None:
+    """The wiring of an SRVGGNetCompact whose last module is `body.{last}`; None if no scale fits the channels.
+
+    Convolutions are at even places of `body`, a PReLU behind all but the last. Source: Real-ESRGAN (2021).
+    """
     maps = {
         "input": FeatureMap(inputs), "even": FeatureMap(features), "odd": FeatureMap(features),
         "output": FeatureMap(outputs),
