@@ -177,6 +177,8 @@ def test_the_strength_is_applied(pdd: Pdd, options: tuple[str, ...], strength: f
     props = {prop.key: prop.value for prop in graph.metadata_props}
     assert (props["architecture"], props["scale"], props["licence"], props["opset"]) == ("RRDBNet", "4", "MIT", "17")
     assert json.loads(props["pdd_card"])["name"] == "mine"
+    assert json.loads(props["pdd_card"])["content_sha256"] == json.loads(done.out)["card"]["content_sha256"]
+    assert json.loads(done.out)["card"]["content_sha256"] == state_sha256(found)
 
 
 def test_other_architectures_name_their_forms(pdd: Pdd, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pdd_cli.files import atomic_write, write_text
 from pdd_cli.models.loading import SRModel, model_from_state
 from pdd_cli.settings.base import ExportForm
 from pdd_cli.weights import ncnn
+from pdd_cli.weights.states import state_sha256
 from pdd_cli.weights.store import CARD_KEY, Card, write_weights
 from pdd_cli.weights.wiring import Wiring, wiring_of
 
@@ -80,7 +81,8 @@ def card_of(model: SRModel, name: str, source: str, strength: float = 1.0) -> Ca
     adapted = None if card.adapted is None else _without_folders(card.adapted)
     if adapted is not None and strength != 1:
         adapted |= {"strength": 1.0, "exported_strength": strength}
-    return card.model_copy(update={"base": _without_folders(card.base), "adapted": adapted})
+    digest = state_sha256(_state(model))
+    return card.model_copy(update={"base": _without_folders(card.base), "adapted": adapted, "content_sha256": digest})
 
 
 def _without_folders(value: Any) -> Any:

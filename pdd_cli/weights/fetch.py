@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pdd_cli.errors import DownloadError, InputError
-from pdd_cli.weights import sources
+from pdd_cli.weights import sources, states
 from pdd_cli.weights.catalog import (
     CATALOG,
     CatalogEntry,
@@ -50,9 +50,11 @@ OnEvent = Callable[[FetchEvent], None]
 def ensure(reference: str, *, store: Store, offline: bool, on_event: OnEvent) -> Path:
     """The file of the weights `reference`: an installed name, a name that is then fetched, or a path.
 
+    Of an ncnn model, whose tensors are in its `.bin`, it is this file, whichever of the two is named.
+
     Raises InputError for an unknown name or a missing file, DownloadError if the weights can't be fetched.
     """
-    path = Path(reference).expanduser()
+    path = states.data_file(Path(reference).expanduser())
     installed = None if is_file_reference(reference) else store.get(reference)
     if installed is not None:
         return installed.path

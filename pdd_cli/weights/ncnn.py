@@ -8,6 +8,7 @@ the layers, and their names in PyTorch, are those of the network's `Wiring`.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -77,6 +78,11 @@ def read_layers(param: str, data: bytes, *, origin: str) -> list[Layer]:
 def read_state(param: str, data: bytes, *, origin: str) -> dict[str, Tensor]:
     """The tensors with the names of the PyTorch network. Raises InputError for networks other than these two."""
     layers = read_layers(param, data, origin=origin)
+    if re.search(r"^Interp\s.*\s1=0?\.\d|^Interp\s.*\s1=\d\.\d+e-", param, re.MULTILINE):
+        raise InputError(
+            f"{origin}: the model reduces its own output, as realesr-animevideov3-x2 and -x3 do",
+            "Use the files of the x4 model, with --scale 2 or 3.",
+        )
     convert = compact_state if any(layer.kind == "PReLU" for layer in layers) else rrdbnet_state
     return convert(layers, origin=origin)
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
+_FILE_SUFFIXES = (*SUFFIXES, ".param", ".bin", ".onnx")
+_NCNN_FP16 = b"\x47\x6b\x30\x01"  # the first bytes of an ncnn `.bin` with weights in fp16
 
 # Names that training code uses for everything but the generator.
 _OTHER = re.compile(r"(?i)optim|sched|discriminator|loss|^net_?d$|^d$")
@@ -57,7 +59,25 @@ class UnsafePickleError(InputError):
 def is_file_reference(reference: str) -> bool:
     """Whether a reference to weights is the path of a file, not a name."""
     path = Path(reference)
-    return path.suffix.lower() in SUFFIXES or len(path.parts) > 1
+    return path.suffix.lower() in _FILE_SUFFIXES or len(path.parts) > 1
+
+
+def data_file(path: Path) -> Path:
+    """`path`; for the `.param` of an ncnn model its `.bin`, which identifies the weights.
+
+    Raises InputError if the `.bin` is missing.
+    """
+    if path.suffix.lower() != ".param" or not path.is_file():
+        return path
+    data = path.with_suffix(".bin")
+    if not data.is_file():
+        raise _one_of_two(path, data)
+    return data
+
+
+def _one_of_two(path: Path, other: Path) -> InputError:
+    message = f"{path} is one of two files of an ncnn model; the other, {other.name}, is missing"
+    return InputError(message, f"Put {other.name} beside it.")
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
@@ -93,6 +113,8 @@ def read_state(path: Path, table: str | None = None) -> dict[str, Tensor]:
         raise InputError(f"{path} is empty (0 bytes)", _AGAIN)
     if head.startswith(b"7767517") or (path.suffix == ".bin" and path.with_suffix(".param").is_file()):
         return _read_ncnn(path)
+    if head.startswith(_NCNN_FP16):
+        raise _one_of_two(path, path.with_suffix(".param"))
     if head[8:9] == b"{":
         return _network(_read_safetensors(path), path, table)
     if head.startswith((b"PK\x03\x04", b"\x80")):
@@ -194,7 +216,7 @@ def _read_ncnn(path: Path) -> dict[str, Tensor]:
     param, data = path.with_suffix(".param"), path.with_suffix(".bin")
     for one in (param, data):
         if not one.is_file():
-            raise InputError(f"{path} is one of two files of an ncnn model; the other, {one.name}, is missing")
+            raise _one_of_two(path, one)
     return ncnn.read_state(param.read_text(errors="replace"), data.read_bytes(), origin=str(data))
 
 
