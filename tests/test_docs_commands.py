@@ -129,6 +129,7 @@ def place(ground: Path, pdd: Callable[..., Outcome]) -> Callable[..., Outcome]:
         store.add(Card(name=name, architecture="RRDBNet", scale=4, source="test", created=""), base)
     store.add(Card(name="realesr-animevideo", architecture="Compact", scale=4, source="test", created=""), compact())
     torch.save(base, "4x_model.pth")
+    shutil.copy(ground / "base.safetensors", "realLR.safetensors")
     shutil.copy(ground / "features.safetensors", ".")
     Path("pdd.yaml").write_text(SHORT, encoding="utf-8")
     for folder in ("realLR", "photos"):

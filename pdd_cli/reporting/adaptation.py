@@ -11,6 +11,7 @@ import numpy as np
 
 from pdd_cli.data.datasets import RGB
 from pdd_cli.reporting.html import GALLERY, card, figure, lr_views, number, page, scroll, short, spaced, view
+from pdd_cli.reporting.weights import flatten
 from pdd_cli.version import __version__
 
 _LOSSES = ("pixel", "perceptual", "adversarial", "inter", "intra", "consistency", "feature_distance")
@@ -182,7 +183,7 @@ def _events(log: Sequence[Line]) -> str:
 
 
 def _settings(report: RunReport) -> str:
-    settings, defaults = _flat(report.settings), _flat(report.defaults)
+    settings, defaults = flatten(report.settings), flatten(report.defaults)
     rows = "".join(
         f'<tr><th scope="row">{escape(key)}</th><td>{_shown(value, changed=defaults.get(key) != value)}</td></tr>'
         for key, value in settings.items()
@@ -194,13 +195,6 @@ def _shown(value: object, *, changed: bool) -> str:
     listed = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     text = escape({"None": "–", "False": "off", "True": "on"}.get(listed, listed))
     return f"<b>{text}</b>" if changed else text
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _about(report: RunReport) -> str:

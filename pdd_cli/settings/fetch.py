@@ -15,7 +15,7 @@ class FetchConfig(Settings):
 
     names: Annotated[
         tuple[str, ...],
-        Field(description="Names of weights or image sets, as listed by --list."),
+        Field(description="Names of weights or image sets, as listed by --list; files too with --info."),
         Option("Weights", argument=True, metavar="NAME"),
     ] = ()
     metrics: Annotated[
@@ -30,7 +30,7 @@ class FetchConfig(Settings):
     ] = "auto"
     from_path: Annotated[
         Path | None,
-        Field(description="Install from this file, or from the folder that contains it."),
+        Field(description="Install from this file, or the folder that contains it; a model file under any free name."),
         Option("Source", flags=("--from",)),
     ] = None
     offline: Offline = False
@@ -48,8 +48,15 @@ class FetchFlags(Settings):
     list: Annotated[
         bool, Field(description="List weights and image sets, and which are installed."), Option("Weights")
     ] = False
+    info: Annotated[
+        bool, Field(description="Describe the weights NAME, or a file: origin, verdict, licence."), Option("Weights")
+    ] = False
+    remove: Annotated[bool, Field(description="Delete the installed weights NAME."), Option("Weights")] = False
     overwrite: Annotated[
         bool,
-        Field(description="Fetch again what is installed; the old version is kept if that fails."),
+        Field(
+            description="Fetch again what is installed; the old version is kept if that fails. "
+            "With --remove: also the base of other weights."
+        ),
         Option("Weights"),
     ] = False

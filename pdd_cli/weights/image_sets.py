@@ -211,6 +211,11 @@ def find_set(name: str) -> ImageSet | None:
     return next((known for known in IMAGE_SETS if known.name == name), None)
 
 
+def is_known(name: str) -> bool:
+    """Whether weights or an image set of the catalogue have this name."""
+    return find_set(name) is not None or any(entry.name == name for entry in CATALOG)
+
+
 def find_any(name: str) -> CatalogEntry | ImageSet:
     """The weights or image set `name`. Raises InputError that suggests a similar name."""
     known: dict[str, CatalogEntry | ImageSet] = {entry.name: entry for entry in CATALOG}
@@ -220,5 +225,5 @@ def find_any(name: str) -> CatalogEntry | ImageSet:
     close = difflib.get_close_matches(name, known, 1)
     raise InputError(
         f"no weights or image set is named {name!r}" + (f"; did you mean {close[0]}?" if close else ""),
-        f"Known: {', '.join(known)}. For your own weights give the path of the file.",
+        f"Known: {', '.join(known)}. To install a file under a name of your own: pdd fetch-weights NAME --from FILE",
     )

@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,6 +181,34 @@ class Store:
         path = self.path(card.name)
         return Entry(card.name, path, write_weights(path, card, state))
 
+    def remove(self, names: Sequence[str], *, overwrite: bool = False) -> list[Removed]:
+        """Delete the entries `names` with their cards. All names are checked first.
+
+        Raises InputError for a name that isn't installed or, without `overwrite`, is the base of other entries, and
+        for a file that can't be deleted.
+        """
+        names = list(dict.fromkeys(names))
+        found = []
+        for name in names:
+            path = self.path(name)
+            if not path.is_file():
+                raise InputError(
+                    f"no weights named '{name}' are installed", "pdd fetch-weights --list shows the names."
+                )
+            found.append(Removed(name, path, path.stat().st_size))
+        users = {name: [other.name for other in self.entries() if other.card.base == name] for name in names}
+        for name, others in users.items():
+            left = [other for other in others if other not in names]
+            if left and not overwrite:
+                raise InputError(
+                    f"'{name}' is the base of {', '.join(left)}: --strength needs it",
+                    "Nothing was removed. --overwrite removes it all the same.",
+                )
+        for removed in found:
+            with write_errors(removed.path):
+                removed.path.unlink()
+        return found
+
 
 def write_weights(path: Path, card: Card, state: Mapping[str, Tensor]) -> Card:
     """Write `state` atomically as a safetensors file with `card`, which is completed and returned."""
@@ -201,6 +229,15 @@ def write_weights(path: Path, card: Card, state: Mapping[str, Tensor]) -> Card:
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
     return card
+
+
+@dataclass(frozen=True)
+class Removed:
+    """An entry that was deleted, and the number of bytes that this freed."""
+
+    name: str
+    path: Path
+    freed: int
 
 
 def read_card(path: Path) -> Card | None:
