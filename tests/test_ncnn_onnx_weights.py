@@ -7,17 +7,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+import torch
+from onnx import TensorProto, helper
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdd_cli.imaging.decode import read_image
 from pdd_cli.weights.ncnn import write_network
 from pdd_cli.weights.wiring import wiring_of
 from tests.helpers.commands import Outcome, command
 from tests.helpers.images import photo
-from tests.helpers.networks import compact, rrdbnet
+from tests.helpers.networks import compact, rrdbnet, swinir
 
 Pdd = Callable[..., Outcome]
 
@@ -103,3 +106,111 @@ def test_incomplete_and_other_ncnn_models_are_named(pdd: Pdd, lr: Image.Image) -
         assert done.code == 2, done.err
         assert words in done.err
     assert not Path("sr.png").exists()
+
+
+# --- ONNX -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "state", [rrdbnet(features=16), rrdbnet(unshuffle=2), rrdbnet(unshuffle=2, in_channels=1, out_channels=1), swinir()]
+)
+def test_an_onnx_model_upscales_as_the_same_weights_do(pdd: Pdd, lr: Image.Image, state: Mapping[str, Tensor]) -> None:
+    lr.save("lr.png")
+    bright = {key: tensor.abs() + 0.3 if key == "conv_last.bias" else tensor for key, tensor in state.items()}
+    save_file({key: tensor.contiguous() for key, tensor in bright.items()}, "model.safetensors")
+    assert pdd("export", "model.safetensors", "model.onnx").code == 0
+    done = pdd("upscale", "lr.png", "onnx.png", "--weights", "model.onnx", "--json", "--tile", 24)
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
+    assert (document["engine"], document["device"], document["precision"]) == ("onnx", "cpu", "fp32")
+    same = ("--weights", "model.safetensors", "--engine", "torch", "--precision", "fp32", "--tile", 24)
+    assert pdd("upscale", "lr.png", "same.png", *same).code == 0
+    found, expected = (read_image(Path(f"{name}.png")).pixels.astype(int) for name in ("onnx", "same"))
+    assert found.shape == expected.shape
+    assert abs(found - expected).max() <= 1
+    assert expected.std() > 0.3
+
+
+def test_onnx_models_are_evaluated_and_not_confused(pdd: Pdd, ground: Path) -> None:
+    for name, factor in (("one", 1.0), ("other", 1.5)):
+        save_file({key: tensor * factor for key, tensor in rrdbnet(features=16).items()}, f"{name}.safetensors")
+        assert pdd("export", f"{name}.safetensors", f"{name}.onnx").code == 0
+    arguments = ("--lr-dir", ground / "realLR", "--weights", "one.onnx,other.onnx", "--metrics", "entropy")
+    done = pdd("evaluate", *arguments)
+    assert done.code == 0, done.err
+    one, other = (np.asarray(Image.open(f"upscaled/{name}/0.png")) for name in ("one", "other"))
+    assert not np.array_equal(one, other)
+
+
+def save_graph(name: str, module: nn.Module, *, dynamic: bool = True, channels: int = 3) -> None:
+    axes = {2: "height", 3: "width"}
+    torch.onnx.export(
+        module, (torch.zeros(1, channels, 32, 32),), name, input_names=["in"], output_names=["out"], opset_version=17,
+        dynamic_axes={"in": axes, "out": axes} if dynamic else None, dynamo=False,
+    )  # fmt: skip
+
+
+class Halves(nn.Module):
+    """A network that takes only even sides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        halves = x.reshape(1, 3, height // 2, 2, width // 2, 2)
+        return halves.reshape(1, 3, height, width)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_graphs_of_other_programs(pdd: Pdd, lr: Image.Image) -> None:
+    lr.save("lr.png")  # 35x27
+    save_graph("twice.onnx", nn.Upsample(scale_factor=2))
+    save_graph("even.onnx", Halves())
+    for name, size in (("twice", (70, 54)), ("even", (35, 27))):
+        done = pdd("upscale", "lr.png", f"{name}.png", "--weights", f"{name}.onnx")
+        assert done.code == 0, done.err
+        repeated = np.asarray(lr.resize(size, Image.Resampling.NEAREST))
+        assert np.array_equal(np.asarray(Image.open(f"{name}.png")), repeated)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_graphs_that_cannot_be_used_are_named(pdd: Pdd, lr: Image.Image, ground: Path) -> None:
+    lr.save("lr.png")
+    save_graph("fixed.onnx", nn.Upsample(scale_factor=2), dynamic=False)
+    save_graph("broken_scale.onnx", nn.Upsample(scale_factor=1.5))
+    save_graph("good.onnx", nn.Upsample(scale_factor=2))
+    graph = onnx.load("good.onnx")
+    helper.set_model_props(graph, {"scale": "4"})
+    onnx.save(graph, "wrong_scale.onnx")
+    graph = onnx.load("good.onnx")
+    graph.opset_import[0].version = 99
+    onnx.save(graph, "new_opset.onnx")
+    image, label = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, None]) for name in ("image", "label"))
+    node = helper.make_node("Relu", ["image"], ["label"])
+    classifier = helper.make_model(
+        helper.make_graph([node], "g", [image], [label]), opset_imports=[helper.make_opsetid("", 17)]
+    )
+    onnx.save(classifier, "classifier.onnx")
+    node = helper.make_node("Sharpen", ["image"], ["label"], domain="com.example")
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.example", 1)]
+    onnx.save(helper.make_model(helper.make_graph([node], "g", [image], [label]), opset_imports=opsets), "foreign.onnx")
+    Path("cut.onnx").write_bytes(Path("good.onnx").read_bytes()[:-40])
+    for weights, words, *options in (
+        ("fixed.onnx", "the graph takes only images of 32x32 pixels"),
+        ("broken_scale.onnx", "not a super-resolution model with one whole-numbered scale"),
+        ("wrong_scale.onnx", "its metadata say x4, but its output is x2"),
+        ("new_opset.onnx", "can't load this graph"),
+        ("foreign.onnx", "can't load this graph"),
+        ("cut.onnx", "can't load this graph"),
+        ("classifier.onnx", "not a super-resolution model: pdd needs one image as input"),
+        ("gone.onnx", "no such weights file: gone.onnx"),
+        ("good.onnx", "the base of good.onnx is unknown", "--strength", "0.5"),
+        ("good.onnx", "computed on the CPU in fp32, not with --precision bf16", "--precision", "bf16"),
+        ("good.onnx", "--engine openvino can't compute an ONNX file", "--engine", "openvino"),
+    ):
+        done = pdd("upscale", "lr.png", "sr.png", "--weights", weights, *options)
+        assert done.code == 2, done.err
+        assert words in done.err
+    assert not Path("sr.png").exists()
+    done = pdd("export", "good.onnx", "good.pth")
+    assert (done.code, "Only `pdd upscale` and `pdd evaluate` take ONNX models" in done.err) == (2, True)
+    done = pdd(*command(ground, "--base", "good.onnx")[3:])
+    assert (done.code, "Only `pdd upscale` and `pdd evaluate` take ONNX models" in done.err) == (2, True)

@@ -9,13 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pdd_cli.engines.base import Engine
 from pdd_cli.engines.cache import fingerprint
+from pdd_cli.engines.onnx_engine import OnnxEngine
 from pdd_cli.engines.select import open_engine
 from pdd_cli.errors import DownloadError, InputError
 from pdd_cli.imaging.provenance import Provenance
 from pdd_cli.observer import Observer
 from pdd_cli.ranks import Ranks
-from pdd_cli.runtime import choose_runtime, resident_memory
+from pdd_cli.runtime import Runtime, choose_runtime, resident_memory
 from pdd_cli.settings.upscale import UpscaleConfig
 from pdd_cli.upscaling.jobs import provenance_of
 from pdd_cli.upscaling.resizing import SizeRequest
@@ -23,6 +25,7 @@ from pdd_cli.upscaling.strength import at_strength, choose_strength, files_at_st
 from pdd_cli.upscaling.upscaler import Upscaler
 from pdd_cli.weights.catalog import find as find_published
 from pdd_cli.weights.fetch import ensure
+from pdd_cli.weights.states import is_onnx
 from pdd_cli.weights.store import Store
 
 if TYPE_CHECKING:
@@ -62,17 +65,23 @@ def load_upscalers(
     """
     runtimes = [choose_runtime(name, settings.precision) for name in ranks.devices(settings.device)]
     weights = ranks.first_per_machine(partial(_find_weights, settings, observer, dry_run=dry_run))
+    as_onnx = weights.path is not None and is_onnx(weights.path)
+    if as_onnx:
+        runtimes = [_onnx_runtime(settings)]
     for name in weights.to_fetch:
         observer.say(f"dry run: the weights {name} are not installed; the run would fetch them ({_published(name)})")
     load = partial(_load_model, settings, weights)
     known = fingerprint(weights.files, weights.strength) if weights.path is not None else None
     engine_choice = settings.engine if weights.path is not None else "torch"
     free = settings.precision == "auto"
+
+    def open_one(runtime: Runtime) -> Engine:
+        if as_onnx:
+            return OnnxEngine(load(), runtime)
+        return open_engine(load, known, runtime, engine_choice, free=free)
+
     with ExitStack() as opened:
-        engines = [
-            opened.enter_context(closing(open_engine(load, known, runtime, engine_choice, free=free)))
-            for runtime in runtimes
-        ]
+        engines = [opened.enter_context(closing(open_one(runtime))) for runtime in runtimes]
         places = "; ".join(f"{engine.runtime}, {engine.name}" for engine in engines)
         processes = f", {ranks.size} processes" if ranks.size > 1 else ""
         model = engines[0].model
@@ -128,16 +137,34 @@ def _find_weights(settings: UpscaleConfig, observer: Observer, *, dry_run: bool)
 
 def _load_model(settings: UpscaleConfig, weights: _Weights) -> SRModel:
     from pdd_cli.models.loading import load_sr_model, stand_in
+    from pdd_cli.models.onnx_model import load_onnx_model
 
     if weights.path is None:
         return stand_in(settings.weights)
     find = partial(ensure, store=Store.default(), offline=settings.offline, on_event=lambda event: None)
+    model = load_onnx_model(weights.path) if is_onnx(weights.path) else load_sr_model(weights.path)
     try:
-        return at_strength(load_sr_model(weights.path), weights.strength, name=settings.weights, find=find)
+        return at_strength(model, weights.strength, name=settings.weights, find=find)
     except InputError as error:
         if settings.strength is None and weights.strength != 1:
             error.hint += " Or use --strength 1, which doesn't need the base."
         raise
+
+
+def _onnx_runtime(settings: UpscaleConfig) -> Runtime:
+    """The runtime of ONNX files. Raises InputError if the settings name another one."""
+    for option, value, allowed in (
+        ("--device", settings.device, "cpu"),
+        ("--precision", settings.precision, "fp32"),
+    ):
+        if value not in ("auto", allowed):
+            raise InputError(
+                f"{settings.weights}: ONNX files are computed on the CPU in fp32, not with {option} {value}",
+                f"Leave out {option}, or use the .pth or .safetensors file from which it was made.",
+            )
+    if settings.engine != "auto":
+        raise InputError(f"{settings.weights}: --engine {settings.engine} can't compute an ONNX file", "Leave it out.")
+    return choose_runtime("cpu", "fp32")
 
 
 def _size(settings: UpscaleConfig) -> SizeRequest:

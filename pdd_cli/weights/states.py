@@ -26,6 +26,7 @@ _GENERATOR = re.compile(r"(?i)(net_?g|model_?g|generator|gen|g)(_ema)?")
 _WRAPPED = re.compile(r"(?i)(module|_orig_mod|net_?g|model_?g|generator|gen|g|params|(model|net)(?!\.\d))(_ema)?\.")
 
 _PYTORCH = "pdd reads PyTorch weights (.safetensors, .pth, .pt, .ckpt): use the file from which this one was made."
+_NOT_ONNX = f"Only `pdd upscale` and `pdd evaluate` take ONNX models, as --weights. {_PYTORCH}"
 _AGAIN = "Download or copy it again."
 _UNPACK = "Unpack it and give the weights file inside."
 # First bytes of files of other kinds, the kind, and a hint.
@@ -37,7 +38,7 @@ _KINDS: tuple[tuple[re.Pattern[bytes], str, str], ...] = tuple(
         (rb"version https://git-lfs", "a Git LFS pointer",
          "Run `git lfs pull` in the clone, or download the file from its web page."),
         (rb"(\.\./)*\.?/?annex/objects", "a git-annex pointer", "Run `git annex get`."),
-        (rb"\x08.[\x12\x1a\x3a\x42]", "an ONNX model", _PYTORCH),
+        (rb"\x08.[\x12\x1a\x3a\x42]", "an ONNX model", _NOT_ONNX),
         (rb"\x89HDF\r\n", "an HDF5 file (Keras)", _PYTORCH),
         (rb"....TFL3", "a TensorFlow Lite model", _PYTORCH),
         (rb"GGUF", "a GGUF file", _PYTORCH),
@@ -78,6 +79,18 @@ def data_file(path: Path) -> Path:
 def _one_of_two(path: Path, other: Path) -> InputError:
     message = f"{path} is one of two files of an ncnn model; the other, {other.name}, is missing"
     return InputError(message, f"Put {other.name} beside it.")
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether the file is an ONNX graph, by its suffix or else its content."""
+    if path.suffix.lower() == ".onnx":
+        return True
+    try:
+        with path.open("rb") as opened:
+            kind = identify(opened.read(512))
+    except OSError:
+        return False
+    return kind is not None and kind[0] == "an ONNX model"
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
