@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from pdd_cli.commands.adapt import adapt
+from pdd_cli.commands.doctor import doctor
 from pdd_cli.commands.evaluate import evaluate
 from pdd_cli.commands.export import export
 from pdd_cli.commands.fetch_weights import fetch_weights
@@ -58,6 +59,7 @@ app.command("upscale", cls=_Command)(upscale)
 app.command("evaluate", cls=_Command)(evaluate)
 app.command("fetch-weights", cls=_Command)(fetch_weights)
 app.command("export", cls=_Command)(export)
+app.command("doctor", cls=_Command)(doctor)
 
 
 def _version(value: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,28 @@ def open_engine(
         if not isinstance(engine, Unfit):
             return engine
     return _pytorch(loaded(), runtime)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """An engine that auto tries, and the reason why it is not used; "" if it can be used."""
+
+    name: str
+    runtime: Runtime
+    problem: str = ""
+
+
+def try_engines(model: SRModel, runtime: Runtime) -> list[Tried]:
+    """The engines in the order in which auto tries them for `model`, PyTorch last; auto takes the first usable one."""
+    tried = []
+    for kind, place in _candidates(runtime, "auto", free=True):
+        engine = _open(kind, lambda: model, None, place, insist=False)
+        if isinstance(engine, Unfit):
+            tried.append(Tried(kind.name, place, engine.reason))
+        else:
+            engine.close()
+            tried.append(Tried(kind.name, place))
+    return [*tried, Tried(TorchEngine.name, runtime)]
 
 
 def _candidates(runtime: Runtime, choice: EngineChoice, *, free: bool) -> list[tuple[_Kind, Runtime]]:

@@ -55,6 +55,11 @@ def accelerate(network: nn.Module) -> None:
             module.__class__ = WinogradDenseBlock
 
 
+def can_accelerate() -> bool:
+    """Whether `accelerate` has a kernel for this CPU and finds PyTorch's OpenMP threads. Import torch before."""
+    return _machine() is not None
+
+
 def _is_plain_3x3(layer: nn.Module) -> bool:
     assert isinstance(layer, nn.Conv2d)
     return (
