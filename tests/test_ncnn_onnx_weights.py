@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from pdd_cli.imaging.decode import read_image
 from pdd_cli.weights.ncnn import write_network
+from pdd_cli.weights.store import Card, Store
 from pdd_cli.weights.wiring import wiring_of
 from tests.helpers.commands import Outcome, command
 from tests.helpers.images import photo
@@ -71,6 +73,24 @@ def test_two_ncnn_models_with_equal_layers_are_two_models(pdd: Pdd, lr: Image.Im
         assert json.loads(done.out)["done"] == 1, done.err  # made again, because the weights have changed
         images.append(read_image(Path("out/lr.png")).pixels)
     assert not np.array_equal(*images)
+
+
+def test_an_ncnn_model_is_installed_with_the_checksum_of_its_tensors(pdd: Pdd) -> None:
+    save_ncnn("model", rounded(compact()))
+    done = pdd("fetch-weights", "mine", "--from", "model.param")
+    assert done.code == 0, done.err
+    digest = hashlib.sha256(Path("model.bin").read_bytes()).hexdigest()
+    assert Store.default().get("mine").card.sha256 == digest
+    assert digest in pdd("fetch-weights", "--info", "model.param", "--json").out
+
+
+def test_an_export_is_installed_with_its_card(pdd: Pdd) -> None:
+    card = Card(name="first", architecture="RRDBNet", scale=4, licence="MIT", source="test", created="2026")
+    Store.default().add(card, rrdbnet(features=16))
+    assert pdd("export", "first", "shared.safetensors").code == 0
+    assert pdd("fetch-weights", "mine", "--from", "shared.safetensors").code == 0
+    found = Store.default().get("mine").card
+    assert (found.licence, found.source, found.created) == ("MIT", "test", "2026")
 
 
 @pytest.mark.slow

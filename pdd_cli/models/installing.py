@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pdd_cli.errors import InputError
 from pdd_cli.weights.image_sets import find_set
 from pdd_cli.weights.sources import file_sha256
-from pdd_cli.weights.states import read_state, state_sha256
+from pdd_cli.weights.states import data_file, read_state, state_sha256
 from pdd_cli.weights.store import Card, Entry, Store, invalid_name_reason, read_card
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def install_file(path: Path, name: str, *, store: Store, overwrite: bool = False
     check_free(name, store, overwrite=overwrite)
     from pdd_cli.models.loading import model_from_state
 
+    path = data_file(path)
     state = read_state(path)
     card = read_card(path) or _card_beside(path, state)
     if card is not None and card.kind != "sr":

@@ -13,7 +13,7 @@ from pdd_cli.weights.catalog import CatalogEntry, find
 from pdd_cli.weights.fetch_images import installed_set
 from pdd_cli.weights.image_sets import ImageSet, find_set
 from pdd_cli.weights.sources import file_sha256
-from pdd_cli.weights.states import is_file_reference
+from pdd_cli.weights.states import data_file, is_file_reference
 from pdd_cli.weights.store import Card, Store, read_card
 
 # Settings that other rows show, or that don't influence the weights.
@@ -36,7 +36,7 @@ def describe(reference: str, store: Store) -> Description:
     """
     if not is_file_reference(reference) and (entry := store.get(reference)):
         return _of_card(reference, entry.path, entry.card)
-    path = Path(reference).expanduser()
+    path = data_file(Path(reference).expanduser())
     if path.is_file():
         card = read_card(path)
         return _of_card(reference, path, card) if card else _of_plain_file(path)
