@@ -29,6 +29,7 @@ from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.weights.catalog import find
 from pdd_cli.weights.fetch import ensure
 from pdd_cli.weights.fetch_images import install_set
+from pdd_cli.weights.states import HUB_PREFIX
 from pdd_cli.weights.store import Store
 
 _STEPS = 3  # the first one warms up
@@ -152,7 +153,7 @@ def dry_run(
         try:
             return ensure(reference, store=store, offline=True, on_event=lambda event: None)
         except DownloadError:
-            if not settings.offline:
+            if not settings.offline and not reference.startswith(HUB_PREFIX):
                 found.to_fetch.append(reference)
             raise
 

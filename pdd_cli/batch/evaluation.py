@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from pdd_cli.settings.evaluate import EvaluateConfig
 from pdd_cli.settings.upscale import UpscaleConfig
 from pdd_cli.upscaling.jobs import Job
 from pdd_cli.weights.fetch import ensure
+from pdd_cli.weights.states import HUB_PREFIX
 from pdd_cli.weights.store import Store
 
 
@@ -88,6 +90,8 @@ def _plan_jobs(settings: EvaluateConfig, dataset: Dataset) -> dict[str, list[Job
     planned = {}
     for weights in settings.weights:
         name = Path(weights).stem if Path(weights).suffix else weights
+        if weights.startswith(HUB_PREFIX):
+            name = re.sub(r"[/@]", "-", weights.removeprefix(HUB_PREFIX))
         if name in planned:
             raise InputError(
                 f"--weights {','.join(settings.weights)}: two files are named {name}", "Rename one of the files."

@@ -25,7 +25,7 @@ from pdd_cli.upscaling.strength import at_strength, choose_strength, files_at_st
 from pdd_cli.upscaling.upscaler import Upscaler
 from pdd_cli.weights.catalog import find as find_published
 from pdd_cli.weights.fetch import ensure
-from pdd_cli.weights.states import is_onnx
+from pdd_cli.weights.states import HUB_PREFIX, is_onnx
 from pdd_cli.weights.store import Store
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _find_weights(settings: UpscaleConfig, observer: Observer, *, dry_run: bool)
             try:
                 return ensure(name, store=Store.default(), offline=settings.offline or dry_run, on_event=on_event)
             except DownloadError:
-                if dry_run and not settings.offline and name not in to_fetch:
+                if dry_run and not settings.offline and name not in to_fetch and not name.startswith(HUB_PREFIX):
                     to_fetch.append(name)
                 raise
 

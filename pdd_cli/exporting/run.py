@@ -18,7 +18,7 @@ from pdd_cli.settings.base import ExportForm
 from pdd_cli.settings.export import ExportConfig
 from pdd_cli.upscaling.strength import at_strength, choose_strength
 from pdd_cli.weights.fetch import ensure
-from pdd_cli.weights.states import identify, is_file_reference
+from pdd_cli.weights.states import HUB_PREFIX, identify, is_file_reference
 from pdd_cli.weights.store import Store
 
 
@@ -66,7 +66,11 @@ def run(settings: ExportConfig, *, overwrite: bool, observer: Observer) -> Expor
         strength = choose_strength(source, settings.strength, name=settings.weights, observer=observer)
         model = at_strength(load_sr_model(source), strength, name=settings.weights, find=find)
     check_architecture(forms, model, "--to")
-    name = source.stem if is_file_reference(settings.weights) else settings.weights
+    name = (
+        source.stem
+        if is_file_reference(settings.weights) or settings.weights.startswith(HUB_PREFIX)
+        else settings.weights
+    )
     model = replace(model, card=card_of(model, name, f"file {source.name}", strength))
     targets = {form: _target(form, settings, name, model.scale) for form in forms}
     for form, path in targets.items():

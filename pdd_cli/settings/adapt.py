@@ -162,7 +162,7 @@ class AdaptConfig(Settings):
     ]
     base: Annotated[
         str,
-        Field(description="Weights to start from: NAME or FILE."),
+        Field(description="Weights to start from: NAME, FILE or hf:USER/NAME."),
         Option("Input"),
     ] = "realesrgan"
     hr_dir: Annotated[

@@ -35,7 +35,7 @@ class UpscaleConfig(Settings):
     ]
     weights: Annotated[
         str,
-        Field(description="The model: NAME or FILE."),
+        Field(description="The model: NAME, FILE or hf:USER/NAME."),
         Option("Model", flags=("--weights", "-n")),
     ] = "realesrgan"
     tile: Annotated[

@@ -24,7 +24,7 @@ from pdd_cli.weights.catalog import (
     SourceKind,
     find,
 )
-from pdd_cli.weights.states import SUFFIXES, is_file_reference, read_state
+from pdd_cli.weights.states import HUB_PREFIX, SUFFIXES, is_file_reference, read_state
 from pdd_cli.weights.store import Card, Entry, Store
 
 if TYPE_CHECKING:
@@ -48,12 +48,14 @@ OnEvent = Callable[[FetchEvent], None]
 
 
 def ensure(reference: str, *, store: Store, offline: bool, on_event: OnEvent) -> Path:
-    """The file of the weights `reference`: an installed name, a name that is then fetched, or a path.
+    """The file of the weights `reference`: an installed name, a name that is then fetched, a path, or `hf:…` (`hub`).
 
     Of an ncnn model, whose tensors are in its `.bin`, it is this file, whichever of the two is named.
 
     Raises InputError for an unknown name or a missing file, DownloadError if the weights can't be fetched.
     """
+    if reference.startswith(HUB_PREFIX):
+        return _from_hub(reference, offline=offline, on_event=on_event)
     path = states.data_file(Path(reference).expanduser())
     installed = None if is_file_reference(reference) else store.get(reference)
     if installed is not None:
@@ -144,6 +146,15 @@ def fetch(
         "\n  ".join([f"weights '{name}' can't be fetched:", *failures]),
         f"Download {entry.file} by other means and run: pdd fetch-weights {name} --from FILE",
     )
+
+
+def _from_hub(reference: str, *, offline: bool, on_event: OnEvent) -> Path:
+    from pdd_cli.weights.hub import fetch_from_hub
+
+    def on_bytes(done: int, total: int | None) -> None:
+        on_event(FetchEvent(reference, "progress", "the Hugging Face Hub", done, total))
+
+    return fetch_from_hub(reference, offline=offline, on_bytes=on_bytes)
 
 
 def _known(name: str, store: Store) -> CatalogEntry:

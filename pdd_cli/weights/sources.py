@@ -97,7 +97,7 @@ def https(
     raise DownloadError(problem)
 
 
-def huggingface(source: HuggingFace, *, sha256: str | None, on_bytes: OnBytes) -> Path:
+def huggingface(source: HuggingFace, *, sha256: str | None, on_bytes: OnBytes, revision: str | None = None) -> Path:
     """The file in the Hub's cache, downloaded if it is missing. Respects HF_ENDPOINT and HF_HUB_OFFLINE.
 
     Raises DownloadError.
@@ -127,7 +127,7 @@ def huggingface(source: HuggingFace, *, sha256: str | None, on_bytes: OnBytes) -
         reachable = _resolves(constants.ENDPOINT)
         path = Path(
             huggingface_hub.hf_hub_download(
-                source.repo, source.file, tqdm_class=Progress, local_files_only=not reachable
+                source.repo, source.file, revision=revision, tqdm_class=Progress, local_files_only=not reachable
             )
         )
     except OSError as error:

@@ -14,6 +14,7 @@ from pdd_cli.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+HUB_PREFIX = "hf:"  # of references to repositories of the Hugging Face Hub
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 _FILE_SUFFIXES = (*SUFFIXES, ".param", ".bin", ".onnx")
 _NCNN_FP16 = b"\x47\x6b\x30\x01"  # the first bytes of an ncnn `.bin` with weights in fp16
@@ -59,6 +60,8 @@ class UnsafePickleError(InputError):
 
 def is_file_reference(reference: str) -> bool:
     """Whether a reference to weights is the path of a file, not a name."""
+    if reference.startswith(HUB_PREFIX):
+        return False
     path = Path(reference)
     return path.suffix.lower() in _FILE_SUFFIXES or len(path.parts) > 1
 
