@@ -99,6 +99,7 @@ class DryRun:
                 {
                     "trained_on": len(run.sampler.real),
                     "judged_on": len(run.judge.images),
+                    "source": run.properties.as_document(),
                     "pairs": run.judge.pairs.found if run.judge.pairs else 0,
                     "architecture": run.models.base.architecture,
                     "scale": run.models.base.scale,

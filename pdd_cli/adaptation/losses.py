@@ -95,6 +95,29 @@ def consistency_loss(S_t: Tensor, lr_t: Tensor, scale: int) -> Tensor:
     return F.conv2d(difference, kernel, groups=difference.shape[1]).abs().mean()
 
 
+def self_ensemble_loss(S_t: Tensor, base_t: Tensor) -> Tensor:
+    """Mean square of the difference between two SR images in LL, LH and HL of the Haar wavelet, summed over the bands.
+
+    `base_t` is the base's SR of a flipped or transposed copy of the LR. Over many steps the loss leads to the mean over
+    all eight copies (Timofte et al., Seven ways to improve SR, 2016), which has less error than each of them. HH, where
+    the mean is too smooth, is left to the adversarial loss. Not in the paper.
+    """
+    ll, lh, hl, _ = haar(S_t.float() - base_t.float())
+    return ll.square().mean() + lh.square().mean() + hl.square().mean()
+
+
+def flip_or_transpose(images: Tensor, number: int) -> Tensor:
+    """One of the eight flips and transposes (0 to 7) of square images (N, C, H, W)."""
+    images = images.transpose(-1, -2) if number & 4 else images
+    return images.flip([axis for axis, bit in ((-1, 1), (-2, 2)) if number & bit])
+
+
+def undo_flip_or_transpose(images: Tensor, number: int) -> Tensor:
+    """The inverse of `flip_or_transpose`."""
+    images = images.flip([axis for axis, bit in ((-1, 1), (-2, 2)) if number & bit])
+    return images.transpose(-1, -2) if number & 4 else images
+
+
 def adversarial_loss(logits: Sequence[Tensor], *, real: bool) -> Tensor:
     """Vanilla GAN loss: binary cross-entropy with logits against "all real" or "all fake".
 

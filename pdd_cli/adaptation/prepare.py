@@ -6,7 +6,7 @@ import contextlib
 import copy
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from pdd_cli.adaptation.trainable import check_rgb, check_trainable
 from pdd_cli.adaptation.validation import read_pairs
 from pdd_cli.data.datasets import CropSampler, downscaled, hr_from_real, images_below, select
 from pdd_cli.data.degradations import Degradation
+from pdd_cli.data.properties import Properties, measure_properties
 from pdd_cli.engines.winograd import winograd_pays
 from pdd_cli.errors import DownloadError, InputError, ResourceError
 from pdd_cli.exporting.formats import check_architecture, check_packages
@@ -34,7 +35,7 @@ from pdd_cli.models.features import FeatureNetwork, feature_network
 from pdd_cli.models.loading import SRModel, load_sr_model, state_sha256
 from pdd_cli.ranks import SINGLE_PROCESS, Ranks
 from pdd_cli.runtime import Runtime, is_out_of_memory
-from pdd_cli.settings.adapt import AdaptConfig
+from pdd_cli.settings.adapt import AdaptConfig, SyntheticSettings
 from pdd_cli.weights.states import read_state
 from pdd_cli.weights.store import Store, invalid_name_reason, valid_name_from
 
@@ -44,7 +45,7 @@ _PER_MACHINE_SETTINGS = {
 }  # fmt: skip
 
 # The default degradation for x1 bases: moderate noise and JPEG compression.
-_X1_DEGRADATION = {"noise": (0.0, 15.0), "jpeg": (40.0, 95.0)}
+_X1_DEGRADATION: dict[str, Any] = {"noise": (0.0, 15.0), "jpeg": (40.0, 95.0)}
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Run:
     folder: RunFolder
     resumed: bool
     sources: Sequence[Source]
+    properties: Properties  # of the real images
     models: Models
     features_name: str
     sampler: CropSampler
@@ -151,32 +153,27 @@ def prepare_run(
 
     images = read_sources(config, base.scale, warn, say)
     real, hr = images.real, images.hr
+    properties = measure_properties(real)
+    say(f"the real images: {properties.describe()}")
     kept_out = held_out_indices(len(real), config.held_out)
     judged_on = select(real, kept_out) or real
     real = select(real, [index for index in range(len(real)) if index not in kept_out])
     if reason := insufficient_images(judged_on, real):
         warn(f"not enough images to judge the result: {reason}")
     hr_crop = config.crop * base.scale
-    synthetic = config.synthetic
-    if base.scale == 1 and not (synthetic.blur or synthetic.noise or synthetic.jpeg):
-        synthetic = synthetic.model_copy(update=_X1_DEGRADATION)
+    degradation = _degradation(config.synthetic, properties)
+    if base.scale == 1 and not (degradation.blur or degradation.noise or degradation.jpeg):
+        degradation = replace(degradation, **_X1_DEGRADATION)
         warn(
             f"{config.base} restores images without upscaling them: noise and JPEG compression are added to the "
             "synthetic images, which have nothing to restore otherwise (to change it: synthetic.noise, .jpeg, .blur)"
         )
     sampler = CropSampler(
         real,
-        downscaled(hr or hr_from_real(real, hr_crop), synthetic.hr_scales, hr_crop),
+        downscaled(hr or hr_from_real(real, hr_crop), config.synthetic.hr_scales, hr_crop),
         config.crop,
         base.scale,
-        Degradation(
-            synthetic.filters,
-            synthetic.blur,
-            synthetic.noise,
-            synthetic.jpeg,
-            synthetic.second_order,
-            synthetic.antialias,
-        ),
+        degradation,
         config.seed,
         config.crop_candidates,
         config.crop_texture,
@@ -215,6 +212,7 @@ def prepare_run(
         folder=folder,
         resumed=resume,
         sources=images.sources,
+        properties=properties,
         models=Models(base, generalist, features, config.generalist, runtime, ranks),
         features_name=weights.feature_network,
         sampler=sampler,
@@ -222,6 +220,14 @@ def prepare_run(
         state=state,
         inputs=inputs,
         warn=warn,
+    )
+
+
+def _degradation(synthetic: SyntheticSettings, properties: Properties) -> Degradation:
+    """The degradation of the synthetic domain; JPEG compression as in the real images unless it is set."""
+    jpeg = properties.jpeg if synthetic.jpeg == "auto" else synthetic.jpeg
+    return Degradation(
+        synthetic.filters, synthetic.blur, synthetic.noise, jpeg, synthetic.second_order, synthetic.antialias
     )
 
 

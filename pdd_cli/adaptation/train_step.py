@@ -15,10 +15,13 @@ from pdd_cli.adaptation.losses import (
     adversarial_loss,
     consistency_loss,
     feature_distance_loss,
+    flip_or_transpose,
     inter_loss,
     intra_loss,
     perceptual_loss,
     pixel_loss,
+    self_ensemble_loss,
+    undo_flip_or_transpose,
 )
 from pdd_cli.data.datasets import Batch
 from pdd_cli.models.discriminator import FeatureDiscriminator
@@ -33,7 +36,7 @@ from pdd_cli.settings.adapt import AdaptConfig, EmaGeneralist, LossWeights, Stat
 class Models:
     """The fixed inputs of a step. The networks that it trains are in the TrainState."""
 
-    base: SRModel  # scale and size requirements of the specialist
+    base: SRModel  # frozen
     generalist: SRModel  # scale and size requirements of the generalist
     features: FeatureNetwork
     distillation: EmaGeneralist | StaticGeneralist
@@ -102,6 +105,11 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
             losses["intra"] = intra_loss(distilled, phi_S_t, phi_G_s, phi_G_t)
             if weights.consistency:
                 losses["consistency"] = consistency_loss(S[n:], batch.lr_t, specialist.scale)
+            if weights.self_ensemble:
+                number = state.step % 8
+                with torch.no_grad(), runtime.autocast():
+                    turned = models.base.upscale(flip_or_transpose(batch.lr_t, number))
+                losses["self_ensemble"] = self_ensemble_loss(S[n:], undo_flip_or_transpose(turned, number))
         total = sum(getattr(weights, name) * loss for name, loss in losses.items())
         assert isinstance(total, Tensor)
         finite = _update(state.optimizer, total, ranks)

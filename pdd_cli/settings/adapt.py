@@ -99,7 +99,8 @@ class SyntheticSettings(Settings):
     hr_scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=(1.0, 0.7, 0.5), min_length=1)
     blur: Range | None = None  # standard deviation of a Gaussian, LR pixels
     noise: Range | None = None  # standard deviation of white noise, 8-bit levels
-    jpeg: Range | None = None  # quality, 1 to 100
+    # Quality, 1 to 100; auto: that of the real images, if they were compressed.
+    jpeg: Range | Literal["auto"] | None = "auto"
     # Apply the degradation twice, with a random intermediate size (Real-ESRGAN's second order).
     second_order: bool = False
 
@@ -107,7 +108,7 @@ class SyntheticSettings(Settings):
     def _ranges_are_in_order(self) -> SyntheticSettings:
         for name, least, most in (("blur", 0, 8), ("noise", 0, 100), ("jpeg", 1, 100)):
             span = getattr(self, name)
-            if span is not None and not least <= span[0] <= span[1] <= most:
+            if span is not None and span != "auto" and not least <= span[0] <= span[1] <= most:
                 raise ValueError(f"{name} {list(span)} is not a range [low, high] within {least} to {most}")
         return self
 
@@ -139,6 +140,8 @@ class LossWeights(Settings):
     adversarial_reduction: Literal["sum", "mean"] = "sum"
     # Not in the paper: S_t, downscaled to LR size, must have the colours and coarse shading of its LR input.
     consistency: NonNegative = 5.0
+    # Not in the paper: the finer shading of S_t follows the mean of the base over flips and transposes of the LR.
+    self_ensemble: NonNegative = 25.0
     adversarial_on_target: bool = True
 
 
