@@ -68,6 +68,16 @@ def test_crops_depend_on_seed_and_step_alone():
     assert not torch.equal(one.batch(5, 2).hr_s, domains(images, images, seed=1).batch(5, 2).hr_s)
 
 
+def test_a_share_of_the_hr_crops_comes_from_the_real_images():
+    dark, bright = (np.full((64, 64, 3), level, np.uint8) for level in (20, 200))
+    sampler = domains([noise(40, 50)], [bright], own_hr=[dark], own_share=0.3)
+    levels = torch.cat([sampler.batch(step, 8).hr_s[:, 0, 0, 0] for step in range(100)])
+    assert float((levels < 0.5).float().mean()) == pytest.approx(0.3, abs=0.06)
+    alone = domains([noise(40, 50)], [noise(90, 100)])
+    unused = domains([noise(40, 50)], [noise(90, 100)], own_hr=[dark], own_share=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(astuple(alone.batch(2, 3)), astuple(unused.batch(2, 3)), strict=True))
+
+
 def test_images_smaller_than_a_crop_are_mirrored():
     image = noise(9, 70)
     crop = (domains([image], [noise(64, 64)]).batch(0, 1).lr_t[0] * 255).round().byte()

@@ -7,7 +7,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.helpers.commands import STEPS, Outcome, command
 
@@ -98,3 +101,22 @@ def test_a_disk_without_room_fails_before_the_run(pdd: Callable[..., Outcome], g
         assert done.code == 5, done.err
         assert "--runs-dir" in done.err
     assert not Path("runs").exists()
+
+
+def test_it_describes_the_source_and_uses_clean_images_as_hr_too(
+    pdd: Callable[..., Outcome], ground: Path, tmp_path: Path
+) -> None:
+    noisy = json.loads(adapt(pdd, ground, "--dry-run", "--json").out)
+    assert (noisy["source"]["jpeg"], noisy["hr_from"]) == (None, "hr_dir")
+    assert noisy["source"]["noise"] > 2
+
+    (tmp_path / "clean").mkdir()
+    for number in range(3):
+        shade = cv2.resize(np.random.default_rng(number).uniform(0, 255, (6, 6, 3)), (64, 64)).clip(0, 255)
+        Image.fromarray(shade.astype(np.uint8)).save(tmp_path / "clean" / f"{number}.jpg", quality=70)
+    done = adapt(pdd, ground, "--dry-run", "--json", "--real-dir", str(tmp_path / "clean"))
+    clean = json.loads(done.out)
+    assert clean["source"]["jpeg"] == [70, 70]
+    assert clean["source"]["noise"] < 2
+    assert clean["hr_from"] == "hr_dir and the real images, downscaled"
+    assert "JPEG of quality 70 (from 3 images)" in done.err

@@ -363,11 +363,13 @@ def test_hr_dir_is_a_folder_a_set_or_own(
         choice = choose_hr(config(**settings), store, warned.append, said.append)
         return choice.folder if choice.to_fetch is None else Path("fetch") / choice.to_fetch.name
 
-    # Nothing is installed: nothing is downloaded without a request, and a request is announced.
-    assert choose() is None
-    assert "pdd fetch-weights kodak" in warned[-1]
-    assert str(tiny_sets[1]) in warned[-1]
-    assert said == []
+    # Nothing is installed: a download is announced, with its size and the reason.
+    assert choose() == Path("fetch/photos")
+    assert str(tiny_sets[2]) in said[-1]
+    assert "MB" in said[-1]
+    assert "give a better result" in said[-1]
+    assert choose(offline=True) is None
+    assert "--offline is on" in warned[-1]
     assert choose(hr_dir="kodak") == Path("fetch/kodak")
     assert "will be downloaded" in said[-1]
     assert "MB" in said[-1]
@@ -410,9 +412,12 @@ def test_adapt_uses_sets_and_a_resumed_run_keeps_its_own(tiny_sets, ground, pdd,
     offline = pdd(*without_hr(ground, "--hr-dir", "kodak", "--offline", "--dry-run"))
     assert offline.code == pdd(*without_hr(ground, "--hr-dir", "kodak", "--offline")).code == 4
 
+    server.files.clear()  # what the default needs can't be fetched: a warning, and the run is made without
     own = pdd(*without_hr(ground, "--name", "own", "--steps", "8"))
     assert own.code == 0, own.err
-    assert "no --hr-dir given" in own.err
+    assert "will be downloaded" in own.err
+    assert "made from your own images alone" in own.err
+    serve(server)
     named = pdd(*without_hr(ground, "--hr-dir", "kodak", "--name", "named"), "--json")
     assert named.code == 0, named.err
     assert "kodak: installed from" in named.err
@@ -426,9 +431,9 @@ def test_adapt_uses_sets_and_a_resumed_run_keeps_its_own(tiny_sets, ground, pdd,
     # The set that is installed now is not used by a run that began without.
     resumed = pdd("adapt", "--resume", "--name", "own", "--steps", "12")
     assert resumed.code == 0, resumed.err
-    assert "HR images" not in resumed.err
+    assert "HR images: " not in resumed.err
     assert Store.default().get("own").card.adapted["hr_from"] == "the real images, downscaled"
-    assert Store.default().get("default").card.adapted["hr_from"] == "hr_dir"
+    assert Store.default().get("default").card.adapted["hr_from"] == "hr_dir"  # the real images are noisy
 
 
 def test_the_command_lists_and_fetches_sets(tiny_sets, pdd) -> None:

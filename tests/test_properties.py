@@ -38,7 +38,8 @@ def gray(image: np.ndarray) -> np.ndarray:
 def test_the_quality_of_a_jpeg_is_found_in_its_pixels(quality, subsampling):
     decoded = through_jpeg(photograph(), quality, subsampling=subsampling)
     found = jpeg_quality(gray(decoded))
-    assert found is not None and abs(found - quality) <= 1
+    assert found is not None
+    assert abs(found - quality) <= 1
 
 
 def test_an_image_that_was_not_compressed_has_no_quality():
@@ -66,8 +67,8 @@ def test_noise_is_measured_where_the_image_is_flat(sigma):
 def test_most_images_decide(tmp_path: Path):
     compressed, clean = through_jpeg(photograph(), 40), photograph()
     most = measure_properties([compressed, through_jpeg(clean, 55), clean])
-    assert most.jpeg == (40, 55) and most.images == 3 and not most.noisy
+    assert (most.jpeg, most.images, most.noisy) == ((40, 55), 3, False)
     assert measure_properties([compressed, clean]).jpeg is None
-    assert "JPEG of quality 40 to 55" in most.describe() and "from 3 images" in most.describe()
-    with pytest.raises(ValueError):
+    assert "JPEG of quality 40 to 55 (from 3 images)" in most.describe()
+    with pytest.raises(ValueError, match="no images"):
         measure_properties([])

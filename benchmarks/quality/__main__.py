@@ -29,7 +29,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.quality.domains import NAMES, SCALE, Domain, domain
+from benchmarks.quality.domains import CAMERAS, NAMES, SCALE, Domain, domain
 from benchmarks.quality.measures import MEASURES, Judges, measure_folder, read, table
 from pdd_cli.models.loading import load_sr_model
 
@@ -93,12 +93,12 @@ class Laboratory:
         settings, name = VARIANTS[variant], f"{where.name}-{variant}-{seed}"
         real = self.data / "realset65" if settings.get("real") == "mixed" else where.train_lr
         options = [str(self.base) if option == "BASE" else option for option in settings["adapt"]]
-        hr = self._hr(settings["hr"])
+        hr = self._hr(settings["hr"], where)
         started = time.perf_counter()
         self.pdd(
             "adapt", "--real-dir", real, "--base", self.base, "--name", name, "--runs-dir", self.work / "runs",
             "--features", "vgg16", "--feature-weights", self.features, "--seed", seed, "--overwrite",
-            "--hr-dir", hr or "own", *options, *self.more,
+            *(["--hr-dir", hr] if hr else []), *options, *self.more,
         )  # fmt: skip
         minutes = (time.perf_counter() - started) / 60
         verdict = json.loads((self.work / "runs" / name / "verdict.json").read_text())
@@ -107,9 +107,12 @@ class Laboratory:
         strength = verdict["strength"] or max(scores)
         return name, {"minutes": minutes, "verdict": word, "score": scores[strength], "strength": strength}
 
-    def _hr(self, kind: str) -> Path | None:
+    def _hr(self, kind: str, where: Domain) -> Path | str | None:
+        """The value of --hr-dir; None: the option is not given."""
         if kind in ("own", "photos"):
-            return self.photos if kind == "photos" else None
+            return self.photos if kind == "photos" else kind
+        if kind == "default":
+            return None if where.name in CAMERAS else self._without_kodak()
         folder = self.work / f"hr-{kind}"
         random = np.random.default_rng(0)
         for path in () if folder.exists() else sorted(self.photos.iterdir()):
@@ -120,6 +123,17 @@ class Laboratory:
                 image += 12 * random.standard_normal(image.shape, np.float32)
             folder.mkdir(exist_ok=True)
             Image.fromarray(image.round().clip(0, 255).astype(np.uint8)).save(folder / f"{path.stem}.png")
+        return folder
+
+    def _without_kodak(self) -> Path:
+        """The image set that `pdd adapt` takes by default, without Kodak's photographs, which score."""
+        folder, home = self.work / "hr-without-kodak", self.work / "home"
+        if not folder.exists():
+            self.pdd("fetch-weights", "photos")
+            others = [path for path in (home / "images" / "photos").glob("*.*g") if not path.stem.startswith("kodim")]
+            folder.mkdir()
+            for path in others:
+                shutil.copy(path, folder)
         return folder
 
 

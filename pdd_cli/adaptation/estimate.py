@@ -28,7 +28,6 @@ from pdd_cli.runtime import available_memory, choose_runtime, peak_memory
 from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.weights.catalog import find
 from pdd_cli.weights.fetch import ensure
-from pdd_cli.weights.fetch_images import install_set
 from pdd_cli.weights.states import HUB_PREFIX
 from pdd_cli.weights.store import Store
 
@@ -100,6 +99,7 @@ class DryRun:
                     "trained_on": len(run.sampler.real),
                     "judged_on": len(run.judge.images),
                     "source": run.properties.as_document(),
+                    "hr_from": run.hr_from,
                     "pairs": run.judge.pairs.found if run.judge.pairs else 0,
                     "architecture": run.models.base.architecture,
                     "scale": run.models.base.scale,
@@ -161,8 +161,9 @@ def dry_run(
     hr = HRChoice(None)
     with collected():
         hr = choose_hr(settings, store, warn, say)
-        if hr.to_fetch and settings.offline:
-            install_set(hr.to_fetch, store=store, offline=True)
+        if settings.offline:
+            hr.fetch(store, offline=True, warn=warn)
+            hr = hr.fetched(store)
     settings = found.settings = hr.apply(settings)
     with collected():
         check_name(name, store, replace=resume or overwrite)

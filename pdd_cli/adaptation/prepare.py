@@ -17,7 +17,7 @@ from pdd_cli.adaptation.checkpoint import TrainState, checkpoint_settings, load_
 from pdd_cli.adaptation.folder import RunFolder
 from pdd_cli.adaptation.judge import Judge, held_out_indices, insufficient_images, stalled
 from pdd_cli.adaptation.losses import DISCRIMINATOR_LAYERS
-from pdd_cli.adaptation.resuming import absolute, check_inputs_are_same, check_settings
+from pdd_cli.adaptation.resuming import absolute, as_started, check_inputs_are_same, check_settings
 from pdd_cli.adaptation.sources import Source, read_sources
 from pdd_cli.adaptation.tensorboard import check_tensorboard
 from pdd_cli.adaptation.train_step import Models, scheduled_rate
@@ -91,6 +91,13 @@ class Run:
         return patience is not False and stalled(list(scores.values()), patience)
 
     @property
+    def hr_from(self) -> str:
+        """The origin of the HR images."""
+        if self.config.hr_dir is None:
+            return "the real images, downscaled"
+        return "hr_dir and the real images, downscaled" if self.sampler.own_share else "hr_dir"
+
+    @property
     def finished(self) -> bool:
         return self.state.step >= self.config.steps or self.stopped_early
 
@@ -133,6 +140,8 @@ def prepare_run(
     Raises InputError if images, weights or the run folder can't be used.
     """
     folder = RunFolder(config.runs_dir / name)
+    if resume and folder.checkpoint.exists():
+        config = as_started(config, folder.checkpoint)
     if ranks.is_first:
         check_inputs(config, folder, resume=resume, overwrite=overwrite)
     base = load_sr_model(weights.base)
@@ -168,15 +177,26 @@ def prepare_run(
             f"{config.base} restores images without upscaling them: noise and JPEG compression are added to the "
             "synthetic images, which have nothing to restore otherwise (to change it: synthetic.noise, .jpeg, .blur)"
         )
+    scales = config.synthetic.hr_scales
+    # From noisy images the model would learn to add noise.
+    own_share = config.synthetic.own_share if hr and not properties.noisy else 0.0
+    if properties.noisy and not hr:
+        warn(
+            "HR images made from noisy images teach the model to add noise: give sharp photographs instead "
+            "(--hr-dir FOLDER, or --hr-dir photos to download some)"
+        )
+    own_hr = downscaled(hr_from_real(real, hr_crop), scales, hr_crop) if own_share or not hr else ()
     sampler = CropSampler(
         real,
-        downscaled(hr or hr_from_real(real, hr_crop), config.synthetic.hr_scales, hr_crop),
+        downscaled(hr, scales, hr_crop) if hr else own_hr,
         config.crop,
         base.scale,
         degradation,
         config.seed,
         config.crop_candidates,
         config.crop_texture,
+        own_hr if own_share else (),
+        own_share,
     )
 
     if ranks.size > 1:

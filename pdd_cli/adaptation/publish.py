@@ -195,7 +195,7 @@ def register(run: Run, store: Store, verdict: Verdict) -> Entry:
             "real_images": len(run.sampler.real),
             "source": run.properties.as_document(),
             "hr_images": run.sources[-1].used if run.config.hr_dir else len(run.sampler.real),
-            "hr_from": "hr_dir" if run.config.hr_dir else "the real images, downscaled",
+            "hr_from": run.hr_from,
             "precision": run.models.runtime.precision,
             "verdict": verdict.label,
             "reason": verdict.reason,

@@ -16,6 +16,8 @@ _CHANGEABLE = {
     "steps", "name", "runs_dir", "checkpoint_every", "preview_every", "export", "device", "precision", "offline",
     "val_lr", "val_hr", "early_stopping", "tensorboard",
 }  # fmt: skip
+# Settings that runs of earlier versions don't have, with the values that amount to what those versions did.
+_VALUES_BEFORE: dict[str, dict[str, Any]] = {"losses": {"self_ensemble": 0.0}, "synthetic": {"own_share": 0.0}}
 _SHOWN = 3
 
 
@@ -41,12 +43,21 @@ def absolute(config: AdaptConfig) -> AdaptConfig:
     )
 
 
+def as_started(config: AdaptConfig, checkpoint: Path) -> AdaptConfig:
+    """`config` in which settings that are newer than the run of `checkpoint` change nothing."""
+    stored, update = checkpoint_settings(checkpoint), {}
+    for section, before in _VALUES_BEFORE.items():
+        newer = {key: value for key, value in before.items() if key not in stored.get(section, {})}
+        update[section] = getattr(config, section).model_copy(update=newer)
+    return config.model_copy(update=update)
+
+
 def check_settings(checkpoint: Path, config: AdaptConfig) -> None:
     """Raise InputError if `config` differs from the settings of `checkpoint` in more than the changeable settings."""
     # If the checkpoint has checksums, images and weights are compared by content and may have moved.
     by_content = checkpoint_inputs(checkpoint) is not None
     old = AdaptConfig.model_validate(checkpoint_settings(checkpoint))
-    before, now = (_comparable(one, without_paths=by_content) for one in (old, config))
+    before, now = (_comparable(as_started(one, checkpoint), without_paths=by_content) for one in (old, config))
     changed = sorted(key for key in now if key not in _CHANGEABLE and now[key] != before[key])
     if changed:
         differences = "; ".join(f"{key} was {before[key]}, is {now[key]}" for key in changed)

@@ -20,7 +20,6 @@ from pdd_cli.ranks import SINGLE_PROCESS, Ranks
 from pdd_cli.runtime import choose_runtime, keep_freed_memory
 from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.weights.fetch import ensure
-from pdd_cli.weights.fetch_images import install_set
 from pdd_cli.weights.store import Store
 
 
@@ -56,8 +55,7 @@ def start(
 
     def find_weights() -> WeightFiles:
         with observer.fetching() as on_event:
-            if hr.to_fetch:
-                install_set(hr.to_fetch, store=store, offline=settings.offline, on_event=on_event)
+            hr.fetch(store, offline=settings.offline, warn=observer.warn, on_event=on_event)
             return weight_files(
                 settings,
                 lambda reference: ensure(reference, store=store, offline=settings.offline, on_event=on_event),
@@ -65,6 +63,7 @@ def start(
             )
 
     weights = ranks.first_per_machine(find_weights)
+    settings = hr.fetched(store).apply(settings)
     with memory_errors(settings):
         run = prepare_run(
             settings, weights, runtime,

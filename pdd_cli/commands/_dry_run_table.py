@@ -22,8 +22,7 @@ def dry_run_table(found: DryRun) -> Table:
         rows.add_row(source.option, escape(_source(source)))
     if run is not None:
         rows.add_row("source", run.properties.describe())
-        if not found.settings.hr_dir:
-            rows.add_row("HR", "made of the real images")
+        rows.add_row("HR from", run.hr_from)
         rows.add_row("judged on", f"{len(run.judge.images)} real images, {len(run.sampler.real)} are trained on")
         if pairs := run.judge.pairs:
             rows.add_row("pairs", f"{pairs.found} with ground truth, {len(pairs.lr)} of them are scored")

@@ -50,6 +50,8 @@ class CropSampler:
     seed: int
     candidates: int = 1  # number of random crops that are tried until …
     min_texture: float = math.inf  # … one has this much texture; if none has, the one with the most is used
+    own_hr: Sequence[RGB] = ()  # HR made from the real images, from which …
+    own_share: float = 0.0  # … this fraction of the synthetic crops is drawn
 
     def batch(self, step: int, size: int, first: int = 0) -> Batch:
         """The synthetic and real crops of `step`, `size` each, from element `first` on.
@@ -57,9 +59,10 @@ class CropSampler:
         An element depends only on the seed, the step and its index. So a resumed run sees the same crops as an
         uninterrupted one, and several processes together see the same crops as one process.
         """
-        hr, real = (self._drawn_from(images, step) for images in (self.hr, self.real))
+        hr, own, real = (self._drawn_from(images, step) for images in (self.hr, self.own_hr, self.real))
         rngs = [np.random.default_rng((self.seed, step, first + number)) for number in range(size)]
-        hr_s = _stack([self._crop(hr, self.crop * self.scale, rng) for rng in rngs])
+        sets = [own if self.own_share and rng.random() < self.own_share else hr for rng in rngs]
+        hr_s = _stack([self._crop(chosen, self.crop * self.scale, rng) for chosen, rng in zip(sets, rngs, strict=True)])
         pairs = zip(hr_s.split(1), rngs, strict=True)
         lr_s = torch.cat([self.degradation.apply(one, self.scale, rng) for one, rng in pairs])
         lr_t = _stack([self._crop(real, self.crop, rng) for rng in rngs])
@@ -68,7 +71,7 @@ class CropSampler:
     def digest(self) -> str:
         """A checksum of the sizes and of every 16th row of all images; of lazy images, of their files."""
         digest = hashlib.sha256()
-        for images in (self.real, self.hr):
+        for images in (self.real, self.hr, self.own_hr):
             if isinstance(images, LazyImages):
                 digest.update(images.facts.encode())
                 continue

@@ -97,6 +97,9 @@ class SyntheticSettings(Settings):
     antialias: bool = True
     # HR images are also used at these sizes, because a downscaled photograph is sharper per pixel.
     hr_scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=(1.0, 0.7, 0.5), min_length=1)
+    # Fraction of the HR crops that come from the real images, downscaled, if there are other HR images and the real
+    # ones are not noisy.
+    own_share: Fraction = 0.5
     blur: Range | None = None  # standard deviation of a Gaussian, LR pixels
     noise: Range | None = None  # standard deviation of white noise, 8-bit levels
     # Quality, 1 to 100; auto: that of the real images, if they were compressed.
@@ -134,14 +137,14 @@ class LossWeights(Settings):
     inter_group: PositiveInt | None = None
     pixel: NonNegative = 0.2
     perceptual: NonNegative = 1.0
-    feature_distance: NonNegative = 8.0  # not in the paper: distance of features normalized to unit length
-    adversarial: NonNegative = 0.45  # for discriminator features; unet has another scale, use the paper's 0.01
+    feature_distance: NonNegative = 16.0  # not in the paper: distance of features normalized to unit length
+    adversarial: NonNegative = 0.9  # for discriminator features; unet has another scale, use the paper's 0.01
     # The adversarial losses of S_s and S_t are added, or averaged as in the paper.
     adversarial_reduction: Literal["sum", "mean"] = "sum"
     # Not in the paper: S_t, downscaled to LR size, must have the colours and coarse shading of its LR input.
     consistency: NonNegative = 5.0
     # Not in the paper: the finer shading of S_t follows the mean of the base over flips and transposes of the LR.
-    self_ensemble: NonNegative = 25.0
+    self_ensemble: NonNegative = 15.0
     adversarial_on_target: bool = True
 
 
@@ -174,7 +177,7 @@ class AdaptConfig(Settings):
             description="Sharp HR photographs for the synthetic domain: a folder, an image set (div2k-valid, kodak, "
             "photos), or own: made from the real images."
         ),
-        Option("Input", metavar="DIR|NAME", default="an installed image set, else own"),
+        Option("Input", metavar="DIR|NAME", default="an image set, with the real images"),
     ] = None
     generalist: Generalist = EmaGeneralist()
     name: Annotated[
