@@ -277,7 +277,7 @@ def _our_steps(run: Run) -> Iterator[dict[str, float]]:
         while state.step < config.steps:
             set_learning_rates(config, state)
             batch = batches(state.step).to(run.models.runtime.device)
-            yield train_step(state, batch, run.models, config.losses).losses
+            yield train_step(state, batch, run.models, run.loss_weights).losses
 
 
 def _report(

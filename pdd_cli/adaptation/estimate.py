@@ -219,7 +219,7 @@ def estimate(run: Run, say: Callable[[str], None]) -> Estimate:
         while state.step < config.steps and len(seconds) < _STEPS:
             started = time.perf_counter()
             set_learning_rates(config, state)
-            result = train_step(state, batches(state.step).to(runtime.device), run.models, config.losses)
+            result = train_step(state, batches(state.step).to(runtime.device), run.models, run.loss_weights)
             seconds.append(time.perf_counter() - started)
             if not result.finite:
                 events.append(f"step {state.step}: the loss is not finite")

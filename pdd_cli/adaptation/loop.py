@@ -89,7 +89,7 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
             batch = batches(state.step).to(models.runtime.device)
 
             # step
-            result = train_step(state, batch, models, config.losses)
+            result = train_step(state, batch, models, run.loss_weights)
             done = state.step
 
             # monitor

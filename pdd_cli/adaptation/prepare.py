@@ -35,7 +35,7 @@ from pdd_cli.models.features import FeatureNetwork, feature_network
 from pdd_cli.models.loading import SRModel, load_sr_model, state_sha256
 from pdd_cli.ranks import SINGLE_PROCESS, Ranks
 from pdd_cli.runtime import Runtime, is_out_of_memory
-from pdd_cli.settings.adapt import AdaptConfig, SyntheticSettings
+from pdd_cli.settings.adapt import AdaptConfig, LossWeights, SyntheticSettings
 from pdd_cli.weights.states import read_state
 from pdd_cli.weights.store import Store, invalid_name_reason, valid_name_from
 
@@ -89,6 +89,14 @@ class Run:
             scores[judged["step"]] = max(judged["score"], scores.get(judged["step"], judged["score"]))
         patience = self.config.early_stopping
         return patience is not False and stalled(list(scores.values()), patience)
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        """The weights of the losses, as numbers."""
+        weights = self.config.losses
+        if weights.adversarial != "auto":
+            return weights
+        return weights.model_copy(update={"adversarial": 0.45 if self.properties.noisy else 0.9})
 
     @property
     def hr_from(self) -> str:
