@@ -96,7 +96,8 @@ class Run:
         weights = self.config.losses
         if weights.adversarial != "auto":
             return weights
-        return weights.model_copy(update={"adversarial": 0.45 if self.properties.noisy else 0.9})
+        of_features = 0.45 if self.properties.noisy else 0.9
+        return weights.model_copy(update={"adversarial": 0.01 if self.config.discriminator == "unet" else of_features})
 
     @property
     def hr_from(self) -> str:

@@ -138,8 +138,8 @@ class LossWeights(Settings):
     pixel: NonNegative = 0.2
     perceptual: NonNegative = 1.0
     feature_distance: NonNegative = 16.0  # not in the paper: distance of features normalized to unit length
-    # auto: 0.9, for noisy real images 0.45, because with more they get too much texture. These are values for
-    # discriminator features; unet has another scale, use the paper's 0.01.
+    # auto: 0.9, and 0.45 for noisy real images, because with more they get too much texture. The discriminator unet has
+    # another scale: the paper's 0.01.
     adversarial: NonNegative | Literal["auto"] = "auto"
     # The adversarial losses of S_s and S_t are added, or averaged as in the paper.
     adversarial_reduction: Literal["sum", "mean"] = "sum"
