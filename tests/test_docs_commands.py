@@ -42,13 +42,14 @@ NOT_RUN = {
 }
 """Beginnings of commands that are only parsed, and why."""
 
-# Makes a run short: tiny crops, few steps, local feature weights, a metric without weights.
+# Makes a run short: tiny crops, few steps, no download, local feature weights, a metric without weights.
 SHORT = """
 adapt:
   steps: 8
   batch_size: 1
   crop: 16
   device: cpu
+  hr_dir: own
   features: {network: efficientnet-lite0, weights: features.safetensors}
 evaluate:
   metrics: [entropy]

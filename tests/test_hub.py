@@ -121,9 +121,9 @@ def test_evaluate_export_and_adapt_take_them_too(server: Server, tmp_path: Path,
         ("evaluate", "--lr-dir", str(ground / "realLR"), "--weights", "hf:someone/models", "--metrics", "entropy",
          "--upscaled-dir", "up", "--device", "cpu"),
         ("export", "hf:someone/models", "--to", "pth"),
-        ("adapt", "--real-dir", str(ground / "realLR"), "--base", "hf:someone/models", "--name", "mine", "--device",
-         "cpu", "--steps", "8", "--batch-size", "1", "--set", "crop=16", "--set", "features.network=efficientnet-lite0",
-         "--set", f"features.weights={ground / 'features.safetensors'}"),
+        ("adapt", "--real-dir", str(ground / "realLR"), "--base", "hf:someone/models", "--name", "mine", "--hr-dir",
+         "own", "--device", "cpu", "--steps", "8", "--batch-size", "1", "--set", "crop=16",
+         "--set", "features.network=efficientnet-lite0", "--set", f"features.weights={ground / 'features.safetensors'}"),
     ):  # fmt: skip
         done = pdd(server, tmp_path, *arguments)
         assert done.returncode == 0, done.stderr
