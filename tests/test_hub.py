@@ -123,7 +123,7 @@ def test_evaluate_export_and_adapt_take_them_too(server: Server, tmp_path: Path,
         ("export", "hf:someone/models", "--to", "pth"),
         ("adapt", "--real-dir", str(ground / "realLR"), "--base", "hf:someone/models", "--name", "mine", "--hr-dir",
          "own", "--device", "cpu", "--steps", "8", "--batch-size", "1", "--set", "crop=16",
-         "--set", "features.network=efficientnet-lite0", "--set", f"features.weights={ground / 'features.safetensors'}"),
+         "--features", "efficientnet-lite0", "--feature-weights", str(ground / "features.safetensors")),
     ):  # fmt: skip
         done = pdd(server, tmp_path, *arguments)
         assert done.returncode == 0, done.stderr
