@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from spandrel import ModelLoader
 
 from pdd_cli.adaptation.generalist import ema_update
+from pdd_cli.adaptation.resuming import as_started, check_settings
 from pdd_cli.models.rrdbnet import RRDBNet
+from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.weights.store import Store
 from tests.helpers.commands import STEPS, Hold, command, environment
 
@@ -147,6 +149,19 @@ def test_an_earlier_run_or_entry_is_not_overwritten_by_mistake(ground, finished,
     catalogued = run(ground, folder, "--name", "realesrgan")
     assert catalogued.returncode == 2
     assert "realesrgan" in catalogued.stderr
+
+
+def test_settings_that_are_newer_than_a_run_change_nothing_in_it(finished, tmp_path):
+    content = torch.load(finished[0] / "runs" / "realLR" / "checkpoint.pt", weights_only=True)
+    now = AdaptConfig.model_validate(content["settings"])
+    torch.save(content, tmp_path / "new.pt")
+    assert as_started(now, tmp_path / "new.pt") == now
+    del content["settings"]["losses"]["self_ensemble"], content["settings"]["synthetic"]["own_share"]
+    torch.save(content, tmp_path / "old.pt")
+    before = as_started(now, tmp_path / "old.pt")
+    assert (before.losses.self_ensemble, before.synthetic.own_share) == (0, 0)
+    assert before.losses.feature_distance == now.losses.feature_distance
+    check_settings(tmp_path / "old.pt", now)
 
 
 def test_hr_from_the_real_images(ground, tmp_path):
