@@ -135,7 +135,7 @@ def _strengths(report: RunReport) -> str:
     table = f'<table id="means"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
     note = (
         '<p class="note">Means over the held-out images: consistency with the LR (dB), colour drift (ΔE), fine detail '
-        "and grain (8-bit levels). The score combines them, in dB over the base.</p>"
+        "and grain (8-bit levels). The score is the gain in consistency less lost detail and added grain, in dB.</p>"
     )
     return scroll("By strength", table) + note
 
