@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -164,14 +165,14 @@ def test_each_late_step_fails_without_the_others(finished: Callable[..., Outcome
 def test_weights_that_cannot_be_registered_stay_in_the_run_folder(
     finished: Callable[..., Outcome], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pdd_cli.adaptation.judge import Judge
+    from pdd_cli.adaptation.judge import Judge, Verdict
 
     conclude = Judge.conclude
 
     def and_block(self: Judge, best: Mapping[str, Tensor]) -> object:
         shutil.rmtree(home / "weights")
         (home / "weights").write_text("in the way")  # as a disk that was taken away
-        return conclude(self, best)
+        return replace(conclude(self, best), verdict=Verdict(True, "better", 1.0))
 
     monkeypatch.setattr(Judge, "conclude", and_block)
     done = finished("adapt", "--resume", "--json")
