@@ -45,7 +45,11 @@ class Properties:
     def describe(self) -> str:
         """A sentence for people."""
         low, high = self.jpeg or (0, 0)
-        jpeg = f"JPEG of quality {low if low == high else f'{low} to {high}'}" if self.jpeg else "no JPEG compression"
+        jpeg = (
+            f"JPEG of quality {low if low == high else f'{low} to {high}'}"
+            if self.jpeg
+            else "no JPEG compression found"
+        )
         strength = "visible" if self.noisy else "little"
         plural = "" if self.images == 1 else "s"
         return f"{strength} noise ({self.noise:.1f} levels in flat regions), {jpeg} (from {self.images} image{plural})"
@@ -78,7 +82,8 @@ def jpeg_quality(gray: Gray) -> int | None:
     """The quality (libjpeg's scale) of the JPEG compression that `gray` (H, W) went through, whatever its file is now.
 
     Compressing an image again with the same quality changes almost nothing, whereas other qualities change it (Farid,
-    Exposing Digital Forgeries from JPEG Ghosts, 2009). None: not compressed, or resized or cropped since.
+    Exposing Digital Forgeries from JPEG Ghosts, 2009). None: not compressed, a quality below 11 or above 93, or
+    resized or cropped since.
     """
     crop = np.ascontiguousarray(gray[:_CROP, :_CROP])
     if min(crop.shape) < 16 or not crop.std():
