@@ -119,4 +119,7 @@ def test_it_describes_the_source_and_uses_clean_images_as_hr_too(
     assert clean["source"]["jpeg"] == [70, 70]
     assert clean["source"]["noise"] < 2
     assert clean["hr_from"] == "hr_dir and the real images, downscaled"
-    assert "JPEG of quality 70 (from 3 images)" in done.err
+    blur = clean["source"]["blur"]
+    assert clean["source"]["blur_images"] == 3
+    described = f"blur of {blur:.2f} LR pixels" if blur else "no blur found"
+    assert f"JPEG of quality 70 (from 3 images), {described} (from 3 images)" in done.err

@@ -1,4 +1,4 @@
-"""Estimates of noise and JPEG compression from LR images, against the values that made them."""
+"""Estimates of noise, JPEG compression and blur from LR images, against the values that made them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
-from pdd_cli.data.properties import flat_noise, jpeg_quality, measure_properties
+from pdd_cli.data.properties import flat_noise, jpeg_quality, measure_properties, source_blur
 
 
 def photograph(size: int = 256) -> np.ndarray:
@@ -72,3 +73,42 @@ def test_most_images_decide(tmp_path: Path):
     assert "JPEG of quality 40 to 55 (from 3 images)" in most.describe()
     with pytest.raises(ValueError, match="no images"):
         measure_properties([])
+
+
+def sampled(image: np.ndarray, blur: float) -> np.ndarray:
+    """A quarter of `image`'s size: SciPy's Gaussian of `blur` LR pixels, then the mean of each 4 x 4 pixels."""
+    values = image.astype(np.float64)
+    if blur:
+        values = ndimage.gaussian_filter(values, (4 * blur, 4 * blur, 0), mode="mirror")
+    height, width = image.shape[0] // 4, image.shape[1] // 4
+    return values.reshape(height, 4, width, 4, 3).mean((1, 3))
+
+
+@pytest.mark.parametrize("blur", [0.0, 0.3, 0.55, 0.8, 1.5])
+@pytest.mark.parametrize("noise", [0.0, 6.0])
+def test_blur_is_found_from_lr_and_hr(blur, noise):
+    hr = photograph()
+    lr = sampled(hr, blur) + 12 + np.random.default_rng(2).normal(0, noise, (64, 64, 1))  # brighter than the HR
+    found = source_blur([(lr.round().clip(0, 255).astype(np.uint8), hr.astype(np.float32) / 255)])
+    assert found == pytest.approx(blur, abs=0.1 if noise else 0.05)
+
+
+def test_sharpened_images_have_no_blur():
+    hr = photograph()
+    lr = sampled(hr, 0)
+    sharpened = lr + 0.9 * (lr - ndimage.gaussian_filter(lr, (1, 1, 0)))
+    assert source_blur([(sharpened.round().clip(0, 255).astype(np.uint8), hr.astype(np.float32) / 255)]) == 0
+
+
+def test_blur_rests_on_images_that_show_it():
+    hr = photograph()
+    shown = (sampled(hr, 0.8).round().astype(np.uint8), hr.astype(np.float32) / 255)
+    flat = (np.full((64, 64, 3), 90, np.uint8), np.full((256, 256, 3), 0.4, np.float32))
+    broken = (shown[0], np.full_like(shown[1], np.nan))
+    tiny = (shown[0][:9, :9], shown[1][:36, :36])
+    before = measure_properties([shown[0]])
+    found = before.with_blur([shown, flat, broken, tiny])
+    assert found.blur == pytest.approx(0.8, abs=0.05)
+    assert found.blur_images == 1
+    assert found.describe() == f"{before.describe()}, blur of {found.blur:.2f} LR pixels (from 1 image)"
+    assert before.with_blur([flat, broken, tiny]) == before

@@ -10,22 +10,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from pdd_cli.adaptation.checkpoint import TrainState, checkpoint_settings, load_checkpoint
 from pdd_cli.adaptation.folder import RunFolder
 from pdd_cli.adaptation.judge import Judge, held_out_indices, insufficient_images, stalled
 from pdd_cli.adaptation.losses import DISCRIMINATOR_LAYERS
+from pdd_cli.adaptation.preview import upscale_image
 from pdd_cli.adaptation.resuming import absolute, as_started, check_inputs_are_same, check_settings
 from pdd_cli.adaptation.sources import Source, read_sources
 from pdd_cli.adaptation.tensorboard import check_tensorboard
 from pdd_cli.adaptation.train_step import Models, scheduled_rate
 from pdd_cli.adaptation.trainable import check_rgb, check_trainable
 from pdd_cli.adaptation.validation import read_pairs
-from pdd_cli.data.datasets import CropSampler, downscaled, hr_from_real, images_below, select
+from pdd_cli.data.datasets import RGB, CropSampler, downscaled, hr_from_real, images_below, select
 from pdd_cli.data.degradations import Degradation
-from pdd_cli.data.properties import Properties, measure_properties
+from pdd_cli.data.properties import Properties, measure_properties, shows_blur
 from pdd_cli.engines.winograd import winograd_pays
 from pdd_cli.errors import DownloadError, InputError, ResourceError
 from pdd_cli.exporting.formats import check_architecture, check_packages
@@ -34,6 +37,7 @@ from pdd_cli.models.discriminator import FeatureDiscriminator, UNetDiscriminator
 from pdd_cli.models.features import FeatureNetwork, feature_network
 from pdd_cli.models.loading import SRModel, load_sr_model, state_sha256
 from pdd_cli.ranks import SINGLE_PROCESS, Ranks
+from pdd_cli.reporting.html import window
 from pdd_cli.runtime import Runtime, is_out_of_memory
 from pdd_cli.settings.adapt import AdaptConfig, LossWeights, SyntheticSettings
 from pdd_cli.weights.states import read_state
@@ -43,6 +47,9 @@ from pdd_cli.weights.store import Store, invalid_name_reason, valid_name_from
 _PER_MACHINE_SETTINGS = {
     "real_dir", "hr_dir", "base", "name", "runs_dir", "features", "export", "device", "offline", "val_lr", "val_hr",
 }  # fmt: skip
+
+_BLUR_IMAGES = 8  # images on which the blur of the source is measured
+_BLUR_CROP = 48  # LR pixels
 
 # The default degradation for x1 bases: moderate noise and JPEG compression.
 _X1_DEGRADATION: dict[str, Any] = {"noise": (0.0, 15.0), "jpeg": (40.0, 95.0)}
@@ -172,7 +179,6 @@ def prepare_run(
     images = read_sources(config, base.scale, warn, say)
     real, hr = images.real, images.hr
     properties = measure_properties(real)
-    say(f"the real images: {properties.describe()}")
     kept_out = held_out_indices(len(real), config.held_out)
     judged_on = select(real, kept_out) or real
     real = select(real, [index for index in range(len(real)) if index not in kept_out])
@@ -235,6 +241,9 @@ def prepare_run(
                 f"the warm-up of {state.warmup_steps} steps is not repeated"
             )
     move_to_device(base.module, runtime)
+    if ranks.is_first:
+        properties = properties.with_blur(_upscaled_crops(base, images.real, runtime))
+        say(f"the real images: {properties.describe()}")
     return Run(
         name=name,
         config=config,
@@ -250,6 +259,17 @@ def prepare_run(
         inputs=inputs,
         warn=warn,
     )
+
+
+def _upscaled_crops(base: SRModel, images: Sequence[RGB], runtime: Runtime) -> list[tuple[RGB, NDArray[np.float32]]]:
+    """The most detailed crop of each of a few images, evenly spread, with its SR by the base."""
+    crops = []
+    for index in sorted({round(index) for index in np.linspace(0, len(images) - 1, _BLUR_IMAGES)}):
+        x, y, width, height = window(images[index], side=_BLUR_CROP)
+        lr = np.ascontiguousarray(images[index][y : y + height, x : x + width])
+        if shows_blur(lr):
+            crops.append((lr, upscale_image(base, lr, runtime)))
+    return crops
 
 
 def _degradation(synthetic: SyntheticSettings, properties: Properties) -> Degradation:

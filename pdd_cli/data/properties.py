@@ -1,10 +1,10 @@
-"""Estimates of what a source does to its images, from its LR images alone: noise and compression."""
+"""Estimates of what a source does to its images, from its LR images alone: noise, compression and blur."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import cv2
@@ -23,6 +23,9 @@ _FLAT_QUANTILE = 0.1
 _QUALITIES = range(5, 100)
 _CROP = 256  # pixels; a multiple of the 8 of a JPEG block, from the image's corner
 _NEIGHBOURS = (-6, -5, -4, -3, 3, 4, 5, 6)
+_BLURS = np.arange(0, 2.01, 0.05)  # LR pixels
+_MIN_SIDE = 16  # LR pixels; smaller images, and those with less contrast (levels), show no blur
+_MIN_CONTRAST = 2.0
 _DIP = 0.5  # the change by compressing with the same quality again, relative to the change with others
 
 
@@ -32,11 +35,15 @@ class Properties:
 
     `noise`: standard deviation of the luminance in flat regions, in 8-bit levels; the median. `jpeg`: the lowest and
     highest quality of JPEG compression (1 to 100) that most of the images went through; None: fewer than half did.
+    `blur`: standard deviation of the Gaussian before sampling, in LR pixels, from `blur_images` images; 0: none; None:
+    not measured.
     """
 
     images: int
     noise: float
     jpeg: tuple[int, int] | None
+    blur: float | None = None
+    blur_images: int = 0
 
     @property
     def noisy(self) -> bool:
@@ -51,8 +58,16 @@ class Properties:
             else "no JPEG compression found"
         )
         strength = "visible" if self.noisy else "little"
-        plural = "" if self.images == 1 else "s"
-        return f"{strength} noise ({self.noise:.1f} levels in flat regions), {jpeg} (from {self.images} image{plural})"
+        text = f"{strength} noise ({self.noise:.1f} levels in flat regions), {jpeg} ({_from_images(self.images)})"
+        if self.blur is None:
+            return text
+        blur = f"blur of {self.blur:.2f} LR pixels" if self.blur else "no blur found"
+        return f"{text}, {blur} ({_from_images(self.blur_images)})"
+
+    def with_blur(self, crops: Sequence[tuple[RGB, NDArray[np.float32]]]) -> Properties:
+        """These properties with the blur that is measured on pairs of LR (h, w, 3) and SR (see `source_blur`)."""
+        usable = [(lr, sr) for lr, sr in crops if shows_blur(lr) and np.isfinite(sr).all()]
+        return replace(self, blur=source_blur(usable), blur_images=len(usable)) if usable else self
 
     def as_document(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -68,6 +83,30 @@ def measure_properties(images: Sequence[RGB]) -> Properties:
     qualities = [quality for quality in map(jpeg_quality, grays) if quality is not None]
     jpeg = (min(qualities), max(qualities)) if 2 * len(qualities) > len(grays) else None
     return Properties(len(grays), float(np.median([flat_noise(gray) for gray in grays])), jpeg)
+
+
+def shows_blur(lr: RGB) -> bool:
+    """Whether an image (h, w, 3) is large enough and has the contrast to show how blurred it is."""
+    return min(lr.shape[:2]) >= _MIN_SIDE and float(lr.std()) >= _MIN_CONTRAST
+
+
+def source_blur(crops: Sequence[tuple[RGB, NDArray[np.float32]]]) -> float:
+    """The Gaussian blur of a source before sampling: its standard deviation in LR pixels, 0 to 2.
+
+    `crops` are LR images (h, w, 3) in 8 bits with their SR (h*scale, w*scale, 3) in 0..1. The result is the blur with
+    which the SR, averaged over each LR pixel, is nearest to the LR. The SR has the blur that the model didn't remove,
+    so the result is a lower bound.
+    """
+    errors = np.zeros(len(_BLURS))
+    for lr, sr in crops:
+        small = cv2.cvtColor(lr, cv2.COLOR_RGB2GRAY).astype(np.float32)
+        large = cv2.cvtColor(np.ascontiguousarray(sr, np.float32), cv2.COLOR_RGB2GRAY) * 255
+        scale = large.shape[0] // small.shape[0]
+        for index, blur in enumerate(_BLURS):
+            blurred = cv2.GaussianBlur(large, (0, 0), blur * scale) if blur else large
+            difference = cv2.resize(blurred, small.shape[::-1], interpolation=cv2.INTER_AREA) - small
+            errors[index] += difference.var() * small.size  # without the mean: models change the brightness
+    return round(float(_BLURS[errors.argmin()]), 2)
 
 
 def flat_noise(gray: Gray) -> float:
@@ -103,3 +142,7 @@ def jpeg_quality(gray: Gray) -> int | None:
 def _compressed(gray: Gray, quality: int) -> Gray:
     _, data = cv2.imencode(".jpg", gray, [cv2.IMWRITE_JPEG_QUALITY, quality])
     return np.asarray(cv2.imdecode(data, cv2.IMREAD_GRAYSCALE), np.uint8)
+
+
+def _from_images(count: int) -> str:
+    return f"from {count} image{'' if count == 1 else 's'}"
