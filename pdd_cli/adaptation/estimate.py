@@ -46,10 +46,13 @@ class Estimate:
     memory: int  # peak in bytes, of the GPU if the run uses one; 0: not known
     free_memory: int  # bytes that are free in addition
     events: tuple[str, ...]  # problems in the trial steps
+    teacher_crops: int = 0  # to be computed before the first step
+    seconds_per_teacher_crop: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.steps * self.seconds_per_step + self.judgements * self.seconds_per_judgement
+        steps = self.steps * self.seconds_per_step + self.judgements * self.seconds_per_judgement
+        return steps + self.teacher_crops * self.seconds_per_teacher_crop
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,8 @@ class DryRun:
                     "judgements": estimate.judgements,
                     "seconds_per_step": estimate.seconds_per_step,
                     "seconds_per_judgement": estimate.seconds_per_judgement,
+                    "teacher_crops": estimate.teacher_crops,
+                    "seconds_per_teacher_crop": estimate.seconds_per_teacher_crop,
                     "seconds": estimate.seconds,
                     "memory": estimate.memory,
                 }
@@ -207,6 +212,16 @@ def estimate(run: Run, say: Callable[[str], None]) -> Estimate:
     started = time.perf_counter()
     run.judge.evaluate(run.models.base)
     seconds_per_judgement = time.perf_counter() - started
+    teacher_crops, seconds_per_teacher_crop = 0, 0.0
+    if run.teacher is not None:
+        say("timing two crops of the teacher")
+        teacher_crops = run.teacher.missing(run.folder.teacher_crops)
+        crop_seconds: list[float] = []
+        while len(crop_seconds) < 2:
+            started = time.perf_counter()
+            run.teacher.compute_next(runtime)
+            crop_seconds.append(time.perf_counter() - started)
+        seconds_per_teacher_crop = min(crop_seconds)
     say(f"timing {_STEPS} training steps, whose results are discarded")
     left = config.steps - state.step
     judgements = _judgements(run)
@@ -231,6 +246,8 @@ def estimate(run: Run, say: Callable[[str], None]) -> Estimate:
         memory=peak_memory(runtime.device),
         free_memory=available_memory(runtime.device),
         events=tuple(events),
+        teacher_crops=teacher_crops,
+        seconds_per_teacher_crop=seconds_per_teacher_crop,
     )
 
 
@@ -283,7 +300,8 @@ def _run_bytes(run: Run) -> int:
     weights = _bytes(state.specialist.state_dict().values())
     preview = 3 * PREVIEW_IMAGES * (PREVIEW_SIZE * run.models.base.scale) ** 2 * 3
     previews = math.ceil(config.steps / config.preview_every) * preview
-    return 2 * checkpoint + weights * (1 + len(config.export)) + previews + _OTHER_FILES
+    crops = run.teacher.total_bytes if run.teacher else 0
+    return 2 * checkpoint + weights * (1 + len(config.export)) + previews + 2 * crops + _OTHER_FILES
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

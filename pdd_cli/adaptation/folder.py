@@ -40,6 +40,11 @@ class RunFolder:
         return self.path / "best.safetensors"
 
     @property
+    def teacher_crops(self) -> Path:
+        """Crops of the real images and their SR by the teacher."""
+        return self.path / "teacher_crops.safetensors"
+
+    @property
     def judgements(self) -> Path:
         """A line for each judgement: step, which weights, measured values."""
         return self.path / "judgements.jsonl"
@@ -74,6 +79,7 @@ class RunFolder:
     def clear(self) -> None:
         """Delete the files that a run writes, and nothing else. Raises InputError if a file can't be deleted."""
         files = [self.config, self.checkpoint, self.log, self.best, self.judgements, self.verdict, self.report]
+        files.append(self.teacher_crops)
         name = self.path.name
         for form in SUFFIXES:
             for scale in range(1, 17):  # a part of ncnn's file names

@@ -107,6 +107,7 @@ class Conclusion:
     verdict: Verdict
     base: ModelScores
     adapted: Mapping[float, ModelScores]
+    teacher: ModelScores | None = None  # of a student
 
     @property
     def strength(self) -> float:
@@ -117,6 +118,17 @@ class Conclusion:
         """The validation scores of the base and of the weights at `strength`; None without pairs."""
         ours, base = self.adapted[self.strength].validation, self.base.validation
         return {"base": asdict(base), "adapted": asdict(ours)} if ours and base else None
+
+    def describe_teacher(self) -> str:
+        """The student beside its teacher as a sentence; "" if there is none."""
+        if self.teacher is None:
+            return ""
+        ours, theirs = self.adapted[self.strength], self.teacher
+        differences = _describe(ours.judgement, theirs.judgement, "teacher")
+        text = f"beside its teacher, at strength {self.strength:g}: {differences}"
+        if ours.validation and theirs.validation:
+            text += f"; by the ground truth: {ours.validation.describe(theirs.validation)}"
+        return text
 
     def describe_validation(self) -> str:
         """The validation scores as a sentence; "" without pairs."""
@@ -139,6 +151,7 @@ class Judge:
     trained_on: Sequence[RGB]
     pairs: Pairs | None  # validation pairs; their scores are only reported
     runtime: Runtime
+    teacher: SRModel | None = None  # of a student; its scores are only reported
 
     @cached_property
     def base_scores(self) -> ModelScores:
@@ -170,7 +183,7 @@ class Judge:
         else:
             by_strength = {strength: scores.judgement for strength, scores in adapted.items()}
             verdict = decide(by_strength, base.judgement, self.base.scale)
-        return Conclusion(verdict, base, adapted)
+        return Conclusion(verdict, base, adapted, self.evaluate(self.teacher) if self.teacher else None)
 
 
 def held_out_indices(count: int, fraction: float) -> tuple[int, ...]:
@@ -267,11 +280,11 @@ def _log2_ratio(value: float, base: float, floor: float) -> float:
     return math.log2(max(value, floor) / max(base, floor))
 
 
-def _describe(adapted: Judgement, base: Judgement) -> str:
+def _describe(adapted: Judgement, base: Judgement, other: str = "base") -> str:
     texture, grain = _percent_change(adapted.texture, base.texture), _percent_change(adapted.grain, base.grain)
     return (
         f"consistency with the LR {adapted.consistency - base.consistency:+.2f} dB, "
-        f"colour drift {adapted.drift:.2f} (base {base.drift:.2f}) ΔE, "
+        f"colour drift {adapted.drift:.2f} ({other} {base.drift:.2f}) ΔE, "
         f"fine detail {texture} (in flat regions {grain})"
     )
 

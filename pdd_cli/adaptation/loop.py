@@ -81,6 +81,8 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
             _save(run)
         if ranks.size > 1:
             load_checkpoint(run.folder.checkpoint, state, ranks)  # so that all processes start with the same state
+        if not _teach(run, should_stop):
+            return
         saved = time.monotonic()
         while state.step < config.steps:
             # data
@@ -130,6 +132,20 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
                 return
 
 
+def _teach(run: Run, should_stop: Callable[[], bool]) -> bool:
+    """Compute the teacher's crops, if there is a teacher; False if that was stopped."""
+    teacher, ranks, path = run.teacher, run.models.ranks, run.folder.teacher_crops
+    if teacher is None:
+        return True
+    complete = teacher.compute(path, run.models.runtime, should_stop, run.say) if ranks.is_first else True
+    if ranks.any(not complete):
+        return False
+    if ranks.size > 1:
+        content = ranks.broadcast_file(path)
+        teacher.load(content.read_bytes() if isinstance(content, Path) else content.getvalue())
+    return True
+
+
 @contextlib.contextmanager
 def batch_source(run: Run) -> Iterator[Callable[[int], Batch]]:
     """This process's part of the batch of each step."""
@@ -137,7 +153,11 @@ def batch_source(run: Run) -> Iterator[Callable[[int], Batch]]:
     n = ranks.per_rank(run.config.batch_size)
 
     def draw(step: int) -> Batch:
-        return run.sampler.batch(step, n, ranks.rank * n)
+        batch = run.sampler.batch(step, n, ranks.rank * n)
+        if run.teacher is None:
+            return batch
+        lr_t, sr_t = run.teacher.draw(step, n, ranks.rank * n)
+        return replace(batch, lr_t=lr_t, sr_t=sr_t)
 
     if run.models.runtime.device_type == "cpu":  # its cores are busy anyway; prefetching makes a step 10 % slower
         yield draw

@@ -21,6 +21,7 @@ PERCEPTUAL_LAYERS = {"conv1_2": 0.1, "conv2_2": 0.1, "conv3_4": 1.0, "conv4_4": 
 # The layers that the feature discriminator uses: from fine texture to parts of objects.
 DISCRIMINATOR_LAYERS = ("conv2_2", "conv3_4", "conv4_4")
 ALL_LAYERS = tuple(sorted({*INTER_LAYERS, *INTRA_LAYERS, *PERCEPTUAL_LAYERS}))
+STUDENT_LAYERS = tuple(sorted({*PERCEPTUAL_LAYERS, *DISCRIMINATOR_LAYERS}))
 
 _LOG_EPSILON = 1e-6
 
@@ -93,6 +94,16 @@ def consistency_loss(S_t: Tensor, lr_t: Tensor, scale: int) -> Tensor:
     weights = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=difference.device) / 16
     kernel = torch.outer(weights, weights).expand(difference.shape[1], 1, 5, 5)
     return F.conv2d(difference, kernel, groups=difference.shape[1]).abs().mean()
+
+
+def lattice_loss(sr: Tensor, target: Tensor, scale: int) -> Tensor:
+    """The part of the error that repeats with every LR pixel, as networks that end in a pixel shuffle leave it.
+
+    The error of each of the scale² pixels of an LR pixel is averaged over neighbourhoods of 8x8 LR pixels: errors of
+    texture cancel out, a pattern of dots doesn't. L1 of the means. Shapes: (N, C, h*scale, w*scale).
+    """
+    phases = F.pixel_unshuffle(sr.float() - target.float(), scale)
+    return F.avg_pool2d(phases, min(8, *phases.shape[-2:])).abs().mean()
 
 
 def self_ensemble_loss(S_t: Tensor, base_t: Tensor) -> Tensor:

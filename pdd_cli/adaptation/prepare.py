@@ -22,6 +22,7 @@ from pdd_cli.adaptation.losses import DISCRIMINATOR_LAYERS
 from pdd_cli.adaptation.preview import upscale_image
 from pdd_cli.adaptation.resuming import absolute, as_started, check_inputs_are_same, check_settings
 from pdd_cli.adaptation.sources import Source, read_sources
+from pdd_cli.adaptation.teaching import Teacher
 from pdd_cli.adaptation.tensorboard import check_tensorboard
 from pdd_cli.adaptation.train_step import Models, scheduled_rate
 from pdd_cli.adaptation.trainable import check_rgb, check_trainable
@@ -40,12 +41,14 @@ from pdd_cli.ranks import SINGLE_PROCESS, Ranks
 from pdd_cli.reporting.html import window
 from pdd_cli.runtime import Runtime, is_out_of_memory
 from pdd_cli.settings.adapt import AdaptConfig, LossWeights, SyntheticSettings
+from pdd_cli.upscaling.strength import at_strength, files_at_strength, recommended
 from pdd_cli.weights.states import read_state
 from pdd_cli.weights.store import Store, invalid_name_reason, valid_name_from
 
 # Settings that may differ between the machines of one run.
 _PER_MACHINE_SETTINGS = {
     "real_dir", "hr_dir", "base", "name", "runs_dir", "features", "export", "device", "offline", "val_lr", "val_hr",
+    "teacher",
 }  # fmt: skip
 
 _BLUR_IMAGES = 8  # images on which the blur of the source is measured
@@ -63,6 +66,7 @@ class WeightFiles:
     generalist: Path | None  # static mode only
     feature_network: str
     features: Path
+    teacher: tuple[Path, ...] = ()  # a student's; and that of the teacher's base, if the two are to be blended
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +86,8 @@ class Run:
     state: TrainState
     inputs: dict[str, Any]  # checksums of the images and weights that the run uses
     warn: Callable[[str], None]
+    say: Callable[[str], None] = lambda text: None
+    teacher: Teacher | None = None  # the run trains a student
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -228,6 +234,11 @@ def prepare_run(
         "features": state_sha256(features.state_dict()),
         **{source.option: dict(source.content) for source in images.sources},
     }
+    teacher = None
+    if config.teacher is not None:
+        model = _load_teacher(weights.teacher, config, base, warn, say)
+        sha256 = inputs["teacher"] = state_sha256(model.module.state_dict())
+        teacher = Teacher(model, config.teacher, sha256, sampler, config.teacher_crops)
     state = new_state(config, base, generalist, sampler, features, runtime)
     if resume and ranks.is_first:
         check_inputs_are_same(folder.checkpoint, inputs)
@@ -244,6 +255,8 @@ def prepare_run(
     if ranks.is_first:
         properties = properties.with_blur(_upscaled_crops(base, images.real, runtime))
         say(f"the real images: {properties.describe()}")
+    if teacher is not None:
+        move_to_device(teacher.model.module, runtime)
     return Run(
         name=name,
         config=config,
@@ -254,10 +267,12 @@ def prepare_run(
         models=Models(base, generalist, features, config.generalist, runtime, ranks),
         features_name=weights.feature_network,
         sampler=sampler,
-        judge=Judge(base, judged_on, real, pairs, runtime),
+        judge=Judge(base, judged_on, real, pairs, runtime, teacher.model if teacher else None),
         state=state,
         inputs=inputs,
         warn=warn,
+        say=say,
+        teacher=teacher,
     )
 
 
@@ -346,21 +361,54 @@ def weight_files(settings: AdaptConfig, get: Callable[[str], Path], warn: Callab
     """The files of base, generalist and features. `get` returns the file of a name or path or raises DownloadError."""
     base = get(settings.base)
     generalist = get(settings.generalist.weights) if settings.generalist.mode == "static" else None
+    teacher: tuple[Path, ...] = ()
+    if settings.teacher is not None:
+        path = get(settings.teacher)
+        teacher = tuple(files_at_strength(path, recommended(path).strength, get))
     network, file = settings.features.network, settings.features.weights
     if file is not None:
-        return WeightFiles(base, generalist, network, get(str(file)))
+        return WeightFiles(base, generalist, network, get(str(file)), teacher)
     if network != "auto":
-        return WeightFiles(base, generalist, network, get(network))
+        return WeightFiles(base, generalist, network, get(network), teacher)
     for candidate in ("vgg19", "vgg16"):
         try:
-            return WeightFiles(base, generalist, candidate, get(candidate))
+            return WeightFiles(base, generalist, candidate, get(candidate), teacher)
         except (DownloadError, InputError):
             warn(f"{candidate} is not available; trying the next feature network")
     warn(
         "neither VGG-19 nor VGG-16 is available: distances are measured with efficientnet-lite0, for which the method "
         "was not designed; the result is better with VGG (pdd fetch-weights vgg19 --from FILE)"
     )
-    return WeightFiles(base, generalist, "efficientnet-lite0", get("efficientnet-lite0"))
+    return WeightFiles(base, generalist, "efficientnet-lite0", get("efficientnet-lite0"), teacher)
+
+
+def _load_teacher(
+    files: tuple[Path, ...],
+    config: AdaptConfig,
+    base: SRModel,
+    warn: Callable[[str], None],
+    say: Callable[[str], None],
+) -> SRModel:
+    """The teacher as `pdd upscale --weights` would use it: at the strength that its card recommends."""
+    name, recommendation = str(config.teacher), recommended(files[0])
+
+    def find(reference: str) -> Path:
+        if len(files) < 2:
+            raise InputError(f"{reference} is not installed", f"pdd fetch-weights {reference}")
+        return files[1]
+
+    teacher = load_sr_model(files[0])
+    check_rgb(teacher, f"--teacher {name}")
+    if teacher.scale != base.scale:
+        raise InputError(
+            f"--teacher {name} upscales x{teacher.scale}, --base {config.base} x{base.scale}",
+            "Teacher and base must have the same scale: choose another --base.",
+        )
+    if recommendation.rejected:
+        warn(f"pdd adapt rejected the teacher {name}: {recommendation.rejected}")
+    if recommendation.strength != 1:
+        say(f"the teacher {name} is used at strength {recommendation.strength:g}, as pdd adapt recommends")
+    return at_strength(teacher, recommendation.strength, name=name, find=find)
 
 
 def check_inputs(config: AdaptConfig, folder: RunFolder, *, resume: bool, overwrite: bool) -> None:

@@ -105,8 +105,9 @@ def publish(run: Run, store: Store, say: Callable[[str], None], warn: Callable[[
             done.conclusion = run.judge.conclude(read_state(run.folder.best))
             done.verdict = done.conclusion.verdict
             (warn if done.verdict.keep is False else say)(f"verdict: {done.verdict.label}. {done.verdict.reason}")
-            if text := done.conclusion.describe_validation():
-                say(text)
+            for text in (done.conclusion.describe_teacher(), done.conclusion.describe_validation()):
+                if text:
+                    say(text)
             write_verdict(run, done.conclusion)
         try:
             with memory_errors(run.config):
@@ -154,17 +155,23 @@ def write_report(run: Run, conclusion: Conclusion | None) -> Path:
             max_steps=run.config.steps,
             facts={
                 "Base": f"{run.config.base} ({base.architecture} x{base.scale})",
+                **({"Teacher": f"{run.teacher.name} ({run.teacher.model.architecture})"} if run.teacher else {}),
                 "Features": run.features_name,
                 "Device": str(run.models.runtime),
                 "Real images": f"{len(run.sampler.real)} trained on, {len(run.judge.images)} judged on",
                 "Source": run.properties.describe(),
             },
             settings=run.settings,
-            defaults={**AdaptConfig(real_dir=Path()).model_dump(mode="json"), "real_dir": None},
+            defaults={
+                **AdaptConfig(real_dir=Path(), teacher=run.config.teacher).model_dump(mode="json"),
+                "real_dir": None,
+                "teacher": None,
+            },
             log=_read_lines(run.folder.log),
             judgements=run.state.judgements,
             base=run.judge.base_scores.as_document(),
             verdict=_verdict_document(run, conclusion) if conclusion else None,
+            teacher=conclusion.describe_teacher() if conclusion else "",
             validation=conclusion.describe_validation() if conclusion else "",
             images=_report_images(run, conclusion.strength) if conclusion else (),
         )
@@ -184,13 +191,14 @@ def register(run: Run, store: Store, verdict: Verdict) -> Entry:
         name=run.name,
         architecture=base.architecture,
         scale=base.scale,
-        licence=base.card.licence if base.card else "that of the base weights",
+        licence=_licence(run),
         source=f"pdd adapt, {run.state.step} steps from {run.config.base}",
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         base=settings["base"],
         base_sha256=run.inputs["base"],
         adapted={
             "steps": run.state.step,
+            **({"teacher": settings["teacher"], "teacher_sha256": run.teacher.sha256} if run.teacher else {}),
             "features": run.features_name,
             "real_images": len(run.sampler.real),
             "source": run.properties.as_document(),
@@ -204,6 +212,16 @@ def register(run: Run, store: Store, verdict: Verdict) -> Entry:
         },
     )
     return store.add(card, weights)
+
+
+def _licence(run: Run) -> str:
+    """The licence of the base, and that of the teacher if it is another one."""
+    card, teacher = run.models.base.card, run.teacher
+    licence = card.licence if card else "that of the base weights"
+    if teacher is None:
+        return licence
+    of_teacher = teacher.model.card.licence if teacher.model.card else "not known"
+    return licence if of_teacher == licence else f"{licence}; of the teacher: {of_teacher}"
 
 
 def write_export(run: Run, form: ExportForm, registered: Entry | None) -> list[Path]:
@@ -226,6 +244,11 @@ def _verdict_document(run: Run, conclusion: Conclusion) -> dict[str, Any]:
         "images": len(run.judge.images),
         "pairs": run.judge.pairs.found if run.judge.pairs else 0,
         "base": conclusion.base.as_document(),
+        **(
+            {"teacher": {"score": run.judge.score(conclusion.teacher), **conclusion.teacher.as_document()}}
+            if conclusion.teacher
+            else {}
+        ),
         "adapted": [
             {"strength": strength, "score": run.judge.score(scores), **scores.as_document()}
             for strength, scores in conclusion.adapted.items()

@@ -37,6 +37,7 @@ def absolute(config: AdaptConfig) -> AdaptConfig:
         update={
             **{name: resolved(getattr(config, name)) for name in ("real_dir", "hr_dir", "val_lr", "val_hr")},
             "base": weights(config.base),
+            "teacher": config.teacher and weights(config.teacher),
             "generalist": generalist,
             "features": config.features.model_copy(update={"weights": resolved(config.features.weights)}),
         }
@@ -99,7 +100,8 @@ def _comparable(config: AdaptConfig, *, without_paths: bool) -> dict[str, Any]:
     settings = absolute(config).model_dump(mode="json")
     if without_paths:
         del settings["base"], settings["real_dir"]
-        settings["hr_dir"] = settings["hr_dir"] is not None
+        for key in ("hr_dir", "teacher"):
+            settings[key] = settings[key] is not None
         del settings["features"]["weights"]
         settings["generalist"].pop("weights", None)
     return settings

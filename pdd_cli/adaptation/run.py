@@ -73,7 +73,8 @@ def start(
         check_disk_space(run, store)
     observer.say(
         f"adapting {settings.base} to {len(run.sampler.real)} real images as '{name}': "
-        f"{settings.steps - run.state.step} steps on {runtime}, features of {run.features_name}"
+        + (f"with the teacher {settings.teacher}, " if settings.teacher else "")
+        + f"{settings.steps - run.state.step} steps on {runtime}, features of {run.features_name}"
         + (f", {ranks.size} processes" if ranks.size > 1 else "")
     )
     return run

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pdd_cli.adaptation.checkpoint import TrainState
 from pdd_cli.adaptation.generalist import ema_update
 from pdd_cli.adaptation.losses import (
     ALL_LAYERS,
+    STUDENT_LAYERS,
     Features,
     adversarial_loss,
     consistency_loss,
@@ -18,6 +20,7 @@ from pdd_cli.adaptation.losses import (
     flip_or_transpose,
     inter_loss,
     intra_loss,
+    lattice_loss,
     perceptual_loss,
     pixel_loss,
     self_ensemble_loss,
@@ -58,6 +61,8 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
     The result depends only on the arguments. With several processes, each passes its part of the batch; losses and
     gradients are those of the whole batch and identical in all processes.
     """
+    if batch.sr_t is not None:
+        return _student_step(state, batch, batch.sr_t, models, weights)
     runtime, ranks, features = models.runtime, models.ranks, models.features
     specialist = replace(models.base, module=state.specialist)
     generalist = replace(models.generalist, module=state.generalist)
@@ -135,6 +140,60 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
         ema_update(state.generalist, state.specialist, ema.decay)
     state.step += 1
 
+    return _result(losses, finite, ranks)
+
+
+def _student_step(state: TrainState, batch: Batch, sr_t: Tensor, models: Models, weights: LossWeights) -> StepResult:
+    """One step of a student: supervised by the HR of the synthetic crops and by the teacher's SR of the real ones.
+
+    Both are targets of the same losses. The discriminator learns them as real.
+    """
+    runtime, ranks, features, D = models.runtime, models.ranks, models.features, state.discriminator
+    student = replace(models.base, module=state.specialist)
+    n = len(batch.lr_s)
+    adversarial = state.step >= state.warmup_steps
+    target = torch.cat((batch.hr_s, sr_t))
+    losses: dict[str, Tensor] = {}
+
+    # student
+    D.requires_grad_(False)
+    with runtime.autocast():
+        S = student.upscale(torch.cat((batch.lr_s, batch.lr_t))).float()
+        phi = features(S, STUDENT_LAYERS)
+        with torch.no_grad():
+            phi_target = features(target, STUDENT_LAYERS)
+        logits = _logits(D, S, phi) if adversarial else []
+    losses["pixel"] = pixel_loss(S[:n], batch.hr_s)
+    losses["perceptual"] = perceptual_loss(phi, phi_target)
+    losses["feature_distance"] = feature_distance_loss(phi, phi_target)
+    losses["teacher"] = F.l1_loss(S[n:], sr_t)
+    losses["lattice"] = lattice_loss(S, target, student.scale)
+    losses["consistency"] = consistency_loss(S[n:], batch.lr_t, student.scale)
+    if adversarial:
+        losses["adversarial"] = adversarial_loss(logits, real=True)
+    total = sum(getattr(weights, name) * loss for name, loss in losses.items())
+    assert isinstance(total, Tensor)
+    finite = _update(state.optimizer, total, ranks)
+
+    # discriminator
+    D.requires_grad_(True)
+    with runtime.autocast():
+        both = {layer: torch.cat((phi_target[layer], phi[layer].detach())) for layer in STUDENT_LAYERS}
+        logits = _logits(D, torch.cat((target, S.detach())), both)
+    losses["discriminator_real"] = adversarial_loss([one[: 2 * n] for one in logits], real=True)
+    losses["discriminator_fake"] = adversarial_loss([one[2 * n :] for one in logits], real=False)
+    if finite:
+        total = losses["discriminator_real"] + losses["discriminator_fake"]
+        finite = _update(state.discriminator_optimizer, total, ranks)
+
+    # EMA
+    if finite and isinstance(models.distillation, EmaGeneralist):
+        ema_update(state.generalist, state.specialist, models.distillation.decay)
+    state.step += 1
+    return _result(losses, finite, ranks)
+
+
+def _result(losses: dict[str, Tensor], finite: bool, ranks: Ranks) -> StepResult:
     means = torch.stack([loss.detach() for loss in losses.values()])
     ranks.average_([means])
     return StepResult(dict(zip(losses, means.tolist(), strict=True)), finite)

@@ -30,6 +30,8 @@ def dry_run_table(found: DryRun) -> Table:
         millions = sum(parameter.numel() for parameter in base.module.parameters()) / 1e6
         name = escape(found.settings.base)
         rows.add_row("base", f"{name}: {base.architecture} x{base.scale}, {millions:.1f} million weights")
+        if run.teacher is not None:
+            rows.add_row("teacher", f"{escape(run.teacher.name)}: {run.teacher.model.architecture}")
         rows.add_row("features", run.features_name)
         rows.add_row("device", str(run.models.runtime))
     if found.to_fetch:
@@ -39,7 +41,12 @@ def dry_run_table(found: DryRun) -> Table:
             "time",
             f"{_duration(estimate.seconds)} at the most: "
             f"{estimate.steps} steps of {estimate.seconds_per_step:.2g} s, "
-            f"{estimate.judgements} judgements of {estimate.seconds_per_judgement:.2g} s",
+            f"{estimate.judgements} judgements of {estimate.seconds_per_judgement:.2g} s"
+            + (
+                f", {estimate.teacher_crops} crops of the teacher of {estimate.seconds_per_teacher_crop:.2g} s"
+                if estimate.teacher_crops
+                else ""
+            ),
         )
         if estimate.memory:
             rows.add_row("memory", f"{_size(estimate.memory)} at the most, {_size(estimate.free_memory)} more are free")

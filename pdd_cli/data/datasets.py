@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -31,11 +31,16 @@ class Batch:
     lr_s: Tensor  # (N, 3, crop, crop): synthetic LR
     hr_s: Tensor  # (N, 3, crop*scale, crop*scale): its HR
     lr_t: Tensor  # (N, 3, crop, crop): target (real) LR
+    sr_t: Tensor | None = None  # (N, 3, crop*scale, crop*scale): the teacher's SR of lr_t
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`, in channels-last memory format."""
-        moved = (t.to(device, memory_format=torch.channels_last) for t in (self.lr_s, self.hr_s, self.lr_t))
-        return Batch(*moved)
+
+        def moved(crops: Tensor) -> Tensor:
+            return crops.to(device, memory_format=torch.channels_last)
+
+        sr_t = None if self.sr_t is None else moved(self.sr_t)
+        return Batch(moved(self.lr_s), moved(self.hr_s), moved(self.lr_t), sr_t)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +67,16 @@ class CropSampler:
         hr, own, real = (self._drawn_from(images, step) for images in (self.hr, self.own_hr, self.real))
         rngs = [np.random.default_rng((self.seed, step, first + number)) for number in range(size)]
         sets = [own if self.own_share and rng.random() < self.own_share else hr for rng in rngs]
-        hr_s = _stack([self._crop(chosen, self.crop * self.scale, rng) for chosen, rng in zip(sets, rngs, strict=True)])
+        hr_s = stack([self._crop(chosen, self.crop * self.scale, rng) for chosen, rng in zip(sets, rngs, strict=True)])
         pairs = zip(hr_s.split(1), rngs, strict=True)
         lr_s = torch.cat([self.degradation.apply(one, self.scale, rng) for one, rng in pairs])
-        lr_t = _stack([self._crop(real, self.crop, rng) for rng in rngs])
+        lr_t = stack([self._crop(real, self.crop, rng) for rng in rngs])
         return Batch(lr_s, hr_s, lr_t)
+
+    def real_crop(self, number: int, size: int, candidates: int) -> RGB:
+        """Crop `number` of a random sequence of real crops: the first of `candidates` with some texture."""
+        rng = np.random.default_rng((self.seed, number, size, candidates))
+        return replace(self, candidates=candidates)._crop(self._drawn_from(self.real, number), size, rng)
 
     def digest(self) -> str:
         """A checksum of the sizes and of every 16th row of all images; of lazy images, of their files."""
@@ -200,7 +210,7 @@ def hr_from_real(real: Sequence[RGB], crop: int) -> Sequence[RGB]:
 
     def of(image: RGB) -> RGB:
         factor = min(2.0, max(1.0, min(image.shape[:2]) / crop))
-        return _as_rgb8(_to_hwc(downsample(_stack([image]), factor, "bicubic")))
+        return _as_rgb8(_to_hwc(downsample(stack([image]), factor, "bicubic")))
 
     if isinstance(real, LazyImages):
         return real.derive(lambda image: [of(image)], 1 / 4)
@@ -225,7 +235,8 @@ def _random_crop(images: Sequence[RGB], size: int, rng: np.random.Generator) -> 
     return crop.transpose(1, 0, 2) if transpose else crop
 
 
-def _stack(crops: Sequence[RGB]) -> Tensor:
+def stack(crops: Sequence[RGB]) -> Tensor:
+    """8-bit crops (H, W, 3) of one size as a batch (N, 3, H, W) in 0..1."""
     stacked = np.ascontiguousarray(np.stack(crops))
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
 

@@ -14,7 +14,8 @@ from pdd_cli.reporting.html import GALLERY, card, figure, lr_views, number, page
 from pdd_cli.reporting.weights import flatten
 from pdd_cli.version import __version__
 
-_LOSSES = ("pixel", "perceptual", "adversarial", "inter", "intra", "consistency", "feature_distance")
+_LOSSES = ("pixel", "perceptual", "adversarial", "inter", "intra", "consistency", "feature_distance",
+           "teacher", "lattice")  # fmt: skip
 _MAX_POINTS = 150  # of a curve
 _MAX_DOTS = 60  # curves with at most this many points get dots with tooltips
 _VALIDATION = {"psnr": "PSNR (dB), higher is better", "ssim": "SSIM, higher is better",
@@ -52,6 +53,7 @@ class RunReport:
     verdict: Mapping[str, Any] | None
     validation: str  # the validation scores as text
     images: Sequence[ReportImage]
+    teacher: str = ""  # a student beside its teacher, as text
 
 
 def as_page(report: RunReport) -> str:
@@ -96,8 +98,7 @@ def _summary(report: RunReport) -> str:
         ]
     else:
         lines = [f"{_outcome(report).capitalize()}: {report.verdict['reason']}."]
-    if report.validation:
-        lines.append(f"{report.validation[0].upper()}{report.validation[1:]}.")
+    lines += [f"{text[0].upper()}{text[1:]}." for text in (report.teacher, report.validation) if text]
     lines_html = "".join(f'<p class="verdict">{escape(line)}</p>' for line in lines)
     if report.verdict is None:
         return lines_html
@@ -122,6 +123,7 @@ def _strengths(report: RunReport) -> str:
     if report.verdict is None:
         return ""
     rows = [("base", {"score": 0.0, **report.verdict["base"]})]
+    rows += [("teacher", report.verdict["teacher"])] if "teacher" in report.verdict else []
     rows += [(f"strength {found['strength']:g}", found) for found in report.verdict["adapted"]]
     columns = _columns(found for _, found in rows)
     chosen = f"strength {report.verdict['strength']:g}"

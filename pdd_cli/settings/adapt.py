@@ -148,6 +148,10 @@ class LossWeights(Settings):
     # Not in the paper: the finer shading of S_t follows the mean of the base over flips and transposes of the LR.
     self_ensemble: NonNegative = 15.0
     adversarial_on_target: bool = True
+    # With a teacher: the student's SR of the real crops must equal the teacher's, pixel by pixel.
+    teacher: NonNegative = 1.0
+    # With a teacher: no pattern that repeats with every LR pixel.
+    lattice: NonNegative = 10.0
 
 
 class OptimizerSettings(Settings):
@@ -158,6 +162,15 @@ class OptimizerSettings(Settings):
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
     # Fractions of the run at which the learning rate is halved. The paper first halves it at 25k of 100k steps.
     halve_at: tuple[Fraction, ...] = (0.35, 0.55, 0.75, 0.9)
+
+
+# The defaults of a student. It moves much farther from its base than an adapted model does, and its steps are short.
+STUDENT_DEFAULTS: dict[str, Any] = {
+    "steps": 600,
+    "generalist": {"decay": 0.99},
+    "losses": {"adversarial": 0.3},
+    "optimizer": {"learning_rate": 4e-4, "halve_at": (0.5, 0.65, 0.75, 0.85, 0.92, 0.97)},
+}
 
 
 class AdaptConfig(Settings):
@@ -173,6 +186,11 @@ class AdaptConfig(Settings):
         Field(description="Weights to start from: NAME, FILE or hf:USER/NAME."),
         Option("Input"),
     ] = "realesrgan"
+    teacher: Annotated[
+        str | None,
+        Field(description="Large adapted model from which a small --base learns (a student): NAME or FILE."),
+        Option("Input"),
+    ] = None
     hr_dir: Annotated[
         Path | None,
         Field(
@@ -194,7 +212,7 @@ class AdaptConfig(Settings):
     ] = Path("runs")
     steps: Annotated[
         PositiveInt,
-        Field(description="Training steps."),
+        Field(description="Training steps; with --teacher 600 by default."),
         Option("Training"),
     ] = 100
     batch_size: Annotated[
@@ -207,6 +225,8 @@ class AdaptConfig(Settings):
     # deviation of the Laplacian in 8-bit levels); if none has, the one with the most texture is used.
     crop_candidates: PositiveInt = 8
     crop_texture: NonNegative = 30.0
+    # With a teacher: number of crops of the real images that the teacher upscales before the training.
+    teacher_crops: PositiveInt = 64
     seed: Annotated[int, Field(ge=0, description="Seed of crops and initial weights."), Option("Training")] = 0
     features: FeatureSettings = FeatureSettings()
     synthetic: SyntheticSettings = SyntheticSettings()
@@ -253,6 +273,16 @@ class AdaptConfig(Settings):
             return Path.cwd() / value
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _student_defaults(cls, values: Any) -> Any:
+        """Replace the defaults if there is a teacher."""
+        if not isinstance(values, dict) or not values.get("teacher"):
+            return values
+        if _generalist_mode(values.get("generalist", {})) == "static":
+            raise ValueError("--teacher and --mode static can't be combined: a student has no second model beside it")
+        return _with_defaults(values, STUDENT_DEFAULTS)
+
     @model_validator(mode="after")
     def _pairs_have_both_sides(self) -> AdaptConfig:
         if (self.val_lr is None) != (self.val_hr is None):
@@ -280,6 +310,17 @@ class AdaptConfig(Settings):
     def discriminator_warmup_steps(self) -> int:
         """Number of steps at the start in which only the discriminator is trained."""
         return round(self.discriminator_warmup * self.steps)
+
+
+def _with_defaults(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`values`, completed by `defaults` at every level."""
+    completed = dict(values)
+    for key, default in defaults.items():
+        if key not in completed:
+            completed[key] = default
+        elif isinstance(default, dict) and isinstance(completed[key], dict):
+            completed[key] = _with_defaults(completed[key], default)
+    return completed
 
 
 class AdaptFlags(Settings):

@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, object]] = {
     "ema": {"generalist": EMA, "discriminator": "features"},
     "ema_unet": {"generalist": EMA, "discriminator": "unet", "steps": 4, "batch_size": 2},
     "static": {"generalist": {"mode": "static", "weights": "other", "warmup_steps": 0}, "discriminator": "features"},
+    "student": {"generalist": EMA, "teacher": "other", "teacher_crops": 3, "steps": 4, "batch_size": 2},
     "disturbed": {"generalist": EMA, "steps": 12, "checkpoint_every": 4},
 }
 
@@ -44,6 +45,7 @@ def prepare(ground: Path, runs: Path, name: str, ranks: Ranks, *, resume: bool =
         ground / "other.safetensors" if static else None,
         "efficientnet-lite0",
         ground / "features.safetensors",
+        (ground / "other.safetensors",) if config.teacher else (),
     )
     return prepare_run(
         config, files, Runtime(torch.device("cpu"), "fp32"),

@@ -1,0 +1,210 @@
+"""`pdd adapt --teacher`: a small network learns from the SR of a large one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pdd_cli.adaptation.loop import train
+from pdd_cli.adaptation.losses import lattice_loss
+from pdd_cli.adaptation.teaching import Teacher
+from pdd_cli.data.datasets import CropSampler
+from pdd_cli.data.degradations import Degradation
+from pdd_cli.models.loading import SRModel
+from pdd_cli.models.rrdbnet import RRDBNet
+from pdd_cli.ranks import SINGLE_PROCESS
+from pdd_cli.runtime import Runtime
+from pdd_cli.settings.adapt import AdaptConfig
+from pdd_cli.weights.states import state_sha256
+from pdd_cli.weights.store import Card, Store
+from tests.helpers import distributed_worker
+from tests.helpers.commands import Outcome, command
+from tests.helpers.networks import compact
+
+CPU = Runtime("cpu", "fp32")
+QUICK = ("--teacher", "big", "--set", "teacher_crops=3", "--set", "checkpoint_every=3")
+
+
+def nearest(scale: int = 4) -> SRModel:
+    """A model whose SR is known: every pixel repeated."""
+    module = nn.Upsample(scale_factor=scale)
+    module.register_parameter("unused", nn.Parameter(torch.zeros(1)))
+    return SRModel(module=module, scale=scale, in_channels=3, out_channels=3, architecture="nearest")
+
+
+def sampler(seed: int = 0) -> CropSampler:
+    rng = np.random.default_rng(1)
+    images = [rng.integers(0, 256, shape, np.uint8) for shape in ((70, 80, 3), (40, 30, 3))]
+    return CropSampler(images, images, 8, 4, Degradation(), seed)
+
+
+def teacher(count: int = 5, seed: int = 0, sha256: str = "a") -> Teacher:
+    return Teacher(nearest(), "big", sha256, sampler(seed), count)
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def test_crops_of_a_step_are_the_teachers_sr_of_their_lr(tmp_path: Path) -> None:
+    taught = teacher()
+    assert taught.compute(tmp_path / "crops", CPU, lambda: False, silent)
+    lr, sr = taught.draw(3, 16, 0)
+    assert (lr.shape, sr.shape) == ((16, 3, 8, 8), (16, 3, 32, 32))
+    np.testing.assert_array_equal(sr.numpy(), lr.numpy().repeat(4, 2).repeat(4, 3))
+    assert len({one.numpy().tobytes() for one in lr}) > 10
+    parts = [taught.draw(3, 8, first) for first in (0, 8)]
+    assert torch.equal(torch.cat([part[0] for part in parts]), lr)
+    assert torch.equal(torch.cat([part[1] for part in parts]), sr)
+    assert not torch.equal(taught.draw(4, 16, 0)[0], lr)
+
+
+def test_computing_continues_and_never_takes_crops_of_something_else(tmp_path: Path) -> None:
+    whole, path = teacher(), tmp_path / "crops"
+    whole.compute(tmp_path / "whole", CPU, lambda: False, silent)
+    stopped = teacher()
+    assert not stopped.compute(path, CPU, lambda: len(stopped.lr) == 2, silent)
+    again = teacher()
+    assert again.missing(path) == 3
+    again.model = dataclasses.replace(again.model, module=_Counted(again.model.module))
+    assert again.compute(path, CPU, lambda: False, silent)
+    assert again.model.module.calls == 3
+    assert all(np.array_equal(a, b) for a, b in zip(whole.sr, again.sr, strict=True))
+    assert teacher().missing(path) == 0
+    assert teacher(seed=1).missing(path) == teacher(sha256="b").missing(path) == 5
+    path.write_bytes(path.read_bytes()[:1000])
+    assert teacher().missing(path) == 5
+
+
+class _Counted(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.calls = module, 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.module(images)
+
+
+def test_the_lattice_loss_is_the_mean_error_of_each_place_in_an_lr_pixel() -> None:
+    rng = np.random.default_rng(0)
+    error = rng.normal(0, 0.1, (2, 3, 64, 32)).astype(np.float32)
+    places = error.reshape(2, 3, 2, 8, 4, 1, 8, 4).mean((3, 6))
+    target = torch.rand(2, 3, 64, 32)
+    found = float(lattice_loss(target + torch.from_numpy(error), target, 4))
+    assert found == pytest.approx(np.abs(places).mean(), rel=1e-3)
+    dots = torch.zeros(4, 4)
+    dots[1, 2] = 0.16
+    assert float(lattice_loss(target + dots.repeat(16, 8), target, 4)) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_teacher_changes_defaults_and_nothing_that_is_set() -> None:
+    plain, student = AdaptConfig(real_dir=Path("x")), AdaptConfig(real_dir=Path("x"), teacher="big")
+    assert (plain.steps, student.steps) == (100, 600)
+    assert student.losses.pixel == plain.losses.pixel
+    given = {"steps": 50, "losses": {"pixel": 3}, "optimizer": {"learning_rate": 0.5}}
+    chosen = AdaptConfig(real_dir=Path("x"), teacher="big", **given)
+    assert (chosen.steps, chosen.losses.pixel, chosen.optimizer.learning_rate) == (50, 3, 0.5)
+    assert chosen.losses.adversarial == student.losses.adversarial != plain.losses.adversarial
+    assert AdaptConfig.model_validate(chosen.model_dump(mode="json")) == chosen
+
+
+@pytest.fixture
+def ground(ground: Path, tmp_path: Path, home: Path) -> Path:
+    """Images and features, a compact network as the base, and the teacher `big` in the store."""
+    folder = tmp_path / "ground"
+    shutil.copytree(ground, folder)
+    (folder / "base.safetensors").rename(folder / "other.safetensors")
+    save_file(compact(), folder / "base.safetensors")
+    torch.manual_seed(2)
+    states = {"big": (4, RRDBNet(features=8, growth=8, blocks=1).state_dict()), "double": (2, compact(2))}
+    for name, (scale, state) in states.items():
+        card = Card(name=name, architecture="any", scale=scale, licence="MIT", source="a test", created="")
+        Store.default().add(card, state)
+    return folder
+
+
+def adapt(pdd: Callable[..., Outcome], ground: Path, *more: str) -> Outcome:
+    return pdd(*command(ground, *QUICK, *more, steps=6)[3:], "--json")
+
+
+@pytest.mark.slow
+def test_a_student_is_trained_judged_and_described(pdd: Callable[..., Outcome], ground: Path) -> None:
+    dry = json.loads(adapt(pdd, ground, "--dry-run").out)
+    assert dry["teacher_crops"] == 3
+    assert dry["seconds"] > 3 * dry["seconds_per_teacher_crop"] > 0
+    assert not Path("runs").exists()
+
+    done = adapt(pdd, ground)
+    assert done.code == 0, done.err
+    assert "beside its teacher" in done.err
+    run = Path("runs") / "realLR"
+    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert {"pixel", "perceptual", "teacher", "lattice", "adversarial"} <= set(last)
+    assert not {"inter", "intra", "self_ensemble"} & set(last)
+    verdict = json.loads((run / "verdict.json").read_text())
+    assert {"score", "consistency", "texture"} <= set(verdict["teacher"])
+    page = (run / "report.html").read_text()
+    assert "Beside its teacher" in page
+    assert "big (RRDBNet)" in page
+
+    entry = Store.default().get("realLR")
+    big = load_file(Store.default().path("big"))
+    assert entry.card.architecture == "RealESRGAN Compact"
+    assert entry.card.base_sha256 == state_sha256(load_file(ground / "base.safetensors"))
+    assert (entry.card.adapted["teacher"], entry.card.adapted["teacher_sha256"]) == ("big", state_sha256(big))
+    assert entry.card.licence == "that of the base weights; of the teacher: MIT"
+
+    halfway = pdd("upscale", ground / "realLR" / "0.png", "half.png", "--weights", "realLR", "--strength", "0.5")
+    assert halfway.code == 0, halfway.err
+    resumed = adapt(pdd, ground, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert (run / "teacher_crops.safetensors").exists()
+    before = len(list(run.iterdir()))
+    Path(run / "mine.txt").write_text("kept")
+    assert adapt(pdd, ground, "--overwrite").code == 0
+    assert len(list(run.iterdir())) == before + 1
+
+
+@pytest.mark.slow
+def test_a_teacher_that_cannot_teach_is_named(pdd: Callable[..., Outcome], ground: Path) -> None:
+    cases = {
+        "double": ("--teacher double upscales x2", str(ground / "base.safetensors")),
+        "nobody": ("no weights are named 'nobody'",),
+        str(ground / "none.pth"): (str(ground / "none.pth"),),
+    }
+    for name, words in cases.items():
+        failed = adapt(pdd, ground, "--teacher", name)
+        assert failed.code == 2, failed.err
+        assert all(word in failed.err for word in words), failed.err
+    static = adapt(pdd, ground, "--mode", "static", "--generalist", str(ground / "other.safetensors"))
+    assert static.code == 2
+    assert "--teacher and --mode static" in static.err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_a_stopped_run_ends_with_the_same_weights(ground: Path, tmp_path: Path) -> None:
+    settings = {**distributed_worker.COMMON, **distributed_worker.CASES["student"]}
+    prepared = {
+        name: distributed_worker.prepare(ground, tmp_path / name, "run", SINGLE_PROCESS, **settings)
+        for name in ("whole", "parts")
+    }
+    whole = distributed_worker.outcome(prepared["whole"])
+    assert list(train(prepared["parts"], lambda: True)) == []  # before the teacher's first crop
+    for until in (2, 4):
+        run = distributed_worker.prepare(ground, tmp_path / "parts", "run", SINGLE_PROCESS, resume=True, **settings)
+        state = run.state
+        parts = distributed_worker.outcome(run, lambda state=state, until=until: state.step == until)
+    for network in ("specialist", "generalist", "discriminator"):
+        assert all(torch.equal(value, parts[network][key]) for key, value in whole[network].items())
+    assert json.loads(whole["reports"])[2:] == json.loads(parts["reports"])
