@@ -6,6 +6,8 @@ import ctypes
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -92,6 +94,35 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     configure(trim_threshold, 2**31 - 1)
     configure(mmap_threshold, 2**30)
+
+
+@contextmanager
+def without_real_time_scheduling() -> Iterator[None]:
+    """Return the threads of this process to normal scheduling at the end, if code inside made them real-time (Linux).
+
+    Open encoders of FFmpeg inside this context: SVT-AV1, run as root, gives the calling thread and about 40 others
+    real-time scheduling (SCHED_FIFO), so that they starve all other programs. A process that is real-time already is
+    left as it is.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    was_real_time = is_real_time(0)
+    try:
+        yield
+    finally:
+        if not was_real_time:
+            for task in Path("/proc/self/task").iterdir():
+                with suppress(ProcessLookupError):  # the thread has ended
+                    if is_real_time(int(task.name)):
+                        os.sched_setscheduler(int(task.name), os.SCHED_OTHER, os.sched_param(0))
+
+
+def is_real_time(thread: int) -> bool:
+    """Whether a thread (0: the calling one) has real-time scheduling. Linux only."""
+    if sys.platform != "linux":
+        return False
+    return os.sched_getscheduler(thread) & ~os.SCHED_RESET_ON_FORK in (os.SCHED_FIFO, os.SCHED_RR)
 
 
 def try_lock(descriptor: int) -> bool:

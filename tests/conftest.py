@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from pdd_cli.cli import app
 from pdd_cli.errors import PddError
 from pdd_cli.models.rrdbnet import RRDBNet
+from pdd_cli.system import is_real_time
 from tests.helpers.commands import Outcome
 from tests.helpers.networks import efficientnet_state
 
@@ -93,6 +94,13 @@ def ground(tmp_path_factory):
 def _seed() -> None:
     """What a test draws doesn't depend on those before it, some of which only some CPUs can run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _normal_scheduling() -> Iterator[None]:
+    """No test leaves this process real-time: it would starve all others. See `without_real_time_scheduling`."""
+    yield
+    assert not is_real_time(0)
 
 
 @pytest.fixture

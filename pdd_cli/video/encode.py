@@ -21,6 +21,7 @@ from pdd_cli.files import atomic_write
 from pdd_cli.imaging.encode import Encoding
 from pdd_cli.imaging.image import Array, from_float, to_float
 from pdd_cli.imaging.provenance import seal
+from pdd_cli.system import without_real_time_scheduling
 from pdd_cli.video.decode import (
     CONTAINERS,
     FULL_RANGE,
@@ -181,6 +182,8 @@ class PartWriter:
             self._stream.codec_context.time_base = clip.time_base
             self._stream.codec_context.thread_type = "AUTO"  # by PyAV's default x264 would cut frames into slices
             _tag(self._stream, clip, codec)
+            with without_real_time_scheduling():
+                self._stream.codec_context.open()
             self._files = stack.pop_all()
 
     def add(self, time: int, pixels: Array) -> None:
