@@ -38,22 +38,30 @@ class Plan:
     problems: list[str] = field(default_factory=list)
 
 
-def plan_jobs(sources: Sequence[Path], output: str, *, format: FormatChoice, suffix: str, recursive: bool) -> Plan:
+def plan_jobs(
+    sources: Sequence[Path],
+    output: str,
+    *,
+    format: FormatChoice,
+    suffix: str,
+    recursive: bool,
+    stills: bool = False,
+) -> Plan:
     """The jobs for files, folders and glob patterns. Folders are listed; files are opened only to recognise outputs.
 
     One source: the tree of a folder, or of the matches of a pattern, is reproduced below `output`. For a file, `output`
     is the output file, or a folder if it exists as one, ends in a slash or has no suffix. Several sources: `output` is
     a folder for files and matches; the tree of a folder is reproduced in a subfolder with its name. `suffix` is
-    appended to each name.
+    appended to each name. `stills`: the inputs are videos and the outputs are images.
 
     Raises InputError if there is nothing to do, two inputs would have the same output, or an output would replace an
     input.
     """
     if output == "-":
         raise InputError("the output -: pdd doesn't write to a pipe", "Name a file or a folder.")
-    plan = Plan()
+    plan, naming = Plan(), _Naming(format, suffix, stills)
     if len(sources) == 1:
-        jobs = _jobs_of(sources[0], output, format, suffix, recursive, plan)
+        jobs = _jobs_of(sources[0], output, naming, recursive, plan)
     else:
         if not _is_folder_name(output):
             raise InputError(
@@ -64,7 +72,7 @@ def plan_jobs(sources: Sequence[Path], output: str, *, format: FormatChoice, suf
         jobs = []
         for source in sources:
             below = f"{folder}{source.resolve().name}" if source.is_dir() else folder
-            jobs += _jobs_of(source, below, format, suffix, recursive, plan)
+            jobs += _jobs_of(source, below, naming, recursive, plan)
         jobs = list({job.source.resolve(): job for job in jobs}.values())  # a file that is named twice is one job
     check_collisions(jobs)
     if format in ("heic", "jxl"):
@@ -72,7 +80,35 @@ def plan_jobs(sources: Sequence[Path], output: str, *, format: FormatChoice, suf
     return replace(plan, jobs=jobs)
 
 
-def _jobs_of(source: Path, output: str, format: FormatChoice, suffix: str, recursive: bool, plan: Plan) -> list[Job]:
+@dataclass(frozen=True)
+class _Naming:
+    """How outputs are named: see `plan_jobs`."""
+
+    format: FormatChoice
+    suffix: str
+    stills: bool = False
+
+    def gives_video(self, source: Path) -> bool:
+        """Whether the output for `source` is a video."""
+        return is_video(source) and not self.stills
+
+    def applies(self, source: Path) -> bool:
+        """Whether `format` is one for the output of `source`."""
+        return self.format != "keep" and (self.format in _VIDEO_FORMATS) == self.gives_video(source)
+
+    def named(self, path: Path) -> Path:
+        """The name of the output for `path`, the name of the input. --format applies to images or to videos."""
+        ending = path.suffix
+        if self.applies(path):
+            ending = f".{self.format}"
+        elif self.stills:
+            ending = ".png"
+        elif is_video(path) and ending.lower() not in CONTAINERS:
+            ending = ".mkv"  # the container for all kinds of streams
+        return path.with_name(path.stem + self.suffix + ending)
+
+
+def _jobs_of(source: Path, output: str, naming: _Naming, recursive: bool, plan: Plan) -> list[Job]:
     """The jobs of one file, folder or pattern. Other files are recorded in `plan`."""
 
     def wanted(name: str) -> bool:
@@ -82,13 +118,13 @@ def _jobs_of(source: Path, output: str, format: FormatChoice, suffix: str, recur
 
     if source.is_dir():
         found = find_images(source, recursive=recursive, wanted=wanted, problems=plan.problems)
-        return _folder_jobs(source, found, Path(output), format, suffix, plan)
+        return _folder_jobs(source, found, Path(output), naming, plan)
     if source.exists():
-        return [Job(source, _target_of_file(source, output, format, suffix))]
+        return [Job(source, _target_of_file(source, output, naming))]
     if glob.has_magic(str(source)):
         root, matching = _matching(source)
         found = [path for path in matching if wanted(path.name)]
-        return _folder_jobs(root, found, Path(output), format, suffix, plan, f"no images or videos match {source}")
+        return _folder_jobs(root, found, Path(output), naming, plan, f"no images or videos match {source}")
     if str(source) == "-":
         raise InputError("the input -: pdd doesn't read from a pipe", "Name a file or a folder.")
     raise InputError(f"{source}: no such file or folder")
@@ -119,7 +155,7 @@ def _matching(pattern: Path) -> tuple[Path, list[Path]]:
 
 
 def _folder_jobs(
-    source: Path, found: Sequence[Path], output: Path, format: FormatChoice, suffix: str, plan: Plan, empty: str = ""
+    source: Path, found: Sequence[Path], output: Path, naming: _Naming, plan: Plan, empty: str = ""
 ) -> list[Job]:
     if output.exists() and not output.is_dir():
         raise InputError(f"{source} is a folder, but {output} is a file", "Name a folder for the outputs.")
@@ -129,7 +165,7 @@ def _folder_jobs(
             "Name a folder for the outputs, without such a suffix.",
         )
     inside, outside = source.resolve(), output.resolve()
-    if inside == outside and not suffix:
+    if inside == outside and not naming.suffix:
         raise InputError(
             f"the outputs would be mixed with the inputs in {source}",
             "Name another folder for the outputs, or add for example --suffix _x4.",
@@ -138,7 +174,7 @@ def _folder_jobs(
         # Outputs of earlier runs are not inputs.
         found = [path for path in found if not path.resolve().is_relative_to(outside)]
     made = _outputs_among(found, source)
-    jobs = [Job(path, _named(output / path.relative_to(source), format, suffix)) for path in found if path not in made]
+    jobs = [Job(path, naming.named(output / path.relative_to(source))) for path in found if path not in made]
     if inside == outside:
         outputs = {job.target.resolve() for job in jobs}
         jobs = [job for job in jobs if job.source.resolve() not in outputs]
@@ -195,10 +231,10 @@ def _outputs_among(found: Sequence[Path], source: Path) -> set[Path]:
     return {path for path in found if is_output(path)}
 
 
-def _target_of_file(source: Path, output: str, format: FormatChoice, suffix: str) -> Path:
-    path = Path(output)
-    check = check_video_name if is_video(source) else format_of
-    if format != "keep" and (format in _VIDEO_FORMATS) != is_video(source):
+def _target_of_file(source: Path, output: str, naming: _Naming) -> Path:
+    path, format = Path(output), naming.format
+    check = check_video_name if naming.gives_video(source) else format_of
+    if format != "keep" and not naming.applies(source):
         raise InputError(f"--format {format} can't be used for {source}", "Omit it, or name another format.")
     if _is_folder_name(output):
         if not _is_input(source) and format == "keep":
@@ -207,28 +243,18 @@ def _target_of_file(source: Path, output: str, format: FormatChoice, suffix: str
                 f"{source}: pdd reads it, but can't write files {source.suffix or 'without a suffix'}",
                 "Add --format png, or name the output file.",
             )
-        target = _named(path / source.name, format, suffix)
+        target = naming.named(path / source.name)
         check(target)
         return target
     check(path)
     if format != "keep" and not _same_format(path, format):
         raise InputError(f"--format {format} contradicts the name {path}", "Omit --format, or change the name.")
-    return path.with_name(path.stem + suffix + path.suffix)
+    return path.with_name(path.stem + naming.suffix + path.suffix)
 
 
 def _same_format(path: Path, format: FormatChoice) -> bool:
     named = FORMATS.get(f".{format}", format)
     return FORMATS.get(path.suffix.lower(), path.suffix.lower().lstrip(".")) == named
-
-
-def _named(path: Path, format: FormatChoice, suffix: str) -> Path:
-    """The name of the output for `path`, the name of the input. --format applies to images or to videos."""
-    ending = path.suffix
-    if format != "keep" and (format in _VIDEO_FORMATS) == is_video(path):
-        ending = f".{format}"
-    elif is_video(path) and ending.lower() not in CONTAINERS:
-        ending = ".mkv"  # the container for all kinds of streams
-    return path.with_name(path.stem + suffix + ending)
 
 
 def _is_input(path: Path | str) -> bool:

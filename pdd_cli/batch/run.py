@@ -14,7 +14,7 @@ from pathlib import Path
 from pdd_cli.batch.devices import partition, run_on_devices
 from pdd_cli.batch.loading import LoadedUpscalers, load_upscalers
 from pdd_cli.batch.plan import Plan, manifest_folder, plan_jobs
-from pdd_cli.errors import Interrupted, PartialFailure, PddError, ResourceError
+from pdd_cli.errors import InputError, Interrupted, PartialFailure, PddError, ResourceError
 from pdd_cli.files import append_line, check_log, remove_leftovers
 from pdd_cli.imaging.encode import Encoding
 from pdd_cli.last_run import LastRun, UpscaledPair, save_last_run
@@ -26,10 +26,14 @@ from pdd_cli.upscaling.manifest import Manifest
 from pdd_cli.upscaling.pipeline import preview_jobs, run_jobs
 from pdd_cli.upscaling.upscaler import Upscaler
 from pdd_cli.video.decode import is_video
+from pdd_cli.video.encoders import check_encoder
+from pdd_cli.video.options import VideoOptions
 from pdd_cli.video.pipeline import preview_videos, run_videos
 
 # The settings that determine an output. Tiles, engine and precision make no visible difference.
 _RECIPE = {"scale", "width", "height", "long_side", "fit", "color_correction", "quality", "lossless", "strip_metadata"}
+# Those of videos, which are recorded if they are set, so that outputs of earlier versions stay current.
+_VIDEO_RECIPE = {"start", "end", "crop", "preview", "encoder", "crf", "preset"}
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class _Batch:
     jobs: Sequence[Job]
     upscalers: Sequence[Upscaler]
     output: Output
+    options: VideoOptions
     recipe: dict[str, object]
     manifest: Manifest | None
 
@@ -139,6 +144,7 @@ def run(
     folder = manifest_folder(settings.input, settings.output, plan.jobs, strip=settings.strip_metadata)
     if folder is None:
         check_own(plan.jobs[0].target)
+    _check_video_options(settings, plan.jobs)
     if settings.log is not None and not dry_run:
         check_log(settings.log)
     with load_upscalers(settings, ranks, observer, dry_run=dry_run) as loaded:
@@ -176,7 +182,22 @@ def _plan(settings: UpscaleConfig) -> Plan:
         format=settings.format,
         suffix=settings.suffix,
         recursive=settings.recursive,
+        stills=settings.preview is not None,
     )
+
+
+def _check_video_options(settings: UpscaleConfig, jobs: Sequence[Job]) -> None:
+    """Raise InputError if an option of videos is given without a video, or the encoder can't be used."""
+    given = sorted(name for name in _VIDEO_RECIPE if getattr(settings, name) is not None)
+    videos = [job for job in jobs if is_video(job.source)]
+    if given and not videos:
+        raise InputError(f"--{given[0]} is for videos; there is none among the inputs", "Leave it out.")
+    if settings.preview is not None and len(videos) < len(jobs):
+        other = next(job.source for job in jobs if not is_video(job.source))
+        raise InputError(f"--preview is for videos; {other} is none", "Name the video.")
+    suffixes = {job.target.suffix.lower() for job in videos}
+    if settings.encoder is not None:
+        check_encoder(settings.encoder, settings.quality, settings.crf, settings.preset, suffixes)
 
 
 def _batch(
@@ -184,6 +205,7 @@ def _batch(
 ) -> _Batch:
     """The part of the plan for this process."""
     recipe = settings.model_dump(include=_RECIPE)
+    recipe |= settings.model_dump(include=_VIDEO_RECIPE, exclude_none=True)
     recipe["weights"] = loaded.upscalers[0].engine.weights_sha256
     manifest = None
     if folder is not None:
@@ -200,14 +222,22 @@ def _batch(
         strip=settings.strip_metadata,
         provenance=loaded.provenance,
     )
-    return _Batch(partition(plan.jobs, ranks), loaded.upscalers, output, recipe, manifest)
+    options = VideoOptions.of(settings)
+    return _Batch(partition(plan.jobs, ranks), loaded.upscalers, output, options, recipe, manifest)
 
 
 def _preview(batch: _Batch) -> list[Result]:
     upscaler = batch.upscalers[0]
     return [
         *preview_jobs(batch.images, upscaler, output=batch.output, manifest=batch.manifest),
-        *preview_videos(batch.videos, upscaler, recipe=batch.recipe, output=batch.output, manifest=batch.manifest),
+        *preview_videos(
+            batch.videos,
+            upscaler,
+            recipe=batch.recipe,
+            options=batch.options,
+            output=batch.output,
+            manifest=batch.manifest,
+        ),
     ]
 
 
@@ -250,7 +280,9 @@ def _results(batch: _Batch, progress: Progress) -> Generator[Result]:
         progress.start(device, job.source.name, "frames" if is_video(job.source) else "tiles")
 
     run_images = partial(run_jobs, output=batch.output, manifest=batch.manifest)
-    run_clips = partial(run_videos, recipe=batch.recipe, output=batch.output, manifest=batch.manifest)
+    run_clips = partial(
+        run_videos, recipe=batch.recipe, options=batch.options, output=batch.output, manifest=batch.manifest
+    )
     for runner, jobs in ((run_images, batch.images), (run_clips, batch.videos)):
         yield from run_on_devices(runner, jobs, batch.upscalers, on_start=on_start, on_tile=progress.step)
 

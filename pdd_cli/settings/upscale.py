@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from fractions import Fraction as Rational
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pdd_cli.settings.base import Device, Fraction, Offline, Option, Precision, Settings
 
@@ -17,6 +19,24 @@ Side = Annotated[int, Field(ge=1, le=1_000_000)]
 def _several(value: Any) -> Any:
     """A single path, which a configuration file may contain, as a tuple."""
     return (value,) if isinstance(value, str | Path) else value
+
+
+def seconds_of(time: str) -> Rational:
+    """The seconds of a time such as 12.5, 1:30 or 00:01:30.250. Raises ValueError for other texts."""
+    if not re.fullmatch(r"(\d+:)?(\d+:)?\d+(\.\d+)?", time):
+        raise ValueError(f"{time} is not a time: use seconds (12.5) or HH:MM:SS.mmm (00:01:30.250)")
+    seconds = Rational(0)
+    for part in time.split(":"):
+        seconds = 60 * seconds + Rational(part)
+    return seconds
+
+
+def _checked_time(time: str) -> str:
+    seconds_of(time)
+    return time
+
+
+Time = Annotated[str, BeforeValidator(str), AfterValidator(_checked_time)]
 
 
 class UpscaleConfig(Settings):
@@ -124,6 +144,41 @@ class UpscaleConfig(Settings):
         Field(description="Append a line of JSON to this file for each finished input."),
         Option("Output", metavar="FILE"),
     ] = None
+    start: Annotated[
+        Time | None,
+        Field(description="Upscale a video from this time on: seconds or HH:MM:SS.mmm."),
+        Option("Video", metavar="TIME"),
+    ] = None
+    end: Annotated[
+        Time | None,
+        Field(description="Upscale a video up to this time."),
+        Option("Video", metavar="TIME"),
+    ] = None
+    crop: Annotated[
+        Annotated[str, Field(pattern=r"^[1-9]\d{0,6}x[1-9]\d{0,6}\+\d{1,7}\+\d{1,7}$")] | None,
+        Field(description="Upscale only this part of each frame: width, height, left, top in pixels of the input."),
+        Option("Video", metavar="WxH+X+Y"),
+    ] = None
+    preview: Annotated[
+        Time | None,
+        Field(description="Upscale only the frame that a video shows at this time, as PNG or the format of OUTPUT."),
+        Option("Video", metavar="TIME"),
+    ] = None
+    encoder: Annotated[
+        Annotated[str, Field(pattern=r"^[\w-]+$")] | None,
+        Field(description="FFmpeg's name of the encoder, such as libx265, libsvtav1 or h264_nvenc."),
+        Option("Video", metavar="NAME", default="by format and bits"),
+    ] = None
+    crf: Annotated[
+        Annotated[int, Field(ge=0, le=63)] | None,
+        Field(description="Constant rate factor of the encoder; lower is better and larger."),
+        Option("Video", default="by --quality"),
+    ] = None
+    preset: Annotated[
+        Annotated[str, BeforeValidator(str), Field(pattern=r"^[\w-]+$")] | None,
+        Field(description="Preset of the encoder: slow and fast of x264 and x265, 0 to 13 of SVT-AV1."),
+        Option("Video", metavar="NAME", default="the encoder's"),
+    ] = None
     engine: Annotated[
         EngineChoice,
         Field(description="Inference engine; auto: the fastest that agrees with PyTorch."),
@@ -147,6 +202,18 @@ class UpscaleConfig(Settings):
         if len(given) > 1:
             names = " and ".join("--" + name.replace("_", "-") for name in given)
             raise ValueError(f"{names} can't be combined (to limit both width and height: --fit WxH)")
+        return self
+
+    @model_validator(mode="after")
+    def _possible_video(self) -> UpscaleConfig:
+        encoding = [name for name in ("encoder", "crf", "preset") if getattr(self, name) is not None]
+        range_options = [name for name in ("start", "end") if getattr(self, name) is not None]
+        if self.lossless and encoding:
+            raise ValueError(f"--lossless and --{encoding[0]} can't be combined: lossless videos are FFV1")
+        if self.preview is not None and (encoding + range_options):
+            raise ValueError(f"--preview and --{(encoding + range_options)[0]} can't be combined: it makes an image")
+        if self.end is not None and seconds_of(self.end) <= seconds_of(self.start or "0"):
+            raise ValueError(f"--end {self.end} is not after --start {self.start or 0}")
         return self
 
     @property

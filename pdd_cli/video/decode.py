@@ -17,6 +17,7 @@ import numpy as np
 
 from pdd_cli.errors import InputError
 from pdd_cli.imaging.image import Array, from_float, to_float
+from pdd_cli.video.options import Box, VideoOptions
 from pdd_cli.video.yuv import Coding, to_rgb
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ _PROBED_PACKETS = 32  # packets that are read to find out which timestamps they 
 
 _MAX_BACKWARD_JUMP = 1  # seconds; a larger backward jump of the timestamps means the start of another recording
 
+_SEEK_MARGIN = 3  # seconds; decoding starts at a keyframe at least this long before the first frame that is wanted
+
 
 @dataclass(frozen=True)
 class Colours:
@@ -126,7 +129,9 @@ class Clip:
     `site`: chroma location, see `yuv.to_rgb`. `aspect`: of a pixel; 0: unknown. `declared`: number of frames; 0:
     unknown. `frames`: approximate number of frames. `end`: end time of the last frame; 0: unknown. The file is cut
     short if the frames end before `until` or all streams end before `lasts` (seconds); 0: unknown. `shift`: seconds to
-    subtract from all timestamps. `coded`: timestamps are in decoding order. `timeless`: there are no timestamps.
+    subtract from all timestamps, unless the video is cut: frames and packets from `start` on and before `stop` are
+    used (seconds as in the file; None: not cut there). `crop`: the part of each upright frame that is used.
+    `coded`: timestamps are in decoding order. `timeless`: there are no timestamps.
     `side`: kinds of side data of the first frame. `mastering`, `light`: FFmpeg's values of the mastering display and
     the content light level, or empty. `notes`: messages about the input.
     """
@@ -152,6 +157,9 @@ class Clip:
     until: int
     lasts: Fraction
     shift: Fraction
+    start: Fraction | None
+    stop: Fraction | None
+    crop: Box | None
     coded: bool
     timeless: bool
     interlaced: bool
@@ -163,8 +171,37 @@ class Clip:
 
     @property
     def upright(self) -> tuple[int, int]:
-        """(width, height) as displayed."""
+        """(width, height) of the part that is used, as displayed."""
+        if self.crop is not None:
+            return self.crop.width, self.crop.height
         return (self.width, self.height) if self.quarters % 2 == 0 else (self.height, self.width)
+
+    def part(self, pixels: Array) -> Array:
+        """The part of a stored frame that is used, upright."""
+        upright = np.rot90(pixels, self.quarters)
+        if self.crop is not None:
+            box = self.crop
+            upright = upright[box.top : box.top + box.height, box.left : box.left + box.width]
+        return np.ascontiguousarray(upright)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether only the frames of a range of time are used."""
+        return self.start is not None or self.stop is not None
+
+    @property
+    def offset(self) -> Fraction:
+        """Seconds to subtract from all timestamps: where the output starts."""
+        return self.shift if self.start is None else self.start
+
+    @property
+    def uncut(self) -> Clip:
+        """The whole video."""
+        return replace(self, start=None, stop=None)
+
+    def in_range(self, time: Fraction) -> bool:
+        """Whether a time in seconds, after `offset` was subtracted, is in the range that is used."""
+        return (self.start is None or time >= 0) and (self.stop is None or time + self.offset < self.stop)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,10 +226,11 @@ def check_video_name(path: Path) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-def read_clip(path: Path, *, most_pixels: int) -> Clip:
+def read_clip(path: Path, *, most_pixels: int, options: VideoOptions = VideoOptions()) -> Clip:
     """Read the properties of a video from its header and its first frame.
 
-    Raises InputError if the file is damaged, contains no video, or has an unknown colour matrix.
+    Raises InputError if the file is damaged, contains no video, or has an unknown colour matrix, or if the range or the
+    part of `options` is not in it.
     """
     coded = _has_only_dts(path)
     with open_container(path) as container:
@@ -230,6 +268,17 @@ def read_clip(path: Path, *, most_pixels: int) -> Clip:
         else:
             lasts = seconds - 1
         start = Fraction(container.start_time or 0, 1_000_000)
+        frames = stream.frames or round(seconds * rate)
+        cut_from = options.start if options.preview is None else options.preview
+        is_cut = cut_from is not None or options.end is not None
+        if is_cut:
+            whole = max(seconds, stream.frames / rate)
+            first, after = cut_from or Fraction(0), min(options.end or whole, whole) if whole else options.end
+            if whole and first >= whole:
+                name = "--start" if options.preview is None else "--preview"
+                raise InputError(f"{path}: {name} {float(first):g} is after its end, at {float(whole):g} seconds")
+            frames = round(((after or first) - first) * rate)
+            until, lasts = 0, Fraction(0)
         notes = []
         if frame.interlaced_frame:
             notes.append(f"it is interlaced, which will show; {_DEINTERLACE}")
@@ -252,12 +301,15 @@ def read_clip(path: Path, *, most_pixels: int) -> Clip:
             display=display,
             rate=rate,
             time_base=time_base,
-            declared=0 if coded else stream.frames,
-            frames=stream.frames or round(seconds * rate),
+            declared=0 if coded or is_cut else stream.frames,
+            frames=frames,
             end=end,
             until=until,
             lasts=lasts,
             shift=start if container.format.flags & pyav().format.Flags.ts_discont.value else Fraction(0),
+            start=None if cut_from is None else start + cut_from,
+            stop=None if options.end is None else start + options.end,
+            crop=_checked_crop(path, frame, options.crop),
             coded=coded,
             timeless=timeless,
             interlaced=frame.interlaced_frame,
@@ -267,6 +319,15 @@ def read_clip(path: Path, *, most_pixels: int) -> Clip:
             light=_numbers(frame, HDR10[1], "=2I"),
             notes=tuple(notes),
         )
+
+
+def _checked_crop(path: Path, frame: VideoFrame, box: Box | None) -> Box | None:
+    """`box`, or InputError if it is not in the upright frame."""
+    turned = round(frame.rotation / 90) % 2
+    width, height = (frame.height, frame.width) if turned else (frame.width, frame.height)
+    if box is not None and (box.left + box.width > width or box.top + box.height > height):
+        raise InputError(f"{path}: --crop {box} is not inside the frames, which are {width}x{height} pixels")
+    return box
 
 
 def video_pixels(path: Path) -> int:
@@ -300,34 +361,73 @@ class FrameReader:
         self._reached = Fraction(0)  # end of the last packet of any stream in seconds
         self._side: frozenset[str] = frozenset()
         self._waiting: list[int] = []  # heap of the times of packets that are not decoded yet
-        self._one_frame_per_packet = clip.codec not in _CODECS_WITH_HIDDEN_FRAMES
-        self._shift = round(clip.shift / clip.time_base)
+        self._one_frame_per_packet = clip.codec not in _CODECS_WITH_HIDDEN_FRAMES and not clip.is_cut
+        self._shift = round(clip.offset / clip.time_base)
         self._step = self._last = max(1, round(1 / (clip.rate * clip.time_base)))
+        self._latest: int | None = None  # time of the latest decoded frame
 
     def __iter__(self) -> Generator[Frame, None, None]:
         clip = self._clip
+        for frame, time in self.timed():
+            if clip.start is not None and time < 0:
+                continue
+            if clip.stop is not None and time * clip.time_base + clip.offset >= clip.stop:
+                break
+            self._last = frame.duration or self._step
+            self._damaged += frame.is_corrupt
+            self._interlaced += frame.interlaced_frame
+            self._side |= _kinds_of_side_data(frame)
+            pixels = _pixels(frame, clip) if len(self.times) >= self._skip else None
+            self.times.append(time)
+            yield Frame(time, pixels)
+        if not self.times:
+            raise InputError(f"{clip.path}: no frame between --start and --end can be decoded")
+
+    def timed(self) -> Iterator[tuple[VideoFrame, int]]:
+        """All decoded frames with their times, from the start of the file or a keyframe well before the range."""
+        clip = self._clip
+        ahead = 0 if clip.start is None or clip.coded or clip.timeless else clip.start - _SEEK_MARGIN
+        if ahead > 0:
+            with open_container(clip.path) as container:
+                stream = container.streams.get(clip.index)[0]
+                try:
+                    container.seek(round(ahead / clip.time_base), stream=stream)
+                except pyav().error.FFmpegError:  # not every file can
+                    ahead = Fraction(0)
+                frames = self._timed(container) if ahead else iter(())
+                first = next(frames, None)
+                if first is not None and first[1] <= 0:
+                    yield first
+                    yield from frames
+                    return
+            self._waiting.clear()
+            self._latest = None
+            self._packets = self._discarded = self._undecodable = self._corrupt = self._untimed = 0
+            self._cut = False
         with open_container(clip.path) as container:
-            for frame in self._decoded(container):
-                if (frame.width, frame.height) != (clip.width, clip.height):
-                    raise InputError(
-                        f"{clip.path}: frame {len(self.times)} is {frame.width}x{frame.height}, those before it "
-                        f"{clip.width}x{clip.height}",
-                        "Split the file where its size changes.",
-                    )
-                time = self._time(frame)
-                self._last = frame.duration or self._step
-                self._damaged += frame.is_corrupt
-                self._interlaced += frame.interlaced_frame
-                self._side |= _kinds_of_side_data(frame)
-                pixels = _pixels(frame, clip) if len(self.times) >= self._skip else None
-                self.times.append(time)
-                yield Frame(time, pixels)
+            yield from self._timed(container)
+
+    def _timed(self, container: InputContainer) -> Iterator[tuple[VideoFrame, int]]:
+        clip = self._clip
+        for number, frame in enumerate(self._decoded(container)):
+            if (frame.width, frame.height) != (clip.width, clip.height):
+                raise InputError(
+                    f"{clip.path}: frame {number} is {frame.width}x{frame.height}, those before it "
+                    f"{clip.width}x{clip.height}",
+                    "Split the file where its size changes.",
+                )
+            self._latest = self._time(frame, number)
+            yield frame, self._latest
 
     @property
     def end(self) -> int:
         """The end time of the last frame: the declared one if the file is complete."""
-        end = self._clip.end - self._shift
-        return end if end > self.times[-1] and not self._lost else self.times[-1] + self._last
+        end, stop = self._clip.end - self._shift, self._clip.stop
+        if end <= self.times[-1] or self._lost:
+            end = self.times[-1] + self._last
+        if stop is not None:
+            end = max(self.times[-1] + 1, min(end, round(stop / self._clip.time_base) - self._shift))
+        return end
 
     def notes(self) -> list[str]:
         """Messages about the frames that were read."""
@@ -362,21 +462,21 @@ class FrameReader:
     def _lost(self) -> bool:
         clip = self._clip
         ends = self.times[-1] + self._last
-        short = ends < clip.until or max(self._reached - clip.shift, ends * clip.time_base) < clip.lasts
+        short = ends < clip.until or max(self._reached - clip.offset, ends * clip.time_base) < clip.lasts
         return self._undecodable > 0 or self._cut or short or self._expected > len(self.times)
 
-    def _time(self, frame: VideoFrame) -> int:
+    def _time(self, frame: VideoFrame, number: int) -> int:
         stamp = frame.dts if frame.pts is None else frame.pts
         if self._clip.coded and self._waiting:
             stamp = heapq.heappop(self._waiting)
-        if not self.times:
-            return 0 if stamp is None else stamp - self._shift
-        last = self.times[-1]
+        last = self._latest
+        if last is None:
+            return (0 if stamp is None else stamp) - (self._shift if stamp is not None or self._clip.is_cut else 0)
         if stamp is not None and stamp - self._shift > last:
             return stamp - self._shift
         if stamp is not None and (last - stamp + self._shift) * self._clip.time_base > _MAX_BACKWARD_JUMP:
             raise InputError(
-                f"{self._clip.path}: the timestamps restart at frame {len(self.times)}",
+                f"{self._clip.path}: the timestamps restart at frame {number}",
                 "Repair them first: ffmpeg -i FILE -c copy repaired.mkv",
             )
         self._untimed += 1
@@ -410,6 +510,26 @@ class FrameReader:
                 self._undecodable += 1
             if packet is None:
                 return
+
+
+def read_still(clip: Clip, at: Fraction) -> tuple[Array, Fraction]:
+    """The pixels of the frame that is shown at `at` (seconds from the start), (h, w, 3) in 0..65535, and its time.
+
+    `clip` must start at `at`. Raises InputError if the video ends before.
+    """
+    shown = None
+    reader = FrameReader(clip, skip=0)
+    for frame, time in reader.timed():
+        if time > 0 and shown is not None:
+            break
+        shown = frame, time
+        if time > 0:  # the first frame is later
+            break
+    else:
+        if shown is None or -shown[1] > max(shown[0].duration or 0, round(1 / (clip.rate * clip.time_base))):
+            last = f", its last frame is at {float(at + shown[1] * clip.time_base):.3f}" if shown else ""
+            raise InputError(f"{clip.path}: nothing is shown at {float(at):g} seconds{last}")
+    return _pixels(shown[0], clip), at + shown[1] * clip.time_base
 
 
 def _pixels(frame: VideoFrame, clip: Clip) -> Array:

@@ -22,12 +22,12 @@ from pdd_cli.imaging.encode import Encoding
 from pdd_cli.imaging.image import Array, from_float, to_float
 from pdd_cli.imaging.provenance import seal
 from pdd_cli.system import without_real_time_scheduling
+from pdd_cli.video import encoders
 from pdd_cli.video.decode import (
     CONTAINERS,
     FULL_RANGE,
     HDR10,
     RGB,
-    SUBSAMPLINGS,
     Clip,
     codec_name_of,
     describe_streams,
@@ -36,6 +36,7 @@ from pdd_cli.video.decode import (
     pyav,
 )
 from pdd_cli.video.matroska import PLACEHOLDER, set_display_size
+from pdd_cli.video.options import VideoOptions
 from pdd_cli.video.yuv import Coding, from_rgb
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ _STALE_TAGS = ("encoder", "major_brand", "minor_version", "compatible_brands", "
 _MILLISECOND = Fraction(1, 1000)
 
 # Size of the trial frame, and number of input packets, that test what a container supports.
-_SAMPLE = (64, 64)
+_SAMPLE = (256, 256)  # encoders in hardware have a minimum
 _PROBED_PACKETS = 400
 
 _CONVERT_AUDIO = "Give it other audio first: ffmpeg -i FILE -map 0 -c copy -c:a flac new.mkv"
@@ -79,10 +80,12 @@ class Codec:
     @property
     def reorders(self) -> int:
         """The maximum distance in frames between decoding order and display order."""
-        return 2 if self.name in ("libx264", "libx265") else 0
+        return 2 if self.name in encoders.REORDERING else 0
 
 
-def choose_codec(clip: Clip, target: Path, encoding: Encoding) -> tuple[Codec, list[str]]:
+def choose_codec(
+    clip: Clip, target: Path, encoding: Encoding, options: VideoOptions = VideoOptions()
+) -> tuple[Codec, list[str]]:
     """The encoder for `target`, with the clip's chroma and bits if it supports them, and notes on what it doesn't.
 
     Raises InputError if the container can't be used with these settings.
@@ -96,30 +99,24 @@ def choose_codec(clip: Clip, target: Path, encoding: Encoding) -> tuple[Codec, l
         bits = next(bits for bits in (8, 10, 12, 16) if bits >= clip.bits)
         format = "bgr0" if bits == 8 else f"gbrp{bits}le"
         return Codec("ffv1", format, bits, (1, 1), (("level", "3"), ("g", "1")), lossless=True), []
-    # Quality 95 is CRF 17, which is widely used as visually lossless; 80 is about x264's default of 23.
-    quality = 15 + 0.36 * (100 - encoding.quality)
-    chroma = {(1, 1): (1, 1), (2, 1): (2, 1), (1, 2): (1, 1)}.get(clip.chroma, (2, 2))
+    name = options.encoder
+    if name is None:
+        deep = clip.bits > 8
+        name = ("libsvtav1" if deep else "libvpx-vp9") if suffix == ".webm" else "libx265" if deep else "libx264"
     bits = 8 if clip.bits == 8 else 10 if clip.bits <= 10 else 12
-    options: dict[str, str]
-    if suffix == ".webm" and bits == 8:
-        name = "libvpx-vp9"
-        options = {"crf": f"{quality * 63 / 51:.0f}", "deadline": "good", "cpu-used": "3", "row-mt": "1"}
-    elif suffix == ".webm":
-        name, bits, chroma = "libsvtav1", 10, (2, 2)
-        options = {"crf": f"{quality * 63 / 51:.0f}", "preset": "6"}
-        if clip.mastering or clip.light:
-            options["svtav1-params"] = _hdr_of_av1(clip)
-    elif bits == 8:
-        name, options = "libx264", {"crf": f"{quality:.1f}"}
-    else:
-        name, options = "libx265", {"crf": f"{quality + 2:.1f}", "x265-params": f"log-level=none{_hdr_of_h265(clip)}"}
+    wanted = {(1, 1): (1, 1), (2, 1): (2, 1), (1, 2): (1, 1)}.get(clip.chroma, (2, 2))
+    format, bits, chroma = encoders.pixel_format(name, bits, wanted)
+    settings = encoders.settings(name, encoding.quality, options.rate_factor, options.preset)
+    if name == "libx265":
+        settings["x265-params"] = f"log-level=none{_hdr_of_h265(clip)}"
+    elif name == "libsvtav1" and (clip.mastering or clip.light):
+        settings["svtav1-params"] = _hdr_of_av1(clip)
     notes = []
     if bits < clip.bits:
         notes.append(f"{clip.bits} bits become {bits}, the most that {name} has")
     if chroma[0] > clip.chroma[0]:
-        notes.append(f"its colours are halved to 4:2:0, all that {name} has")
-    format = f"yuv{SUBSAMPLINGS[chroma]}p{'' if bits == 8 else f'{bits}le'}"
-    return Codec(name, format, bits, chroma, tuple(options.items())), notes
+        notes.append(f"its colours are halved to 4:2:{2 if chroma[1] == 1 else 0}, all that {name} has")
+    return Codec(name, format, bits, chroma, tuple(settings.items())), notes
 
 
 def _hdr_of_h265(clip: Clip) -> str:
@@ -181,6 +178,8 @@ class PartWriter:
             self._stream.pix_fmt = codec.pixel_format
             self._stream.codec_context.time_base = clip.time_base
             self._stream.codec_context.thread_type = "AUTO"  # by PyAV's default x264 would cut frames into slices
+            if codec.name not in encoders.REORDERING:
+                self._stream.codec_context.max_b_frames = 0
             _tag(self._stream, clip, codec)
             with without_real_time_scheduling():
                 self._stream.codec_context.open()
@@ -230,7 +229,8 @@ def _video_frame(pixels: Array, codec: Codec, coding: Coding) -> VideoFrame:
     from av.video.frame import VideoFrame
 
     height, width = pixels.shape[:2]
-    frame = VideoFrame(width, height, codec.pixel_format)
+    format = encoders.PLANAR.get(codec.pixel_format, codec.pixel_format)
+    frame = VideoFrame(width, height, format)
     if codec.pixel_format == "bgr0":
         rows = np.frombuffer(memoryview(frame.planes[0]), np.uint8).reshape(height, -1)
         packed = np.zeros((height, width, 4), np.uint8)
@@ -244,6 +244,9 @@ def _video_frame(pixels: Array, codec: Codec, coding: Coding) -> VideoFrame:
         planes = from_rgb(pixels, coding, codec.chroma)
     for n, plane in enumerate(planes):
         plane_array(frame, n)[:] = plane
+    if format != codec.pixel_format:  # the same samples, interleaved
+        frame.color_range = 1  # swscale converts nothing between equal ranges
+        frame = frame.reformat(format=codec.pixel_format, src_color_range=1, dst_color_range=1)
     return frame
 
 
@@ -347,6 +350,9 @@ def choose_extras(clip: Clip, codec: Codec, target: Target) -> tuple[Extras, dic
     left_out = {f"other video ({kinds[index]})": "one is upscaled" for index in videos}
     left_out |= {f"{types[index]} ({kinds[index]})": "nothing here knows it" for index in unknown}
     with _sample(clip, codec) as sample:
+        if not _is_supported(clip, codec, target, Extras(), sample):
+            standard = encoders.standard_of(codec.name)
+            raise InputError(f"{target.path}: {target.path.suffix} can't hold {standard} ({codec.name})", "Use .mkv.")
         extras = _select_supported(clip, codec, target, sample, wanted)
         left = [index for index in wanted if index not in extras.streams]
         matroska = replace(target, path=target.path.with_suffix(".mkv"))
@@ -387,6 +393,7 @@ def _select_supported(clip: Clip, codec: Codec, target: Target, sample: Path, wa
 
 def _is_supported(clip: Clip, codec: Codec, target: Target, extras: Extras, sample: Path) -> bool:
     """Whether an output with these streams, and the first packets of each, can be written."""
+    clip = clip.uncut
     with open_container(clip.path) as source, open_container(sample) as first:
         try:
             with _output(Path(os.devnull), target, source, extras, last=False) as out:
@@ -470,7 +477,7 @@ def _add_streams(
     video.codec_context.framerate = clip.rate
     if clip.display:
         video.set_display_matrix(clip.display)
-    if codec.name == "libx265" and target.container not in ("matroska", "webm"):
+    if encoders.standard_of(codec.name) == "hevc" and target.container not in ("matroska", "webm"):
         video.codec_context.codec_tag = "hvc1"  # required by Apple's players
     if target.container in ("matroska", "webm"):
         video.metadata["title"] = video.metadata.get("title", "") + PLACEHOLDER
@@ -507,8 +514,13 @@ def _chapters(clip: Clip, source: InputContainer) -> list[Any]:
     chapters: list[Any] = []
     chapter: Any
     for chapter in source.chapters():
-        shift = round(clip.shift / chapter["time_base"])
-        chapters.append({**chapter, "start": max(0, chapter["start"] - shift), "end": chapter["end"] - shift})
+        unit = chapter["time_base"]
+        shift = round(clip.offset / unit)
+        start, end = max(0, chapter["start"] - shift), chapter["end"] - shift
+        if clip.stop is not None:
+            end = min(end, round((clip.stop - clip.offset) / unit))
+        if end > start:
+            chapters.append({**chapter, "start": start, "end": end})
     return chapters
 
 
@@ -558,7 +570,9 @@ def _other_packets(
         if not packet.size:
             continue
         index = packet.stream_index
-        shift = round(clip.shift / packet.time_base)
+        shift = round(clip.offset / packet.time_base)
+        if clip.is_cut and packet.pts is not None and not _cut_packet(clip, packet, shift, streams[index]):
+            continue
         dts = packet.pts if packet.dts is None else packet.dts
         dts = latest.get(index, 0) + 1 if dts is None else dts - shift
         pts = dts if packet.pts is None else packet.pts - shift
@@ -569,6 +583,17 @@ def _other_packets(
         packet.stream = streams[index]
         due = float(dts * packet.time_base)
         yield due, packet
+
+
+def _cut_packet(clip: Clip, packet: Packet[Any], shift: int, stream: Any) -> bool:
+    """Whether a packet is in the range of the clip. A subtitle that is shown when the range starts is shortened."""
+    assert packet.pts is not None
+    time = packet.pts - shift
+    if clip.start is not None and time < 0 < time + (packet.duration or 0) and stream.type == "subtitle":
+        packet.duration = time + (packet.duration or 0)
+        packet.pts = packet.dts = shift
+        return True
+    return clip.in_range(time * packet.time_base)
 
 
 @contextmanager

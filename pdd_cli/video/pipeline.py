@@ -25,7 +25,7 @@ from pdd_cli.imaging.image import Array, DecodedImage, ImageSpec
 from pdd_cli.imaging.provenance import sealed_text
 from pdd_cli.upscaling.jobs import Job, Output, Result, check_name, failed, skipped
 from pdd_cli.upscaling.manifest import Manifest, key_of
-from pdd_cli.upscaling.upscaler import OnTile, Upscaler, UpscaleResult
+from pdd_cli.upscaling.upscaler import OnTile, Upscaler
 from pdd_cli.video.decode import (
     Clip,
     Frame,
@@ -36,6 +36,8 @@ from pdd_cli.video.decode import (
     side_data_names,
 )
 from pdd_cli.video.encode import Codec, Extras, PartWriter, Target, assemble, choose_codec, choose_extras
+from pdd_cli.video.options import VideoOptions
+from pdd_cli.video.still import open_still, plan_still, write_still
 
 PART_FRAMES = 96
 """Number of frames of a part, the most that is lost when a run is interrupted."""
@@ -74,6 +76,7 @@ def run_videos(
     upscaler: Upscaler,
     *,
     recipe: Mapping[str, object],
+    options: VideoOptions = VideoOptions(),
     output: Output = Output(),
     manifest: Manifest | None = None,
     on_start: Callable[[Job], None] = lambda job: None,
@@ -81,8 +84,9 @@ def run_videos(
 ) -> Iterator[Result]:
     """Run the jobs one after another and yield the result of each, as `run_jobs` does for images.
 
-    `on_tile` counts frames. `recipe`: the settings that, with the input, determine an output. Unfinished videos of the
-    same recipe are resumed. A failed job does not stop the others; a full disk does (ResourceError).
+    `on_tile` counts frames. `recipe`: the settings that, with the input, determine an output; `options` are among them.
+    Unfinished videos of the same recipe are resumed. A failed job does not stop the others; a full disk does
+    (ResourceError).
     """
     for job in jobs:
         started = time.perf_counter()
@@ -96,7 +100,11 @@ def run_videos(
                 yield result
                 continue
             on_start(job)
-            plan = _plan(job, digest, upscaler, output, timed=False)
+            if options.preview is not None:
+                still = open_still(job, upscaler, options)
+                yield write_still(job, still, upscaler, digest, key, output, manifest, started)
+                continue
+            plan = _plan(job, digest, upscaler, output, options, timed=False)
             _check_memory(plan, upscaler)
             result = _upscale(job, plan, upscaler, _Parts(parts, job.target, plan, key), key, output, manifest, on_tile)
         except ResourceError:
@@ -114,6 +122,7 @@ def preview_videos(
     upscaler: Upscaler,
     *,
     recipe: Mapping[str, object],
+    options: VideoOptions = VideoOptions(),
     output: Output = Output(),
     manifest: Manifest | None = None,
 ) -> Iterator[Result]:
@@ -122,8 +131,10 @@ def preview_videos(
         try:
             digest = _digest(job.source)
             result = skipped(job, key_of(digest, recipe), output, manifest)
-            if result is None:
-                plan = _plan(job, digest, upscaler, output, timed=True)
+            if result is None and options.preview is not None:
+                result = plan_still(job, open_still(job, upscaler, options), upscaler)
+            elif result is None:
+                plan = _plan(job, digest, upscaler, output, options, timed=True)
                 _check_memory(plan, upscaler)
                 result = Result(
                     job,
@@ -145,15 +156,15 @@ def preview_videos(
             upscaler.reserved = 0
 
 
-def _plan(job: Job, digest: str, upscaler: Upscaler, output: Output, *, timed: bool) -> _Plan:
+def _plan(job: Job, digest: str, upscaler: Upscaler, output: Output, options: VideoOptions, *, timed: bool) -> _Plan:
     """Plan a video before any work, and reserve the memory of its encoder. `digest`: SHA-256 of the input.
 
     Raises InputError if the video can't be processed.
     """
     check_name(job.target)
     check_video_name(job.target)
-    clip = read_clip(job.source, most_pixels=upscaler.most_pixels)
-    codec, notes = choose_codec(clip, job.target, output.encoding)
+    clip = read_clip(job.source, most_pixels=upscaler.most_pixels, options=options)
+    codec, notes = choose_codec(clip, job.target, output.encoding, options)
     width, height = _swap_if_rotated(upscaler.output_size(*clip.upright), clip)
     size = (width - width % codec.chroma[0], height - height % codec.chroma[1])
     if size != (width, height):
@@ -303,8 +314,8 @@ def _upscale(
     clip = plan.clip
     reader = FrameReader(clip, skip=parts.frames)
     frames = iter(reader)
-    done = tiles = 0
-    model_seconds = 0.0
+    computed = _ComputedFrames(clip, upscaler)
+    done = 0
     try:
         with _Worker("decode") as decoder, _Worker("encode") as encoder:
             batch_size = upscaler.batch(*clip.upright)
@@ -319,12 +330,9 @@ def _upscale(
             decoded = upcoming()
             while some := list(itertools.islice(decoded, batch_size)):
                 shown = [(frame.time, frame.pixels) for frame in some if frame.pixels is not None]
-                found = _upscale_frames([pixels for _, pixels in shown], clip, upscaler)
+                found = computed.upscale([pixels for _, pixels in shown])
                 for (time_shown, _), upscaled in zip(shown, found, strict=True):
-                    tiles += upscaled.tiles
-                    model_seconds += upscaled.model_seconds
-                    pixels = _rotate_back(upscaled.picture.pixels, plan)
-                    waiting.append(encoder.submit(parts.add, time_shown, pixels))
+                    waiting.append(encoder.submit(parts.add, time_shown, _rotate_back(upscaled, plan)))
                     while len(waiting) > _ENCODE_BEHIND + batch_size - 1:
                         waiting.popleft().result()
                 done += len(some)
@@ -355,21 +363,48 @@ def _upscale(
         "; ".join([*plan.notes, *reader.notes()]),
         clip.upright,
         plan.upright,
-        tiles,
-        model_seconds=model_seconds,
+        computed.tiles,
+        model_seconds=computed.model_seconds,
         frames=done,
         left_out=(*plan.left_out, *reader.left_out),
     )
 
 
-def _upscale_frames(frames: Sequence[Array], clip: Clip, upscaler: Upscaler) -> list[UpscaleResult]:
-    """Upscale frames in display orientation. Raises PddError if the memory does not suffice."""
-    try:
-        return upscaler.upscale_all(
-            [DecodedImage(np.ascontiguousarray(np.rot90(one, clip.quarters))) for one in frames]
-        )
-    except ResourceError as error:  # of this video alone
-        raise PddError(f"{clip.path}: {error.message}", error.hint) from error
+class _ComputedFrames:
+    """Upscales the frames of a clip; a frame that equals the one before it is not computed again.
+
+    `tiles`, `model_seconds`: of the computed frames.
+    """
+
+    def __init__(self, clip: Clip, upscaler: Upscaler) -> None:
+        self._clip, self._upscaler = clip, upscaler
+        self._latest: tuple[Array, Array] | None = None  # the latest frame and its result
+        self.tiles = 0
+        self.model_seconds = 0.0
+
+    def upscale(self, frames: Sequence[Array]) -> list[Array]:
+        """The next frames, as stored, upscaled and upright. Raises PddError if the memory does not suffice."""
+        new: list[Array] = []
+        places = []  # of the result of each frame: before the new ones is the latest of the last call
+        before = None if self._latest is None else self._latest[0]
+        for frame in frames:
+            if before is None or not np.array_equal(frame, before):
+                new.append(frame)
+            places.append(len(new) - 1)
+            before = frame
+        try:
+            upscaled = self._upscaler.upscale_all([DecodedImage(self._clip.part(frame)) for frame in new])
+        except ResourceError as error:  # of this video alone
+            raise PddError(f"{self._clip.path}: {error.message}", error.hint) from error
+        self.tiles += sum(result.tiles for result in upscaled)
+        self.model_seconds += sum(result.model_seconds for result in upscaled)
+        results = [result.picture.pixels for result in upscaled]
+        if self._latest is not None:
+            results.append(self._latest[1])  # at place -1
+        found = [results[place] for place in places]
+        if found and before is not None:
+            self._latest = before, found[-1]
+        return found
 
 
 def _swap_if_rotated(size: tuple[int, int], clip: Clip) -> tuple[int, int]:

@@ -1,0 +1,53 @@
+"""The options of `pdd upscale` that only videos have."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from pdd_cli.settings.upscale import UpscaleConfig, seconds_of
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of a picture, in pixels."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}+{self.left}+{self.top}"
+
+    @classmethod
+    def parse(cls, text: str) -> Box:
+        """The box of a text such as 640x360+20+0."""
+        return cls(*(int(number) for number in re.split(r"[x+]", text)))
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """What is upscaled of a video, and how it is encoded.
+
+    `start`, `end`: seconds from the beginning of the file; frames from `start` on and before `end` are upscaled.
+    `crop`: the part of each frame, upright. `preview`: only the frame that is shown at this second, as an image.
+    `encoder`: FFmpeg's name; None: chosen by the container. `rate_factor`, `preset`: of the encoder.
+    """
+
+    start: Fraction | None = None
+    end: Fraction | None = None
+    crop: Box | None = None
+    preview: Fraction | None = None
+    encoder: str | None = None
+    rate_factor: int | None = None
+    preset: str | None = None
+
+    @classmethod
+    def of(cls, settings: UpscaleConfig) -> VideoOptions:
+        """The options in the settings of `pdd upscale`."""
+        times = (settings.start, settings.end, settings.preview)
+        start, end, preview = (None if text is None else seconds_of(text) for text in times)
+        crop = None if settings.crop is None else Box.parse(settings.crop)
+        return cls(start, end, crop, preview, settings.encoder, settings.crf, settings.preset)
