@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +164,10 @@ def test_a_student_is_trained_judged_and_described(pdd: Callable[..., Outcome], 
     assert entry.card.base_sha256 == state_sha256(load_file(ground / "base.safetensors"))
     assert (entry.card.adapted["teacher"], entry.card.adapted["teacher_sha256"]) == ("big", state_sha256(big))
     assert entry.card.licence == "that of the base weights; of the teacher: MIT"
+
+    shown = pdd("fetch-weights", "--info", "realLR")
+    assert re.search(r"teacher\W+big", shown.out)
+    assert "learning_rate" not in shown.out  # a default of students
 
     halfway = pdd("upscale", ground / "realLR" / "0.png", "half.png", "--weights", "realLR", "--strength", "0.5")
     assert halfway.code == 0, halfway.err

@@ -17,7 +17,7 @@ from pdd_cli.weights.states import data_file, is_file_reference
 from pdd_cli.weights.store import Card, Store, read_card
 
 # Settings that other rows show, or that don't influence the weights.
-_NOT_SHOWN = ("base", "name", "real_dir", "runs_dir", "device", "offline")
+_NOT_SHOWN = ("base", "teacher", "name", "real_dir", "runs_dir", "device", "offline")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def changed_settings(card: Card) -> dict[str, Any]:
     settings = (card.adapted or {}).get("settings")
     if not isinstance(settings, dict):
         return {}
-    defaults = flatten(AdaptConfig(real_dir=Path()).model_dump(mode="json"))
+    defaults = flatten(AdaptConfig(real_dir=Path(), teacher=settings.get("teacher")).model_dump(mode="json"))
     return {
         key: value
         for key, value in flatten(settings).items()
@@ -74,6 +74,8 @@ def _of_card(reference: str, path: Path, card: Card) -> Description:
     if card.base:
         rows.append(("base", card.base))
     if adapted:
+        if adapted.get("teacher"):
+            rows.append(("teacher", str(adapted["teacher"])))
         settings = adapted.get("settings") or {}
         domain = Path(str(settings.get("real_dir") or "")).name
         images = f"{adapted['real_images']} images" if "real_images" in adapted else ""
