@@ -50,7 +50,7 @@ app = typer.Typer(
     name="pdd",
     cls=_Group,
     help="Adapt a super-resolution model to your own images, upscale with it, and score the result.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -68,15 +68,26 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+_FIRST_STEPS = """\
+pdd adapts super-resolution models to your own images. What you can do:
+  pdd upscale photo.jpg photo-x4.png       enlarge an image, a video or a folder
+  pdd adapt --real-dir ./realLR            fit a model to one camera or scanner
+  pdd upscale in/ out/ --weights realLR    enlarge with your own model
+  pdd evaluate out/ --metrics niqe         score the result
+All commands: pdd --help. All options of one: pdd upscale --help"""
+
+
 @app.callback()
 def _global(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
     version: Annotated[
         bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        typer.echo(_FIRST_STEPS)
 
 
 def main() -> NoReturn:

@@ -12,14 +12,15 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from pdd_cli.errors import PddError
 
@@ -29,6 +30,18 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+class _Field(ProgressColumn):
+    """A field of the task: a text, or a function that gives it anew at each refresh. Never wrapped."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(Column(no_wrap=True))
+        self._name = name
+
+    def render(self, task: Task) -> Text:
+        value = task.fields.get(self._name, "")
+        return Text(value() if callable(value) else value)
 
 
 class Console:
@@ -73,14 +86,16 @@ class Console:
             sys.stdout.flush()
 
     def progress(self, *, transient: bool = False) -> Progress:
-        """Progress bars that count files or steps (stderr); a context manager."""
+        """Labelled bars with the fields `count`, `left` and `note` (stderr); a context manager.
+
+        In a narrow terminal the bar itself gives way, not the texts.
+        """
         return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=24),
+            _Field("count"),
+            _Field("left"),
+            _Field("note"),
             console=self.err,
             transient=transient,
         )

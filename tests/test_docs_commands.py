@@ -36,6 +36,7 @@ NOT_RUN = {
     "pdd fetch-weights kodak": "downloads",
     "pdd fetch-weights --metrics niqe,lpips": "downloads",
     "pdd fetch-weights bsrgan --from BSRGAN.pth": "needs the published file: its checksum is compared",
+    "pdd adapt --real-dir ./realLR --minutes": "takes the time that it names",
     "pdd upscale in/ out/ --device cuda:0,cuda:1": "needs two GPUs",
     "torchrun": "needs several GPUs or machines; tests/test_distributed.py runs several processes on a CPU",
     "python -m benchmarks.": "needs published weights and many minutes",

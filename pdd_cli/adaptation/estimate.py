@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from pdd_cli.adaptation.folder import RunFolder
 from pdd_cli.adaptation.hr_images import HRChoice, choose_hr
 from pdd_cli.adaptation.judge import STRENGTHS
-from pdd_cli.adaptation.loop import batch_source
+from pdd_cli.adaptation.planning import measure, plan_run, planned_before
 from pdd_cli.adaptation.prepare import Run, check_folder, check_name, memory_errors, prepare_run, weight_files
 from pdd_cli.adaptation.preview import PREVIEW_IMAGES, PREVIEW_SIZE
 from pdd_cli.adaptation.sources import Source, read_sources
-from pdd_cli.adaptation.train_step import set_learning_rates, train_step
 from pdd_cli.errors import DownloadError, InputError, PddError, ResourceError
 from pdd_cli.exporting.formats import check_packages
 from pdd_cli.runtime import available_memory, choose_runtime, peak_memory
@@ -31,7 +30,6 @@ from pdd_cli.weights.fetch import ensure
 from pdd_cli.weights.states import HUB_PREFIX
 from pdd_cli.weights.store import Store
 
-_STEPS = 3  # the first one warms up
 _OTHER_FILES = 4 << 20  # bytes: logs, verdict, report
 
 
@@ -170,6 +168,8 @@ def dry_run(
             hr.fetch(store, offline=True, warn=warn)
             hr = hr.fetched(store)
     settings = found.settings = hr.apply(settings)
+    if resume:
+        settings = found.settings = planned_before(settings, RunFolder(found.folder))
     with collected():
         check_name(name, store, replace=resume or overwrite)
     with collected():
@@ -193,10 +193,14 @@ def dry_run(
             scale = find(settings.base).scale or 4  # the base is in the catalogue, but not installed
             found.sources = read_sources(settings, scale, warn, say).sources
         else:
+            started = time.monotonic()
             with memory_errors(settings):
                 run = prepare_run(
                     settings, weights, runtime, name=name, resume=resuming, overwrite=True, warn=warn, say=say
                 )
+                if settings.minutes is not None:
+                    run = plan_run(run, started=started, say=say)
+                    found.settings = run.config
             found.run, found.sources = run, run.sources
             with collected():
                 found.disk = check_disk_space(run, store)
@@ -207,11 +211,7 @@ def dry_run(
 
 def estimate(run: Run, say: Callable[[str], None]) -> Estimate:
     """Evaluate the base and do a few training steps. This changes `run.state`, so `run` can't be trained afterwards."""
-    say("evaluating the base")
-    config, state, runtime = run.config, run.state, run.models.runtime
-    started = time.perf_counter()
-    run.judge.evaluate(run.models.base)
-    seconds_per_judgement = time.perf_counter() - started
+    runtime = run.models.runtime
     teacher_crops, seconds_per_teacher_crop = 0, 0.0
     if run.teacher is not None:
         say("timing two crops of the teacher")
@@ -222,30 +222,17 @@ def estimate(run: Run, say: Callable[[str], None]) -> Estimate:
             run.teacher.compute_next(runtime)
             crop_seconds.append(time.perf_counter() - started)
         seconds_per_teacher_crop = min(crop_seconds)
-    say(f"timing {_STEPS} training steps, whose results are discarded")
-    left = config.steps - state.step
-    judgements = _judgements(run)
-
-    # Start with the last step before the distillation: it moves the specialist away from the generalist.
-    state.step = max(state.step, state.warmup_steps + config.generalist.warmup_steps - 1)
-    seconds: list[float] = []
-    events: list[str] = []
-    with batch_source(run) as batches:
-        while state.step < config.steps and len(seconds) < _STEPS:
-            started = time.perf_counter()
-            set_learning_rates(config, state)
-            result = train_step(state, batches(state.step).to(runtime.device), run.models, run.loss_weights)
-            seconds.append(time.perf_counter() - started)
-            if not result.finite:
-                events.append(f"step {state.step}: the loss is not finite")
+    left, judgements = run.config.steps - run.state.step, _judgements(run)
+    say("evaluating the base, and timing a few training steps, whose results are discarded")
+    timing = measure(run)
     return Estimate(
         steps=left,
         judgements=judgements,
-        seconds_per_step=min(seconds[1:] or seconds, default=0.0),
-        seconds_per_judgement=seconds_per_judgement,
+        seconds_per_step=timing.per_step,
+        seconds_per_judgement=timing.per_judgement,
         memory=peak_memory(runtime.device),
         free_memory=available_memory(runtime.device),
-        events=tuple(events),
+        events=timing.events,
         teacher_crops=teacher_crops,
         seconds_per_teacher_crop=seconds_per_teacher_crop,
     )

@@ -261,6 +261,12 @@ def decide(judgements: Mapping[float, Judgement], base: Judgement, scale: int) -
     return Verdict(True, f"better than the base on the held-out images: {_describe(acceptable[best], base)}", best)
 
 
+def describe_score(score: float) -> str:
+    """A score (dB over the base) in a few words."""
+    word = "better" if score >= _MIN_GAIN else "worse" if score <= -_MIN_GAIN else "no clear gain"
+    return f"{word} ({score:+.1f} dB)"
+
+
 def stalled(scores: Sequence[float], patience: int) -> bool:
     """Whether none of the last `patience` scores is better than the best score before them."""
     return len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience])

@@ -17,7 +17,7 @@ from torch import nn
 
 from pdd_cli.adaptation.checkpoint import TrainState, checkpoint_settings, load_checkpoint
 from pdd_cli.adaptation.folder import RunFolder
-from pdd_cli.adaptation.judge import Judge, held_out_indices, insufficient_images, stalled
+from pdd_cli.adaptation.judge import Judge, describe_score, held_out_indices, insufficient_images, stalled
 from pdd_cli.adaptation.losses import DISCRIMINATOR_LAYERS
 from pdd_cli.adaptation.preview import upscale_image
 from pdd_cli.adaptation.resuming import absolute, as_started, check_inputs_are_same, check_settings
@@ -122,6 +122,14 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.state.step >= self.config.steps or self.stopped_early
+
+    @property
+    def verdict_so_far(self) -> str:
+        """The best judgement so far, in a few words."""
+        if not self.state.judgements:
+            first = min(self.config.checkpoint_every, self.config.steps)
+            return f"first judged at step {first}"
+        return f"so far {describe_score(max(judged['score'] for judged in self.state.judgements))}"
 
     @property
     def resume_command(self) -> str:

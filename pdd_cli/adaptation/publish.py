@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -137,6 +138,7 @@ def publish(run: Run, store: Store, say: Callable[[str], None], warn: Callable[[
         say(f"next: pdd upscale IN OUT --weights {reference}{strength}")
     else:
         say("Look at the report before you use the weights. More images from the same source, or --hr-dir, may help.")
+        say(f"next: pdd upscale IN OUT --weights {shlex.quote(run.config.base)}, the better model so far")
     return done
 
 

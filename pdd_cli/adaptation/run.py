@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 from pdd_cli.adaptation.estimate import check_disk_space
 from pdd_cli.adaptation.folder import RunFolder
 from pdd_cli.adaptation.hr_images import choose_hr
+from pdd_cli.adaptation.planning import plan_run, planned_before
 from pdd_cli.adaptation.prepare import (
     Run,
     WeightFiles,
@@ -37,6 +40,12 @@ def start(
     Raises InputError if images, weights or settings can't be used, DownloadError if weights can't be downloaded.
     """
     store = Store.default()
+    if resume and settings.minutes is not None:
+        settings = planned_before(settings, RunFolder(settings.runs_dir / name))
+        if settings.minutes is None:
+            observer.warn(
+                f"--minutes is for new runs: this one continues to step {settings.steps} (to extend it: --steps N)"
+            )
     per_rank, group = ranks.per_rank(settings.batch_size), settings.losses.inter_group
     if group and per_rank % group:
         raise InputError(
@@ -64,17 +73,20 @@ def start(
 
     weights = ranks.first_per_machine(find_weights)
     settings = hr.fetched(store).apply(settings)
+    started = time.monotonic()
     with memory_errors(settings):
         run = prepare_run(
             settings, weights, runtime,
             name=name, resume=resume, overwrite=overwrite, warn=observer.warn, say=observer.say, ranks=ranks,
         )  # fmt: skip
+        if run.config.minutes is not None:
+            run = plan_run(run, started=started, say=observer.say)
     if ranks.is_first:
         check_disk_space(run, store)
     observer.say(
         f"adapting {settings.base} to {len(run.sampler.real)} real images as '{name}': "
         + (f"with the teacher {settings.teacher}, " if settings.teacher else "")
-        + f"{settings.steps - run.state.step} steps on {runtime}, features of {run.features_name}"
+        + f"{run.config.steps - run.state.step} steps on {runtime}, features of {run.features_name}"
         + (f", {ranks.size} processes" if ranks.size > 1 else "")
     )
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from pdd_cli.imaging.decode import probe
 from pdd_cli.ranks import Ranks
 from pdd_cli.upscaling.jobs import Abandoned, Job, Result
 from pdd_cli.upscaling.upscaler import OnTile, Upscaler
-from pdd_cli.video.decode import is_video, video_pixels
+from pdd_cli.video.decode import is_video, video_size
 
 
 def partition(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
@@ -26,7 +27,7 @@ def partition(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
     """
     if ranks.size == 1:
         return list(jobs)
-    pixels = [_pixels(job.source) for job in jobs]
+    pixels = [math.prod(input_size(job.source)) for job in jobs]
     loads = [(0, rank) for rank in range(ranks.size)]
     mine = []
     for index in sorted(range(len(jobs)), key=lambda index: (-pixels[index], index)):
@@ -37,14 +38,23 @@ def partition(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
     return [jobs[index] for index in sorted(mine)]
 
 
-def _pixels(source: Path) -> int:
+def input_size(source: Path) -> tuple[int, int, int]:
+    """Width, height and (for a video approximate) number of frames from the header; zeros for an unreadable input."""
     try:
         if is_video(source):
-            return video_pixels(source)
+            return video_size(source)
         header = probe(source, most_pixels=2**62)
     except Exception:  # the job itself will report it
+        return 0, 0, 0
+    return *header.size, header.frames
+
+
+def output_pixels(job: Job, upscaler: Upscaler) -> int:
+    """The approximate number of pixels that `job` computes; 0 if its input can't be read."""
+    width, height, frames = input_size(job.source)
+    if not width or not height:
         return 0
-    return header.size[0] * header.size[1] * header.frames
+    return math.prod(upscaler.output_size(width, height)) * (frames if is_video(job.source) else 1)
 
 
 class Runner(Protocol):

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
-from pdd_cli.batch.devices import partition, run_on_devices
+from pdd_cli.batch.devices import output_pixels, partition, run_on_devices
 from pdd_cli.batch.loading import LoadedUpscalers, load_upscalers
 from pdd_cli.batch.plan import Plan, manifest_folder, plan_jobs
 from pdd_cli.errors import InputError, Interrupted, PartialFailure, PddError, ResourceError
 from pdd_cli.files import append_line, check_log, remove_leftovers
 from pdd_cli.imaging.encode import Encoding
 from pdd_cli.last_run import LastRun, UpscaledPair, save_last_run
-from pdd_cli.observer import Observer, Progress
+from pdd_cli.observer import Observer
 from pdd_cli.ranks import SINGLE_PROCESS, Ranks
 from pdd_cli.settings.upscale import UpscaleConfig
 from pdd_cli.upscaling.jobs import Job, Output, Result, check_own, results_from_json, results_to_json
@@ -41,7 +42,7 @@ class BatchResult:
     """The result of each job, with the settings, plan and models of the run.
 
     `seconds`: duration of the run without loading. `stopped`: the error, such as a full disk, that ended the run before
-    all jobs were done.
+    all jobs were done. `recorded`: `pdd evaluate` without a folder will score this run.
     """
 
     settings: UpscaleConfig
@@ -51,10 +52,20 @@ class BatchResult:
     seconds: float
     dry_run: bool = False
     stopped: ResourceError | None = None
+    recorded: bool = False
 
     def count(self, status: str) -> int:
         """The number of jobs with this status: done, skipped, failed or planned."""
         return sum(result.status == status for result in self.results)
+
+    @property
+    def pixels(self) -> int:
+        """The pixels of all outputs that were made, in all their frames."""
+        return sum(
+            math.prod(result.size_out) * max(result.frames, 1)
+            for result in self.results
+            if result.status == "done" and result.size_out
+        )
 
     def raise_for_failures(self) -> None:
         """Raise ResourceError if the run was stopped, PartialFailure if some inputs failed."""
@@ -164,8 +175,8 @@ def run(
         outcome = BatchResult(settings, plan, results, loaded, time.perf_counter() - started, dry_run, stopped)
     if ranks.is_first and not dry_run:
         try:
-            if jobs is None:
-                _save_last_run(outcome)
+            if jobs is None and _save_last_run(outcome):
+                outcome = replace(outcome, recorded=True)
             if folder is not None and ranks.size > 1:
                 Manifest(folder, batch.recipe).tidy()
         except PddError as error:  # the outputs are complete
@@ -245,9 +256,22 @@ def _run(batch: _Batch, settings: UpscaleConfig, observer: Observer) -> tuple[li
     """Run the jobs. Returns the results, and the error that ended the run before all jobs were done."""
     log = settings.log
     results: list[Result] = []
-    with observer.progress("files", len(batch.jobs), workers=len(batch.upscalers)) as progress:
+    sizes: dict[Job, int] = {}
+    parts = (settings.start, settings.end, settings.crop, settings.preview)
+    if observer.shows_progress and parts == (None,) * 4:  # the header doesn't tell the size of a part
+        sizes = {job: output_pixels(job, batch.upscalers[0]) for job in batch.jobs}
+    workers, pixels = len(batch.upscalers), sum(sizes.values())
+    started: set[Job] = set()
+    with observer.progress("files", len(batch.jobs), workers=workers, pixels=pixels) as progress:
+
+        def on_start(device: int, job: Job) -> None:
+            started.add(job)
+            unit = "frames" if is_video(job.source) else "tiles"
+            progress.start(device, job.source.name, unit, sizes.get(job, 0))
+
         try:
-            with closing(_results(batch, progress)) as ended:  # its threads end before the engines are closed
+            # Its threads end before the engines are closed.
+            with closing(_results(batch, on_start, progress.step)) as ended:
                 for result in ended:
                     results.append(result)
                     if log is not None:
@@ -256,7 +280,7 @@ def _run(batch: _Batch, settings: UpscaleConfig, observer: Observer) -> tuple[li
                         except PddError as error:
                             observer.warn(f"{error.message}. The log ends here; the batch continues.")
                             log = None
-                    progress.advance()
+                    progress.advance(not_computed=0 if result.job in started else sizes.get(result.job, 0))
                     if result.status == "failed":
                         observer.warn(f"{result.job.source}: failed; the batch continues")
                     if result.traceback:
@@ -273,18 +297,16 @@ def _run(batch: _Batch, settings: UpscaleConfig, observer: Observer) -> tuple[li
     return results, None
 
 
-def _results(batch: _Batch, progress: Progress) -> Generator[Result]:
+def _results(
+    batch: _Batch, on_start: Callable[[int, Job], None], on_tile: Callable[[int, int, int], None]
+) -> Generator[Result]:
     """Yield the result of each job as it ends, images first."""
-
-    def on_start(device: int, job: Job) -> None:
-        progress.start(device, job.source.name, "frames" if is_video(job.source) else "tiles")
-
     run_images = partial(run_jobs, output=batch.output, manifest=batch.manifest)
     run_clips = partial(
         run_videos, recipe=batch.recipe, options=batch.options, output=batch.output, manifest=batch.manifest
     )
     for runner, jobs in ((run_images, batch.images), (run_clips, batch.videos)):
-        yield from run_on_devices(runner, jobs, batch.upscalers, on_start=on_start, on_tile=progress.step)
+        yield from run_on_devices(runner, jobs, batch.upscalers, on_start=on_start, on_tile=on_tile)
 
 
 def _gather_results(results: Sequence[Result], jobs: Sequence[Job], ranks: Ranks) -> list[Result]:
@@ -318,8 +340,8 @@ def _file_document(result: Result) -> dict[str, object]:
     }
 
 
-def _save_last_run(outcome: BatchResult) -> None:
-    """Record the run for `pdd evaluate` without a folder."""
+def _save_last_run(outcome: BatchResult) -> bool:
+    """Record the run for `pdd evaluate` without a folder. Returns False if it has no images."""
     settings = outcome.settings
     pairs = tuple(
         UpscaledPair(lr=result.job.source.absolute(), sr=result.job.target.absolute())
@@ -337,6 +359,7 @@ def _save_last_run(outcome: BatchResult) -> None:
                 pairs=pairs,
             )
         )
+    return bool(pairs)
 
 
 def _now() -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pdd_cli.observer import duration
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -39,7 +41,7 @@ def dry_run_table(found: DryRun) -> Table:
     if estimate is not None:
         rows.add_row(
             "time",
-            f"{_duration(estimate.seconds)} at the most: "
+            f"{duration(estimate.seconds)} at the most: "
             f"{estimate.steps} steps of {estimate.seconds_per_step:.2g} s, "
             f"{estimate.judgements} judgements of {estimate.seconds_per_judgement:.2g} s"
             + (
@@ -71,10 +73,3 @@ def _source(source: Source) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -59,6 +59,14 @@ class Fetched:
     metrics: list[str] = field(default_factory=list)
     failures: list[DownloadError] = field(default_factory=list)
 
+    def next_command(self) -> str:
+        """A command that uses what was fetched."""
+        if models := [entry.card.name for entry in self.entries if entry.card.kind == "sr"]:
+            return f"pdd upscale IN OUT --weights {models[0]}, or pdd adapt --real-dir DIR --base {models[0]}"
+        if self.metrics:
+            return f"pdd evaluate OUT --metrics {','.join(self.metrics)}"
+        return " --hr-dir ".join(["pdd adapt --real-dir DIR", *(one.image_set.name for one in self.image_sets[:1])])
+
     def as_document(self) -> dict[str, object]:
         """Plain values for JSON."""
         return {

@@ -17,7 +17,7 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
 
     Examples:
       pdd adapt --real-dir ./realLR
-      pdd adapt --real-dir ./realLR --hr-dir ./photos --name mine --steps 300
+      pdd adapt --real-dir ./realLR --hr-dir ./photos --name mine --minutes 30
     """
     from pdd_cli.adaptation.folder import find_run
     from pdd_cli.commands._dry_run_table import dry_run_table
@@ -38,6 +38,7 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
     from pdd_cli.adaptation.prepare import default_name
     from pdd_cli.adaptation.publish import publish, write_report
     from pdd_cli.adaptation.run import start
+    from pdd_cli.commands._adapt_progress import adapt_progress
     from pdd_cli.commands._observer import ConsoleObserver
     from pdd_cli.interruption import Interruption
     from pdd_cli.runtime import keep_freed_memory
@@ -65,26 +66,18 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
         on_first=lambda: console.say("stopping after this step; press Ctrl-C again to stop at once"),
         on_second=lambda: console.leave(f"stopped at once. To continue from the last checkpoint: {run.resume_command}"),
     )
-    with console.progress() as progress, interruption:
-        task = progress.add_task("adapt", total=settings.steps, completed=run.state.step, note="")
+    with adapt_progress(console, run, verbose=call.flags.verbose) as progress, interruption:
         losses: dict[str, float] = {}
         for report in train(run, interruption.requested):
             losses = report.losses
-            if report.event:
-                console.warn(report.event)
-            shown = "  ".join(
-                f"{key} {losses[key]:.3f}"
-                for key in ("inter", "intra", "pixel", "perceptual", "adversarial")
-                if key in losses
-            )
-            progress.update(task, completed=report.step, note=shown)
+            progress.update(report)
     finished = ranks.any(run.finished)
     ranks.leave()
     if not finished:
         if ranks.is_first:
             write_report(run, None)
         raise Interrupted(
-            f"stopped after step {run.state.step} of {settings.steps}; the state is saved in {run.folder.checkpoint}",
+            f"stopped after step {run.state.step} of {run.config.steps}; the state is saved in {run.folder.checkpoint}",
             f"To continue: {run.resume_command}",
         )
     if not ranks.is_first:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pdd_cli.iqa.report import Report
 
 _ROWS = 60  # of the table on screen; --output has all
+_NEXT = "next: the same command with --output scores.html makes a page that shows the images"
 
 
 def _evaluate(call: Call[EvaluateConfig, Settings]) -> None:
@@ -49,6 +50,8 @@ def _evaluate(call: Call[EvaluateConfig, Settings]) -> None:
     if evaluation.too_few(settings.fail_if_worse):
         console.warn("--fail-if-worse: too few images to tell, so nothing failed")
     evaluation.raise_for_failures(settings.fail_if_worse)
+    page = settings.output if str(settings.output).lower().endswith(".html") else None
+    console.say(f"next: open {page} in a browser" if page else _NEXT)
 
 
 evaluate = command(EvaluateConfig, "evaluate", Settings, _evaluate)
@@ -67,8 +70,8 @@ def _show(report: Report, console: Console) -> None:
     for name, scores in list(report.main.images.items())[:_ROWS]:
         table.add_row(escape(name), *(_number(scores.values.get(metric.name)) for metric in report.metrics))
     console.table(table)
-    if len(report.main.images) > _ROWS:
-        console.say(f"{len(report.main.images) - _ROWS} more images are not shown: --output scores.csv has them all")
+    if (more := len(report.main.images) - _ROWS) > 0:
+        console.say(f"{more} more images are not shown: --output scores.csv has them all")
     if report.baselines:
         _show_comparison(report, console)
     console.say(report.about)
@@ -101,12 +104,10 @@ def _list_metrics(console: Console) -> None:
 
     from pdd_cli.iqa.available import as_document, available_metrics
 
-    metrics = available_metrics()
-    document = as_document(metrics)
+    document = as_document(metrics := available_metrics())
     table = Table("metric", "compares with", "better", "range", Column("weights", overflow="fold"))
-    for metric in metrics:
-        info = metric.info
-        table.add_row(info.name, metric.compares_with, info.better, info.value_range, metric.weights)
+    for one in metrics:
+        table.add_row(one.info.name, one.compares_with, one.info.better, one.info.value_range, one.weights)
     console.table(table)
     console.say(
         f"pyiqa {document['pyiqa']}, for non-commercial use (PolyForm Noncommercial; parts: S-Lab). Ranges are rough. "

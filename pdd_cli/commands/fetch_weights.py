@@ -65,6 +65,7 @@ def _fetch_weights(call: Call[FetchConfig, FetchFlags]) -> None:
     console.result(fetched.as_document())
     if failures := fetched.failures:
         raise DownloadError("\n".join(error.message for error in failures), failures[0].hint)
+    console.say(f"next: {fetched.next_command()}")
 
 
 fetch_weights = command(FetchConfig, "fetch-weights", FetchFlags, _fetch_weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pdd_cli.console import Console
+from pdd_cli.observer import pixel_rate
 from pdd_cli.options import Call, command
 from pdd_cli.settings.upscale import UpscaleConfig, UpscaleFlags
 
@@ -40,6 +41,10 @@ def _upscale(call: Call[UpscaleConfig, UpscaleFlags]) -> None:
     # When one process fails, torchrun ends all others: wait until the first has reported the failure.
     ranks.leave()
     outcome.raise_for_failures()
+    if dry_run:
+        console.say("next: the same command without --dry-run")
+    elif outcome.recorded:
+        console.say("next: pdd evaluate --output scores.html")
 
 
 upscale = command(UpscaleConfig, "upscale", UpscaleFlags, _upscale)
@@ -78,7 +83,8 @@ def _describe(outcome: BatchResult, console: Console) -> None:
     if skipped:
         console.say(f"{skipped} skipped: made already (--overwrite makes them again)")
     if done:
-        console.say(f"{done} upscaled to {outcome.settings.output} in {outcome.seconds:.1f} s")
+        rate = pixel_rate(outcome.pixels, outcome.seconds)
+        console.say(f"{done} upscaled to {outcome.settings.output} in {outcome.seconds:.1f} s ({rate})")
     for problem in plan.problems:
         console.warn(problem)
     if failed:

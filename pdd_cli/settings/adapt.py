@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
@@ -172,9 +172,19 @@ STUDENT_DEFAULTS: dict[str, Any] = {
     "optimizer": {"learning_rate": 4e-4, "halve_at": (0.5, 0.65, 0.75, 0.85, 0.92, 0.97)},
 }
 
+Quality = Literal["quick", "good", "best"]
+PRESETS: dict[str, dict[str, int]] = {
+    "quick": {"steps": 30, "checkpoint_every": 15, "preview_every": 15},
+    "good": {},
+    "best": {"steps": 200, "batch_size": 8},
+}
+"""The defaults that each quality replaces. Settings that the user sets win."""
+
 
 class AdaptConfig(Settings):
     """`pdd adapt`."""
+
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("steps", "minutes"),)
 
     real_dir: Annotated[
         Path,
@@ -210,11 +220,23 @@ class AdaptConfig(Settings):
         Field(description="Folder of the runs."),
         Option("Output"),
     ] = Path("runs")
+    quality: Annotated[
+        Quality,
+        Field(
+            description="quick: 30 steps, a first impression; good: 100 steps; best: 200 steps of twice as many crops."
+        ),
+        Option("Training"),
+    ] = "good"
     steps: Annotated[
         PositiveInt,
-        Field(description="Training steps; with --teacher 600 by default."),
+        Field(description="Training steps; --quality changes the default, and --teacher makes it 600."),
         Option("Training"),
     ] = 100
+    minutes: Annotated[
+        Positive | None,
+        Field(description="Time for the whole run without downloads; the steps are planned for this machine."),
+        Option("Training", metavar="N"),
+    ] = None
     batch_size: Annotated[
         PositiveInt,
         Field(description="Number of synthetic crops, and of real crops, per step, over all processes."),
@@ -275,12 +297,20 @@ class AdaptConfig(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _student_defaults(cls, values: Any) -> Any:
-        """Replace the defaults if there is a teacher."""
-        if not isinstance(values, dict) or not values.get("teacher"):
+    def _replace_defaults(cls, values: Any) -> Any:
+        """Replace the defaults as the quality, or a teacher, requires."""
+        if not isinstance(values, dict):
             return values
+        if values.get("minutes") is not None and values.get("steps") is not None:
+            raise ValueError("--minutes plans the steps, so --steps can't be given, too")
+        if not values.get("teacher"):
+            return _with_defaults(values, PRESETS.get(str(values.get("quality")), {}))
         if _generalist_mode(values.get("generalist", {})) == "static":
             raise ValueError("--teacher and --mode static can't be combined: a student has no second model beside it")
+        if values.get("minutes") is not None:
+            raise ValueError("--teacher and --minutes can't be combined: give --steps")
+        if values.get("quality", "good") != "good" and "steps" not in values:
+            raise ValueError("--quality sets no steps for a student: with --teacher, give --steps")
         return _with_defaults(values, STUDENT_DEFAULTS)
 
     @model_validator(mode="after")
@@ -305,6 +335,11 @@ class AdaptConfig(Settings):
                 f"{self.discriminator_warmup_steps} + {self.generalist.warmup_steps} steps"
             )
         return self
+
+    def is_default(self, name: str) -> bool:
+        """Whether the field `name` has the value of the preset."""
+        default = type(self).model_fields[name].default
+        return bool(getattr(self, name) == PRESETS[self.quality].get(name, default))
 
     @property
     def discriminator_warmup_steps(self) -> int:
@@ -332,6 +367,7 @@ class AdaptFlags(Settings):
     overwrite: Annotated[bool, Field(description="Replace an earlier run and weights of this name."), Option("Run")] = (
         False
     )
+    verbose: Annotated[bool, Field(description="Print the losses of each step."), Option("Run")] = False
     dry_run: Annotated[
         bool, Field(description="Check everything and estimate time, memory and disk; write nothing."), Option("Run")
     ] = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -47,6 +47,9 @@ class Settings(BaseModel):
     """Base class of all settings: frozen, unknown keys are errors, ~ in paths is expanded."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+    # Groups of fields of which one replaces the others: a source of higher precedence that sets one unsets the others.
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     @field_validator("*")
     @classmethod

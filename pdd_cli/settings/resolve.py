@@ -55,9 +55,8 @@ def resolve(
     if stored is not None:
         values = _read_section(stored, section)
         _check(model, values, str(stored), partial=True)
-    _merge(
-        values, explicit_values(model, section, options=options, overrides=overrides, file=file, default=stored is None)
-    )
+    explicit = explicit_values(model, section, options=options, overrides=overrides, file=file, default=stored is None)
+    _override(model, values, explicit)
     return _check(model, values, "")
 
 
@@ -88,14 +87,18 @@ def explicit_values(
         path = expand_home(path)
         values = _read_section(path, section)
         _check(model, values, str(path), partial=True)
+    assigned: dict[str, Any] = {}
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator or not key.strip():
             raise InputError(f"--set {text}: not in the form key.path=value", "For example: --set losses.intra=0.5")
-        _put(values, key.strip(), _yaml(value, f"--set {text}"))
+        _put(assigned, key.strip(), _yaml(value, f"--set {text}"))
+    _override(model, values, assigned)
+    given: dict[str, Any] = {}
     for key, option in options.items():
         if option is not None:
-            _put(values, key, option)
+            _put(given, key, option)
+    _override(model, values, given)
     return values
 
 
@@ -131,6 +134,15 @@ def _yaml(text: str, origin: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise InputError(f"{origin}{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+
+
+def _override(model: type[Settings], values: dict[str, Any], newer: Mapping[str, Any]) -> None:
+    """Merge the settings of a source of higher precedence into `values`."""
+    for group in model.alternatives:
+        if any(newer.get(key) is not None for key in group):
+            for key in group:
+                values.pop(key, None)
+    _merge(values, newer)
 
 
 def _merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:

@@ -330,13 +330,13 @@ def _checked_crop(path: Path, frame: VideoFrame, box: Box | None) -> Box | None:
     return box
 
 
-def video_pixels(path: Path) -> int:
-    """The approximate number of pixels of all frames, from the header. Raises InputError as `read_clip` does."""
+def video_size(path: Path) -> tuple[int, int, int]:
+    """Width, height and the approximate number of frames, from the header. Raises InputError as `read_clip` does."""
     with open_container(path) as container:
         stream = _video_of(container, path)
         context = stream.codec_context
         seconds = Fraction(container.duration or 0, 1_000_000)
-        return round((stream.frames or seconds * (stream.average_rate or 25)) * context.width * context.height)
+        return context.width, context.height, round(stream.frames or seconds * (stream.average_rate or 25))
 
 
 def side_data_names(side: Iterable[str]) -> list[str]:
