@@ -9,9 +9,13 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pdd_cli.system import available_cpus, cpu_features, free_memory, usable_cpus
 from pdd_cli.version import __version__
+
+if TYPE_CHECKING:
+    from pdd_cli.engines.select import Tried
 
 Value = str | dict[str, str]
 
@@ -46,6 +50,7 @@ def examine() -> dict[str, Value]:
         "memory": lambda: f"{free_memory() / 2**30:.1f} of {_total_memory() / 2**30:.1f} GiB free",
         "GPUs": _gpus,
         "OpenVINO devices": _openvino_devices,
+        "Vulkan devices": _vulkan_devices,
         "ONNX Runtime": _onnx_providers,
         "auto, images": _engines,
         "auto, training": _training,
@@ -121,6 +126,20 @@ def _openvino_devices() -> Value:
     return {name: str(core.get_property(name, "FULL_DEVICE_NAME")).strip() for name in core.available_devices}
 
 
+def _vulkan_devices() -> Value:
+    from importlib.util import find_spec
+
+    from pdd_cli.gpus import vulkan_devices
+
+    if find_spec("ncnn") is None:
+        return "not known without ncnn (pip install 'pdd-cli[vulkan]')"
+    found = {}
+    for one in vulkan_devices():
+        note = "" if one.is_gpu else " (software, which auto doesn't take)"
+        found[f"vulkan:{one.index}"] = f"{one.name}, {one.kind}{note}"
+    return found or "none: no driver with Vulkan"
+
+
 def _onnx_providers() -> Value:
     try:
         import onnxruntime
@@ -144,8 +163,12 @@ def _engines() -> Value:
         state = RRDBNet(blocks=1).state_dict()
     tried = try_engines(model_from_state(state, origin="a test network"), runtime)
     taken = next(engine for engine in tried if not engine.problem)
-    order = ", ".join(engine.name + (f" ({engine.problem})" if engine.problem else "") for engine in tried)
+    order = ", ".join(_place(engine) + (f" ({engine.problem})" if engine.problem else "") for engine in tried)
     return f"{taken.name} on {taken.runtime}: the first of {order} that can compute a test network as PyTorch does"
+
+
+def _place(engine: Tried) -> str:
+    return engine.name if engine.runtime.device_type == "cpu" else f"{engine.name} on {engine.runtime}"
 
 
 def _training() -> Value:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from pdd_cli import system
 from pdd_cli.errors import InputError, OutOfMemory
+from pdd_cli.gpus import is_pytorch_device, vulkan_memory
 from pdd_cli.system import available_cpus, cpu_features, free_memory, keep_freed_memory, resident_memory, usable_cpus
 
 if TYPE_CHECKING:
@@ -37,13 +38,16 @@ __all__ = [
 # Device files of the GPU drivers that PyTorch can use on Linux: NVIDIA, Jetson, WSL and AMD.
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 
+# Bytes, of GPUs whose memory is not known.
+_ASSUMED_GPU_MEMORY = 4 << 30
+
 
 @dataclass(frozen=True)
 class Runtime:
     """The device of a network and the precision of its convolutions (weights stay fp32).
 
-    `device_name` is a device in PyTorch's notation. It is text, so that PyTorch, which takes seconds to import, is
-    imported only when needed.
+    `device_name` is a device in PyTorch's notation, or for other engines vulkan:N or a device type of ONNX Runtime. It
+    is text, so that PyTorch, which takes seconds to import, is imported only when needed.
     """
 
     device_name: str | torch.device
@@ -60,7 +64,7 @@ class Runtime:
 
     @property
     def device_type(self) -> str:
-        """cpu, cuda or mps."""
+        """cpu, cuda, mps, vulkan or a device type of ONNX Runtime."""
         return str(self.device_name).split(":")[0]
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
@@ -106,12 +110,16 @@ def cpu_has_amx() -> bool:
 
 def available_memory(device: torch.device | str) -> int:
     """Bytes of memory that a computation can still use on `device`."""
-    if str(device).startswith("cuda"):
+    kind, _, number = str(device).partition(":")
+    if kind == "vulkan":
+        return vulkan_memory(int(number or 0))
+    if kind == "cuda":
         import torch
 
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    return free_memory()
+        if torch.cuda.is_available():
+            free, _ = torch.cuda.mem_get_info(device)
+            return int(free)
+    return free_memory() if kind in ("cpu", "mps") else min(free_memory(), _ASSUMED_GPU_MEMORY)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -145,13 +153,19 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("not enough memory", "out of memory", "can't allocate memory", "bad_alloc")
+        sign in text
+        for sign in ("not enough memory", "out of memory", "can't allocate memory", "bad_alloc", "failed to allocate")
     )
 
 
 def _choose_device(name: str) -> str:
     if name == "cpu" or (name == "auto" and _has_no_gpu_driver()):
         return "cpu"
+    if not is_pytorch_device(name):
+        raise InputError(
+            f"--device {name}: PyTorch can't use it; only `pdd upscale` and `pdd evaluate --weights` can",
+            "Use auto, cpu, cuda, cuda:N or mps.",
+        )
     import torch
 
     if name == "auto":

@@ -28,7 +28,7 @@ def test_what_contributors_are_asked_to_edit_exists() -> None:
     named = set(re.findall(r"`((?:pdd_cli|tests)/[\w/]+\.py)`", text)) - {"pdd_cli/engines/NAME_engine.py"}
     assert len(named) > 15
     assert [path for path in named if not (ROOT / path).is_file()] == []
-    for name, path in (("_candidates", "engines/select"), ("EngineChoice", "settings/upscale"), ("_OWN", "iqa/metrics"),
+    for name, path in (("_candidates", "engines/select"), ("EngineChoice", "settings/base"), ("_OWN", "iqa/metrics"),
                        ("FORMATS", "imaging/formats"), ("FormatChoice", "settings/upscale"),
                        ("DatasetName", "iqa/datasets"), ("find_dataset", "iqa/datasets")):  # fmt: skip
         assert f"`{name}`" in text

@@ -27,7 +27,8 @@ def test_the_facts_are_shown_without_network(pdd: Callable[..., Outcome], monkey
     facts = json.loads(done.out)
     assert facts["pdd"].startswith(__version__)
     assert facts["packages"]["torch"]
-    assert facts["auto, images"].split()[0] in ("winograd", "openvino", "torch")
+    assert facts["auto, images"].split()[0] in ("winograd", "openvino", "torch", "ncnn", "onnx")
+    assert facts["Vulkan devices"]
     assert facts["auto, training"].split()[0] in ("winograd", "torch")
     assert "libavcodec" in facts["FFmpeg"]
     assert facts["environment"]["PDD_MIRROR"] == "https://…@host/folder?…"

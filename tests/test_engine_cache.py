@@ -91,9 +91,9 @@ def test_a_damaged_entry_is_made_again(weights: Path, home: Path, engine: str, d
     (path,) = entries(home)
     whole = path.read_bytes()
     if damage == "not exported":  # whole, but nothing that the engine knows
-        found = engine_cache.find(engine, known, "fp32")
+        found = engine_cache.find(engine, known, CPU)
         assert isinstance(found, Usable)
-        engine_cache.keep(engine, known, "fp32", replace(found, exported=b"something else"))
+        engine_cache.keep(engine, known, CPU, replace(found, exported=b"something else"))
     else:
         path.write_bytes({"empty": b"", "cut": whole[:-9], "flipped": whole[:-9] + b"x" + whole[-8:]}[damage])
     again = open_engine(lambda: load_sr_model(weights), known, CPU, engine)
@@ -141,7 +141,7 @@ def test_that_openvino_cannot_be_taken_is_kept_too(
     for path in entries(home):
         os.utime(path, (0, 0))
     for engine in ("openvino", "winograd"):
-        found = engine_cache.find(engine, "weights", "fp32")
+        found = engine_cache.find(engine, "weights", CPU)
         assert isinstance(found, Unfit)
         assert found.reason
     assert all(path.stat().st_mtime > 0 for path in entries(home))  # used just now
@@ -151,14 +151,14 @@ def test_the_cache_is_bounded(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     result = Usable(ModelSpec(scale=1, in_channels=3, out_channels=3, architecture="test"), "", 1, bytes(2000))
     monkeypatch.setattr(engine_cache, "_MAX_BYTES", 5000)
     for number in range(6):
-        engine_cache.keep("openvino", str(number), "fp32", result)
+        engine_cache.keep("openvino", str(number), CPU, result)
         time.sleep(0.02)  # as fine as file systems tell times
         if number:  # the first is used again and again
-            assert engine_cache.find("openvino", "0", "fp32") is not None
+            assert engine_cache.find("openvino", "0", CPU) is not None
         time.sleep(0.02)
-    kept = [number for number in range(6) if engine_cache.find("openvino", str(number), "fp32") is not None]
+    kept = [number for number in range(6) if engine_cache.find("openvino", str(number), CPU) is not None]
     assert kept == [0, 5]
-    engine_cache.keep("openvino", "large", "fp32", replace(result, exported=bytes(9000)))
+    engine_cache.keep("openvino", "large", CPU, replace(result, exported=bytes(9000)))
     assert len(entries(home)) == 1
 
 

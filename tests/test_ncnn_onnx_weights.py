@@ -223,7 +223,7 @@ def test_graphs_that_cannot_be_used_are_named(pdd: Pdd, lr: Image.Image, ground:
         ("classifier.onnx", "not a super-resolution model: pdd needs one image as input"),
         ("gone.onnx", "no such weights file: gone.onnx"),
         ("good.onnx", "the base of good.onnx is unknown", "--strength", "0.5"),
-        ("good.onnx", "computed on the CPU in fp32, not with --precision bf16", "--precision", "bf16"),
+        ("good.onnx", "computed in fp32, not with --precision bf16", "--precision", "bf16"),
         ("good.onnx", "--engine openvino can't compute an ONNX file", "--engine", "openvino"),
     ):
         done = pdd("upscale", "lr.png", "sr.png", "--weights", weights, *options)

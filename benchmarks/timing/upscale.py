@@ -45,7 +45,7 @@ from pdd_cli.engines.base import Engine
 from pdd_cli.engines.select import choose_engine
 from pdd_cli.models.loading import load_sr_model
 from pdd_cli.runtime import choose_runtime
-from pdd_cli.settings.upscale import EngineChoice
+from pdd_cli.settings.base import EngineChoice
 from pdd_cli.weights.wiring import wiring_of
 
 REFERENCE = "PyTorch fp32 NCHW"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pdd_cli.batch.plan import check_collisions
 from pdd_cli.batch.run import run
+from pdd_cli.engines.devices import choose_inference
 from pdd_cli.errors import InputError
 from pdd_cli.iqa.datasets import Dataset, find_dataset
 from pdd_cli.iqa.inputs import Inputs, folders_as_dataset, gather, upscaled_sets
@@ -34,8 +35,9 @@ def evaluate(settings: EvaluateConfig, observer: Observer = Observer()) -> Evalu
     if settings.output is not None:
         check_format(settings.output)
     metric_infos(settings.metrics)
-    choose_runtime(settings.device)
+    choose_runtime(settings.metric_device)
     if settings.weights:
+        choose_inference(settings.engine, settings.device, "auto")
         return score_inputs(settings, _upscale_sets(settings, observer), observer)
     inputs = gather(
         settings.sr_dir,
@@ -68,6 +70,7 @@ def _upscale_sets(settings: EvaluateConfig, observer: Observer) -> Inputs:
             input=tuple(job.source for job in jobs),
             output=str(settings.upscaled_dir / name),
             weights=weights,
+            engine=settings.engine,
             device=settings.device,
             offline=settings.offline,
             overwrite=True,  # existing images may come from earlier weights of the same name

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 
 from pdd_cli.engines.base import Engine
 from pdd_cli.engines.cache import fingerprint
-from pdd_cli.engines.onnx_engine import OnnxEngine
+from pdd_cli.engines.devices import choose_inference
 from pdd_cli.engines.select import open_engine
 from pdd_cli.errors import DownloadError, InputError
+from pdd_cli.gpus import is_pytorch_device
 from pdd_cli.imaging.provenance import Provenance
 from pdd_cli.observer import Observer
 from pdd_cli.ranks import Ranks
 from pdd_cli.runtime import Runtime, choose_runtime, resident_memory
+from pdd_cli.settings.base import EngineChoice
 from pdd_cli.settings.upscale import UpscaleConfig
 from pdd_cli.upscaling.jobs import provenance_of
 from pdd_cli.upscaling.resizing import SizeRequest
@@ -63,29 +65,31 @@ def load_upscalers(
 
     One process on each machine fetches the weights. A dry run fetches nothing.
     """
-    runtimes = [choose_runtime(name, settings.precision) for name in ranks.devices(settings.device)]
+    names = ranks.devices(settings.device)
+    places = [choose_inference(settings.engine, name, settings.precision) for name in names]
     weights = ranks.first_per_machine(partial(_find_weights, settings, observer, dry_run=dry_run))
     as_onnx = weights.path is not None and is_onnx(weights.path)
     if as_onnx:
-        runtimes = [_onnx_runtime(settings)]
+        places = [_onnx_place(settings, name) for name in names]
     for name in weights.to_fetch:
         observer.say(f"dry run: the weights {name} are not installed; the run would fetch them ({_published(name)})")
     load = partial(_load_model, settings, weights)
     known = fingerprint(weights.files, weights.strength) if weights.path is not None else None
-    engine_choice = settings.engine if weights.path is not None else "torch"
-    free = settings.precision == "auto"
+    free = settings.precision == "auto" and not as_onnx
 
-    def open_one(runtime: Runtime) -> Engine:
-        if as_onnx:
-            return OnnxEngine(load(), runtime)
-        return open_engine(load, known, runtime, engine_choice, free=free)
+    def open_one(name: str, choice: EngineChoice, runtime: Runtime) -> Engine:
+        if weights.path is None:
+            choice, runtime = "torch", choose_runtime(name if is_pytorch_device(name) else "cpu", "fp32")
+        return open_engine(load, None if as_onnx else known, runtime, choice, free=free, anywhere=name == "auto")
 
     with ExitStack() as opened:
-        engines = [opened.enter_context(closing(open_one(runtime))) for runtime in runtimes]
-        places = "; ".join(f"{engine.runtime}, {engine.name}" for engine in engines)
+        engines = [
+            opened.enter_context(closing(open_one(name, *place))) for name, place in zip(names, places, strict=True)
+        ]
+        shown = "; ".join(f"{engine.runtime}, {engine.name}" for engine in engines)
         processes = f", {ranks.size} processes" if ranks.size > 1 else ""
         model = engines[0].model
-        observer.say(f"{settings.weights}: {model.architecture} x{model.scale} on {places}{processes}")
+        observer.say(f"{settings.weights}: {model.architecture} x{model.scale} on {shown}{processes}")
         max_memory_bytes = settings.max_memory_bytes
         if max_memory_bytes is not None:
             # The devices share the memory that the models leave.
@@ -151,20 +155,16 @@ def _load_model(settings: UpscaleConfig, weights: _Weights) -> SRModel:
         raise
 
 
-def _onnx_runtime(settings: UpscaleConfig) -> Runtime:
-    """The runtime of ONNX files. Raises InputError if the settings name another one."""
-    for option, value, allowed in (
-        ("--device", settings.device, "cpu"),
-        ("--precision", settings.precision, "fp32"),
-    ):
-        if value not in ("auto", allowed):
-            raise InputError(
-                f"{settings.weights}: ONNX files are computed on the CPU in fp32, not with {option} {value}",
-                f"Leave out {option}, or use the .pth or .safetensors file from which it was made.",
-            )
-    if settings.engine != "auto":
+def _onnx_place(settings: UpscaleConfig, device: str) -> tuple[EngineChoice, Runtime]:
+    """The engine and the runtime of an ONNX file. Raises InputError if the settings name others."""
+    if settings.engine not in ("auto", "onnx"):
         raise InputError(f"{settings.weights}: --engine {settings.engine} can't compute an ONNX file", "Leave it out.")
-    return choose_runtime("cpu", "fp32")
+    if settings.precision not in ("auto", "fp32"):
+        raise InputError(
+            f"{settings.weights}: ONNX files are computed in fp32, not with --precision {settings.precision}",
+            "Leave out --precision, or use the .pth or .safetensors file from which it was made.",
+        )
+    return choose_inference("onnx", device, "fp32")
 
 
 def _size(settings: UpscaleConfig) -> SizeRequest:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from pdd_cli.imaging.image import Array
+from pdd_cli.imaging.image import Array, from_float
 from pdd_cli.models.traits import ModelSpec
 from pdd_cli.runtime import Runtime
 
@@ -80,3 +81,26 @@ class Unfit:
 
 def spec_of(model: SRModel) -> ModelSpec:
     return ModelSpec(**{field.name: getattr(model, field.name) for field in fields(ModelSpec)})
+
+
+def pad_to_size(lr: FloatArray, spec: ModelSpec) -> FloatArray:
+    """(…, h, w), padded at the bottom and right by replication to a size that the network takes."""
+    height, width = lr.shape[-2:]
+    bottom, right = spec.lacking(height), spec.lacking(width)
+    if not bottom and not right:
+        return lr
+    return np.pad(lr, (*(((0, 0),) * (lr.ndim - 2)), (0, bottom), (0, right)), mode="edge")
+
+
+def round_images(images: Iterable[FloatArray], dtype: np.dtype[Any]) -> Array | None:
+    """Images (C, H, W) in 0..1 as (N, H, W, C) in uint8 or uint16; None if a value isn't finite."""
+    rounded = []
+    for planes in images:
+        image = np.empty((*planes.shape[1:], len(planes)), dtype)
+        try:
+            for channel, plane in enumerate(planes):
+                image[..., channel] = from_float(plane, 8 * dtype.itemsize)
+        except ValueError:
+            return None
+        rounded.append(image)
+    return np.stack(rounded)

@@ -1,7 +1,7 @@
 """Cache of networks in an engine's own format: converting takes seconds, loading tenths of a second.
 
 An entry is one file: a line of JSON, then the exported network. Its key is the engine, the version of the engine's
-library, the weights, the CPU and the precision. An entry that can't be read counts as missing.
+library, the weights, the CPU, the device and the precision. An entry that can't be read counts as missing.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from pathlib import Path
 from pdd_cli.engines.base import Unfit, Usable
 from pdd_cli.errors import InputError, PddError
 from pdd_cli.files import atomic_write
+from pdd_cli.gpus import vulkan_devices
 from pdd_cli.models.traits import ModelSpec
-from pdd_cli.runtime import Precision
+from pdd_cli.runtime import Runtime
 from pdd_cli.system import cpu_features
 from pdd_cli.weights.store import cache_home
 
-_FORMAT = 3
-_LIBRARIES = {"openvino": "openvino", "winograd": "llvmlite"}
+_FORMAT = 4
+# The library of each engine: a distribution, for onnx a module.
+_LIBRARIES = {"openvino": "openvino", "winograd": "llvmlite", "ncnn": "ncnn", "onnx": "onnxruntime"}
 _SUFFIX = ".compiled"
 # Maximum size of all entries together, in bytes; the least recently used are deleted first.
 _MAX_BYTES = 1 << 30
@@ -41,9 +43,12 @@ def fingerprint(files: Sequence[Path], strength: float) -> str:
     return digest.hexdigest()
 
 
-def find(engine: str, weights: str, precision: Precision) -> Usable | Unfit | None:
-    """Return the entry for the weights with this fingerprint; None if there is none or it can't be read."""
-    path = _path(engine, weights, precision)
+def find(engine: str, weights: str, runtime: Runtime, *, timed: bool = False) -> Usable | Unfit | None:
+    """Return the entry for the weights with this fingerprint; None if there is none or it can't be read.
+
+    `timed`: the entry of an engine that is usable only if it is also faster than those of the CPU.
+    """
+    path = _path(engine, weights, runtime, timed)
     try:
         with path.open("rb") as file:
             head, exported = json.loads(file.readline()), file.read()
@@ -57,7 +62,7 @@ def find(engine: str, weights: str, precision: Precision) -> Usable | Unfit | No
         return None
 
 
-def keep(engine: str, weights: str, precision: Precision, result: Usable | Unfit) -> None:
+def keep(engine: str, weights: str, runtime: Runtime, result: Usable | Unfit, *, timed: bool = False) -> None:
     """Write an entry to the cache. If it can't be written, nothing is cached."""
     exported = b""
     head: dict[str, object] = {"unfit": ""}
@@ -71,7 +76,7 @@ def keep(engine: str, weights: str, precision: Precision, result: Usable | Unfit
             "bytes_per_pixel": result.bytes_per_pixel,
         }
     head["crc32"] = zlib.crc32(exported)
-    path = _path(engine, weights, precision)
+    path = _path(engine, weights, runtime, timed)
     with contextlib.suppress(PddError, OSError):
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             file.write(json.dumps(head).encode() + b"\n")
@@ -79,11 +84,23 @@ def keep(engine: str, weights: str, precision: Precision, result: Usable | Unfit
         _trim(path)
 
 
-def _path(engine: str, weights: str, precision: Precision) -> Path:
+def _path(engine: str, weights: str, runtime: Runtime, timed: bool) -> Path:
+    device = str(runtime.device_name)
+    if runtime.device_type == "vulkan":  # the number may belong to another device tomorrow
+        known = {f"vulkan:{one.index}": f"{one.name} {one.driver}" for one in vulkan_devices()}
+        device = known.get(device, device)
+    key = (_FORMAT, engine, weights, runtime.precision, device, timed, _version(engine), sorted(cpu_features()))
+    return cache_home() / "compiled" / (hashlib.sha256(repr(key).encode()).hexdigest()[:32] + _SUFFIX)
+
+
+def _version(engine: str) -> str:
+    """The version of the engine's library. ONNX Runtime has several distributions, so the module is asked."""
+    from importlib import import_module
     from importlib.metadata import version
 
-    key = (_FORMAT, engine, weights, precision, version(_LIBRARIES[engine]), sorted(cpu_features()))
-    return cache_home() / "compiled" / (hashlib.sha256(repr(key).encode()).hexdigest()[:32] + _SUFFIX)
+    if engine == "onnx":
+        return str(import_module(_LIBRARIES[engine]).__version__)
+    return version(_LIBRARIES[engine])
 
 
 def _trim(newest: Path) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pdd_cli.engines.base import FloatArray, Usable, spec_of
+from pdd_cli.engines.base import FloatArray, Usable, pad_to_size, round_images, spec_of
 from pdd_cli.errors import InputError
-from pdd_cli.imaging.image import Array, from_float, to_float
+from pdd_cli.imaging.image import Array, to_float
 from pdd_cli.runtime import Precision, Runtime, available_cpus, convert_memory_errors, usable_cpus
 
 if TYPE_CHECKING:
@@ -62,15 +62,7 @@ class OpenVINOEngine:
 
     @convert_memory_errors()
     def run_rounded(self, lr: Array) -> Array | None:
-        sr = self._infer(self._fast, to_float(lr.transpose(0, 3, 1, 2)))
-        found = np.empty((len(sr), *sr.shape[2:], sr.shape[1]), lr.dtype)
-        try:
-            for image, planes in zip(found, sr, strict=True):
-                for channel, plane in enumerate(planes):
-                    image[..., channel] = from_float(plane, 8 * lr.itemsize)
-        except ValueError:
-            return None
-        return found
+        return round_images(self._infer(self._fast, to_float(lr.transpose(0, 3, 1, 2))), lr.dtype)
 
     def close(self) -> None:
         self._source = self._compiled = self._fast = self._exact = None
@@ -78,10 +70,7 @@ class OpenVINOEngine:
     def _infer(self, request: Any, lr: FloatArray) -> FloatArray:
         """Return the network's output buffer for (N, C, h, w). The next call overwrites it."""
         height, width = lr.shape[-2:]
-        bottom, right = self.model.lacking(height), self.model.lacking(width)
-        if bottom or right:
-            lr = np.pad(lr, ((0, 0), (0, 0), (0, bottom), (0, right)), mode="edge")
-        request.start_async([np.ascontiguousarray(lr)])
+        request.start_async([np.ascontiguousarray(pad_to_size(lr, self.model))])
         try:
             # Short waits, so that Python can handle Ctrl-C in between.
             while not request.wait_for(100):

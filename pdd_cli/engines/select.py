@@ -4,34 +4,52 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pdd_cli.engines import cache
 from pdd_cli.engines.base import Engine, Unfit, Usable
+from pdd_cli.engines.ncnn_engine import NcnnEngine
+from pdd_cli.engines.onnx_engine import OnnxEngine
 from pdd_cli.engines.openvino_engine import OpenVINOEngine
 from pdd_cli.engines.torch_engine import Convert, TorchEngine, agrees_with_torch
 from pdd_cli.engines.winograd import winograd_pays
 from pdd_cli.engines.winograd.engine import WinogradEngine
 from pdd_cli.errors import InputError
+from pdd_cli.gpus import onnx_providers, vulkan_devices
 from pdd_cli.runtime import Runtime
-from pdd_cli.settings.upscale import EngineChoice
+from pdd_cli.settings.base import EngineChoice
 
 if TYPE_CHECKING:
     from pdd_cli.models.loading import SRModel
 
-_Kind = type[WinogradEngine] | type[OpenVINOEngine]
+_Kind = type[WinogradEngine] | type[OpenVINOEngine] | type[NcnnEngine] | type[OnnxEngine]
+_Converted = WinogradEngine | OpenVINOEngine | NcnnEngine | OnnxEngine
+
+# Engines are timed on an image of this side.
+_TIMED_SIDE = 64
 
 
-def choose_engine(model: SRModel, runtime: Runtime, choice: EngineChoice, *, free: bool = False) -> Engine:
+def choose_engine(
+    model: SRModel, runtime: Runtime, choice: EngineChoice, *, free: bool = False, anywhere: bool = False
+) -> Engine:
     """`open_engine` for a loaded model, without the cache."""
-    return open_engine(lambda: model, None, runtime, choice, free=free)
+    return open_engine(lambda: model, None, runtime, choice, free=free, anywhere=anywhere)
 
 
 def open_engine(
-    load: Callable[[], SRModel], weights: str | None, runtime: Runtime, choice: EngineChoice, *, free: bool = False
+    load: Callable[[], SRModel],
+    weights: str | None,
+    runtime: Runtime,
+    choice: EngineChoice,
+    *,
+    free: bool = False,
+    anywhere: bool = False,
 ) -> Engine:
     """Open the engine that `--engine` names. The caller closes it.
 
@@ -42,13 +60,16 @@ def open_engine(
         load: Loads the model. It is not called if the cache has the converted model.
         weights: The fingerprint of the weights (`cache.fingerprint`), the key in the cache; None: don't use the cache.
         free: The engine may use another precision than the runtime's.
+        anywhere: On a machine without a GPU for PyTorch, it may use one that ncnn or ONNX Runtime finds.
 
     Raises:
         InputError: the engine that `choice` names can't compute this model or runtime.
     """
     loaded = functools.cache(load)
-    for kind, place in _candidates(runtime, choice, free=free):
-        engine = _open(kind, loaded, weights, place, insist=choice == kind.name)
+    candidates = _candidates(runtime, choice, free=free, anywhere=anywhere)
+    for number, candidate in enumerate(candidates, 1):
+        insist = choice == candidate.kind.name and number == len(candidates)
+        engine = _open(candidate, loaded, weights, insist=insist)
         if not isinstance(engine, Unfit):
             return engine
     return _pytorch(loaded(), runtime)
@@ -66,41 +87,83 @@ class Tried:
 def try_engines(model: SRModel, runtime: Runtime) -> list[Tried]:
     """The engines in the order in which auto tries them for `model`, PyTorch last; auto takes the first usable one."""
     tried = []
-    for kind, place in _candidates(runtime, "auto", free=True):
-        engine = _open(kind, lambda: model, None, place, insist=False)
+    for candidate in _candidates(runtime, "auto", free=True, anywhere=True):
+        engine = _open(candidate, lambda: model, None, insist=False)
         if isinstance(engine, Unfit):
-            tried.append(Tried(kind.name, place, engine.reason))
+            tried.append(Tried(candidate.kind.name, candidate.runtime, engine.reason))
         else:
             engine.close()
-            tried.append(Tried(kind.name, place))
+            tried.append(Tried(candidate.kind.name, candidate.runtime))
     return [*tried, Tried(TorchEngine.name, runtime)]
 
 
-def _candidates(runtime: Runtime, choice: EngineChoice, *, free: bool) -> list[tuple[_Kind, Runtime]]:
+@dataclass(frozen=True)
+class _Candidate:
+    """An engine to try on a device. It must also be faster than what auto takes for the runtime `faster_than`."""
+
+    kind: _Kind
+    runtime: Runtime
+    faster_than: Runtime | None = None
+
+
+def _candidates(runtime: Runtime, choice: EngineChoice, *, free: bool, anywhere: bool) -> list[_Candidate]:
     """The engines to try before PyTorch, with their runtimes, fastest first (docs/benchmarks.md)."""
     exact = Runtime(runtime.device_name, "fp32") if free else runtime
-    if choice == "winograd":
-        return [(WinogradEngine, exact)]
-    if choice == "openvino":
-        return [(OpenVINOEngine, runtime)]
-    found: list[tuple[_Kind, Runtime]] = []
-    if choice == "auto" and runtime.device_type == "cpu":
-        if exact.precision == "fp32" and winograd_pays(runtime):
-            found.append((WinogradEngine, exact))
-        if find_spec("openvino") is not None:
-            found.append((OpenVINOEngine, runtime))
+    gpus = anywhere and runtime.device_type == "cpu"
+    found: list[_Candidate] = []
+    match choice:
+        case "winograd":
+            return [_Candidate(WinogradEngine, exact)]
+        case "openvino":
+            return [_Candidate(OpenVINOEngine, runtime)]
+        case "ncnn" | "onnx":
+            kind: _Kind = NcnnEngine if choice == "ncnn" else OnnxEngine
+            devices = [*(_gpus(choice) if gpus else []), str(runtime.device_name)]
+            return [_Candidate(kind, place) for device in devices for place in _precisions(device, runtime, free)]
+        case "auto" if runtime.device_type == "cpu":
+            if gpus:
+                for name in _AUTO_ON_GPUS:
+                    kind = NcnnEngine if name == "ncnn" else OnnxEngine
+                    places = [place for device in _gpus(name) for place in _precisions(device, runtime, free)]
+                    found += [_Candidate(kind, place, faster_than=runtime) for place in places]
+            if exact.precision == "fp32" and winograd_pays(runtime):
+                found.append(_Candidate(WinogradEngine, exact))
+            if find_spec("openvino") is not None:
+                found.append(_Candidate(OpenVINOEngine, runtime))
     return found
 
 
+_AUTO_ON_GPUS = ("onnx", "ncnn")
+
+
+def _gpus(engine: str) -> list[str]:
+    """The GPU that `engine` would use on its own, if there is one. TensorRT is left out: it compiles for minutes."""
+    if engine == "onnx":
+        return [device for device in onnx_providers() if device != "tensorrt"][:1]
+    gpus = [device for device in vulkan_devices() if device.is_gpu]
+    gpus.sort(key=lambda device: device.kind != "discrete GPU")
+    return [f"vulkan:{device.index}" for device in gpus[:1]]
+
+
+def _precisions(device: str, runtime: Runtime, free: bool) -> list[Runtime]:
+    """The runtimes to try on a device: with `free` first in fp16 on a GPU."""
+    if device == "cpu":
+        return [runtime]
+    if free:
+        return [Runtime(device, "fp16"), Runtime(device, "fp32")]
+    return [Runtime(device, runtime.precision)] if runtime.precision in ("fp32", "fp16") else []
+
+
 def _open(
-    kind: _Kind, load: Callable[[], SRModel], weights: str | None, runtime: Runtime, *, insist: bool
-) -> WinogradEngine | OpenVINOEngine | Unfit:
+    candidate: _Candidate, load: Callable[[], SRModel], weights: str | None, *, insist: bool
+) -> _Converted | Unfit:
     """Open an engine that agrees with PyTorch, from the cache if possible.
 
     With `insist` it need not agree; then raises InputError if the engine can't compute the model.
     """
+    kind, runtime, timed = candidate.kind, candidate.runtime, candidate.faster_than is not None
     if weights is not None:
-        known = cache.find(kind.name, weights, runtime.precision)
+        known = cache.find(kind.name, weights, runtime, timed=timed)
         if isinstance(known, Usable):
             with contextlib.suppress(RuntimeError, InputError):  # not exported by this library
                 return kind(known, runtime)
@@ -114,16 +177,39 @@ def _open(
             raise
         unfit = Unfit(error.message)
     else:
-        if agrees_with_torch(engine, model):
+        if insist and weights is None:
+            return engine
+        problem = _problem(engine, model, candidate, weights)
+        if not problem:
             if weights is not None:
-                cache.keep(kind.name, weights, runtime.precision, engine.export())
+                cache.keep(kind.name, weights, runtime, engine.export(), timed=timed)
             return engine
         if not insist:
             engine.close()
-        unfit = Unfit(f"{kind.name} and PyTorch give different results for this model")
+        unfit = Unfit(problem)
     if weights is not None:
-        cache.keep(kind.name, weights, runtime.precision, unfit)
+        cache.keep(kind.name, weights, runtime, unfit, timed=timed)
     return engine if insist else unfit
+
+
+def _problem(engine: Engine, model: SRModel, candidate: _Candidate, weights: str | None) -> str:
+    """The reason why `engine` is not used; "" if it can be used."""
+    if not agrees_with_torch(engine, model):
+        return f"{engine.name} and PyTorch give different results for this model"
+    if candidate.faster_than is not None:
+        with contextlib.closing(open_engine(lambda: model, weights, candidate.faster_than, "auto", free=True)) as other:
+            if _seconds(engine) > _seconds(other):
+                return f"slower on {candidate.runtime} than {other.name} on {other.runtime}"
+    return ""
+
+
+def _seconds(engine: Engine) -> float:
+    """The time for a small image; the first one is not counted."""
+    lr = np.zeros((1, engine.model.in_channels, _TIMED_SIDE, _TIMED_SIDE), np.float32)
+    engine.run(lr)
+    started = time.perf_counter()
+    engine.run(lr)
+    return time.perf_counter() - started
 
 
 def _pytorch(model: SRModel, runtime: Runtime) -> TorchEngine:

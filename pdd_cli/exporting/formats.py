@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pdd_cli.errors import InputError, PddError
 from pdd_cli.exporting.names import paths_of
-from pdd_cli.exporting.onnx_graph import LR_SIDES, OPSET, psnr, write_onnx
 from pdd_cli.files import atomic_write, write_text
 from pdd_cli.models.loading import SRModel, model_from_state
+from pdd_cli.models.onnx_graph import LR_SIDES, OPSET, psnr, write_onnx
 from pdd_cli.settings.base import ExportForm
 from pdd_cli.weights import ncnn
 from pdd_cli.weights.states import state_sha256

@@ -92,7 +92,7 @@ def score_inputs(settings: EvaluateConfig, inputs: Inputs, observer: Observer = 
     with observer.fetching() as on_event:
         loaded, lacking = load_metrics(
             wanted,
-            device=str(choose_runtime(settings.device).device),
+            device=str(choose_runtime(settings.metric_device).device),
             luma=settings.luma,
             offline=settings.offline,
             on_event=on_event,

@@ -1,4 +1,4 @@
-"""Super-resolution models in ONNX files, computed by ONNX Runtime on the CPU in fp32."""
+"""Super-resolution models in ONNX files, and the graphs of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -25,26 +25,54 @@ _ASSUMED_CHANNELS = 128
 _OTHERS = "Or use the .pth or .safetensors file from which it was made."
 
 
-class OnnxNetwork(nn.Module):
-    """The graph of an ONNX Runtime session: (N, C, h, w) to (N, C, h*scale, w*scale), one image after the other."""
+class OnnxGraph:
+    """A session of ONNX Runtime whose graph has one input and one output. Half-precision graphs are converted to."""
 
-    def __init__(self, session: Any, sha256: bytes) -> None:
-        super().__init__()
+    def __init__(self, session: Any) -> None:
         (source,) = session.get_inputs()
         self._session, self._input = session, source.name
         self._dtype = np.float16 if source.type == "tensor(float16)" else np.float32
-        # They make the `state_sha256` and the device of the module.
-        self.register_buffer("sha256", torch.tensor(list(sha256), dtype=torch.uint8))
-        self.register_parameter("unused", nn.Parameter(torch.zeros(1), requires_grad=False))
-
-    def forward(self, lr: Tensor) -> Tensor:
-        images = lr.numpy().astype(self._dtype)
-        return torch.cat([torch.from_numpy(self.run(image[None])) for image in images])
 
     def run(self, lr: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """The output for one image (1, C, h, w)."""
         (sr,) = self._session.run(None, {self._input: np.ascontiguousarray(lr, self._dtype)})
         return np.asarray(sr, np.float32)
+
+
+def open_session(graph: str | bytes, provider: str = "CPUExecutionProvider", number: int = 0) -> Any:
+    """A session for a graph (a file or its content) on the device `number` of an execution provider.
+
+    ONNX Runtime falls back to the CPU without an exception. Raises RuntimeError then.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # fatal only: errors are also raised as exceptions
+    options.intra_op_num_threads = usable_cpus()
+    if provider == "DmlExecutionProvider":  # as its documentation demands
+        options.enable_mem_pattern = False
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    settings = {"device_id": str(number)} if number else {}
+    providers = [(provider, settings), *(["CPUExecutionProvider"] if provider != "CPUExecutionProvider" else [])]
+    session = onnxruntime.InferenceSession(graph, options, providers=providers)
+    if session.get_providers()[0] != provider:
+        raise RuntimeError(f"ONNX Runtime can't start its {provider}: a driver or library of it is missing")
+    return session
+
+
+class OnnxNetwork(nn.Module):
+    """The graph of an ONNX Runtime session: (N, C, h, w) to (N, C, h*scale, w*scale), one image after the other."""
+
+    def __init__(self, session: Any, path: Path) -> None:
+        super().__init__()
+        self.graph, self.path = OnnxGraph(session), path
+        # They make the `state_sha256` and the device of the module.
+        sha256 = hashlib.sha256(path.read_bytes()).digest()
+        self.register_buffer("sha256", torch.tensor(list(sha256), dtype=torch.uint8))
+        self.register_parameter("unused", nn.Parameter(torch.zeros(1), requires_grad=False))
+
+    def forward(self, lr: Tensor) -> Tensor:
+        return torch.cat([torch.from_numpy(self.graph.run(image[None])) for image in lr.numpy()])
 
 
 def load_onnx_model(path: Path) -> SRModel:
@@ -59,7 +87,7 @@ def load_onnx_model(path: Path) -> SRModel:
         )
     session = _session(path)
     channels = _channels(session, path)
-    network = OnnxNetwork(session, hashlib.sha256(path.read_bytes()).digest())
+    network = OnnxNetwork(session, path)
     scale, multiple, out_channels = _measure(network, channels, path)
     metadata = session.get_modelmeta().custom_metadata_map
     if (stated := metadata.get("scale")) and stated != str(scale):
@@ -83,11 +111,8 @@ def assumed_bytes_per_pixel(model: SRModel) -> int:
 def _session(path: Path) -> Any:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # fatal only: errors are also raised as exceptions
-    options.intra_op_num_threads = usable_cpus()
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return open_session(str(path))
     except Exception as error:  # its exceptions have no common class
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
@@ -143,7 +168,7 @@ def _shapes(network: OnnxNetwork, channels: int, multiple: int) -> Iterator[tupl
     """Two sizes of images whose sides are odd multiples of `multiple`, and the shapes of the graph's output."""
     side = multiple * (-(-_TRIAL_SIDE // multiple) | 1)
     for height, width in ((side, side + 2 * multiple), (side + 2 * multiple, side)):
-        sr = network.run(np.full((1, channels, height, width), 0.5, np.float32))
+        sr = network.graph.run(np.full((1, channels, height, width), 0.5, np.float32))
         if sr.ndim != 4:
             raise ValueError(f"its output has the shape {list(sr.shape)}")
         yield (height, width), sr.shape

@@ -70,6 +70,13 @@ def expand_home(value: Any) -> Any:
 
 ExportForm = Literal["pth", "safetensors", "onnx", "ncnn"]
 Device = Annotated[str, Field(description="auto, cpu, cuda, cuda:N or mps."), Option("Computing", metavar="NAME")]
+EngineChoice = Literal["auto", "torch", "openvino", "winograd", "ncnn", "onnx"]
+Engine = Annotated[
+    EngineChoice,
+    Field(description="Inference engine; auto: the fastest that agrees with PyTorch."),
+    Option("Computing"),
+]
+INFERENCE_DEVICES = "auto, cpu, cuda, cuda:N, mps, vulkan:N, directml, coreml, rocm, tensorrt."
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
     Field(description="Number format of the computation; auto: the fastest on this device."),

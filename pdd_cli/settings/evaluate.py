@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pdd_cli.settings.base import Device, Offline, Option, Settings
+from pdd_cli.gpus import is_pytorch_device
+from pdd_cli.settings.base import INFERENCE_DEVICES, Device, Engine, Offline, Option, Settings
 
 
 class EvaluateConfig(Settings):
@@ -83,7 +84,8 @@ class EvaluateConfig(Settings):
         Field(description="Write the report: a web page (.html), or all scores (.csv, .json)."),
         Option("Output", flags=("--output", "-o")),
     ] = None
-    device: Device = "auto"
+    engine: Engine = "auto"
+    device: Annotated[Device, Field(description=INFERENCE_DEVICES)] = "auto"
     offline: Offline = False
 
     @model_validator(mode="after")
@@ -96,8 +98,17 @@ class EvaluateConfig(Settings):
             raise ValueError("--weights makes the images to score: omit SR_DIR and --baseline")
         if self.weights and self.dataset is None and self.lr_dir is None:
             raise ValueError("--weights needs images to upscale: add --lr-dir DIR, or --dataset NAME --root DIR")
+        if self.engine != "auto" and not self.weights:
+            raise ValueError("--engine computes the images of --weights: add it")
         if len(set(self.weights)) < len(self.weights):
             raise ValueError("--weights names the same weights twice")
         if self.fail_if_worse and not self.baseline and len(self.weights) < 2:
             raise ValueError("--fail-if-worse needs something to compare with: add --baseline DIR")
         return self
+
+    @property
+    def metric_device(self) -> str:
+        """The `device`, or auto if only the engine of --weights can use it."""
+        if self.weights and self.device != "cpu" and (self.engine == "onnx" or not is_pytorch_device(self.device)):
+            return "auto"
+        return self.device

@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from pdd_cli.settings.base import Device, Fraction, Offline, Option, Precision, Settings
+from pdd_cli.settings.base import INFERENCE_DEVICES, Device, Engine, Fraction, Offline, Option, Precision, Settings
 
-EngineChoice = Literal["auto", "torch", "openvino", "winograd"]
 FormatChoice = Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl", "mp4", "mov", "mkv", "webm"]
 Side = Annotated[int, Field(ge=1, le=1_000_000)]
 
@@ -179,14 +178,10 @@ class UpscaleConfig(Settings):
         Field(description="Preset of the encoder: slow and fast of x264 and x265, 0 to 13 of SVT-AV1."),
         Option("Video", metavar="NAME", default="the encoder's"),
     ] = None
-    engine: Annotated[
-        EngineChoice,
-        Field(description="Inference engine; auto: the fastest that agrees with PyTorch."),
-        Option("Computing"),
-    ] = "auto"
+    engine: Engine = "auto"
     device: Annotated[
         Device,
-        Field(description="auto, cpu, cuda, cuda:N or mps; several: cuda:0,cuda:1."),
+        Field(description=f"{INFERENCE_DEVICES} Several: cuda:0,cuda:1."),
     ] = "auto"
     precision: Precision = "auto"
     max_memory: Annotated[

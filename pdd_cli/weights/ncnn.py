@@ -165,11 +165,13 @@ class _Line:
         return " ".join(word for word in words if word)
 
 
-def write_network(wiring: Wiring, state: Mapping[str, npt.NDArray[np.float32]]) -> tuple[str, bytes]:
+def write_network(
+    wiring: Wiring, state: Mapping[str, npt.NDArray[np.float32]], *, half: bool = True
+) -> tuple[str, bytes]:
     """The `.param` and `.bin` of the network, whose input is the blob `data` and whose output is `output`.
 
-    Weights are stored in fp16, biases and slopes in fp32; this is how Real-ESRGAN's ncnn models are published. Raises
-    InputError for weights beyond the range of fp16 (65504).
+    Weights are stored in fp16 (unless `half` is false), biases and slopes in fp32; this is how Real-ESRGAN's ncnn
+    models are published. Raises InputError for weights beyond the range of fp16 (65504).
     """
     *lines, last = _lines(wiring)
     lines = _with_splits([*lines, replace(last, outputs=("output",))])
@@ -180,6 +182,9 @@ def write_network(wiring: Wiring, state: Mapping[str, npt.NDArray[np.float32]]) 
         weight = state[f"{module}.weight"]
         if weight.ndim == 1:  # a PReLU
             data += weight.astype("<f4").tobytes()
+            continue
+        if not half:
+            data += bytes(4) + weight.astype("<f4").tobytes() + state[f"{module}.bias"].astype("<f4").tobytes()
             continue
         if np.abs(weight).max() > np.finfo(np.float16).max:
             raise InputError(f"{module}.weight has values beyond the range of fp16, which ncnn files have here")
