@@ -116,13 +116,18 @@ def test_options_in_the_text_exist(page: Path) -> None:
 
 
 def write_clip(path: Path) -> None:
-    """Three small frames."""
+    """Three small frames; with sound in an MP4."""
     with av.open(path, "w") as clip:
         stream = clip.add_stream("h264" if path.suffix == ".mp4" else "mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
+        sound = clip.add_stream("aac", rate=48_000) if path.suffix == ".mp4" else None
         for number in range(3):
             clip.mux(stream.encode(av.VideoFrame.from_ndarray(photo(24, 32, number))))
         clip.mux(stream.encode())
+        if sound is not None:
+            tone = av.AudioFrame.from_ndarray(np.zeros((2, 14_400), np.float32), format="fltp", layout="stereo")
+            tone.sample_rate = 48_000
+            clip.mux([*sound.encode(tone), *sound.encode()])
 
 
 @pytest.fixture
@@ -143,6 +148,8 @@ def place(ground: Path, pdd: Callable[..., Outcome]) -> Callable[..., Outcome]:
         Image.fromarray(photo(48, 64, len(name))).save(name)
     for name in ("clip.mp4", "clip.avi", "clips/1.mp4"):
         write_clip(Path(name))
+    shades = [Image.fromarray(photo(48, 64, number)) for number in range(3)]
+    shades[0].save("anim.gif", save_all=True, append_images=shades[1:], duration=100)
     rng = np.random.default_rng(0)
     for image in ("1.jpg", "sub/2.jpg"):
         for folder in ("originals", "new", "old"):

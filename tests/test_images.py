@@ -293,8 +293,10 @@ def test_size_limits_are_reported() -> None:
         check_size(Path("a.jpg"), 65536, 1)
     with pytest.raises(InputError, match="WEBP"):
         check_size(Path("a.webp"), 1, 16384)
-    with pytest.raises(InputError, match=r"\.gif"):
-        check_size(Path("a.gif"), 1, 1)
+    with pytest.raises(InputError, match="GIF"):
+        check_size(Path("a.gif"), 65536, 1)
+    with pytest.raises(InputError, match=r"\.ico"):
+        check_size(Path("a.ico"), 1, 1)
 
 
 def test_find_images(tmp_path: Path) -> None:

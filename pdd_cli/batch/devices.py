@@ -17,6 +17,7 @@ from pdd_cli.ranks import Ranks
 from pdd_cli.upscaling.jobs import Abandoned, Job, Result
 from pdd_cli.upscaling.upscaler import OnTile, Upscaler
 from pdd_cli.video.decode import is_video, video_size
+from pdd_cli.video.images import frame_files
 
 
 def partition(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
@@ -43,6 +44,9 @@ def input_size(source: Path) -> tuple[int, int, int]:
     try:
         if is_video(source):
             return video_size(source)
+        if source.is_dir():
+            files = frame_files(source)
+            return *probe(files[0], most_pixels=2**62).size, len(files)
         header = probe(source, most_pixels=2**62)
     except Exception:  # the job itself will report it
         return 0, 0, 0
@@ -54,7 +58,9 @@ def output_pixels(job: Job, upscaler: Upscaler) -> int:
     width, height, frames = input_size(job.source)
     if not width or not height:
         return 0
-    return math.prod(upscaler.output_size(width, height)) * (frames if is_video(job.source) else 1)
+    return math.prod(upscaler.output_size(width, height)) * (
+        frames if is_video(job.source) or is_video(job.target) else 1
+    )
 
 
 class Runner(Protocol):

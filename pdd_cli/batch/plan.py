@@ -46,6 +46,7 @@ def plan_jobs(
     suffix: str,
     recursive: bool,
     stills: bool = False,
+    as_frames: bool = False,
 ) -> Plan:
     """The jobs for files, folders and glob patterns. Folders are listed; files are opened only to recognise outputs.
 
@@ -53,13 +54,14 @@ def plan_jobs(
     is the output file, or a folder if it exists as one, ends in a slash or has no suffix. Several sources: `output` is
     a folder for files and matches; the tree of a folder is reproduced in a subfolder with its name. `suffix` is
     appended to each name. `stills`: the inputs are videos and the outputs are images.
+    `as_frames`: each folder is one video, whose frames are the images in it.
 
     Raises InputError if there is nothing to do, two inputs would have the same output, or an output would replace an
     input.
     """
     if output == "-":
         raise InputError("the output -: pdd doesn't write to a pipe", "Name a file or a folder.")
-    plan, naming = Plan(), _Naming(format, suffix, stills)
+    plan, naming = Plan(), _Naming(format, suffix, stills, as_frames)
     if len(sources) == 1:
         jobs = _jobs_of(sources[0], output, naming, recursive, plan)
     else:
@@ -87,10 +89,12 @@ class _Naming:
     format: FormatChoice
     suffix: str
     stills: bool = False
+    as_frames: bool = False
+    animations: bool = False
 
     def gives_video(self, source: Path) -> bool:
         """Whether the output for `source` is a video."""
-        return is_video(source) and not self.stills
+        return (is_video(source) or self.animations) and not self.stills
 
     def applies(self, source: Path) -> bool:
         """Whether `format` is one for the output of `source`."""
@@ -116,6 +120,8 @@ def _jobs_of(source: Path, output: str, naming: _Naming, recursive: bool, plan: 
             plan.others[Path(name).suffix.lower() or "without suffix"] += 1
         return _is_input(name)
 
+    if source.is_dir() and naming.as_frames:
+        return [Job(source, _target_of_frames(source, output, naming))]
     if source.is_dir():
         found = find_images(source, recursive=recursive, wanted=wanted, problems=plan.problems)
         return _folder_jobs(source, found, Path(output), naming, plan)
@@ -141,7 +147,7 @@ def manifest_folder(sources: Sequence[Path], output: str, jobs: Sequence[Job], *
 
     A single file without metadata (`strip`) also needs a manifest.
     """
-    if len(sources) == 1 and sources[0].is_file():
+    if len(sources) == 1 and len(jobs) == 1 and jobs[0].source == sources[0]:
         return jobs[0].target.parent if strip else None
     return Path(output)
 
@@ -162,7 +168,9 @@ def _folder_jobs(
     if not output.exists() and _is_input(output):
         raise InputError(
             f"{source} is not a single file, but the output {output} has the suffix of a file",
-            "Name a folder for the outputs, without such a suffix.",
+            "Add --fps 25 to make a video of the images in it."
+            if is_video(output)
+            else "Name a folder for the outputs, without such a suffix.",
         )
     inside, outside = source.resolve(), output.resolve()
     if inside == outside and not naming.suffix:
@@ -183,7 +191,7 @@ def _folder_jobs(
         kinds = f", only {_counted(plan.others)}" if plan.others else ""
         raise InputError(
             "\n".join([f"{empty or f'{source}: no images or videos in it'}{kinds}", *plan.problems]),
-            "pdd reads PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC and JPEG XL files, and videos.",
+            "pdd reads PNG, JPEG, WebP, GIF, TIFF, BMP, AVIF, HEIC and JPEG XL files, and videos.",
         )
     return jobs
 
@@ -231,9 +239,27 @@ def _outputs_among(found: Sequence[Path], source: Path) -> set[Path]:
     return {path for path in found if is_output(path)}
 
 
+def _target_of_frames(source: Path, output: str, naming: _Naming) -> Path:
+    """The video of a folder of frames."""
+    path = Path(output)
+    if naming.format != "keep" and naming.format not in _VIDEO_FORMATS:
+        raise InputError(f"--format {naming.format} and --fps can't be combined: --fps makes videos", "Omit one.")
+    ending = ".mp4" if naming.format == "keep" else f".{naming.format}"
+    if _is_folder_name(output):
+        return path / f"{source.resolve().name}{naming.suffix}{ending}"
+    check_video_name(path)
+    if naming.format != "keep" and not _same_format(path, naming.format):
+        raise InputError(f"--format {naming.format} contradicts the name {path}", "Omit --format, or change the name.")
+    return path.with_name(path.stem + naming.suffix + path.suffix)
+
+
 def _target_of_file(source: Path, output: str, naming: _Naming) -> Path:
     path, format = Path(output), naming.format
-    check = check_video_name if naming.gives_video(source) else format_of
+    to_video = naming.gives_video(source)
+    if is_image(source) and (format in _VIDEO_FORMATS or (not _is_folder_name(output) and is_video(path))):
+        to_video = True  # an animation; a single image is rejected when it is read
+        naming = replace(naming, animations=True)
+    check = check_video_name if to_video else format_of
     if format != "keep" and not naming.applies(source):
         raise InputError(f"--format {format} can't be used for {source}", "Omit it, or name another format.")
     if _is_folder_name(output):

@@ -34,7 +34,7 @@ from pdd_cli.video.pipeline import preview_videos, run_videos
 # The settings that determine an output. Tiles, engine and precision make no visible difference.
 _RECIPE = {"scale", "width", "height", "long_side", "fit", "color_correction", "quality", "lossless", "strip_metadata"}
 # Those of videos, which are recorded if they are set, so that outputs of earlier versions stay current.
-_VIDEO_RECIPE = {"start", "end", "crop", "preview", "encoder", "crf", "preset"}
+_VIDEO_RECIPE = {"start", "end", "crop", "preview", "encoder", "crf", "preset", "fps", "audio"}
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,16 @@ class _Batch:
 
     @property
     def images(self) -> list[Job]:
-        return [job for job in self.jobs if not is_video(job.source)]
+        return [job for job in self.jobs if not _is_clip(job)]
 
     @property
     def videos(self) -> list[Job]:
-        return [job for job in self.jobs if is_video(job.source)]
+        return [job for job in self.jobs if _is_clip(job)]
+
+
+def _is_clip(job: Job) -> bool:
+    """Whether a job is done frame by frame: its input or its output is a video."""
+    return is_video(job.source) or is_video(job.target)
 
 
 def run(
@@ -194,13 +199,21 @@ def _plan(settings: UpscaleConfig) -> Plan:
         suffix=settings.suffix,
         recursive=settings.recursive,
         stills=settings.preview is not None,
+        as_frames=settings.fps is not None,
     )
 
 
 def _check_video_options(settings: UpscaleConfig, jobs: Sequence[Job]) -> None:
     """Raise InputError if an option of videos is given without a video, or the encoder can't be used."""
     given = sorted(name for name in _VIDEO_RECIPE if getattr(settings, name) is not None)
-    videos = [job for job in jobs if is_video(job.source)]
+    videos = [job for job in jobs if _is_clip(job)]
+    if settings.audio is not None:
+        if any(is_video(job.source) for job in videos):
+            raise InputError("--audio is for folders of frames and animations; videos keep their own", "Leave it out.")
+        if not settings.audio.is_file():
+            raise InputError(f"--audio {settings.audio}: no such file")
+    if settings.fps is not None and any(not job.source.is_dir() for job in jobs):
+        raise InputError("--fps is for folders of frames; files have their own times", "Name a folder, or omit --fps.")
     if given and not videos:
         raise InputError(f"--{given[0]} is for videos; there is none among the inputs", "Leave it out.")
     if settings.preview is not None and len(videos) < len(jobs):
@@ -266,7 +279,7 @@ def _run(batch: _Batch, settings: UpscaleConfig, observer: Observer) -> tuple[li
 
         def on_start(device: int, job: Job) -> None:
             started.add(job)
-            unit = "frames" if is_video(job.source) else "tiles"
+            unit = "frames" if _is_clip(job) else "tiles"
             progress.start(device, job.source.name, unit, sizes.get(job, 0))
 
         try:
@@ -346,7 +359,7 @@ def _save_last_run(outcome: BatchResult) -> bool:
     pairs = tuple(
         UpscaledPair(lr=result.job.source.absolute(), sr=result.job.target.absolute())
         for result in outcome.results
-        if result.status in ("done", "skipped") and not is_video(result.job.source)
+        if result.status in ("done", "skipped") and not _is_clip(result.job)
     )
     if pairs:
         save_last_run(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def _upscale(call: Call[UpscaleConfig, UpscaleFlags]) -> None:
     """Upscale images and videos, single files or folders of them.
 
-    PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC, JPEG XL; MP4, MOV, MKV, WebM and more.
+    PNG, JPEG, WebP, GIF, TIFF, BMP, AVIF, HEIC, JPEG XL; MP4, MOV, MKV, WebM and more.
 
     The same command again makes what is missing, and what has changed: inputs,
     weights, settings. A file that can't be read is reported at the end; the

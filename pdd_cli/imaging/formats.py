@@ -18,6 +18,7 @@ FORMATS = {
     ".jif": "JPEG",
     ".jfi": "JPEG",
     ".webp": "WEBP",
+    ".gif": "GIF",
     ".tif": "TIFF",
     ".tiff": "TIFF",
     ".bmp": "BMP",
@@ -34,13 +35,13 @@ FORMATS = {
 STREAMED = ("PNG", "TIFF")
 """The formats that are written row by row."""
 
-_LONGEST_SIDE = {"JPEG": 65_535, "WEBP": 16_383, "AVIF": 65_535}
+_LONGEST_SIDE = {"JPEG": 65_535, "GIF": 65_535, "WEBP": 16_383, "AVIF": 65_535}
 # For HEIF the limit of libheif, which most programs use.
 _MOST_BYTES = {"BMP": 2**32 - 1, "HEIF": 2**32}
 _SIXTEEN_BIT = ("PNG", "TIFF", "HEIF")
-_WITH_ALPHA = ("PNG", "WEBP", "TIFF", "BMP", "AVIF", "HEIF", "JXL")
-_LOSSY_ONLY = ("JPEG", "AVIF", "HEIF")
-_ANIMATED = ("PNG", "WEBP", "AVIF")
+_WITH_ALPHA = ("PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF", "JXL")
+_LOSSY_ONLY = ("JPEG", "AVIF", "HEIF", "GIF")
+_ANIMATED = ("PNG", "WEBP", "AVIF", "GIF")
 
 
 def format_of(path: Path) -> str:

@@ -11,7 +11,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pdd_cli.settings.base import INFERENCE_DEVICES, Device, Engine, Fraction, Offline, Option, Precision, Settings
 
-FormatChoice = Literal["keep", "png", "jpg", "webp", "tiff", "bmp", "avif", "heic", "jxl", "mp4", "mov", "mkv", "webm"]
+FormatChoice = Literal[
+    "keep", "png", "jpg", "webp", "gif", "tiff", "bmp", "avif", "heic", "jxl", "mp4", "mov", "mkv", "webm"
+]
 Side = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
@@ -30,11 +32,30 @@ def seconds_of(time: str) -> Rational:
     return seconds
 
 
+def rate_of(rate: str) -> Rational:
+    """The frames per second of a text such as 25, 23.976 or 24000/1001. Raises ValueError for other texts."""
+    try:
+        value = Rational(rate)
+    except (ValueError, ZeroDivisionError):
+        value = Rational(0)
+    if not 0 < value <= 1000:
+        raise ValueError(f"{rate} is not a frame rate: use a number such as 25 or 24000/1001, at most 1000")
+    # 23.976, 29.97 and 59.94 stand for multiples of 1/1.001.
+    exact = Rational(round(value * Rational(1001, 1000)) * 1000, 1001)
+    return exact if abs(exact - value) < Rational(1, 1000) and value.denominator > 1 else value
+
+
+def _checked_rate(rate: str) -> str:
+    rate_of(rate)
+    return rate
+
+
 def _checked_time(time: str) -> str:
     seconds_of(time)
     return time
 
 
+Rate = Annotated[str, BeforeValidator(str), AfterValidator(_checked_rate)]
 Time = Annotated[str, BeforeValidator(str), AfterValidator(_checked_time)]
 
 
@@ -162,6 +183,16 @@ class UpscaleConfig(Settings):
         Time | None,
         Field(description="Upscale only the frame that a video shows at this time, as PNG or the format of OUTPUT."),
         Option("Video", metavar="TIME"),
+    ] = None
+    fps: Annotated[
+        Rate | None,
+        Field(description="Make a video of the images in the folder INPUT, at this many frames per second."),
+        Option("Video", metavar="RATE"),
+    ] = None
+    audio: Annotated[
+        Path | None,
+        Field(description="Take the audio for a folder of frames, or an animation, from this file."),
+        Option("Video", metavar="FILE"),
     ] = None
     encoder: Annotated[
         Annotated[str, Field(pattern=r"^[\w-]+$")] | None,

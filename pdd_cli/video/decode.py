@@ -52,7 +52,7 @@ _WEIGHTS = {
     10: (0.2627, 0.0593),
 }
 RGB, _BT709, _UNSPECIFIED, _BT601 = 0, 1, 2, 6
-_UNSPECIFIED_RANGE, _LIMITED, FULL_RANGE = 0, 1, 2
+_UNSPECIFIED_RANGE, LIMITED, FULL_RANGE = 0, 1, 2
 
 SUBSAMPLINGS = {(1, 1): "444", (2, 1): "422", (2, 2): "420", (1, 2): "440", (4, 1): "411", (4, 4): "410"}
 _CODECS_WITH_HIDDEN_FRAMES = ("vp8", "vp9", "libvpx", "libvpx-vp9")  # may hold packets that show nothing
@@ -133,7 +133,8 @@ class Clip:
     used (seconds as in the file; None: not cut there). `crop`: the part of each upright frame that is used.
     `coded`: timestamps are in decoding order. `timeless`: there are no timestamps.
     `side`: kinds of side data of the first frame. `mastering`, `light`: FFmpeg's values of the mastering display and
-    the content light level, or empty. `notes`: messages about the input.
+    the content light level, or empty. `notes`: messages about the input. `streams`: the file that has the audio, for
+    frames that are images (`index` -1); otherwise it is `path`.
     """
 
     path: Path
@@ -168,6 +169,7 @@ class Clip:
     mastering: tuple[int, ...]
     light: tuple[int, ...]
     notes: tuple[str, ...]
+    streams: Path | None = None
 
     @property
     def upright(self) -> tuple[int, int]:
@@ -294,7 +296,7 @@ def read_clip(path: Path, *, most_pixels: int, options: VideoOptions = VideoOpti
             bits=bits,
             chroma=chroma,
             coding=None if rgb else colours.coding(bits),
-            colours=replace(colours, matrix=_BT709, range=_LIMITED) if rgb else colours,
+            colours=replace(colours, matrix=_BT709, range=LIMITED) if rgb else colours,
             site=_site_of(described),
             aspect=stream.sample_aspect_ratio or Fraction(0),
             quarters=round(frame.rotation / 90) % 4,

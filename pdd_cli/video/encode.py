@@ -303,7 +303,7 @@ def assemble(
     last one may have fewer.
     """
     with (
-        open_container(clip.path) as source,
+        _open_streams(clip) as source,
         open_container(parts[0]) as first,
         atomic_write(target.path) as temporary,
         _ffmpeg_errors(target.path),
@@ -311,10 +311,11 @@ def assemble(
         encoded = first.streams.video[0]
         with _output(temporary, target, source, extras, last=True) as out:
             streams = _add_streams(clip, codec, target, extras, source, encoded, out)
-            inputs = [source.streams.get(index)[0] for index in streams if index != clip.index]
+            inputs = [source.streams.get(index)[0] for index in streams if index != clip.index] if source else []
+            others = source.demux(*inputs) if source and inputs else iter(())
             packets = heapq.merge(
                 _video_packets(clip, codec, parts, [*times, end], length, streams[clip.index]),
-                _other_packets(clip, source.demux(*inputs) if inputs else iter(()), streams, target),
+                _other_packets(clip, others, streams, target),
                 key=lambda timed: timed[0],
             )
             for _, packet in packets:
@@ -332,21 +333,28 @@ def choose_extras(clip: Clip, codec: Codec, target: Target) -> tuple[Extras, dic
     from av.stream import Discard, Disposition
 
     wanted, videos, unknown = [], [], []
-    with open_container(clip.path) as source:
-        described = describe_streams(source)
-        has_chapters = bool(source.chapters())
-        kinds = {stream.index: codec_name_of(stream, described) for stream in source.streams}
-        types = {stream.index: stream.type for stream in source.streams}
-        covers = {stream.index for stream in source.streams if stream.disposition & Disposition.attached_pic}
-        for stream in source.streams:
-            if stream.index == clip.index or stream.discard == Discard.all or "timecode" in stream.metadata:
-                continue  # chapters and timecodes are written by the muxer
-            if stream.type == "video" and stream.index not in covers:
-                videos.append(stream.index)
-            elif stream.codec_context is None and stream.type not in ("data", "attachment"):
-                unknown.append(stream.index)
-            else:
-                wanted.append(stream.index)
+    kinds: dict[int, str] = {}
+    types: dict[int, str] = {}
+    covers: set[int] = set()
+    has_chapters = False
+    with _open_streams(clip) as source:
+        if source is not None:
+            described = describe_streams(source)
+            has_chapters = bool(source.chapters())
+            kinds = {stream.index: codec_name_of(stream, described) for stream in source.streams}
+            types = {stream.index: stream.type for stream in source.streams}
+            covers = {stream.index for stream in source.streams if stream.disposition & Disposition.attached_pic}
+            for stream in source.streams:
+                if stream.index == clip.index or stream.discard == Discard.all or "timecode" in stream.metadata:
+                    continue  # chapters and timecodes are written by the muxer
+                if clip.index < 0 and stream.type != "audio":
+                    continue
+                if stream.type == "video" and stream.index not in covers:
+                    videos.append(stream.index)
+                elif stream.codec_context is None and stream.type not in ("data", "attachment"):
+                    unknown.append(stream.index)
+                else:
+                    wanted.append(stream.index)
     left_out = {f"other video ({kinds[index]})": "one is upscaled" for index in videos}
     left_out |= {f"{types[index]} ({kinds[index]})": "nothing here knows it" for index in unknown}
     with _sample(clip, codec) as sample:
@@ -365,7 +373,7 @@ def choose_extras(clip: Clip, codec: Codec, target: Target) -> tuple[Extras, dic
     for index in left:
         if types[index] == "audio":
             raise InputError(
-                f"{target.path}: {suffix} can't hold the audio of {clip.path} ({kinds[index]})",
+                f"{target.path}: {suffix} can't hold the audio of {clip.streams or clip.path} ({kinds[index]})",
                 "Use .mkv." if index in elsewhere else _CONVERT_AUDIO,
             )
         name = "cover" if index in covers else types[index]
@@ -394,7 +402,7 @@ def _select_supported(clip: Clip, codec: Codec, target: Target, sample: Path, wa
 def _is_supported(clip: Clip, codec: Codec, target: Target, extras: Extras, sample: Path) -> bool:
     """Whether an output with these streams, and the first packets of each, can be written."""
     clip = clip.uncut
-    with open_container(clip.path) as source, open_container(sample) as first:
+    with _open_streams(clip) as source, open_container(sample) as first:
         try:
             with _output(Path(os.devnull), target, source, extras, last=False) as out:
                 streams = _add_streams(clip, codec, target, extras, source, first.streams.video[0], out)
@@ -402,7 +410,8 @@ def _is_supported(clip: Clip, codec: Codec, target: Target, extras: Extras, samp
                 for _, packet in _video_packets(clip, codec, [sample], [0, 1], 1, streams[clip.index]):
                     out.mux_one(packet)
                 others = streams.keys() - {clip.index}
-                some = (packet for packet in islice(source.demux(), _PROBED_PACKETS) if packet.stream_index in others)
+                probed = islice(source.demux(), _PROBED_PACKETS) if source else iter(())
+                some = (packet for packet in probed if packet.stream_index in others)
                 for _, packet in _other_packets(clip, some, streams, target):
                     out.mux_one(packet)
         except (pyav().error.FFmpegError, ValueError):
@@ -421,14 +430,27 @@ def _sample(clip: Clip, codec: Codec) -> Iterator[Path]:
         yield path
 
 
-def _output(path: Path, target: Target, source: InputContainer, extras: Extras, *, last: bool) -> OutputContainer:
+@contextmanager
+def _open_streams(clip: Clip) -> Iterator[InputContainer | None]:
+    """Open the file with the other streams, if there is one."""
+    path = clip.streams if clip.index < 0 else clip.path
+    if path is None:
+        yield None
+        return
+    with open_container(path) as container:
+        yield container
+
+
+def _output(
+    path: Path, target: Target, source: InputContainer | None, extras: Extras, *, last: bool
+) -> OutputContainer:
     """Open a container of the format of `target` at `path`. `last`: it is the final output, not a trial."""
     kind, url = target.container, f"file:{path}"
     options = {}
     if kind in ("mp4", "mov"):
         # faststart: playable during download (a second pass over the file). Tags of phones need use_metadata_tags.
         flags = "+faststart" if last else ""
-        if any(tag.startswith("com.") for tag in source.metadata):
+        if source is not None and any(tag.startswith("com.") for tag in source.metadata):
             flags += "+use_metadata_tags"
         options = {"movflags": flags} if flags else {}
     elif kind in ("matroska", "webm"):
@@ -448,7 +470,7 @@ def _add_streams(
     codec: Codec,
     target: Target,
     extras: Extras,
-    source: InputContainer,
+    source: InputContainer | None,
     encoded: VideoStream,
     out: OutputContainer,
 ) -> dict[int, Any]:
@@ -456,7 +478,9 @@ def _add_streams(
     from av.stream import Disposition
 
     streams: dict[int, Any] = {}
-    for origin in source.streams:
+    if clip.index < 0:
+        streams[clip.index] = out.add_stream_from_template(encoded, opaque=True)
+    for origin in source.streams if source is not None else ():
         if origin.index == clip.index:
             streams[origin.index] = out.add_stream_from_template(encoded, opaque=True)
         elif origin.index not in extras.streams:
@@ -468,6 +492,8 @@ def _add_streams(
         else:
             streams[origin.index] = out.add_stream_from_template(origin, opaque=True)
     for index, stream in streams.items():
+        if source is None or index < 0:
+            continue
         origin = source.streams.get(index)[0]
         stream.disposition = origin.disposition
         stream.metadata.update(_current_tags(origin.metadata, target.strip))
@@ -481,11 +507,13 @@ def _add_streams(
         video.codec_context.codec_tag = "hvc1"  # required by Apple's players
     if target.container in ("matroska", "webm"):
         video.metadata["title"] = video.metadata.get("title", "") + PLACEHOLDER
-    out.metadata.update(_current_tags(source.metadata, target.strip))
+    if source is not None and clip.index >= 0:
+        out.metadata.update(_current_tags(source.metadata, target.strip))
     if target.comment:
         key = next((name for name in out.metadata if name.lower() == "comment"), "comment")
         out.metadata[key] = "\n".join(filter(None, [out.metadata.get(key), target.comment]))
-    out.set_chapters(_chapters(clip, source))
+    if source is not None and clip.index >= 0:
+        out.set_chapters(_chapters(clip, source))
     return streams
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
-from pdd_cli.settings.upscale import UpscaleConfig, seconds_of
+from pdd_cli.settings.upscale import UpscaleConfig, rate_of, seconds_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class VideoOptions:
     `start`, `end`: seconds from the beginning of the file; frames from `start` on and before `end` are upscaled.
     `crop`: the part of each frame, upright. `preview`: only the frame that is shown at this second, as an image.
     `encoder`: FFmpeg's name; None: chosen by the container. `rate_factor`, `preset`: of the encoder.
+    `fps`: frames per second of a folder of frames. `audio`: a file whose audio becomes that of frames that are images.
     """
 
     start: Fraction | None = None
@@ -43,6 +45,8 @@ class VideoOptions:
     encoder: str | None = None
     rate_factor: int | None = None
     preset: str | None = None
+    fps: Fraction | None = None
+    audio: Path | None = None
 
     @classmethod
     def of(cls, settings: UpscaleConfig) -> VideoOptions:
@@ -50,4 +54,14 @@ class VideoOptions:
         times = (settings.start, settings.end, settings.preview)
         start, end, preview = (None if text is None else seconds_of(text) for text in times)
         crop = None if settings.crop is None else Box.parse(settings.crop)
-        return cls(start, end, crop, preview, settings.encoder, settings.crf, settings.preset)
+        return cls(
+            start,
+            end,
+            crop,
+            preview,
+            settings.encoder,
+            settings.crf,
+            settings.preset,
+            None if settings.fps is None else rate_of(settings.fps),
+            settings.audio,
+        )

@@ -36,6 +36,7 @@ from pdd_cli.video.decode import (
     side_data_names,
 )
 from pdd_cli.video.encode import Codec, Extras, PartWriter, Target, assemble, choose_codec, choose_extras
+from pdd_cli.video.images import ImageSequenceReader, frame_files, is_image_sequence, read_image_clip
 from pdd_cli.video.options import VideoOptions
 from pdd_cli.video.still import open_still, plan_still, write_still
 
@@ -163,7 +164,8 @@ def _plan(job: Job, digest: str, upscaler: Upscaler, output: Output, options: Vi
     """
     check_name(job.target)
     check_video_name(job.target)
-    clip = read_clip(job.source, most_pixels=upscaler.most_pixels, options=options)
+    read = read_image_clip if is_image_sequence(job.source) else read_clip
+    clip = read(job.source, most_pixels=upscaler.most_pixels, options=options)
     codec, notes = choose_codec(clip, job.target, output.encoding, options)
     width, height = _swap_if_rotated(upscaler.output_size(*clip.upright), clip)
     size = (width - width % codec.chroma[0], height - height % codec.chroma[1])
@@ -312,7 +314,7 @@ def _upscale(
     on_tile: OnTile,
 ) -> Result:
     clip = plan.clip
-    reader = FrameReader(clip, skip=parts.frames)
+    reader = (ImageSequenceReader if clip.index < 0 else FrameReader)(clip, skip=parts.frames)
     frames = iter(reader)
     computed = _ComputedFrames(clip, upscaler)
     done = 0
@@ -424,12 +426,13 @@ def _parts_folder(target: Path) -> Path:
 
 
 def _digest(path: Path) -> str:
-    """The SHA-256 of a file, read in blocks. Raises InputError if it can't be read."""
+    """The SHA-256 of a file, or of all frames in a folder, read in blocks. Raises InputError if it can't be read."""
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        for file_path in frame_files(path) if path.is_dir() else [path]:
+            with file_path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
     except OSError as error:
         raise InputError(f"can't read {path}: {error.strerror or error}") from error
     return digest.hexdigest()

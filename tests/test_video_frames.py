@@ -1,0 +1,187 @@
+"""Frames as images, and animations, as inputs and outputs of videos: by ffmpeg and Pillow."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
+
+from pdd_cli.errors import InputError, PartialFailure
+from pdd_cli.imaging.provenance import made_by_pdd
+from pdd_cli.settings.upscale import rate_of
+from tests.helpers.commands import run_upscale
+from tests.test_video import frames_of, packets_of, rgb_frames, times_of, twice, write_video
+from tests.test_video_options import decoded_by_ffmpeg, needs_ffmpeg, probe
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network without weights but its skip connection, which repeats each pixel twice each way."""
+    network = SRVGGNetCompact(num_in_ch=3, num_out_ch=3, num_feat=4, num_conv=1, upscale=2)
+    path = tmp_path_factory.mktemp("weights") / "twice.safetensors"
+    save_file({key: torch.zeros_like(value) for key, value in network.state_dict().items()}, path)
+    return path
+
+
+def write_frames(folder: Path, frames: list[np.ndarray], names: list[str] | None = None) -> Path:
+    folder.mkdir(parents=True)
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(folder / (names[number] if names else f"{number + 1:04d}.png"))
+    return folder
+
+
+@needs_ffmpeg
+def test_a_folder_of_frames_becomes_a_video(tmp_path: Path, weights: Path) -> None:
+    rgb = rgb_frames(11)
+    folder = write_frames(tmp_path / "frames", rgb, [f"f{n}.png" for n in range(11)])  # f10 follows f9
+    sound = write_video(tmp_path / "sound.mp4", rgb_frames(2), audio="aac", blocks=20)
+    document, error = run_upscale(
+        folder, tmp_path / "out.mkv", "--weights", weights, "--fps", "23.976", "--audio", sound, "--lossless"
+    )
+    assert error is None, document
+    assert document["files"][0]["problem"] == ""
+    np.testing.assert_array_equal(decoded_by_ffmpeg(tmp_path / "out.mkv"), [twice(frame) for frame in rgb])
+    # In Matroska all starts with the sound, which begins before the first frame.
+    begin, _ = packets_of(sound, "audio")[0]
+    times = [float(time + begin) for time in times_of(tmp_path / "out.mkv")]
+    assert times == pytest.approx([n * 1001 / 24_000 for n in range(11)], abs=0.0011)
+    assert [data for _, data in packets_of(tmp_path / "out.mkv", "audio")] == [
+        data for _, data in packets_of(sound, "audio")
+    ]
+    assert made_by_pdd(tmp_path / "out.mkv")
+
+    # Without --lossless every player can show it.
+    document, error = run_upscale(folder, tmp_path / "out/", "--weights", weights, "--fps", "25")
+    assert error is None, document
+    (stream,) = probe(tmp_path / "out/frames.mp4", "codec_name,pix_fmt,width,r_frame_rate,nb_read_packets")
+    assert (stream["codec_name"], stream["pix_fmt"], stream["r_frame_rate"]) == ("h264", "yuv420p", "25/1")
+    assert stream["nb_read_packets"] == "11"
+    for made, frame in zip(decoded_by_ffmpeg(tmp_path / "out/frames.mp4"), rgb, strict=True):
+        assert np.abs(made.astype(int) - twice(frame)).mean() < 12
+    document, _ = run_upscale(folder, tmp_path / "out/", "--weights", weights, "--fps", "25")
+    assert document["skipped"] == 1
+
+
+def test_frames_that_make_no_video(tmp_path: Path, weights: Path) -> None:
+    rgb = rgb_frames(3)
+    folder = write_frames(tmp_path / "frames", rgb, ["a1.png", "a2.png", "a7.png"])
+    document, error = run_upscale(folder, tmp_path / "out.mp4", "--weights", weights, "--fps", "25")
+    assert error is None
+    assert "frames are missing before a7.png" in document["files"][0]["problem"]
+    Image.fromarray(rgb[0][:20]).save(folder / "a8.png")
+    document, error = run_upscale(folder, tmp_path / "no.mp4", "--weights", weights, "--fps", "25")
+    assert isinstance(error, PartialFailure)
+    assert "a8.png is 32x20, the frames before it 32x24" in document["files"][0]["problem"]
+    video = write_video(tmp_path / "in.mp4", rgb)
+    for source, options, words in (
+        (folder, [], "--fps 25"),
+        (folder, ["--fps", "0"], "not a frame rate"),
+        (folder, ["--fps", "25", "--audio", tmp_path / "none.mp4"], "no such file"),
+        (video, ["--fps", "25"], "--fps is for folders"),
+        (video, ["--audio", video], "--audio is for folders"),
+    ):
+        _, error = run_upscale(source, tmp_path / "no.mp4", "--weights", weights, *options)
+        assert isinstance(error, InputError), error
+        assert words in f"{error.message} {error.hint}"
+    document, error = run_upscale(
+        write_frames(tmp_path / "f", rgb), tmp_path / "no.mp4", "--weights", weights, "--fps", "25", "--audio", video
+    )
+    assert isinstance(error, PartialFailure)
+    assert "there is no audio in it" in document["files"][0]["problem"]
+
+
+def test_frame_rates() -> None:
+    rates = {"25": Fraction(25), "23.976": Fraction(24_000, 1001), "29.97": Fraction(30_000, 1001), "12.5": 12.5}
+    assert {text: rate_of(text) for text in rates} == rates
+    assert rate_of("60000/1001") == Fraction(60_000, 1001)
+
+
+def save_animation(path: Path, frames: list[np.ndarray], durations: list[int], loop: int) -> Path:
+    images = [Image.fromarray(frame) for frame in frames]
+    extra: dict[str, Any] = {"lossless": True} if path.suffix == ".webp" else {}
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=loop, **extra)
+    return path
+
+
+def flat_frames(count: int, channels: int = 3) -> list[np.ndarray]:
+    """Frames of few colours, which a GIF holds exactly."""
+    colours = np.random.default_rng(0).integers(0, 8, (6, 4, 3)) * 32 + 8
+    base = colours.repeat(4, axis=0).repeat(8, axis=1).astype(np.uint8)
+    return [np.roll(base, 5 * n, axis=1)[..., :channels] for n in range(count)]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".png", ".webp"])
+def test_an_animation_becomes_a_video(tmp_path: Path, weights: Path, suffix: str) -> None:
+    frames, durations = flat_frames(4), [100, 250, 40, 500]
+    source = save_animation(tmp_path / f"in{suffix}", frames, durations, loop=0)
+    document, error = run_upscale(source, tmp_path / "out.mkv", "--weights", weights, "--lossless")
+    assert error is None, document
+    assert document["files"][0]["problem"] == "not kept: repetitions"
+    for made, frame in zip(frames_of(tmp_path / "out.mkv"), frames, strict=True):
+        np.testing.assert_array_equal(made.to_ndarray(format="rgb24"), twice(frame))
+    assert times_of(tmp_path / "out.mkv") == [Fraction(n, 1000) for n in (0, 100, 350, 390)]
+    document, error = run_upscale(source, tmp_path / "out/", "--weights", weights, "--format", "mp4", "--dry-run")
+    assert document["files"][0]["output"].endswith("in.mp4")
+    assert document["files"][0]["frames"] == 4
+    assert document["files"][0]["size_out"] == [64, 48]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(".gif", ".gif"), (".png", ".gif"), (".gif", ".png"), (".webp", ".webp")]
+)
+@pytest.mark.parametrize("plays", [0, 3])
+def test_an_animation_stays_one(tmp_path: Path, weights: Path, first: str, second: str, plays: int) -> None:
+    frames, durations = flat_frames(4), [100, 250, 40, 500]
+    # GIF counts repetitions, the others count plays.
+    loop = plays - 1 if plays and first == ".gif" else plays
+    source = save_animation(tmp_path / f"in{first}", frames, durations, loop)
+    lossless = ["--lossless"] if second == ".webp" else []
+    document, error = run_upscale(source, tmp_path / f"out{second}", "--weights", weights, *lossless)
+    assert error is None, document
+    assert document["files"][0]["problem"] == ""
+    with Image.open(tmp_path / f"out{second}") as made:
+        assert made.n_frames == 4
+        for index, frame in enumerate(frames):
+            made.seek(index)
+            made.load()
+            assert made.info["duration"] == durations[index]
+            np.testing.assert_array_equal(np.asarray(made.convert("RGB")), twice(frame))
+        assert made.info["loop"] == (plays - 1 if plays and second == ".gif" else plays)
+    assert made_by_pdd(tmp_path / f"out{second}")
+
+
+def test_a_transparent_gif_stays_one(tmp_path: Path, weights: Path) -> None:
+    frames = []
+    for number, frame in enumerate(flat_frames(3)):
+        alpha = np.zeros((24, 32), np.uint8)
+        alpha[4:16, 8 * number : 8 * number + 12] = 255
+        frames.append(np.dstack([frame, alpha]))
+    source = save_animation(tmp_path / "in.png", frames, [80] * 3, loop=0)
+    _, error = run_upscale(source, tmp_path / "out.gif", "--weights", weights)
+    assert error is None
+    with Image.open(tmp_path / "out.gif") as made:
+        for index, frame in enumerate(frames):
+            made.seek(index)
+            shown = np.asarray(made.convert("RGBA"))
+            np.testing.assert_array_equal(shown[..., 3], twice(frame[..., 3]))
+            visible = shown[..., 3] > 0
+            # The colours of what is visible are exact, but where the model's edge meets what is not.
+            assert np.abs(shown[visible][:, :3].astype(int) - twice(frame[..., :3])[visible]).mean() < 3
+    # Laid on white in a video, which says so.
+    document, error = run_upscale(source, tmp_path / "out.mp4", "--weights", weights)
+    assert "transparency (laid on white)" in document["files"][0]["left_out"]
+    assert frames_of(tmp_path / "out.mp4")[0].to_ndarray(format="rgb24")[40, 60].min() > 250
+
+
+def test_one_image_is_no_animation(tmp_path: Path, weights: Path) -> None:
+    Image.fromarray(rgb_frames(1)[0]).save(tmp_path / "a.png")
+    document, error = run_upscale(tmp_path / "a.png", tmp_path / "b.mp4", "--weights", weights)
+    assert isinstance(error, PartialFailure)
+    assert "not an animation" in document["files"][0]["problem"]
