@@ -96,7 +96,7 @@ def upscale(
 
 
 def adapt(
-    real_dir: str | PathLike[str],
+    real_dir: str | PathLike[str] | None = None,
     *,
     base: str | PathLike[str] = "realesrgan",
     name: str | None = None,
@@ -107,9 +107,10 @@ def adapt(
     """Adapt a model to real LR images as `pdd adapt` does.
 
     Args:
-        real_dir: A folder of real LR images from one source.
+        real_dir: A folder of real LR images from one source. It may be missing if the settings name aligned pairs,
+            `{"pairs_lr": "lr", "pairs_hr": "hr"}`.
         base: The weights to start from, a name or a file.
-        name: Name of the run and of its weights. Default: the name of `real_dir`.
+        name: Name of the run and of its weights. Default: the name of that folder.
         resume: Continue the run of this name from its checkpoint. The settings must be the same.
         overwrite: Replace an earlier run and weights of this name.
         settings: Settings of `pdd adapt` by name, such as `{"steps": 300, "losses.intra": 0.5, "device": "cpu"}`.
@@ -135,9 +136,10 @@ def adapt(
     def ignore(text: str) -> None:
         pass
 
-    arguments = {"real_dir": real_dir, "base": str(base), **({} if name is None else {"name": name})}
+    given = {"real_dir": real_dir, "base": str(base), "name": name}
+    arguments = {key: value for key, value in given.items() if value is not None}
     config = settings_from(AdaptConfig, {**settings, **arguments})
-    run_name = config.name or default_name(config.real_dir, ignore)
+    run_name = config.name or default_name(config.lr_dir, ignore)
     run = start(config, name=run_name, resume=resume, overwrite=overwrite)
     for _ in train(run, lambda: False):
         pass

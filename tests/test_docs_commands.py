@@ -157,6 +157,11 @@ def place(ground: Path, pdd: Callable[..., Outcome]) -> Callable[..., Outcome]:
             noise = rng.integers(0, 9, (192, 256, 3), np.uint8)
             enlarged = Image.open(Path("in", image)).resize((256, 192))
             Image.fromarray(np.asarray(enlarged) // 2 + noise).save(Path(folder, image))
+    for number in range(3):  # aligned pairs
+        hr = photo(96, 128, number)
+        for folder, side in (("hr", hr), ("lr", hr.reshape(24, 4, 32, 4, 3).mean((1, 3)).astype(np.uint8))):
+            Path(folder).mkdir(exist_ok=True)
+            Image.fromarray(side).save(Path(folder, f"{number}.png"))
     canon = Path("RealSR/Canon/Test/4")
     canon.mkdir(parents=True)
     Image.fromarray(photo(48, 64)).save(canon / "Canon_001_LR4.png")

@@ -112,7 +112,9 @@ class PaperStyle:
                     a.copy_(b)
 
     def step(self, batch: Batch) -> dict[str, float]:
-        batch = Batch(*(part.to(self.device) for part in (batch.lr_s, batch.hr_s, batch.lr_t)))
+        assert batch.lr_t is not None
+        lr_s, hr_s, lr_t = (part.to(self.device) for part in (batch.lr_s, batch.hr_s, batch.lr_t))
+        batch = Batch(lr_s, hr_s, lr_t)
         distilling = self.steps >= self.warm_up
         self.D.requires_grad_(False)
         self.optimizer_S.zero_grad()
@@ -124,9 +126,9 @@ class PaperStyle:
             "adversarial": bce(self.D(S_s), 1),
         }
         if distilling:
-            S_t = self.S(batch.lr_t)
+            S_t = self.S(lr_t)
             with torch.no_grad():
-                G_s, G_t = self.G(batch.lr_s), self.G(batch.lr_t)
+                G_s, G_t = self.G(batch.lr_s), self.G(lr_t)
                 features_G_s, features_G_t = self.vgg(G_s), self.vgg(G_t)
             features_S_t = self.vgg(S_t)
             losses["adversarial"] = losses["adversarial"] + bce(self.D(S_t), 1)

@@ -98,6 +98,8 @@ class DryRun:
             **(
                 {
                     "trained_on": len(run.sampler.real),
+                    "pairs_trained_on": len(run.sampler.pairs),
+                    "pairs_judged_on": run.judge.held_out_pairs.found if run.judge.held_out_pairs else 0,
                     "judged_on": len(run.judge.images),
                     "source": run.properties.as_document(),
                     "hr_from": run.hr_from,

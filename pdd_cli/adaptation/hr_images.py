@@ -63,6 +63,10 @@ def choose_hr(config: AdaptConfig, store: Store, warn: Callable[[str], None], sa
     Raises InputError for a folder that doesn't exist, with a similar name of an image set.
     """
     path = config.hr_dir
+    if config.real_dir is None:
+        if path is not None:
+            warn(f"--hr-dir {path} is not used: without --real-dir the model is trained on the pairs alone")
+        return HRChoice(None)
     if path is None:
         return HRChoice(None) if "hr_dir" in config.model_fields_set else _default(config, store, warn, say)
     name = str(path)

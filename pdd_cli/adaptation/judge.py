@@ -46,6 +46,7 @@ _MIN_CONTRAST = 2.0  # standard deviation in 8-bit levels; images with less are 
 _DUPLICATE_CORRELATION = 0.98  # thumbnails with a higher correlation show the same scene
 _MIN_IMAGES = 3  # distinct images that a verdict needs
 _MIN_GAIN = 0.5  # dB; a smaller gain is not significant on a few images
+_MIN_GAIN_ON_PAIRS = 0.2  # dB; with ground truth a smaller gain is significant
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,11 @@ class ModelScores:
 
     judgement: Judgement
     validation: ValidationScores | None
+    held_out_pairs: ValidationScores | None = None  # which decide if there are any
 
     def as_document(self) -> dict[str, Any]:
-        return asdict(self.judgement) | ({"truth": asdict(self.validation)} if self.validation else {})
+        on_pairs = {"truth": self.validation, "held_out_pairs": self.held_out_pairs}
+        return asdict(self.judgement) | {key: asdict(scores) for key, scores in on_pairs.items() if scores}
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,15 @@ class Judge:
     pairs: Pairs | None  # validation pairs; their scores are only reported
     runtime: Runtime
     teacher: SRModel | None = None  # of a student; its scores are only reported
+    held_out_pairs: Pairs | None = None  # pairs held out of supervised training; with them the ground truth decides
+    pairs_trained_on: Sequence[RGB] = ()  # LR
+
+    @property
+    def insufficient(self) -> str:
+        """The reason why the images are too few or too uniform for a verdict; "" if they suffice."""
+        if self.held_out_pairs:
+            return insufficient_images(self.held_out_pairs.lr, self.pairs_trained_on)
+        return insufficient_images(self.images, self.trained_on)
 
     @cached_property
     def base_scores(self) -> ModelScores:
@@ -161,10 +173,13 @@ class Judge:
     def evaluate(self, model: SRModel) -> ModelScores:
         """Score `model` on the held-out images and on the validation pairs."""
         validation = self.pairs.score(model, self.runtime) if self.pairs else None
-        return ModelScores(measure(model, self.images, self.runtime), validation)
+        held_out = self.held_out_pairs.score(model, self.runtime) if self.held_out_pairs else None
+        return ModelScores(measure(model, self.images, self.runtime), validation, held_out)
 
     def score(self, scores: ModelScores) -> float:
-        """The gain over the base, in dB of consistency."""
+        """The gain over the base in dB: by the ground truth of the held-out pairs, or else of consistency."""
+        if scores.held_out_pairs and self.base_scores.held_out_pairs:
+            return scores.held_out_pairs.gain(self.base_scores.held_out_pairs)
         return scores.judgement.score(self.base_scores.judgement, self.base.scale)
 
     def interpolate(self, adapted: Mapping[str, Tensor], strength: float) -> SRModel:
@@ -178,8 +193,11 @@ class Judge:
         """Score the best weights at several strengths and decide whether they are better than the base."""
         adapted = {strength: self.evaluate(self.interpolate(best, strength)) for strength in STRENGTHS}
         base = self.base_scores
-        if reason := insufficient_images(self.images, self.trained_on):
+        on_pairs = {strength: scores.held_out_pairs for strength, scores in adapted.items() if scores.held_out_pairs}
+        if reason := self.insufficient:
             verdict = Verdict(None, f"not enough images to judge: {reason}", max(STRENGTHS))
+        elif base.held_out_pairs:
+            verdict = decide_by_ground_truth(on_pairs, base.held_out_pairs)
         else:
             by_strength = {strength: scores.judgement for strength, scores in adapted.items()}
             verdict = decide(by_strength, base.judgement, self.base.scale)
@@ -265,6 +283,17 @@ def describe_score(score: float) -> str:
     """A score (dB over the base) in a few words."""
     word = "better" if score >= _MIN_GAIN else "worse" if score <= -_MIN_GAIN else "no clear gain"
     return f"{word} ({score:+.1f} dB)"
+
+
+def decide_by_ground_truth(scores: Mapping[float, ValidationScores], base: ValidationScores) -> Verdict:
+    """The verdict from the scores of the adapted weights on held-out pairs, at several strengths."""
+    closer = [strength for strength, found in scores.items() if found.distance <= base.distance]
+    best = max(closer, key=lambda strength: scores[strength].gain(base), default=None)
+    if best is None or scores[best].gain(base) < _MIN_GAIN_ON_PAIRS:
+        full = scores[max(scores)]
+        word = "no clear gain" if abs(full.gain(base)) < _MIN_GAIN_ON_PAIRS else "the base is better"
+        return Verdict(False, f"{word} on the held-out pairs: {full.describe(base)}", 0.0)
+    return Verdict(True, f"better than the base on the held-out pairs: {scores[best].describe(base)}", best)
 
 
 def stalled(scores: Sequence[float], patience: int) -> bool:

@@ -280,7 +280,7 @@ def _tags(judged: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _preview_crops(run: Run) -> list[RGB]:
-    return [center_crop(image, PREVIEW_SIZE) for image in run.sampler.real[:PREVIEW_IMAGES]]
+    return [center_crop(image, PREVIEW_SIZE) for image in run.sampler.lr_images[:PREVIEW_IMAGES]]
 
 
 def _write_preview(run: Run, base_panels: list[RGB], tensorboard: TensorBoardLog) -> None:

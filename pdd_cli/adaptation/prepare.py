@@ -17,7 +17,7 @@ from torch import nn
 
 from pdd_cli.adaptation.checkpoint import TrainState, checkpoint_settings, load_checkpoint
 from pdd_cli.adaptation.folder import RunFolder
-from pdd_cli.adaptation.judge import Judge, describe_score, held_out_indices, insufficient_images, stalled
+from pdd_cli.adaptation.judge import Judge, describe_score, held_out_indices, stalled
 from pdd_cli.adaptation.losses import DISCRIMINATOR_LAYERS
 from pdd_cli.adaptation.preview import upscale_image
 from pdd_cli.adaptation.resuming import absolute, as_started, check_inputs_are_same, check_settings
@@ -26,8 +26,8 @@ from pdd_cli.adaptation.teaching import Teacher
 from pdd_cli.adaptation.tensorboard import check_tensorboard
 from pdd_cli.adaptation.train_step import Models, scheduled_rate
 from pdd_cli.adaptation.trainable import check_rgb, check_trainable
-from pdd_cli.adaptation.validation import read_pairs
-from pdd_cli.data.datasets import RGB, CropSampler, downscaled, hr_from_real, images_below, select
+from pdd_cli.adaptation.validation import pairs_to_score, read_pairs
+from pdd_cli.data.datasets import RGB, AlignedPair, CropSampler, downscaled, hr_from_real, images_below, select
 from pdd_cli.data.degradations import Degradation
 from pdd_cli.data.properties import Properties, measure_properties, shows_blur
 from pdd_cli.engines.winograd import winograd_pays
@@ -47,8 +47,8 @@ from pdd_cli.weights.store import Store, invalid_name_reason, valid_name_from
 
 # Settings that may differ between the machines of one run.
 _PER_MACHINE_SETTINGS = {
-    "real_dir", "hr_dir", "base", "name", "runs_dir", "features", "export", "device", "offline", "val_lr", "val_hr",
-    "teacher",
+    "real_dir", "pairs_lr", "pairs_hr", "hr_dir", "base", "name", "runs_dir", "features", "export", "device", "offline",
+    "val_lr", "val_hr", "teacher",
 }  # fmt: skip
 
 _BLUR_IMAGES = 8  # images on which the blur of the source is measured
@@ -115,6 +115,26 @@ class Run:
     @property
     def hr_from(self) -> str:
         """The origin of the HR images."""
+        if self.config.real_dir is None:
+            return "the pairs"
+        return self._synthetic_hr_from + (" and the pairs" if self.sampler.pairs else "")
+
+    @property
+    def lr_images(self) -> str:
+        """The number of LR images that are trained on, in words."""
+        real, pairs = len(self.sampler.real), len(self.sampler.pairs)
+        counts = ((real, "real images"), (pairs, "pairs with ground truth"))
+        return " and ".join(f"{count} {kind}" for count, kind in counts if count)
+
+    @property
+    def judged_on(self) -> str:
+        """The images that the verdict rests on, in words."""
+        if self.judge.held_out_pairs:
+            return f"{self.judge.held_out_pairs.found} pairs with ground truth"
+        return f"{len(self.judge.images)} real images"
+
+    @property
+    def _synthetic_hr_from(self) -> str:
         if self.config.hr_dir is None:
             return "the real images, downscaled"
         return "hr_dir and the real images, downscaled" if self.sampler.own_share else "hr_dir"
@@ -191,16 +211,24 @@ def prepare_run(
     move_to_device(features, runtime)
 
     images = read_sources(config, base.scale, warn, say)
-    real, hr = images.real, images.hr
+    lr_images = images.real or [pair.lr for pair in images.pairs]
+    real, hr, pairs = lr_images, images.hr, images.pairs
     properties = measure_properties(real)
     kept_out = held_out_indices(len(real), config.held_out)
     judged_on = select(real, kept_out) or real
     real = select(real, [index for index in range(len(real)) if index not in kept_out])
-    if reason := insufficient_images(judged_on, real):
-        warn(f"not enough images to judge the result: {reason}")
+    held_out_pairs: Sequence[AlignedPair] = []
+    if pairs:
+        kept_out = held_out_indices(len(pairs), config.held_out)
+        held_out_pairs = [pairs[index] for index in kept_out] or pairs
+        pairs = [pair for index, pair in enumerate(pairs) if index not in kept_out]
     hr_crop = config.crop * base.scale
     degradation = _degradation(config.synthetic, properties)
-    if base.scale == 1 and not (degradation.blur or degradation.noise or degradation.jpeg):
+    if (
+        base.scale == 1
+        and config.real_dir is not None
+        and not (degradation.blur or degradation.noise or degradation.jpeg)
+    ):
         degradation = replace(degradation, **_X1_DEGRADATION)
         warn(
             f"{config.base} restores images without upscaling them: noise and JPEG compression are added to the "
@@ -209,14 +237,16 @@ def prepare_run(
     scales = config.synthetic.hr_scales
     # From noisy images the model would learn to add noise.
     own_share = config.synthetic.own_share if hr and not properties.noisy else 0.0
-    if properties.noisy and not hr:
+    if properties.noisy and not hr and config.real_dir is not None:
         warn(
             "HR images made from noisy images teach the model to add noise: give sharp photographs instead "
             "(--hr-dir FOLDER, or --hr-dir photos to download some)"
         )
-    own_hr = downscaled(hr_from_real(real, hr_crop), scales, hr_crop) if own_share or not hr else ()
+    own_hr: Sequence[RGB] = ()
+    if config.real_dir is not None and (own_share or not hr):
+        own_hr = downscaled(hr_from_real(real, hr_crop), scales, hr_crop)
     sampler = CropSampler(
-        real,
+        real if config.real_dir is not None else [],
         downscaled(hr, scales, hr_crop) if hr else own_hr,
         config.crop,
         base.scale,
@@ -226,15 +256,25 @@ def prepare_run(
         config.crop_texture,
         own_hr if own_share else (),
         own_share,
+        pairs,
+        config.pairs_share if config.real_dir is not None else 1.0,
     )
 
     if ranks.size > 1:
         facts = config.model_dump(mode="json", exclude=_PER_MACHINE_SETTINGS)
         seen = {"images": sampler.digest(), "feature weights": state_sha256(features.state_dict())}
         ranks.require_same({**facts, **seen, "precision": runtime.precision})
-    pairs = None
+    validation_pairs = None
     if ranks.is_first and config.val_lr is not None and config.val_hr is not None:
-        pairs = read_pairs(config.val_lr, config.val_hr, base.scale, features)
+        validation_pairs = read_pairs(config.val_lr, config.val_hr, base.scale, features)
+    judge = Judge(base, judged_on, real, validation_pairs, runtime)
+    if held_out_pairs:
+        trained = [pair.lr for pair in pairs]
+        judge = replace(
+            judge, held_out_pairs=pairs_to_score(held_out_pairs, base.scale, features), pairs_trained_on=trained
+        )
+    if reason := judge.insufficient:
+        warn(f"not enough images to judge the result: {reason}")
 
     inputs = {
         "base": state_sha256(base.module.state_dict()),
@@ -261,7 +301,7 @@ def prepare_run(
             )
     move_to_device(base.module, runtime)
     if ranks.is_first:
-        properties = properties.with_blur(_upscaled_crops(base, images.real, runtime))
+        properties = properties.with_blur(_upscaled_crops(base, lr_images, runtime))
         say(f"the real images: {properties.describe()}")
     if teacher is not None:
         move_to_device(teacher.model.module, runtime)
@@ -275,7 +315,7 @@ def prepare_run(
         models=Models(base, generalist, features, config.generalist, runtime, ranks),
         features_name=weights.feature_network,
         sampler=sampler,
-        judge=Judge(base, judged_on, real, pairs, runtime, teacher.model if teacher else None),
+        judge=replace(judge, teacher=teacher.model) if teacher else judge,
         state=state,
         inputs=inputs,
         warn=warn,
@@ -356,9 +396,9 @@ def check_name(name: str, store: Store, *, replace: bool) -> None:
         )
 
 
-def default_name(real_dir: Path, say: Callable[[str], None]) -> str:
+def default_name(lr_dir: Path, say: Callable[[str], None]) -> str:
     """The default name of a run: that of the folder of its images, without characters that a name can't have."""
-    folder = real_dir.resolve().name
+    folder = lr_dir.resolve().name
     name = valid_name_from(folder)
     if name != folder:
         say(f"the run and its weights are named '{name}', because '{folder}' is not a valid name (to choose: --name)")
@@ -457,6 +497,8 @@ def _image_folders(config: AdaptConfig) -> dict[str, Path]:
     """All folders of images in the settings, by option."""
     folders = {
         "--real-dir": config.real_dir,
+        "--pairs-lr": config.pairs_lr,
+        "--pairs-hr": config.pairs_hr,
         "--hr-dir": config.hr_dir,
         "--val-lr": config.val_lr,
         "--val-hr": config.val_hr,

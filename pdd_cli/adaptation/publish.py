@@ -160,7 +160,7 @@ def write_report(run: Run, conclusion: Conclusion | None) -> Path:
                 **({"Teacher": f"{run.teacher.name} ({run.teacher.model.architecture})"} if run.teacher else {}),
                 "Features": run.features_name,
                 "Device": str(run.models.runtime),
-                "Real images": f"{len(run.sampler.real)} trained on, {len(run.judge.images)} judged on",
+                "Images": f"{run.lr_images} trained on, {run.judged_on} judged on",
                 "Source": run.properties.describe(),
             },
             settings=run.settings,
@@ -203,8 +203,9 @@ def register(run: Run, store: Store, verdict: Verdict) -> Entry:
             **({"teacher": settings["teacher"], "teacher_sha256": run.teacher.sha256} if run.teacher else {}),
             "features": run.features_name,
             "real_images": len(run.sampler.real),
+            "pairs": len(run.sampler.pairs),
             "source": run.properties.as_document(),
-            "hr_images": run.sources[-1].used if run.config.hr_dir else len(run.sampler.real),
+            "hr_images": run.sources[-1].used if run.config.hr_dir else len(run.sampler.lr_images),
             "hr_from": run.hr_from,
             "precision": run.models.runtime.precision,
             "verdict": verdict.label,
@@ -245,6 +246,7 @@ def _verdict_document(run: Run, conclusion: Conclusion) -> dict[str, Any]:
         "strength": verdict.strength,
         "images": len(run.judge.images),
         "pairs": run.judge.pairs.found if run.judge.pairs else 0,
+        "held_out_pairs": run.judge.held_out_pairs.found if run.judge.held_out_pairs else 0,
         "base": conclusion.base.as_document(),
         **(
             {"teacher": {"score": run.judge.score(conclusion.teacher), **conclusion.teacher.as_document()}}
@@ -263,13 +265,14 @@ def _report_images(run: Run, strength: float) -> list[ReportImage]:
     base, runtime = run.models.base, run.models.runtime
     adapted = run.judge.interpolate(read_state(run.folder.best), strength)
     crops: list[tuple[str, str, RGB, RGB | None]] = []
-    for number, image in enumerate(run.judge.images[:_REPORT_IMAGES], 1):
+    for number, image in enumerate(run.judge.images[:_REPORT_IMAGES] if run.config.real_dir else (), 1):
         x, y, width, height = window(image, side=_REPORT_SIZE)
         crop = np.ascontiguousarray(image[y : y + height, x : x + width])
         crops.append((f"image {number}", "held-out images", crop, None))
-    if pairs := run.judge.pairs:
-        validation = zip(pairs.names, pairs.lr, pairs.hr, strict=True)
-        crops += [(name, "with ground truth", lr, hr) for name, lr, hr in list(validation)[:_REPORT_IMAGES]]
+    for pairs, group in ((run.judge.held_out_pairs, "held-out pairs"), (run.judge.pairs, "with ground truth")):
+        if pairs:
+            with_truth = zip(pairs.names, pairs.lr, pairs.hr, strict=True)
+            crops += [(name, group, lr, hr) for name, lr, hr in list(with_truth)[:_REPORT_IMAGES]]
     upscaled = ([to_rgb8(upscale_image(model, lr, runtime)) for model in (base, adapted)] for _, _, lr, _ in crops)
     return [
         ReportImage(name, group, lr, by_base, by_adapted, hr)

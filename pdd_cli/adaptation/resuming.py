@@ -35,7 +35,10 @@ def absolute(config: AdaptConfig) -> AdaptConfig:
         generalist = generalist.model_copy(update={"weights": weights(generalist.weights)})
     return config.model_copy(
         update={
-            **{name: resolved(getattr(config, name)) for name in ("real_dir", "hr_dir", "val_lr", "val_hr")},
+            **{
+                name: resolved(getattr(config, name))
+                for name in ("real_dir", "pairs_lr", "pairs_hr", "hr_dir", "val_lr", "val_hr")
+            },
             "base": weights(config.base),
             "teacher": config.teacher and weights(config.teacher),
             "generalist": generalist,
@@ -99,8 +102,8 @@ def _comparable(config: AdaptConfig, *, without_paths: bool) -> dict[str, Any]:
     """The settings as plain values that can be compared."""
     settings = absolute(config).model_dump(mode="json")
     if without_paths:
-        del settings["base"], settings["real_dir"]
-        for key in ("hr_dir", "teacher"):
+        del settings["base"]
+        for key in ("real_dir", "pairs_lr", "pairs_hr", "hr_dir", "teacher"):
             settings[key] = settings[key] is not None
         del settings["features"]["weights"]
         settings["generalist"].pop("weights", None)

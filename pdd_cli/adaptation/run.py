@@ -84,7 +84,7 @@ def start(
     if ranks.is_first:
         check_disk_space(run, store)
     observer.say(
-        f"adapting {settings.base} to {len(run.sampler.real)} real images as '{name}': "
+        f"adapting {settings.base} to {run.lr_images} as '{name}': "
         + (f"with the teacher {settings.teacher}, " if settings.teacher else "")
         + f"{run.config.steps - run.state.step} steps on {runtime}, features of {run.features_name}"
         + (f", {ranks.size} processes" if ranks.size > 1 else "")

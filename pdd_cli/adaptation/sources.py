@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdd_cli.adaptation.aligned_pairs import misaligned, without_partner, wrong_size
 from pdd_cli.adaptation.folder import RunFolder
-from pdd_cli.data.datasets import RGB, images_below, lazy_images, read_images
+from pdd_cli.data.datasets import RGB, AlignedPair, images_below, lazy_images, read_images
 from pdd_cli.data.layouts import Side, select_images
 from pdd_cli.errors import InputError, ResourceError
 from pdd_cli.imaging.decode import image_size
 from pdd_cli.imaging.provenance import made_by_pdd
+from pdd_cli.iqa.pairing import pair
 from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.system import free_memory
 from pdd_cli.upscaling.manifest import recorded
@@ -43,9 +45,10 @@ class Source:
 class Images:
     """The images of a run, decoded or lazy. `hr` is empty if HR is to be made from the real images."""
 
-    real: Sequence[RGB]
+    real: Sequence[RGB]  # empty if there are only pairs
     hr: Sequence[RGB]
     sources: list[Source]
+    pairs: Sequence[AlignedPair] = ()
 
 
 def read_sources(config: AdaptConfig, scale: int, warn: Callback, say: Callback) -> Images:
@@ -53,14 +56,88 @@ def read_sources(config: AdaptConfig, scale: int, warn: Callback, say: Callback)
 
     `warn` receives warnings, `say` progress messages.
 
-    Raises InputError for a folder without a readable image, ResourceError if the images don't fit in memory.
+    Raises InputError for a folder without a readable image or a usable pair, ResourceError if the images don't fit in
+    memory.
     """
-    real, of_real = _read(config.real_dir, "LR", config.crop, scale, 1.0, warn, say)
-    if config.hr_dir is None:
-        return Images(real, [], [of_real])
-    copies = sum(part**2 for part in config.synthetic.hr_scales)
-    hr, of_hr = _read(config.hr_dir, "HR", config.crop * scale, scale, copies, warn, say)
-    return Images(real, hr, [of_real, of_hr])
+    real: Sequence[RGB] = []
+    hr: Sequence[RGB] = []
+    pairs: Sequence[AlignedPair] = []
+    sources: list[Source] = []
+    if config.pairs_lr is not None and config.pairs_hr is not None:
+        pairs, sources = _read_pairs(config.pairs_lr, config.pairs_hr, config.crop, scale, warn, say)
+    if config.real_dir is not None:
+        real, source = _read(config.real_dir, "LR", config.crop, scale, 1.0, warn, say)
+        sources.append(source)
+    if config.hr_dir is not None:
+        copies = sum(part**2 for part in config.synthetic.hr_scales)
+        hr, source = _read(config.hr_dir, "HR", config.crop * scale, scale, copies, warn, say)
+        sources.append(source)
+    return Images(real, hr, sources, pairs)
+
+
+def _read_pairs(
+    lr_folder: Path, hr_folder: Path, crop: int, scale: int, warn: Callback, say: Callback
+) -> tuple[list[AlignedPair], list[Source]]:
+    """The pairs whose images have the same name, fitting sizes and the same content; the others are reported.
+
+    Raises InputError if there is none.
+    """
+    left_out: list[str] = []
+    usable: list[list[Path]] = []
+    sides: tuple[tuple[str, Path, Side], ...] = (("--pairs-lr", lr_folder, "LR"), ("--pairs-hr", hr_folder, "HR"))
+    for option, folder, side in sides:
+        paths, of_pdd = _without_outputs(images_below(folder, option), folder)
+        selected, of_other_kinds = select_images(paths, folder, side, scale, lambda text: None)
+        left_out += [f"{option}: {line}" for line in of_pdd + of_other_kinds]
+        usable.append(selected)
+    pairing = pair(usable[0], lr_folder, usable[1], hr_folder)
+    left_out += without_partner(pairing)
+    sizes = _sizes([path for both in pairing.pairs.items() for path in both], left_out.append)
+    fitting: dict[Path, Path] = {}
+    for small, large in pairing.pairs.items():
+        reason = wrong_size(sizes.get(small), sizes.get(large), scale)
+        if not reason:
+            fitting[small] = large
+        elif small in sizes and large in sizes:
+            left_out.append(f"{small} and {large}: {reason}")
+    needed = sum(3 * math.prod(sizes[path]) for both in fitting.items() for path in both)
+    _check_memory(needed, f"its {len(fitting)} pairs take", "--pairs-lr", lr_folder)
+    say(f"reading the {len(fitting)} pairs of --pairs-lr {lr_folder} and --pairs-hr {hr_folder}")
+    pairs: list[AlignedPair] = []
+    contents: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    for small, large in fitting.items():
+        try:
+            (lr,), of_lr = read_images([small], lr_folder, "--pairs-lr", left_out.append)
+            (hr,), of_hr = read_images([large], hr_folder, "--pairs-hr", left_out.append)
+        except InputError:  # the reason is in `left_out`
+            continue
+        if reason := misaligned(lr, hr):
+            left_out.append(f"{small} and {large}: {reason}")
+            continue
+        pairs.append(AlignedPair(small.relative_to(lr_folder).as_posix(), lr, hr))
+        contents[0].update(of_lr)
+        contents[1].update(of_hr)
+    if not pairs:
+        raise InputError(
+            f"--pairs-lr {lr_folder}: no usable pair in it and --pairs-hr {hr_folder}: {_first(left_out)}",
+            "Names must be equal, or differ only in an ending such as _LR4 and _HR, and the HR image must show "
+            f"the same, {scale} times as large.",
+        )
+    for reason in left_out:
+        warn(f"pairs: left out: {reason}")
+    sources = []
+    for (option, folder, _), content, images, least in zip(
+        sides, contents, ([one.lr for one in pairs], [one.hr for one in pairs]), (crop, crop * scale), strict=True
+    ):
+        by_size = sorted(((image.shape[1], image.shape[0]) for image in images), key=math.prod)
+        small_images = sum(min(size) < least for size in by_size)
+        lines = tuple(left_out) if option == "--pairs-lr" else ()
+        sources.append(Source(option, folder, len(images), by_size[0], by_size[-1], small_images, lines, content))
+    return pairs, sources
+
+
+def _first(lines: Sequence[str]) -> str:
+    return lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")
 
 
 def _read(

@@ -61,21 +61,22 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
     The result depends only on the arguments. With several processes, each passes its part of the batch; losses and
     gradients are those of the whole batch and identical in all processes.
     """
-    if batch.sr_t is not None:
-        return _student_step(state, batch, batch.sr_t, models, weights)
+    if batch.lr_t is not None and batch.sr_t is not None:
+        return _student_step(state, batch, batch.lr_t, batch.sr_t, models, weights)
     runtime, ranks, features = models.runtime, models.ranks, models.features
     specialist = replace(models.base, module=state.specialist)
     generalist = replace(models.generalist, module=state.generalist)
     D, n = state.discriminator, len(batch.lr_s)
     ema = models.distillation if isinstance(models.distillation, EmaGeneralist) else None
     only_discriminator = state.step < state.warmup_steps
-    distilling = state.step >= state.warmup_steps + models.distillation.warmup_steps
+    lr_t = batch.lr_t if state.step >= state.warmup_steps + models.distillation.warmup_steps else None
+    distilling = lr_t is not None
     losses: dict[str, Tensor] = {}
     finite = True
 
     # predictions
     with torch.set_grad_enabled(not only_discriminator), runtime.autocast():
-        S = specialist.upscale(torch.cat((batch.lr_s, batch.lr_t)) if distilling else batch.lr_s).float()
+        S = specialist.upscale(batch.lr_s if lr_t is None else torch.cat((batch.lr_s, lr_t))).float()
     S_s = S[:n]
 
     # specialist: losses and step
@@ -83,8 +84,8 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
         D.requires_grad_(False)
         with torch.no_grad(), runtime.autocast():
             constants = [batch.hr_s]
-            if distilling:
-                constants.append(generalist.upscale(torch.cat((batch.lr_s, batch.lr_t))).float())
+            if lr_t is not None:
+                constants.append(generalist.upscale(torch.cat((batch.lr_s, lr_t))).float())
             phi_constant = features(torch.cat(constants), ALL_LAYERS)
         with runtime.autocast():
             phi = features(S, ALL_LAYERS)
@@ -98,7 +99,7 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
         # S_s and (with adversarial_on_target) S_t must look real: the sum of two means, or one mean over both.
         domains = judged // n if weights.adversarial_reduction == "sum" else 1
         losses["adversarial"] = adversarial_loss(logits, real=True) * domains
-        if distilling:
+        if lr_t is not None:
             phi_S_t, phi_G_s, phi_G_t = (
                 _part(phi, n, 2 * n),
                 _part(phi_constant, n, 2 * n),
@@ -109,11 +110,11 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
             losses["inter"] = inter_loss(distilled, phi_S_t, phi_G_s, phi_G_t, ranks, weights.inter_group)
             losses["intra"] = intra_loss(distilled, phi_S_t, phi_G_s, phi_G_t)
             if weights.consistency:
-                losses["consistency"] = consistency_loss(S[n:], batch.lr_t, specialist.scale)
+                losses["consistency"] = consistency_loss(S[n:], lr_t, specialist.scale)
             if weights.self_ensemble:
                 number = state.step % 8
                 with torch.no_grad(), runtime.autocast():
-                    turned = models.base.upscale(flip_or_transpose(batch.lr_t, number))
+                    turned = models.base.upscale(flip_or_transpose(lr_t, number))
                 losses["self_ensemble"] = self_ensemble_loss(S[n:], undo_flip_or_transpose(turned, number))
         total = sum(getattr(weights, name) * loss for name, loss in losses.items())
         assert isinstance(total, Tensor)
@@ -143,7 +144,9 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
     return _result(losses, finite, ranks)
 
 
-def _student_step(state: TrainState, batch: Batch, sr_t: Tensor, models: Models, weights: LossWeights) -> StepResult:
+def _student_step(
+    state: TrainState, batch: Batch, lr_t: Tensor, sr_t: Tensor, models: Models, weights: LossWeights
+) -> StepResult:
     """One step of a student: supervised by the HR of the synthetic crops and by the teacher's SR of the real ones.
 
     Both are targets of the same losses. The discriminator learns them as real.
@@ -158,7 +161,7 @@ def _student_step(state: TrainState, batch: Batch, sr_t: Tensor, models: Models,
     # student
     D.requires_grad_(False)
     with runtime.autocast():
-        S = student.upscale(torch.cat((batch.lr_s, batch.lr_t))).float()
+        S = student.upscale(torch.cat((batch.lr_s, lr_t))).float()
         phi = features(S, STUDENT_LAYERS)
         with torch.no_grad():
             phi_target = features(target, STUDENT_LAYERS)
@@ -168,7 +171,7 @@ def _student_step(state: TrainState, batch: Batch, sr_t: Tensor, models: Models,
     losses["feature_distance"] = feature_distance_loss(phi, phi_target)
     losses["teacher"] = F.l1_loss(S[n:], sr_t)
     losses["lattice"] = lattice_loss(S, target, student.scale)
-    losses["consistency"] = consistency_loss(S[n:], batch.lr_t, student.scale)
+    losses["consistency"] = consistency_loss(S[n:], lr_t, student.scale)
     if adversarial:
         losses["adversarial"] = adversarial_loss(logits, real=True)
     total = sum(getattr(weights, name) * loss for name, loss in losses.items())

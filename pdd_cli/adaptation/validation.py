@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pdd_cli.adaptation.preview import center_crop, to_rgb8, upscale_image
-from pdd_cli.data.datasets import RGB, images_below
+from pdd_cli.data.datasets import RGB, AlignedPair, images_below
 from pdd_cli.errors import InputError
 from pdd_cli.imaging.decode import image_size, read_image
 from pdd_cli.iqa.feature_distance import feature_distance, unit_features
@@ -24,6 +25,7 @@ from pdd_cli.runtime import Runtime
 
 _MAX_PAIRS = 12
 _CROP = 64  # LR pixels
+_HELD_OUT_CROP = 96  # LR pixels; the verdict rests on these pairs
 _MIN_SIDE = 16
 
 
@@ -41,6 +43,15 @@ class ValidationScores:
             f"PSNR {self.psnr:.2f} dB (base {base.psnr:.2f}), SSIM {self.ssim:.4f} (base {base.ssim:.4f}), "
             f"feature distance {self.distance:.4f} (base {base.distance:.4f}, lower is better)"
         )
+
+    def gain(self, base: ValidationScores) -> float:
+        """The gain over the base in dB: the mean of the gain in PSNR and of the decrease of the feature distance.
+
+        The distance is a mean square, as the error in PSNR is. Blur raises PSNR and costs distance; invented detail may
+        do the opposite.
+        """
+        closer = 10 * math.log10(max(base.distance, 1e-9) / max(self.distance, 1e-9))
+        return ((self.psnr - base.psnr) + closer) / 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,15 +111,27 @@ def read_pairs(lr_folder: Path, hr_folder: Path, scale: int, features: FeatureNe
     )
 
 
+def pairs_to_score(pairs: Sequence[AlignedPair], scale: int, features: FeatureNetwork) -> Pairs:
+    """The held-out training pairs, as pairs that are scored on their central part."""
+    return Pairs(
+        found=len(pairs),
+        names=[pair.name for pair in pairs],
+        lr=[center_crop(pair.lr, _HELD_OUT_CROP) for pair in pairs],
+        hr=[_crop_of_hr(pair.hr, scale, _HELD_OUT_CROP) for pair in pairs],
+        features=features,
+        ssim=load_metric("ssim", device="cpu"),
+    )
+
+
 def _read(path: Path) -> RGB:
     image = read_image(path)
     return np.broadcast_to(to_rgb8(image.to_float()), (image.height, image.width, 3))
 
 
-def _crop_of_hr(hr: RGB, scale: int) -> RGB:
+def _crop_of_hr(hr: RGB, scale: int, side: int = _CROP) -> RGB:
     """The part of the HR that corresponds to the `center_crop` of the LR."""
-    y, x = (max(0, (length // scale - _CROP) // 2) * scale for length in hr.shape[:2])
-    return np.array(hr[y : y + _CROP * scale, x : x + _CROP * scale])
+    y, x = (max(0, (length // scale - side) // 2) * scale for length in hr.shape[:2])
+    return np.array(hr[y : y + side * scale, x : x + side * scale])
 
 
 def _tensor(image: RGB) -> Tensor:

@@ -25,7 +25,7 @@ def dry_run_table(found: DryRun) -> Table:
     if run is not None:
         rows.add_row("source", run.properties.describe())
         rows.add_row("HR from", run.hr_from)
-        rows.add_row("judged on", f"{len(run.judge.images)} real images, {len(run.sampler.real)} are trained on")
+        rows.add_row("judged on", f"{run.judged_on}; trained on: {run.lr_images}")
         if pairs := run.judge.pairs:
             rows.add_row("pairs", f"{pairs.found} with ground truth, {len(pairs.lr)} of them are scored")
         base = run.models.base

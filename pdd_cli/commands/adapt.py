@@ -9,7 +9,7 @@ from pdd_cli.settings.adapt import AdaptConfig, AdaptFlags
 
 
 def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
-    """Adapt a model to your own real images, without ground truth.
+    """Adapt a model to your own real images, with or without ground truth.
 
     The method is Pairwise Distance Distillation. Writes runs/NAME/ (settings,
     log, previews, checkpoint) and registers the weights NAME for `pdd upscale`.
@@ -18,6 +18,7 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
     Examples:
       pdd adapt --real-dir ./realLR
       pdd adapt --real-dir ./realLR --hr-dir ./photos --name mine --minutes 30
+      pdd adapt --pairs-lr ./lr --pairs-hr ./hr --name mine
     """
     from pdd_cli.adaptation.folder import find_run
     from pdd_cli.commands._dry_run_table import dry_run_table
@@ -45,7 +46,7 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
     from pdd_cli.weights.store import Store
 
     store = Store.default()
-    run_name = settings.name or default_name(settings.real_dir, console.say)
+    run_name = settings.name or default_name(settings.lr_dir, console.say)
     if call.flags.dry_run:
         keep_freed_memory()  # as in the run, so that the estimate is right
         found = estimate.dry_run(

@@ -28,9 +28,9 @@ RGB = NDArray[np.uint8]  # (H, W, 3)
 class Batch:
     """The crops of one step, fp32 in 0..1. Elements with the same index belong together."""
 
-    lr_s: Tensor  # (N, 3, crop, crop): synthetic LR
+    lr_s: Tensor  # (N, 3, crop, crop): LR with ground truth, synthetic or from aligned pairs
     hr_s: Tensor  # (N, 3, crop*scale, crop*scale): its HR
-    lr_t: Tensor  # (N, 3, crop, crop): target (real) LR
+    lr_t: Tensor | None  # (N, 3, crop, crop): target (real) LR; None if there are only pairs
     sr_t: Tensor | None = None  # (N, 3, crop*scale, crop*scale): the teacher's SR of lr_t
 
     def to(self, device: torch.device) -> Batch:
@@ -39,8 +39,17 @@ class Batch:
         def moved(crops: Tensor) -> Tensor:
             return crops.to(device, memory_format=torch.channels_last)
 
-        sr_t = None if self.sr_t is None else moved(self.sr_t)
-        return Batch(moved(self.lr_s), moved(self.hr_s), moved(self.lr_t), sr_t)
+        lr_t, sr_t = (None if crops is None else moved(crops) for crops in (self.lr_t, self.sr_t))
+        return Batch(moved(self.lr_s), moved(self.hr_s), lr_t, sr_t)
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedPair:
+    """A real LR image (h, w, 3) and its ground truth (h*scale, w*scale, 3), which show the same at every pixel."""
+
+    name: str
+    lr: RGB
+    hr: RGB
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,20 +66,32 @@ class CropSampler:
     min_texture: float = math.inf  # … one has this much texture; if none has, the one with the most is used
     own_hr: Sequence[RGB] = ()  # HR made from the real images, from which …
     own_share: float = 0.0  # … this fraction of the synthetic crops is drawn
+    pairs: Sequence[AlignedPair] = ()  # from which …
+    pairs_share: float = 0.0  # … this fraction of the crops with ground truth is drawn
+
+    @property
+    def lr_images(self) -> Sequence[RGB]:
+        """The LR images of the domain that is adapted to: the real ones or, without these, those of the pairs."""
+        return self.real or [pair.lr for pair in self.pairs]
 
     def batch(self, step: int, size: int, first: int = 0) -> Batch:
-        """The synthetic and real crops of `step`, `size` each, from element `first` on.
+        """The crops with ground truth and the real crops of `step`, `size` each, from element `first` on.
 
         An element depends only on the seed, the step and its index. So a resumed run sees the same crops as an
         uninterrupted one, and several processes together see the same crops as one process.
         """
         hr, own, real = (self._drawn_from(images, step) for images in (self.hr, self.own_hr, self.real))
         rngs = [np.random.default_rng((self.seed, step, first + number)) for number in range(size)]
-        sets = [own if self.own_share and rng.random() < self.own_share else hr for rng in rngs]
-        hr_s = stack([self._crop(chosen, self.crop * self.scale, rng) for chosen, rng in zip(sets, rngs, strict=True)])
-        pairs = zip(hr_s.split(1), rngs, strict=True)
-        lr_s = torch.cat([self.degradation.apply(one, self.scale, rng) for one, rng in pairs])
-        lr_t = stack([self._crop(real, self.crop, rng) for rng in rngs])
+
+        def with_ground_truth(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+            if self.pairs and (self.pairs_share == 1 or rng.random() < self.pairs_share):
+                return self._crop_pair(rng)
+            chosen = own if self.own_share and rng.random() < self.own_share else hr
+            hr_s = stack([self._crop(chosen, self.crop * self.scale, rng)])
+            return self.degradation.apply(hr_s, self.scale, rng), hr_s
+
+        lr_s, hr_s = (torch.cat(parts) for parts in zip(*map(with_ground_truth, rngs), strict=True))
+        lr_t = stack([self._crop(real, self.crop, rng) for rng in rngs]) if len(real) else None
         return Batch(lr_s, hr_s, lr_t)
 
     def real_crop(self, number: int, size: int, candidates: int) -> RGB:
@@ -87,6 +108,8 @@ class CropSampler:
                 continue
             for image in images:
                 digest.update(repr(image.shape).encode() + np.ascontiguousarray(image[::16]).tobytes())
+        for image in (side for pair in self.pairs for side in (pair.lr, pair.hr)):
+            digest.update(repr(image.shape).encode() + np.ascontiguousarray(image[::16]).tobytes())
         return digest.hexdigest()
 
     def _drawn_from(self, images: Sequence[RGB], step: int) -> Sequence[RGB]:
@@ -104,6 +127,22 @@ class CropSampler:
                 break
             best = max(best, _random_crop(images, size, rng), key=texture)
         return best
+
+    def _crop_pair(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Aligned crops of a pair, LR and HR, with some texture in the HR crop."""
+
+        def draw() -> tuple[RGB, RGB]:
+            pair = self.pairs[int(rng.integers(len(self.pairs)))]
+            place = _Place.draw(pair.lr.shape[:2], self.crop, rng)
+            return place.cut(pair.lr, self.crop), place.cut(pair.hr, self.crop, self.scale)
+
+        best = draw()
+        for _ in range(self.candidates - 1):
+            if texture(best[1]) >= self.min_texture:
+                break
+            best = max(best, draw(), key=lambda crops: texture(crops[1]))
+        lr, hr = best
+        return stack([lr]), stack([hr])
 
 
 def images_below(folder: Path, option: str) -> list[Path]:
@@ -220,19 +259,39 @@ def hr_from_real(real: Sequence[RGB], crop: int) -> Sequence[RGB]:
 def _random_crop(images: Sequence[RGB], size: int, rng: np.random.Generator) -> RGB:
     """A (size, size, 3) crop of a random image, flipped and transposed at random. Small images are mirrored."""
     image = images[int(rng.integers(len(images)))]
-    height, width = image.shape[:2]
-    if height < size or width < size:
-        pad = [(0, max(0, size - height)), (0, max(0, size - width)), (0, 0)]
-        image = np.pad(image, pad, mode="symmetric")
+    return _Place.draw(image.shape[:2], size, rng).cut(image, size)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The position of a square crop in an image, and how it is flipped and transposed."""
+
+    y: int
+    x: int
+    flip_y: bool
+    flip_x: bool
+    transpose: bool
+
+    @classmethod
+    def draw(cls, shape: tuple[int, ...], size: int, rng: np.random.Generator) -> _Place:
+        """A random place in an image of `shape` (height, width), mirrored to at least `size`."""
+        height, width = (max(length, size) for length in shape)
+        y, x = rng.integers(height - size + 1), rng.integers(width - size + 1)
+        return cls(int(y), int(x), *map(bool, rng.integers(2, size=3)))
+
+    def cut(self, image: RGB, size: int, scale: int = 1) -> RGB:
+        """The crop, (size*scale, size*scale, 3), of `image`, which is `scale` times as large as that of `draw`."""
+        size, y, x = size * scale, self.y * scale, self.x * scale
         height, width = image.shape[:2]
-    y, x = rng.integers(height - size + 1), rng.integers(width - size + 1)
-    crop = image[y : y + size, x : x + size]
-    flip_y, flip_x, transpose = rng.integers(2, size=3)
-    if flip_y:
-        crop = crop[::-1]
-    if flip_x:
-        crop = crop[:, ::-1]
-    return crop.transpose(1, 0, 2) if transpose else crop
+        if height < size or width < size:
+            pad = [(0, max(0, size - height)), (0, max(0, size - width)), (0, 0)]
+            image = np.pad(image, pad, mode="symmetric")
+        crop = image[y : y + size, x : x + size]
+        if self.flip_y:
+            crop = crop[::-1]
+        if self.flip_x:
+            crop = crop[:, ::-1]
+        return crop.transpose(1, 0, 2) if self.transpose else crop
 
 
 def stack(crops: Sequence[RGB]) -> Tensor:

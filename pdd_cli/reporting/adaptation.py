@@ -20,6 +20,7 @@ _MAX_POINTS = 150  # of a curve
 _MAX_DOTS = 60  # curves with at most this many points get dots with tooltips
 _VALIDATION = {"psnr": "PSNR (dB), higher is better", "ssim": "SSIM, higher is better",
           "distance": "feature distance, lower is better"}  # fmt: skip
+_WITH_TRUTH = {"held_out_pairs": "held-out pairs", "truth": "ground truth"}
 
 Series = Sequence[tuple[float, float]]  # (step, value)
 Line = Mapping[str, Any]  # a line of log.jsonl or judgements.jsonl
@@ -137,7 +138,12 @@ def _strengths(report: RunReport) -> str:
     table = f'<table id="means"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
     note = (
         '<p class="note">Means over the held-out images: consistency with the LR (dB), colour drift (ΔE), fine detail '
-        "and grain (8-bit levels). The score is the gain in consistency less lost detail and added grain, in dB.</p>"
+        "and grain (8-bit levels). "
+        + (
+            "The score is the mean of the gains in PSNR and feature distance on the held-out pairs, in dB.</p>"
+            if "held_out_pairs" in report.verdict["base"]
+            else "The score is the gain in consistency less lost detail and added grain, in dB.</p>"
+        )
     )
     return scroll("By strength", table) + note
 
@@ -164,12 +170,21 @@ def _columns(lines: Iterable[Line]) -> dict[str, str]:
     columns = {"score": "score", "consistency": "consistency", "drift": "colour drift"}
     columns |= {"texture": "fine detail", "grain": "grain"}
     if any("truth" in line for line in lines):
-        columns |= {"psnr": "PSNR", "ssim": "SSIM", "distance": "feature distance"}
+        columns |= {"truth.psnr": "PSNR", "truth.ssim": "SSIM", "truth.distance": "feature distance"}
+    if any("held_out_pairs" in line for line in lines):
+        columns |= {
+            "held_out_pairs.psnr": "PSNR (held-out pairs)",
+            "held_out_pairs.ssim": "SSIM (held-out pairs)",
+            "held_out_pairs.distance": "feature distance (held-out pairs)",
+        }
     return columns
 
 
 def _value(line: Line, key: str) -> float | None:
-    value = line.get("truth", {}).get(key) if key in _VALIDATION else line.get(key)
+    """The value at a dotted key."""
+    value: Any = line
+    for part in key.split("."):
+        value = value.get(part) if value else None
     return None if value is None else float(value)
 
 
@@ -233,9 +248,11 @@ def _plots(report: RunReport) -> list[str]:
         plots.append(
             _plot("score of the judgements (dB over the base, which has 0)", _by_weights(report, "score"), level=0)
         )
-    for key, title in _VALIDATION.items():
-        if (base := _value(report.base, key)) is not None:
-            plots.append(_plot(f"ground truth: {title}; base dashed", _by_weights(report, key), level=base))
+    for pairs, kind in _WITH_TRUTH.items():
+        for measure, title in _VALIDATION.items():
+            key = f"{pairs}.{measure}"
+            if (base := _value(report.base, key)) is not None:
+                plots.append(_plot(f"{kind}: {title}; base dashed", _by_weights(report, key), level=base))
     for name in _LOSSES:
         if values := _log_values(log, name):
             plots.append(_plot(f"loss: {name}", {"each step": _binned(values), "smoothed": _binned(_smoothed(values))}))

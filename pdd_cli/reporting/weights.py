@@ -17,7 +17,7 @@ from pdd_cli.weights.states import data_file, is_file_reference
 from pdd_cli.weights.store import Card, Store, read_card
 
 # Settings that other rows show, or that don't influence the weights.
-_NOT_SHOWN = ("base", "teacher", "name", "real_dir", "runs_dir", "device", "offline")
+_NOT_SHOWN = ("base", "teacher", "name", "real_dir", "pairs_lr", "pairs_hr", "runs_dir", "device", "offline")
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,9 @@ def _of_card(reference: str, path: Path, card: Card) -> Description:
         if adapted.get("teacher"):
             rows.append(("teacher", str(adapted["teacher"])))
         settings = adapted.get("settings") or {}
-        domain = Path(str(settings.get("real_dir") or "")).name
-        images = f"{adapted['real_images']} images" if "real_images" in adapted else ""
+        domain = Path(str(settings.get("real_dir") or settings.get("pairs_lr") or "")).name
+        counts = ((adapted.get("real_images"), "images"), (adapted.get("pairs"), "pairs with ground truth"))
+        images = ", ".join(f"{count} {kind}" for count, kind in counts if count)
         hr = f"; HR: {adapted['hr_images']} images from {adapted['hr_from']}" if "hr_from" in adapted else ""
         rows.append(("domain", (", ".join(filter(None, (domain, images))) or "unknown") + hr))
         rows.append(("training", f"{adapted.get('steps', '?')} steps, features {adapted.get('features', '?')}"))

@@ -187,10 +187,23 @@ class AdaptConfig(Settings):
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("steps", "minutes"),)
 
     real_dir: Annotated[
-        Path,
+        Path | None,
         Field(description="Folder of real LR images from one source; searched recursively."),
         Option("Input"),
-    ]
+    ] = None
+    # Aligned pairs for supervised training, beside the real images or alone.
+    pairs_lr: Annotated[
+        Path | None,
+        Field(description="LR images with ground truth from the same source: supervised training on them."),
+        Option("Input", metavar="DIR"),
+    ] = None
+    pairs_hr: Annotated[
+        Path | None,
+        Field(description="Ground truth of --pairs-lr, aligned with it and paired by name."),
+        Option("Input", metavar="DIR"),
+    ] = None
+    # Fraction of the crops with ground truth that come from the pairs; the others are synthetic.
+    pairs_share: Fraction = 0.5
     base: Annotated[
         str,
         Field(description="Weights to start from: NAME, FILE or hf:USER/NAME."),
@@ -213,7 +226,7 @@ class AdaptConfig(Settings):
     name: Annotated[
         str | None,
         Field(description="Name of the run and of its weights."),
-        Option("Output", default="that of --real-dir"),
+        Option("Output", default="that of --real-dir, or else of --pairs-lr"),
     ] = None
     runs_dir: Annotated[
         Path,
@@ -315,8 +328,21 @@ class AdaptConfig(Settings):
 
     @model_validator(mode="after")
     def _pairs_have_both_sides(self) -> AdaptConfig:
-        if (self.val_lr is None) != (self.val_hr is None):
-            raise ValueError("--val-lr DIR and --val-hr DIR must be given together")
+        for kind, lr, hr in (("val", self.val_lr, self.val_hr), ("pairs", self.pairs_lr, self.pairs_hr)):
+            if (lr is None) != (hr is None):
+                raise ValueError(f"--{kind}-lr DIR and --{kind}-hr DIR must be given together")
+        return self
+
+    @model_validator(mode="after")
+    def _images_suffice(self) -> AdaptConfig:
+        if self.real_dir is not None:
+            return self
+        if self.pairs_lr is None:
+            raise ValueError("no images: give --real-dir DIR, or --pairs-lr DIR and --pairs-hr DIR")
+        if self.generalist.mode == "static":
+            raise ValueError("--mode static has no effect without --real-dir: training on pairs alone is supervised")
+        if self.teacher is not None:
+            raise ValueError("--teacher needs --real-dir: the student learns from the teacher's images of it")
         return self
 
     @model_validator(mode="after")
@@ -340,6 +366,13 @@ class AdaptConfig(Settings):
         """Whether the field `name` has the value of the preset."""
         default = type(self).model_fields[name].default
         return bool(getattr(self, name) == PRESETS[self.quality].get(name, default))
+
+    @property
+    def lr_dir(self) -> Path:
+        """The folder of the LR images that are adapted to: `real_dir`, or else `pairs_lr`."""
+        folder = self.real_dir or self.pairs_lr
+        assert folder is not None  # see _images_suffice
+        return folder
 
     @property
     def discriminator_warmup_steps(self) -> int:
