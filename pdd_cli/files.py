@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import tempfile
 import time
@@ -123,8 +124,17 @@ def check_log(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
             file.seek(0)
-            if file.read(1) not in (b"", b"{"):
+            if not _is_log_line(file.readline(1 << 16)):
                 raise InputError(f"--log {path}: the file is no log of pdd, so nothing is added to it", "Name another.")
+
+
+def _is_log_line(line: bytes) -> bool:
+    """Whether `line` is the first of a log, or empty."""
+    try:
+        values = json.loads(line) if line else {"time": "", "input": "", "status": ""}
+    except ValueError:
+        return False
+    return isinstance(values, dict) and {"time", "input", "status"} <= values.keys()
 
 
 def is_within(path: Path, folder: Path) -> bool:

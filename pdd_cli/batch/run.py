@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from pdd_cli.batch.devices import output_pixels, partition, run_on_devices
+from pdd_cli.batch.lists import checksums, failed_list, only_listed, read_list
 from pdd_cli.batch.loading import LoadedUpscalers, load_upscalers
 from pdd_cli.batch.plan import Plan, manifest_folder, plan_jobs
 from pdd_cli.errors import InputError, Interrupted, PartialFailure, PddError, ResourceError
@@ -20,12 +21,14 @@ from pdd_cli.files import append_line, check_log, remove_leftovers
 from pdd_cli.imaging.encode import Encoding
 from pdd_cli.last_run import LastRun, UpscaledPair, save_last_run
 from pdd_cli.observer import Observer
+from pdd_cli.own_files import check_own_file, write_own_file
 from pdd_cli.ranks import SINGLE_PROCESS, Ranks
 from pdd_cli.settings.upscale import UpscaleConfig
 from pdd_cli.upscaling.jobs import Job, Output, Result, check_own, results_from_json, results_to_json
 from pdd_cli.upscaling.manifest import Manifest
 from pdd_cli.upscaling.pipeline import preview_jobs, run_jobs
 from pdd_cli.upscaling.upscaler import Upscaler
+from pdd_cli.version import __version__, versions
 from pdd_cli.video.decode import is_video
 from pdd_cli.video.encoders import check_encoder
 from pdd_cli.video.options import VideoOptions
@@ -77,7 +80,9 @@ class BatchResult:
             hint = "The others are done." if self.count("done") else ""
             raise PartialFailure(f"{failed} of {len(self.results)} files {verb}", hint)
         if self.plan.problems:
-            raise PartialFailure(f"folders that can't be read: {len(self.plan.problems)}", "Everything else is done.")
+            first, *others = self.plan.problems
+            more = f" (and {len(others)} more problems)" if others else ""
+            raise PartialFailure(f"{first}{more}", "Everything else is done.")
 
     def as_document(self) -> dict[str, object]:
         """The result as `pdd upscale --json` prints it."""
@@ -90,6 +95,7 @@ class BatchResult:
             "architecture": engine.model.architecture,
             "scale": upscalers[0].scale,
             "strength": self.loaded.strength,
+            "versions": versions("torch", "openvino", "numpy", "pillow", "av"),
             **({"to_fetch": self.loaded.to_fetch} if self.loaded.to_fetch else {}),
             "engine": engine.name,
             "device": ",".join(str(upscaler.engine.runtime.device_name) for upscaler in upscalers),
@@ -161,6 +167,7 @@ def run(
     if folder is None:
         check_own(plan.jobs[0].target)
     _check_video_options(settings, plan.jobs)
+    _check_side_files(settings, plan)
     if settings.log is not None and not dry_run:
         check_log(settings.log)
     with load_upscalers(settings, ranks, observer, dry_run=dry_run) as loaded:
@@ -188,10 +195,52 @@ def run(
             observer.warn(
                 f"{error.message}. The outputs are complete, but this run is not recorded for `pdd evaluate`."
             )
+        try:
+            _write_lists(outcome)
+        except PddError as error:
+            plan.problems.append(f"{error.message}. The outputs are complete.")
     return outcome
 
 
+def _check_side_files(settings: UpscaleConfig, plan: Plan) -> None:
+    """Raise InputError if a list of the run would replace an input, an output or another file."""
+    outputs = {job.target.resolve() for job in plan.jobs}
+    seen: dict[Path, str] = {}
+    for option, path in (
+        ("--log", settings.log),
+        ("--failed-list", settings.failed_list),
+        ("--checksums", settings.checksums),
+    ):
+        if path is None:
+            continue
+        real = path.resolve()
+        if real in outputs:
+            raise InputError(f"{option} {path} is also an output", "Name another file.")
+        if real in seen:
+            raise InputError(f"{seen[real]} and {option} name the same file {path}", "Name two files.")
+        seen[real] = option
+        if option != "--log":  # which is appended to
+            check_own_file(path, option)
+
+
+def _write_lists(outcome: BatchResult) -> None:
+    """Write the lists that the settings name."""
+    settings, results = outcome.settings, outcome.results
+    if settings.failed_list is not None:
+        write_own_file(settings.failed_list, failed_list(outcome.plan, results), "--failed-list")
+    if settings.checksums is not None:
+        targets = [result.job.target for result in results if result.status in ("done", "skipped")]
+        write_own_file(settings.checksums, checksums(targets, settings.checksums), "--checksums")
+
+
 def _plan(settings: UpscaleConfig) -> Plan:
+    plan = _plan_inputs(settings)
+    if settings.from_list is None:
+        return plan
+    return only_listed(plan, read_list(settings.from_list), settings.from_list)
+
+
+def _plan_inputs(settings: UpscaleConfig) -> Plan:
     return plan_jobs(
         settings.input,
         settings.output,
@@ -330,7 +379,7 @@ def _gather_results(results: Sequence[Result], jobs: Sequence[Job], ranks: Ranks
 
 
 def _log_line(result: Result) -> str:
-    values = {"time": _now(), **_file_document(result), "reason": result.problem}
+    values = {"time": _now(), "pdd": __version__, **_file_document(result), "reason": result.problem}
     return json.dumps(
         {key: value for key, value in values.items() if key != "problem"}, ensure_ascii=False, default=str
     )

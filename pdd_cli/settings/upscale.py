@@ -73,6 +73,11 @@ class UpscaleConfig(Settings):
         Field(description="Folder for the outputs, or a file if there is one input."),
         Option("Output", argument=True, metavar="OUTPUT"),
     ]
+    from_list: Annotated[
+        Path | None,
+        Field(description="Of the inputs, only those in this list, one a line (or NUL-separated); - is stdin."),
+        Option("Input", metavar="FILE"),
+    ] = None
     weights: Annotated[
         str,
         Field(description="The model: NAME, FILE or hf:USER/NAME."),
@@ -162,6 +167,16 @@ class UpscaleConfig(Settings):
     log: Annotated[
         Path | None,
         Field(description="Append a line of JSON to this file for each finished input."),
+        Option("Output", metavar="FILE"),
+    ] = None
+    failed_list: Annotated[
+        Path | None,
+        Field(description="Write the inputs without a finished output to this file, for --from-list."),
+        Option("Output", metavar="FILE"),
+    ] = None
+    checksums: Annotated[
+        Path | None,
+        Field(description="Write the SHA-256 of all outputs to this file, for `sha256sum -c`."),
         Option("Output", metavar="FILE"),
     ] = None
     start: Annotated[
