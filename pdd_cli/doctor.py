@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pdd_cli.system import available_cpus, cpu_features, free_memory, usable_cpus
+from pdd_cli.system import available_cpus, cpu_features, cpu_name, free_memory, usable_cpus
 from pdd_cli.version import __version__
 
 if TYPE_CHECKING:
@@ -89,13 +89,8 @@ def _packages() -> Value:
 
 
 def _cpu() -> Value:
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        name = names[0] if names else name
     features = cpu_features()
-    return f"{name}; {' '.join(flag for flag in _FEATURES if flag in features) or 'no vector instructions'}"
+    return f"{cpu_name()}; {' '.join(flag for flag in _FEATURES if flag in features) or 'no vector instructions'}"
 
 
 def _total_memory() -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import platform
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +22,13 @@ def cpu_features() -> frozenset[str]:
         from llvmlite import binding
 
         return frozenset(name for name, has in binding.get_host_cpu_features().items() if has)
+
+
+def cpu_name() -> str:
+    """The model of the CPU."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def available_cpus() -> int:

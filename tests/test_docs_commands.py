@@ -57,7 +57,7 @@ adapt:
 evaluate:
   metrics: [entropy]
 """
-WITHOUT_WEIGHTS = {"niqe": "piqe", "lpips": "gmsd", "musiq": "entropy"}
+WITHOUT_WEIGHTS = {"niqe": "piqe", "lpips": "gmsd", "musiq": "entropy", "paper": "psnr,entropy"}
 """Metrics whose weights are downloaded, and the formulas that are computed in their place."""
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import platform
 import re
 from collections import Counter
+from dataclasses import replace
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
@@ -14,20 +18,26 @@ from pdd_cli.errors import InputError
 from pdd_cli.iqa.datasets import Dataset, find_dataset
 from pdd_cli.iqa.inputs import Inputs, folders_as_dataset, gather, upscaled_sets
 from pdd_cli.iqa.metrics import metric_infos
+from pdd_cli.iqa.report import Origin, ScoredSet
 from pdd_cli.iqa.run import Evaluation, score_inputs
 from pdd_cli.observer import Observer
 from pdd_cli.reporting.evaluation import check_format
 from pdd_cli.runtime import choose_runtime
 from pdd_cli.settings.evaluate import EvaluateConfig
 from pdd_cli.settings.upscale import UpscaleConfig
+from pdd_cli.system import cpu_name, usable_cpus
 from pdd_cli.upscaling.jobs import Job
+from pdd_cli.upscaling.manifest import NAME, Manifest
+from pdd_cli.version import versions
 from pdd_cli.weights.fetch import ensure
 from pdd_cli.weights.states import HUB_PREFIX
 from pdd_cli.weights.store import Store
 
 
-def evaluate(settings: EvaluateConfig, observer: Observer = Observer()) -> Evaluation:
+def evaluate(settings: EvaluateConfig, observer: Observer = Observer(), *, command: str = "") -> Evaluation:
     """Score the images that `settings` name, or those that its weights make from the LR images.
+
+    `command`: the command line, for the report.
 
     Raises InputError for bad paths and settings, before anything is upscaled or fetched; DownloadError if weights, or
     the files of all metrics, can't be fetched. Images that can't be scored are in the report's `problems`.
@@ -35,18 +45,43 @@ def evaluate(settings: EvaluateConfig, observer: Observer = Observer()) -> Evalu
     if settings.output is not None:
         check_format(settings.output)
     metric_infos(settings.metrics)
-    choose_runtime(settings.metric_device)
+    runtime = choose_runtime(settings.metric_device)
     if settings.weights:
         choose_inference(settings.engine, settings.device, "auto")
-        return score_inputs(settings, _upscale_sets(settings, observer), observer)
-    inputs = gather(
-        settings.sr_dir,
-        gt=settings.gt_dir,
-        lr=settings.lr_dir,
-        baselines=settings.baseline,
-        dataset=_dataset(settings),
+        inputs = _upscale_sets(settings, observer)
+    else:
+        inputs = gather(
+            settings.sr_dir,
+            gt=settings.gt_dir,
+            lr=settings.lr_dir,
+            baselines=settings.baseline,
+            dataset=_dataset(settings),
+        )
+    evaluation = score_inputs(settings, inputs, observer)
+    origin = Origin(
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command=command,
+        machine=f"{cpu_name()}, {usable_cpus()} cores, {platform.platform()}; metrics on {runtime.device_name}",
+        versions=versions("torch", "torchvision", "pyiqa", "numpy", "pillow"),
+        weights={one.name: _weights_of(one) for one in evaluation.report.sets},
     )
-    return score_inputs(settings, inputs, observer)
+    return replace(evaluation, report=replace(evaluation.report, origin=origin))
+
+
+def _weights_of(scored: ScoredSet) -> list[str]:
+    """Name and SHA-256 of the weights that made these images, as far as manifests record them."""
+
+    @functools.cache
+    def manifest(folder: Path) -> Manifest | None:
+        return Manifest(folder, {}) if (folder / NAME).is_file() else None
+
+    found: dict[str, None] = {}
+    for scores in scored.images.values():
+        image = scores.item.image
+        nearest = next((known for parent in image.parents if (known := manifest(parent))), None)
+        if nearest is not None and (weights := nearest.weights_of(image)):
+            found[weights] = None
+    return list(found)
 
 
 def _dataset(settings: EvaluateConfig) -> Dataset | None:

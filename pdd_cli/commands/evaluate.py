@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from typing import TYPE_CHECKING
 
 from pdd_cli.console import Console
@@ -29,14 +31,17 @@ def _evaluate(call: Call[EvaluateConfig, Settings]) -> None:
     """
     console, settings = call.console, call.settings()
     if settings.metrics == ("list",):
-        _list_metrics(console)
+        from pdd_cli.commands._metrics_list import list_metrics
+
+        list_metrics(console)
         return
 
     from pdd_cli.batch.evaluation import evaluate as run_evaluation
     from pdd_cli.commands._observer import ConsoleObserver
     from pdd_cli.reporting.evaluation import write_report
 
-    evaluation = run_evaluation(settings, ConsoleObserver(console, transient=True))
+    command_line = shlex.join(["pdd", *sys.argv[1:]])
+    evaluation = run_evaluation(settings, ConsoleObserver(console, transient=True), command=command_line)
     report = evaluation.report
     _show(report, console)
     console.result(report.as_document())
@@ -85,10 +90,11 @@ def _show_comparison(report: Report, console: Console) -> None:
     table = Table(
         "mean over images",
         *(Column(metric.title, justify="right") for metric in report.metrics),
-        title="comparison, with 95 % intervals of the mean difference",
+        title="comparison, with 95 % intervals of the mean difference; * best",
     )
     for one in [*report.baselines, report.main]:
-        table.add_row(escape(one.name), *(_number(one.mean(metric)) for metric in report.metrics))
+        cells = (_marked(_number(one.mean(metric)), one.name in report.best(metric)) for metric in report.metrics)
+        table.add_row(escape(one.name), *cells)
     for baseline in report.baselines:
         summaries = {one.metric: one.summary for one in report.against(baseline)}
         cells = (summaries.get(metric, "–") for metric in report.metrics)
@@ -99,21 +105,8 @@ def _show_comparison(report: Report, console: Console) -> None:
         console.say(report.verdict(baseline))
 
 
-def _list_metrics(console: Console) -> None:
-    from rich.table import Column, Table
-
-    from pdd_cli.iqa.available import as_document, available_metrics
-
-    document = as_document(metrics := available_metrics())
-    table = Table("metric", "compares with", "better", "range", Column("weights", overflow="fold"))
-    for one in metrics:
-        table.add_row(one.info.name, one.compares_with, one.info.better, one.info.value_range, one.weights)
-    console.table(table)
-    console.say(
-        f"pyiqa {document['pyiqa']}, for non-commercial use (PolyForm Noncommercial; parts: S-Lab). Ranges are rough. "
-        "pdd fetch-weights --metrics A,B fetches weights."
-    )
-    console.result(document)
+def _marked(number: str, best: bool) -> str:
+    return f"[bold]{number} *[/bold]" if best else number
 
 
 def _number(value: float | None) -> str:

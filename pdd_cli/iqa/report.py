@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -38,6 +38,17 @@ class ScoredSet:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """How a report came about. `command` is empty if it was made through the Python interface."""
+
+    date: str  # UTC, ISO 8601
+    command: str
+    machine: str
+    versions: Mapping[str, str]
+    weights: Mapping[str, Sequence[str]]  # set → name and SHA-256 of the weights that made its images, where known
+
+
+@dataclass(frozen=True)
 class Report:
     """One evaluation: all scores, and what they were computed with. `baselines` are what `main` is compared with."""
 
@@ -48,6 +59,7 @@ class Report:
     skipped: Mapping[str, str]  # metrics that were not computed, and why
     failures: Sequence[str] = ()  # that do not concern one image: files without a partner, metrics of a whole set
     luma: Luma = "full"  # of `LUMA_METRICS`
+    origin: Origin | None = None
 
     @property
     def sets(self) -> list[ScoredSet]:
@@ -98,6 +110,29 @@ class Report:
         return f"pdd {__version__}, pyiqa {self.pyiqa}. RGB in 0..1, {cropped}. {ranges}.{luma}"
 
     @property
+    def origin_lines(self) -> list[str]:
+        """Date, command, machine, versions and weights, a line each."""
+        if self.origin is None:
+            return []
+        made_by = "; ".join(f"{name}: {', '.join(weights)}" for name, weights in self.origin.weights.items() if weights)
+        facts = {
+            "date": self.origin.date,
+            "command": self.origin.command,
+            "machine": self.origin.machine,
+            "versions": ", ".join(f"{name} {version}" for name, version in self.origin.versions.items()),
+            "weights": made_by,
+        }
+        return [f"{key}: {text}" for key, text in facts.items() if text]
+
+    def best(self, metric: MetricInfo) -> set[str]:
+        """The names of the sets whose mean is the best, by what is shown of it; empty if fewer than two have one."""
+        means = {one.name: round(mean, 4) for one in self.sets if (mean := one.mean(metric)) is not None}
+        if len(means) < 2:
+            return set()
+        best = (min if metric.lower_better else max)(means.values())
+        return {name for name, mean in means.items() if mean == best}
+
+    @property
     def pyiqa(self) -> str:
         """pyiqa's version."""
         return version("pyiqa")
@@ -107,6 +142,7 @@ class Report:
         return {
             "pdd": __version__,
             "pyiqa": self.pyiqa,
+            "origin": self.origin and asdict(self.origin),
             "colour_space": "RGB",
             "crop_border": self.crop_border,
             "luma": self.luma,
@@ -122,6 +158,7 @@ class Report:
                     "mean": self.main.mean(metric),
                     "images": len(self.main.values(metric)),
                     "baselines": {baseline.name: baseline.mean(metric) for baseline in self.baselines},
+                    "best": sorted(self.best(metric)),
                 }
                 for metric in self.metrics
             ],
@@ -189,7 +226,7 @@ class Report:
             writer.writerow(["losses", *empty, *(one.losses for one in compared)])
             writer.writerow(["verdict", *empty, *(one.verdict for one in compared)])
         writer.writerows(["not scored", line] for line in self.unscored)
-        writer.writerow(["about", self.about])
+        writer.writerow(["about", " ".join([self.about, *(f"{line}." for line in self.origin_lines)])])
         return text.getvalue()
 
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pdd_cli.errors import InputError, PddError
-from pdd_cli.files import write_text
 from pdd_cli.imaging.decode import read_image
 from pdd_cli.imaging.image import Array, DecodedImage
 from pdd_cli.iqa.compare import Comparison
 from pdd_cli.iqa.metrics import Item, MetricInfo
+from pdd_cli.own_files import check_own_file, write_own_file
 from pdd_cli.reporting.html import (
     GALLERY,
     anchor,
@@ -30,11 +30,12 @@ from pdd_cli.reporting.html import (
     view,
     window,
 )
+from pdd_cli.reporting.tables import as_latex, as_markdown
 
 if TYPE_CHECKING:
     from pdd_cli.iqa.report import Report
 
-FORMATS = (".csv", ".json", ".html")
+FORMATS = (".csv", ".json", ".html", ".md", ".tex")
 _SHOWN = 6  # number of best images, and of worst images
 _FIDELITY = ("psnr", "psnry", "ssim", "ssimc", "ms_ssim", "cw_ssim", "fsim", "vif", "vsi", "downscale_consistency")
 
@@ -88,12 +89,16 @@ def _means(report: Report) -> str:
     known = {(one.metric, one.theirs): one for one in report.comparisons}
     rows = [
         f'<tr><th scope="row">{_title(metric)}</th>'
-        + "".join(f"<td>{number(one.mean(metric))}</td>" for one in sets)
+        + "".join(_mean(one.mean(metric), best=one.name in report.best(metric)) for one in sets)
         + "".join(_difference(known.get((metric, baseline.name))) for baseline in report.baselines)
         + "</tr>"
         for metric in report.metrics
     ]
     return f"<thead><tr><th>mean</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+
+
+def _mean(value: float | None, *, best: bool) -> str:
+    return f'<td class="best"><b>{number(value)}</b></td>' if best else f"<td>{number(value)}</td>"
 
 
 def _difference(one: Comparison | None) -> str:
@@ -142,10 +147,11 @@ def _problems(report: Report) -> str:
 
 
 def _about(report: Report) -> str:
-    return escape(
+    about = escape(
         f"{report.about} Intervals: 95 %, bootstrap over images. The images here are compressed; the scores are "
         "those of the files. JSON and CSV reports contain the same numbers."
     )
+    return "<br>".join([about, *map(escape, report.origin_lines)])
 
 
 def _title(metric: MetricInfo) -> str:
@@ -322,9 +328,10 @@ def _scatter(report: Report) -> str:
 
 
 def check_format(path: Path) -> None:
-    """Raise InputError if there is no report format with this suffix."""
+    """Raise InputError if there is no report format with this suffix, or a file that pdd didn't write is there."""
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"--output {path}: not a report format", f"The name must end in {', '.join(FORMATS)}.")
+    check_own_file(path, "--output")
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -335,6 +342,10 @@ def write_report(path: Path, report: Report) -> None:
             text = report.as_csv()
         case ".json":
             text = json.dumps(report.as_document(), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+        case ".md":
+            text = as_markdown(report)
+        case ".tex":
+            text = as_latex(report)
         case _:
             text = as_page(report)
-    write_text(path, text)
+    write_own_file(path, text, "--output")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from pdd_cli.gpus import is_pytorch_device
 from pdd_cli.settings.base import INFERENCE_DEVICES, Device, Engine, Offline, Option, Settings
+
+PAPER_METRICS = ("psnr", "ssim", "lpips", "dists", "niqe", "musiq")
 
 
 class EvaluateConfig(Settings):
@@ -64,7 +66,11 @@ class EvaluateConfig(Settings):
     ] = Path("upscaled")
     metrics: Annotated[
         tuple[str, ...],
-        Field(min_length=1, description="pyiqa metrics, for example niqe,psnr,lpips; `list` prints all."),
+        Field(
+            min_length=1,
+            description="pyiqa metrics, for example niqe,psnr,lpips; `list` prints all; paper: "
+            "psnr,ssim,lpips,dists,niqe,musiq at --crop-border 4.",
+        ),
         Option("Metrics", comma_separated=True),
     ] = ("niqe",)
     crop_border: Annotated[
@@ -81,12 +87,22 @@ class EvaluateConfig(Settings):
     ] = "full"
     output: Annotated[
         Path | None,
-        Field(description="Write the report: a web page (.html), or all scores (.csv, .json)."),
+        Field(description="Write the report: a web page (.html), all scores (.csv, .json), or a table (.md, .tex)."),
         Option("Output", flags=("--output", "-o")),
     ] = None
     engine: Engine = "auto"
     device: Annotated[Device, Field(description=INFERENCE_DEVICES)] = "auto"
     offline: Offline = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_paper(cls, values: Any) -> Any:
+        """Replace the metric `paper` by those of papers on x4 models, which leave out 4 pixels at each border."""
+        metrics = values.get("metrics") if isinstance(values, dict) else None
+        if not isinstance(metrics, list | tuple) or "paper" not in metrics:
+            return values
+        expanded = [name for metric in metrics for name in (PAPER_METRICS if metric == "paper" else (metric,))]
+        return {"crop_border": 4, **values, "metrics": tuple(dict.fromkeys(expanded))}
 
     @model_validator(mode="after")
     def _check_inputs(self) -> EvaluateConfig:

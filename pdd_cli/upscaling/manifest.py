@@ -146,6 +146,12 @@ class Manifest:
         inputs = {name: record.about.get("input") for name, record in self._records.items()}
         return {self._folder / name: Path(str(source)) if source else None for name, source in inputs.items()}
 
+    def weights_of(self, target: Path) -> str:
+        """Name and SHA-256 of the weights that made the output `target`; "" if they are not recorded."""
+        record = self._records.get(self._name(target))
+        about = record.about if record is not None else {}
+        return f"{about['weights']} (sha256 {about['weights_sha256']})" if about.get("weights") else ""
+
     def tidy(self) -> None:
         """Merge all records into one file, a line each, if there are parts, cut lines or many old lines.
 
