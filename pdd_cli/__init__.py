@@ -129,6 +129,7 @@ def adapt(
     from pdd_cli.adaptation.prepare import default_name
     from pdd_cli.adaptation.publish import publish
     from pdd_cli.adaptation.run import start
+    from pdd_cli.observer import Observer
     from pdd_cli.settings.adapt import AdaptConfig
     from pdd_cli.settings.resolve import settings_from
     from pdd_cli.weights.store import Store
@@ -143,7 +144,7 @@ def adapt(
     run = start(config, name=run_name, resume=resume, overwrite=overwrite)
     for _ in train(run, lambda: False):
         pass
-    result = publish(run, Store.default(), ignore, ignore)
+    result = publish(run, Store.default(), Observer())
     if error := result.failure(run):
         raise error
     return result

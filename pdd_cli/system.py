@@ -149,3 +149,22 @@ def try_lock(descriptor: int) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Discard what compiled code prints to the standard streams of the process, past Python's `sys.stdout`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = []
+    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+        for number in (1, 2):
+            with suppress(OSError):  # a process without standard streams
+                saved.append((number, os.dup(number)))
+                os.dup2(nowhere.fileno(), number)
+    try:
+        yield
+    finally:
+        for number, copy in saved:
+            os.dup2(copy, number)
+            os.close(copy)

@@ -37,6 +37,8 @@ NOT_RUN = {
     "pdd fetch-weights --metrics niqe,lpips": "downloads",
     "pdd fetch-weights bsrgan --from BSRGAN.pth": "needs the published file: its checksum is compared",
     "pdd adapt --real-dir ./realLR --minutes": "takes the time that it names",
+    "pdd export realLR --to hub": "uploads; tests/test_hub_upload.py does, to a server on localhost",
+    "pdd fetch-weights --info hf:": "downloads; tests/test_hub_upload.py does, from a server on localhost",
     "pdd upscale in/ out/ --device cuda:0,cuda:1": "needs two GPUs",
     "pdd upscale in/ out/ --device vulkan:0": "needs a Vulkan device; see tests/test_ncnn_engine.py",
     "pdd upscale in/ out/ --engine onnx --device directml": "needs Windows and a package of ONNX Runtime for it",
@@ -106,7 +108,10 @@ def test_options_are_valid(command: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_in_the_text_exist(page: Path) -> None:
-    known = {flag for command in PDD.commands.values() for one in command.params for flag in one.opts} | {"--version"}
+    known = {
+        flag for command in PDD.commands.values() for one in command.params for flag in (*one.opts, *one.secondary_opts)
+    }
+    known.add("--version")
     others = {"--node-rank", "--shutdown-timeout", "--avx2", "--install-completion"}  # of torchrun, benchmarks, Typer
     quoted = re.findall(
         r"`((?:pdd |--)[^`]+)`", re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)

@@ -24,9 +24,10 @@ from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 from torch import Tensor
 
 from pdd_cli.exporting import formats
-from pdd_cli.exporting.names import name_with_scale, scale_in_name
+from pdd_cli.exporting.names import SUFFIXES, name_with_scale, scale_in_name
 from pdd_cli.models.loading import interpolated, load_sr_model, state_sha256
 from pdd_cli.models.rrdbnet import RRDBNet
+from pdd_cli.settings.base import ExportForm
 from pdd_cli.weights.ncnn import read_state
 from pdd_cli.weights.store import Card, Store, read_card
 from tests.helpers.commands import Outcome
@@ -200,8 +201,10 @@ def test_files_are_not_replaced(pdd: Pdd) -> None:
     done = pdd("export", "model.safetensors", "--to", "onnx,pth")
     assert (done.code, "model.pth exists" in done.err, "--overwrite" in done.err) == (2, True, True)
     assert not Path("model.onnx").exists()  # checked before the first file is written
-    assert pdd("export", "model.safetensors", "--to", "pth", "--overwrite").code == 0
-    assert torch.load("model.pth", weights_only=True)["params"]
+    done = pdd("export", "model.safetensors", "--to", "onnx,pth", "--overwrite")
+    assert (done.code, "model.pth was not written by pdd" in done.err) == (2, True)
+    assert Path("model.pth").read_text() == "mine"
+    assert not Path("model.onnx").exists()
     before = Path("model.safetensors").read_bytes()
     done = pdd("export", "model.safetensors", "--to", "safetensors", "--overwrite")
     assert (done.code, "is the file to export" in done.err) == (2, True)
@@ -209,8 +212,37 @@ def test_files_are_not_replaced(pdd: Pdd) -> None:
     Image.new("RGB", (8, 8)).save("photo.png")
     image = Path("photo.png").rename("photo.pth").read_bytes()
     done = pdd("export", "model.safetensors", "photo.pth", "--overwrite")
-    assert (done.code, "is an image" in done.err) == (2, True)
+    assert (done.code, "was not written by pdd" in done.err) == (2, True)
     assert Path("photo.pth").read_bytes() == image
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", SUFFIXES)
+def test_only_files_that_pdd_wrote_are_replaced(pdd: Pdd, form: ExportForm) -> None:
+    base, _ = install(1.0)
+    assert pdd("export", "mine", "--to", form, "out", "--strength", "0.5").code == 0
+    files = sorted(Path("out").iterdir())
+    first = [file.read_bytes() for file in files]
+    assert pdd("export", "mine", "--to", form, "out", "--overwrite").code == 0
+    assert sorted(Path("out").iterdir()) == files
+    assert [file.read_bytes() for file in files] != first
+    # The same weights, as another program writes them.
+    match form:
+        case "pth":
+            torch.save({"params": base, "params_ema": {key: tensor.clone() for key, tensor in base.items()}}, files[0])
+        case "safetensors":
+            save_file(base, files[0])
+        case "onnx":
+            graph = onnx.load(files[0])
+            del graph.metadata_props[:]
+            onnx.save(graph, files[0])
+        case "ncnn":
+            text = files[1].read_text()
+            files[1].write_text(text.replace("conv_first", "Conv_0"))
+    theirs = [file.read_bytes() for file in files]
+    done = pdd("export", "mine", "--to", form, "out", "--overwrite")
+    assert (done.code, f"was not written by pdd (--to {form})" in done.err) == (2, True)
+    assert [file.read_bytes() for file in files] == theirs
 
 
 @pytest.mark.parametrize(
@@ -264,7 +296,7 @@ def test_weights_beyond_fp16_are_refused(pdd: Pdd, tmp_path: Path) -> None:
     state["conv_hr.weight"][:] = 3e-8  # nearly zero in fp16
     state["conv_last.weight"][:] = 6e4
     done = pdd("export", saved(tmp_path, state), "--to", "ncnn", "out")
-    assert (done.code, "give other images" in done.err) == (1, True)
+    assert (done.code, "give other images" in done.err) == (2, True)
 
 
 def test_upscayl_reads_the_scale_from_the_name(pdd: Pdd) -> None:

@@ -27,8 +27,10 @@ from pdd_cli.adaptation.judge import insufficient_images
 from pdd_cli.cli import app
 from pdd_cli.errors import PddError
 from pdd_cli.exporting.formats import write
+from pdd_cli.exporting.run import export_adapted
 from pdd_cli.models.loading import load_sr_model, model_from_state
 from pdd_cli.models.rrdbnet import RRDBNet
+from pdd_cli.observer import Observer
 from pdd_cli.weights.store import Store, invalid_name_reason, read_card, valid_name_from
 from tests.helpers.commands import Hold, Outcome, command, environment
 from tests.helpers.networks import old_layout, rrdbnet, swinir
@@ -123,6 +125,32 @@ def test_a_model_that_cannot_be_a_graph_is_named(tmp_path: Path) -> None:
         assert words in raised.value.message or "can't be exported" in raised.value.message
         assert "such as pth" in raised.value.hint
     assert not list(tmp_path.iterdir())
+
+
+def test_adapt_and_export_write_the_same_files(finished: Callable[..., Outcome], home: Path) -> None:
+    # The recommended strength is below 1 here: `adapt --export` once wrote full strength.
+    forms = "pth,safetensors,onnx,ncnn"
+    done = finished("adapt", "--resume", "--name", "realLR", "--export", forms, "--json")
+    assert done.code == 0, done.err
+    entry = Store.default().get("realLR")
+    adapted = {**(entry.card.adapted or {}), "verdict": "keep", "strength": 0.5}
+    Store.default().add(entry.card.model_copy(update={"adapted": adapted}), load_file(entry.path))
+    Path("beside").mkdir()
+    export_adapted(
+        entry.path, forms.split(","), Path("beside"), name="realLR", store=Store.default(), observer=Observer()
+    )
+    assert finished("export", "realLR", "--to", forms, "out").code == 0
+    base, full = load_file(entry.card.base), load_file(entry.path)
+    found = torch.load("out/realLR.pth", weights_only=True)["params"]
+    assert all(torch.equal(found[key], torch.lerp(base[key], full[key], 0.5)) for key in full)
+    files = sorted(path.name for path in Path("out").iterdir())
+    assert files == sorted(Path(path).name for path in json.loads(done.out)["exported"])
+    one, other = (load_file(f"{folder}/realLR.safetensors") for folder in ("beside", "out"))
+    assert all(torch.equal(one[key], tensor) for key, tensor in other.items())
+    assert read_card(Path("beside/realLR.safetensors")) == read_card(Path("out/realLR.safetensors"))
+    for name in files:
+        if not name.endswith(".safetensors"):  # the order of its metadata is random
+            assert Path("beside", name).read_bytes() == Path("out", name).read_bytes(), name
 
 
 def test_a_missing_package_is_known_before_the_run(

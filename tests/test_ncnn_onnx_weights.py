@@ -75,6 +75,26 @@ def test_two_ncnn_models_with_equal_layers_are_two_models(pdd: Pdd, lr: Image.Im
     assert not np.array_equal(*images)
 
 
+@pytest.mark.slow
+def test_a_damaged_half_is_noticed_where_the_model_is_cached(pdd: Pdd, lr: Image.Image) -> None:
+    lr.save("lr.png")
+    save_ncnn("model", rounded(rrdbnet(features=16)))
+    text = Path("model.param").read_text(encoding="utf-8")
+    assert pdd("upscale", "lr.png", "first.png", "--weights", "model.param").code == 0
+    for named, damaged, words in (
+        ("model.param", text.replace("Convolution", "Deconvolution", 1), "unsupported layer (Deconvolution)"),
+        ("model.bin", "\n".join(text.split("\n")[:9]), "bytes more than its layers need"),
+        ("model.param", "", "not an ncnn .param file"),
+    ):
+        Path("model.param").write_text(damaged, encoding="utf-8")
+        done = pdd("upscale", "lr.png", "out.png", "--weights", named)
+        assert (done.code, words in done.err) == (2, True), done.err
+    Path("model.param").unlink()
+    done = pdd("upscale", "lr.png", "out.png", "--weights", "model.bin")
+    assert (done.code, "the other, model.param, is missing" in done.err) == (2, True)
+    assert not Path("out.png").exists()
+
+
 def test_an_ncnn_model_is_installed_with_the_checksum_of_its_tensors(pdd: Pdd) -> None:
     save_ncnn("model", rounded(compact()))
     done = pdd("fetch-weights", "mine", "--from", "model.param")

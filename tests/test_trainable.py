@@ -16,7 +16,7 @@ from pdd_cli.adaptation.trainable import check_trainable
 from pdd_cli.errors import InputError
 from pdd_cli.models.loading import SRModel
 from tests.helpers.commands import Outcome, command
-from tests.helpers.networks import bsrgan_layout, old_layout, rrdbnet, swinir
+from tests.helpers.networks import CPU, bsrgan_layout, old_layout, rrdbnet, swinir
 
 
 def compact() -> Mapping[str, Tensor]:
@@ -113,7 +113,7 @@ class _Infinite(_Net):
 def test_what_cannot_be_trained_is_refused(network: nn.Module, channels: int, words: str) -> None:
     model = SRModel(module=network, scale=2, in_channels=channels, out_channels=channels, architecture="Odd")
     with pytest.raises(InputError) as raised:
-        check_trainable(model, "odd.pth")
+        check_trainable(model, "odd.pth", CPU)
     assert words in raised.value.message
     assert raised.value.message.startswith("odd.pth")
     assert all(parameter.grad is None for parameter in network.parameters())

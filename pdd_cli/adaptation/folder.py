@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 
 from pdd_cli.errors import InputError
+from pdd_cli.exporting.hub_upload import COMPARISON
 from pdd_cli.exporting.names import SUFFIXES, default_path, paths_of
+from pdd_cli.exporting.ownership import is_own
 from pdd_cli.files import write_errors
 from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.weights.store import valid_name_from
@@ -59,6 +61,11 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def comparison(self) -> Path:
+        """Crops of images, upscaled with the base and with the adapted weights, for a model card."""
+        return self.path / COMPARISON
+
+    @property
     def tensorboard(self) -> Path:
         """The folder of the TensorBoard events, if they are enabled."""
         return self.path / "tensorboard"
@@ -80,10 +87,15 @@ class RunFolder:
         """Delete the files that a run writes, and nothing else. Raises InputError if a file can't be deleted."""
         files = [self.config, self.checkpoint, self.log, self.best, self.judgements, self.verdict, self.report]
         files.append(self.teacher_crops)
+        files.append(self.comparison)
         name = self.path.name
-        for form in SUFFIXES:
-            for scale in range(1, 17):  # a part of ncnn's file names
-                files += paths_of(form, default_path(form, self.path, name, scale))
+        exports = {  # the scale is a part of ncnn's file names
+            file: form
+            for form in SUFFIXES
+            for scale in range(1, 17)
+            for file in paths_of(form, default_path(form, self.path, name, scale))
+        }
+        files += [file for file, form in exports.items() if file.is_file() and is_own(form, file)]
         files += [*self.previews.glob("step_*.png"), *self.tensorboard.glob("events.out.tfevents.*")]
         with write_errors(self.path):
             for file in files:

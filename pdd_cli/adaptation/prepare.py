@@ -25,21 +25,21 @@ from pdd_cli.adaptation.sources import Source, read_sources
 from pdd_cli.adaptation.teaching import Teacher
 from pdd_cli.adaptation.tensorboard import check_tensorboard
 from pdd_cli.adaptation.train_step import Models, scheduled_rate
-from pdd_cli.adaptation.trainable import check_rgb, check_trainable
+from pdd_cli.adaptation.trainable import check_rgb, check_trainable, training_mode
 from pdd_cli.adaptation.validation import pairs_to_score, read_pairs
 from pdd_cli.data.datasets import RGB, AlignedPair, CropSampler, downscaled, hr_from_real, images_below, select
 from pdd_cli.data.degradations import Degradation
 from pdd_cli.data.properties import Properties, measure_properties, shows_blur
 from pdd_cli.engines.winograd import winograd_pays
 from pdd_cli.errors import DownloadError, InputError, ResourceError
-from pdd_cli.exporting.formats import check_architecture, check_packages
+from pdd_cli.exporting.formats import check_packages, try_forms
 from pdd_cli.files import is_within
 from pdd_cli.models.discriminator import FeatureDiscriminator, UNetDiscriminator
 from pdd_cli.models.features import FeatureNetwork, feature_network
 from pdd_cli.models.loading import SRModel, load_sr_model, state_sha256
 from pdd_cli.ranks import SINGLE_PROCESS, Ranks
 from pdd_cli.reporting.html import window
-from pdd_cli.runtime import Runtime, is_out_of_memory
+from pdd_cli.runtime import Runtime, is_out_of_memory, to_channels_last
 from pdd_cli.settings.adapt import AdaptConfig, LossWeights, SyntheticSettings
 from pdd_cli.upscaling.strength import at_strength, files_at_strength, recommended
 from pdd_cli.weights.states import read_state
@@ -195,8 +195,9 @@ def prepare_run(
     if ranks.is_first:
         check_inputs(config, folder, resume=resume, overwrite=overwrite)
     base = load_sr_model(weights.base)
-    check_trainable(base, config.base)
-    check_architecture(config.export, base, "--export")
+    check_trainable(base, config.base, runtime)
+    if ranks.is_first:
+        try_forms(config.export, base, "--export")
     generalist = base
     if weights.generalist is not None and config.generalist.mode == "static":
         generalist = load_sr_model(weights.generalist)
@@ -353,7 +354,7 @@ def new_state(
 ) -> TrainState:
     """The state before the first step: the specialist starts from `base`, the discriminator from scratch."""
     torch.manual_seed(config.seed)
-    specialist = copy.deepcopy(base.module).train().requires_grad_(True)
+    specialist = training_mode(copy.deepcopy(base.module)).requires_grad_(True)
     frozen = copy.deepcopy(generalist.module).eval().requires_grad_(False)
     discriminator: nn.Module = UNetDiscriminator()
     if config.discriminator == "features":
@@ -379,7 +380,7 @@ def new_state(
 
 def move_to_device(network: nn.Module, runtime: Runtime) -> None:
     """Move a network to the device, in channels-last format, and on suitable CPUs use Winograd convolutions."""
-    network.to(runtime.device).to(memory_format=torch.channels_last)
+    to_channels_last(network, runtime.device)
     if winograd_pays(runtime):
         from pdd_cli.engines.winograd.training import accelerate
 

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from pdd_cli.adaptation.trainable import training_mode
 from pdd_cli.data.datasets import RGB
 from pdd_cli.models.loading import SRModel
 from pdd_cli.runtime import Runtime
@@ -30,7 +31,8 @@ def upscale_image(model: SRModel, lr: RGB, runtime: Runtime) -> NDArray[np.float
     batch = (torch.from_numpy(np.ascontiguousarray(lr)).permute(2, 0, 1)[None].float() / 255).to(runtime.device)
     with torch.inference_mode(), runtime.autocast():
         sr = model.upscale(batch.contiguous(memory_format=torch.channels_last)).float()
-    model.module.train(training)
+    if training:
+        training_mode(model.module)
     return np.asarray(sr[0].clamp(0, 1).permute(1, 2, 0).cpu().numpy())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,23 +16,23 @@ import torch
 
 from pdd_cli.adaptation.judge import Conclusion, Verdict
 from pdd_cli.adaptation.prepare import Run, memory_errors
-from pdd_cli.adaptation.preview import to_rgb8, upscale_image
+from pdd_cli.adaptation.preview import image_grid, to_rgb8, upscale_image
 from pdd_cli.data.datasets import RGB
 from pdd_cli.errors import InputError, Interrupted, PartialFailure, PddError, ResourceError
-from pdd_cli.exporting.formats import card_of, write
 from pdd_cli.exporting.names import default_path
-from pdd_cli.files import write_text
+from pdd_cli.exporting.run import ExportResult, export_adapted
+from pdd_cli.files import atomic_write, write_text
 from pdd_cli.interruption import was_raised
-from pdd_cli.models.loading import load_sr_model
+from pdd_cli.observer import Observer
 from pdd_cli.reporting.adaptation import ReportImage, RunReport, as_page
 from pdd_cli.reporting.html import window
 from pdd_cli.settings.adapt import AdaptConfig
-from pdd_cli.settings.base import ExportForm
-from pdd_cli.weights.states import read_state
+from pdd_cli.weights.states import is_file_reference, read_state
 from pdd_cli.weights.store import Card, Entry, Store
 
 _REPORT_IMAGES = 6
 _REPORT_SIZE = 128
+_COMPARED, _COMPARED_SIDE = 3, 96  # images, LR pixels
 
 
 @dataclass
@@ -75,12 +75,13 @@ class PublishResult:
         }
 
 
-def publish(run: Run, store: Store, say: Callable[[str], None], warn: Callable[[str], None]) -> PublishResult:
+def publish(run: Run, store: Store, observer: Observer) -> PublishResult:
     """Judge the trained weights, register them, write the report and the exports, and report each result.
 
     If one of these steps fails, the others are still done.
     """
     done = PublishResult()
+    say, warn = observer.say, observer.warn
 
     @contextlib.contextmanager
     def collected() -> Iterator[None]:
@@ -122,11 +123,11 @@ def publish(run: Run, store: Store, say: Callable[[str], None], warn: Callable[[
         with collected():
             done.report = write_report(run, done.conclusion)
             say(f"report: {done.report}")
-        for form in run.config.export:
+        if run.config.export and done.weights is not None:
             with collected():
-                files = write_export(run, form, done.weights)
-                done.exported += files
-                say(f"exported: {', '.join(map(str, files))}")
+                exported = write_exports(run, store, done.weights, observer)
+                done.exported += [file for files in exported.files.values() for file in files]
+                done.failures += exported.failures
     except KeyboardInterrupt:
         raise Interrupted(
             f"stopped; all {run.state.step} steps are done and saved in {run.folder.path}",
@@ -150,6 +151,7 @@ def write_verdict(run: Run, conclusion: Conclusion) -> None:
 def write_report(run: Run, conclusion: Conclusion | None) -> Path:
     """Write the report. Without a conclusion it has no verdict and no images, and takes little time."""
     base = run.models.base
+    images = _report_images(run, conclusion.strength) if conclusion else []
     page = as_page(
         RunReport(
             name=run.name,
@@ -175,11 +177,32 @@ def write_report(run: Run, conclusion: Conclusion | None) -> Path:
             verdict=_verdict_document(run, conclusion) if conclusion else None,
             teacher=conclusion.describe_teacher() if conclusion else "",
             validation=conclusion.describe_validation() if conclusion else "",
-            images=_report_images(run, conclusion.strength) if conclusion else (),
+            images=images,
         )
     )
     write_text(run.folder.report, page)
+    if conclusion and images:
+        write_comparison(run.folder.comparison, images, conclusion.strength)
     return run.folder.report
+
+
+def write_comparison(path: Path, images: Sequence[ReportImage], strength: float) -> None:
+    """Write crops of up to three images as one picture: LR, base, adapted, and HR where all of them have it.
+
+    Images with ground truth come first.
+    """
+    chosen = sorted(images, key=lambda image: image.hr is None)[:_COMPARED]
+    with_hr = all(image.hr is not None for image in chosen)
+    rows = []
+    for image in chosen:
+        scale = image.base.shape[0] // image.lr.shape[0]
+        height, width = (min(side, _COMPARED_SIDE) for side in image.lr.shape[:2])
+        enlarged = image.lr.repeat(scale, 0).repeat(scale, 1)
+        panels = [enlarged, image.base, image.adapted, *([image.hr] if with_hr and image.hr is not None else [])]
+        rows.append([np.ascontiguousarray(panel[: height * scale, : width * scale]) for panel in panels])
+    titles = ("LR", "base", f"adapted, strength {strength:g}", *(["HR"] if with_hr else []))
+    with atomic_write(path) as temporary:
+        image_grid(rows, titles).save(temporary, format="PNG")
 
 
 def register(run: Run, store: Store, verdict: Verdict) -> Entry:
@@ -194,7 +217,7 @@ def register(run: Run, store: Store, verdict: Verdict) -> Entry:
         architecture=base.architecture,
         scale=base.scale,
         licence=_licence(run),
-        source=f"pdd adapt, {run.state.step} steps from {run.config.base}",
+        source=f"pdd adapt, {run.state.step} steps from {_name_of(run.config.base)}",
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         base=settings["base"],
         base_sha256=run.inputs["base"],
@@ -217,6 +240,19 @@ def register(run: Run, store: Store, verdict: Verdict) -> Entry:
     return store.add(card, weights)
 
 
+def write_exports(run: Run, store: Store, registered: Entry, observer: Observer) -> ExportResult:
+    """Write the registered weights for other programs, as files of the run's name in its folder.
+
+    Where the store couldn't be written, the registered weights are already a safetensors file there.
+    """
+    folder, there = run.folder.path, registered.path
+    forms = [form for form in run.config.export if default_path(form, folder, run.name, 1) != there]
+    result = export_adapted(there, forms, folder, name=run.name, store=store, observer=observer)
+    if len(forms) < len(run.config.export):
+        result.files["safetensors"] = [there]
+    return result
+
+
 def _licence(run: Run) -> str:
     """The licence of the base, and that of the teacher if it is another one."""
     card, teacher = run.models.base.card, run.teacher
@@ -227,15 +263,9 @@ def _licence(run: Run) -> str:
     return licence if of_teacher == licence else f"{licence}; of the teacher: {of_teacher}"
 
 
-def write_export(run: Run, form: ExportForm, registered: Entry | None) -> list[Path]:
-    """Write the best weights for other programs, as files of the run's name in its folder."""
-    model = load_sr_model(run.folder.best)
-    path = default_path(form, run.folder.path, run.name, model.scale)
-    if registered is not None:
-        if registered.path == path:  # the store couldn't be written, and the entry is here
-            return [path]
-        model = replace(model, card=registered.card)
-    return write(form, path, replace(model, card=card_of(model, run.name, "pdd adapt")))
+def _name_of(reference: str) -> str:
+    """A reference to weights without the folders of a file, which cards and model cards show to others."""
+    return Path(reference).name if is_file_reference(reference) else reference
 
 
 def _verdict_document(run: Run, conclusion: Conclusion) -> dict[str, Any]:

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from pdd_cli.errors import InputError
 from pdd_cli.models.loading import SRModel
-from pdd_cli.runtime import is_out_of_memory
+from pdd_cli.runtime import Runtime, is_out_of_memory
 
 _SIDE = 16  # LR pixels of the test image
+Network = TypeVar("Network", bound=nn.Module)
 _HINT = "It still upscales. Adapt another base, such as realesrgan."
+
+
+def training_mode(network: Network) -> Network:
+    """Set `network` to training mode, except for batch normalisation, which keeps the statistics of its weights.
+
+    Statistics of one or two crops would change the network more than training does.
+    """
+    network.train()
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return network
 
 
 def check_rgb(model: SRModel, reference: str) -> None:
@@ -24,21 +40,28 @@ def check_rgb(model: SRModel, reference: str) -> None:
         )
 
 
-def check_trainable(model: SRModel, reference: str) -> None:
-    """Raise InputError unless `model` is from RGB to RGB and a training step on a small image gives gradients."""
+def check_trainable(model: SRModel, reference: str, runtime: Runtime) -> None:
+    """Raise InputError unless `model` is from RGB to RGB and a training step on a small image gives gradients.
+
+    The step is made on the CPU, in the precision of `runtime` if that is a CPU.
+    """
     check_rgb(model, reference)
     if not any(parameter.numel() for parameter in model.module.parameters()):
         raise InputError(f"{reference}: {model.architecture} has no trainable parameters")
     image = torch.linspace(0, 1, 3 * _SIDE * _SIDE).view(1, 3, _SIDE, _SIDE)
+    autocast = runtime.autocast() if runtime.device_type == "cpu" else contextlib.nullcontext()
     try:
-        trial = replace(model, module=copy.deepcopy(model.module).train().requires_grad_(True))
-        trial.upscale(image).square().mean().backward()
+        trial = replace(model, module=training_mode(copy.deepcopy(model.module)).requires_grad_(True))
+        with autocast:
+            sr = trial.upscale(image)
+        sr.float().square().mean().backward()
     except Exception as error:  # networks raise all kinds
         if is_out_of_memory(error):
             raise
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        hint = _HINT if runtime.precision == "fp32" else f"Try --precision fp32. Else: {_HINT}"
         raise InputError(
-            f"{reference}: {model.architecture} can't be trained: a step on a small image fails ({why})", _HINT
+            f"{reference}: {model.architecture} can't be trained: a step on a small image fails ({why})", hint
         ) from error
     gradients = [parameter.grad for parameter in trial.module.parameters() if parameter.grad is not None]
     if not any(gradient.any() for gradient in gradients):

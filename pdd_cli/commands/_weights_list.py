@@ -72,11 +72,11 @@ def show_list(store: Store, console: Console) -> None:
     )
 
 
-def show_info(references: Sequence[str], store: Store, console: Console) -> None:
+def show_info(references: Sequence[str], store: Store, console: Console, *, offline: bool) -> None:
     """Print what is known about weights, image sets or files."""
     from pdd_cli.reporting.weights import describe
 
-    found = [describe(reference, store) for reference in references]
+    found = [describe(reference, store, offline=offline) for reference in references]
     for described in found:
         _table(console, described.title, ("", ""), described.rows, header=False)
     console.result({"weights": [described.document for described in found]})

@@ -83,7 +83,7 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
         )
     if not ranks.is_first:
         return
-    done = publish(run, store, console.say, console.warn)
+    done = publish(run, store, observer)
     console.result(done.as_document(run, losses))
     for error in done.failures[1:]:
         console.fail(error)

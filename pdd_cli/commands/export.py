@@ -11,10 +11,12 @@ def _export(call: Call[ExportConfig, ExportFlags]) -> None:
 
     pth: Real-ESRGAN's scripts, chaiNNer. safetensors: the same, with the card.
     onnx: images of any size. ncnn: Upscayl, realesrgan-ncnn-vulkan, phones.
+    hub: a repository of the Hugging Face Hub, with a model card.
 
     Examples:
       pdd export realesrgan --to pth,safetensors,onnx,ncnn models/
       pdd export 4x_model.pth 4x_model.onnx
+      pdd export realLR --to hub --repo USER/NAME
     """
     console, settings = call.console, call.settings()
 

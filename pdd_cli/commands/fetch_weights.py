@@ -40,7 +40,7 @@ def _fetch_weights(call: Call[FetchConfig, FetchFlags]) -> None:
         if not settings.names:
             raise InputError(f"--{'info' if flags.info else 'remove'} needs a NAME", "--list shows the names.")
         if flags.info:
-            return shown.show_info(settings.names, store, console)
+            return shown.show_info(settings.names, store, console, offline=settings.offline)
         return shown.remove(settings.names, store, console, overwrite=flags.overwrite)
     everything = [entry.name for entry in CATALOG] if flags.all else []
     wanted = list(dict.fromkeys([*settings.names, *([flags.features] if flags.features else []), *everything]))

@@ -86,7 +86,7 @@ def spec_of(model: SRModel) -> ModelSpec:
 def pad_to_size(lr: FloatArray, spec: ModelSpec) -> FloatArray:
     """(…, h, w), padded at the bottom and right by replication to a size that the network takes."""
     height, width = lr.shape[-2:]
-    bottom, right = spec.lacking(height), spec.lacking(width)
+    bottom, right = spec.padding(height, width)
     if not bottom and not right:
         return lr
     return np.pad(lr, (*(((0, 0),) * (lr.ndim - 2)), (0, bottom), (0, right)), mode="edge")

@@ -22,6 +22,7 @@ from pdd_cli.gpus import vulkan_devices
 from pdd_cli.models.traits import ModelSpec
 from pdd_cli.runtime import Runtime
 from pdd_cli.system import cpu_features
+from pdd_cli.weights.states import files_of
 from pdd_cli.weights.store import cache_home
 
 _FORMAT = 4
@@ -33,9 +34,12 @@ _MAX_BYTES = 1 << 30
 
 
 def fingerprint(files: Sequence[Path], strength: float) -> str:
-    """Identify the weights made from these files at this strength, without loading them."""
+    """Identify the weights made from these files at this strength, without loading them.
+
+    An ncnn model is identified by both of its files, so that a damaged `.param` is noticed.
+    """
     digest = hashlib.sha256(repr(strength).encode())
-    for path in files:
+    for path in (part for file in files for part in files_of(file)):
         try:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import numpy as np
 
 from pdd_cli.engines.base import Engine, FloatArray, spec_of
 from pdd_cli.imaging.image import Array, to_float
-from pdd_cli.runtime import Runtime, convert_memory_errors, usable_cpus
+from pdd_cli.runtime import Runtime, convert_memory_errors, to_channels_last, usable_cpus
 
 if TYPE_CHECKING:
     import torch
@@ -57,9 +58,11 @@ class TorchEngine:
         if runtime.device_type == "cpu":
             torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
         self.model, self._model = spec_of(model), model
-        self.runtime = runtime
-        model.module.to(runtime.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._fast = model if runtime.precision == "fp32" else _lowered(model, runtime)
+        to_channels_last(model.module, runtime.device)
+        lowered = model if runtime.precision == "fp32" else _lowered(model, runtime)
+        # A network that doesn't run in this precision is computed in fp32.
+        self.runtime = runtime = runtime if lowered else Runtime(runtime.device_name, "fp32")
+        self._fast = lowered or model
         self.batch_pixels = _GPU_PIXELS if runtime.device_type == "cuda" else 0
         self.uses_converted = convert is not None and runtime.precision != "fp32" and self._use_converted(convert)
 
@@ -165,11 +168,11 @@ def bytes_per_pixel(model: SRModel) -> int:
     return -(-2 * largest // side**2)
 
 
-def _lowered(model: SRModel, runtime: Runtime) -> SRModel:
+def _lowered(model: SRModel, runtime: Runtime) -> SRModel | None:
     """A copy of `model` whose convolutions and linear layers have their weights in the runtime's precision.
 
     Autocast converts the same weights in every pass, so results are bitwise equal. Returns `model` itself if its
-    network doesn't run that way.
+    network runs only with autocast, None if it doesn't run in this precision.
     """
     import torch
     from torch import nn
@@ -183,12 +186,11 @@ def _lowered(model: SRModel, runtime: Runtime) -> SRModel:
         if type(layer) in layers and not layer._forward_pre_hooks:  # subclasses and hooks may compute with the weights
             layer.to(dtype)
     side = model.size_minimum + model.lacking(model.size_minimum)
-    try:
-        with torch.inference_mode(), runtime.autocast():
-            lowered.upscale(torch.zeros(1, model.in_channels, side, side, device=runtime.device))
-    except RuntimeError:
-        return model
-    return lowered
+    for candidate in (lowered, model):
+        with contextlib.suppress(RuntimeError), torch.inference_mode(), runtime.autocast():
+            candidate.upscale(torch.zeros(1, model.in_channels, side, side, device=runtime.device))
+            return candidate
+    return None
 
 
 def agrees_with_torch(engine: Engine, model: SRModel) -> bool:

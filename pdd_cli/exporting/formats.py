@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tempfile
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.util import find_spec
@@ -11,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdd_cli.errors import InputError, PddError
+from pdd_cli.errors import InputError
 from pdd_cli.exporting.names import paths_of
 from pdd_cli.files import atomic_write, write_text
 from pdd_cli.models.loading import SRModel, model_from_state
 from pdd_cli.models.onnx_graph import LR_SIDES, OPSET, psnr, write_onnx
 from pdd_cli.settings.base import ExportForm
 from pdd_cli.weights import ncnn
-from pdd_cli.weights.states import state_sha256
+from pdd_cli.weights.states import HUB_PREFIX, state_sha256
 from pdd_cli.weights.store import CARD_KEY, Card, write_weights
 from pdd_cli.weights.wiring import Wiring, wiring_of
 
@@ -46,14 +48,29 @@ def check_architecture(forms: Sequence[ExportForm], model: SRModel, option: str)
         )
 
 
+def try_forms(forms: Sequence[ExportForm], model: SRModel, option: str) -> None:
+    """Raise InputError if `model` can't be written in one of `forms`, which may only be known by trying.
+
+    Networks other than RRDBNet and SRVGGNetCompact are written as an ONNX graph into a temporary folder.
+    """
+    check_architecture(forms, model, option)
+    if "onnx" in forms and _wiring(model) is None:
+        with tempfile.TemporaryDirectory(prefix="pdd-") as folder:
+            trial = Path(folder) / "trial.onnx"
+            try:
+                write("onnx", trial, model)
+            except InputError as error:
+                raise InputError(f"{option} onnx: {error.message.removeprefix(f'{trial}: ')}", error.hint) from error
+
+
 def write(form: ExportForm, path: Path, model: SRModel) -> list[Path]:
     """Write `model` to the files `paths_of(form, path)`, each atomically, and return them.
 
     `model` must be freshly loaded from a file, because the faster layers that training inserts can't be traced. Its
     card becomes part of a safetensors file and of an ONNX graph.
 
-    Raises PddError if the file doesn't compute the same as the model; InputError if it can't be written, or `form`
-    can't hold this architecture; ResourceError for a full disk.
+    Raises InputError if the file can't be written, doesn't compute the same as the model, or can't hold this
+    architecture; ResourceError for a full disk.
     """
     card = model.card or card_of(model, path.stem, "unknown")
     match form:
@@ -81,8 +98,11 @@ def card_of(model: SRModel, name: str, source: str, strength: float = 1.0) -> Ca
     adapted = None if card.adapted is None else _without_folders(card.adapted)
     if adapted is not None and strength != 1:
         adapted |= {"strength": 1.0, "exported_strength": strength}
-    digest = state_sha256(_state(model))
-    return card.model_copy(update={"base": _without_folders(card.base), "adapted": adapted, "content_sha256": digest})
+    changed = {"base": _without_folders(card.base), "adapted": adapted, "content_sha256": state_sha256(_state(model))}
+    if "steps from" in card.source and card.base and not card.base.startswith(HUB_PREFIX):
+        # Earlier versions named the file of the base with its folders.
+        changed["source"] = re.sub(r"(?<=steps from ).*[/\\]", "", card.source)
+    return card.model_copy(update=changed)
 
 
 def _without_folders(value: Any) -> Any:
@@ -130,7 +150,7 @@ def _write_ncnn(path: Path, model: SRModel) -> None:
     with torch.inference_mode():
         found = psnr(again.module(lr), model.module(lr))
     if not found >= _MIN_PSNR_FP16:
-        raise PddError(
+        raise InputError(
             f"{path}: in fp16, which ncnn files have here, the weights give other images (PSNR {found:.1f} dB); "
             "the files were not written",
             "Choose another form, such as pth or onnx.",

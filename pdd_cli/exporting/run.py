@@ -1,34 +1,38 @@
-"""The use case of `pdd export`: weights by name or file, written in one or several forms."""
+"""The use case of `pdd export`, and the exports of `pdd adapt`: weights written in one or several forms."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from pdd_cli.errors import InputError, PartialFailure, PddError
+from pdd_cli.errors import InputError, PartialFailure, PddError, ResourceError
 from pdd_cli.exporting.formats import card_of, check_architecture, check_packages, write
+from pdd_cli.exporting.hub_upload import Upload, open_repository, upload
 from pdd_cli.exporting.names import SUFFIXES, default_path, paths_of, scale_in_name
+from pdd_cli.exporting.ownership import check_target
 from pdd_cli.files import write_errors
 from pdd_cli.models.loading import SRModel, load_sr_model
 from pdd_cli.observer import Observer
+from pdd_cli.runtime import is_out_of_memory
 from pdd_cli.settings.base import ExportForm
 from pdd_cli.settings.export import ExportConfig
 from pdd_cli.upscaling.strength import at_strength, choose_strength
 from pdd_cli.weights.fetch import ensure
-from pdd_cli.weights.states import HUB_PREFIX, identify, is_file_reference
+from pdd_cli.weights.states import HUB_PREFIX, files_of, is_file_reference
 from pdd_cli.weights.store import Store
 
 
-@dataclass(frozen=True)
+@dataclass
 class ExportResult:
-    """The exported model, its files by form, and the failures of other forms."""
+    """The exported model, its files by form, what was uploaded, and the failures of other forms."""
 
     model: SRModel
     strength: float
     files: dict[ExportForm, list[Path]] = field(default_factory=dict)
+    upload: Upload | None = None
     failures: list[PddError] = field(default_factory=list)
 
     def as_document(self) -> dict[str, object]:
@@ -40,6 +44,7 @@ class ExportResult:
             "licence": card and card.licence,
             "strength": self.strength,
             "exported": self.files,
+            "uploaded": self.upload and self.upload.as_document(),
             "card": card and card.model_dump(),
             "failures": [{"message": failure.message, "hint": failure.hint} for failure in self.failures],
         }
@@ -49,39 +54,90 @@ class ExportResult:
         if not self.failures:
             return
         first = self.failures[0]
-        raise PartialFailure(first.message, first.hint) if self.files else first
+        raise PartialFailure(first.message, first.hint) if self.files or self.upload else first
 
 
 def run(settings: ExportConfig, *, overwrite: bool, observer: Observer) -> ExportResult:
     """Write the files. Everything that can be known before is checked before; a form that fails leaves the others.
 
-    Raises InputError for unknown weights, files that exist (unless `overwrite`) or a form that can't hold the model;
-    DownloadError if weights can't be fetched.
+    Raises InputError for unknown weights, files that exist (own exports are replaced with `overwrite`) or a form that
+    can't hold the model; DownloadError if weights can't be fetched, or the Hub refuses the upload.
     """
     forms = _forms(settings)
     check_packages(forms, "--to")
+    repository = None if settings.repo is None else open_repository(settings.repo)
     with observer.fetching() as on_event:
         find = partial(ensure, store=Store.default(), offline=settings.offline, on_event=on_event)
         source = find(settings.weights)
-        strength = choose_strength(source, settings.strength, name=settings.weights, observer=observer)
-        model = at_strength(load_sr_model(source), strength, name=settings.weights, find=find)
+        is_name = not is_file_reference(settings.weights) and not settings.weights.startswith(HUB_PREFIX)
+        name = settings.weights if is_name else source.stem
+        model, strength = _load(source, settings.strength, name=name, find=find, observer=observer)
     check_architecture(forms, model, "--to")
-    name = (
-        source.stem
-        if is_file_reference(settings.weights) or settings.weights.startswith(HUB_PREFIX)
-        else settings.weights
-    )
-    model = replace(model, card=card_of(model, name, f"file {source.name}", strength))
     targets = {form: _target(form, settings, name, model.scale) for form in forms}
     for form, path in targets.items():
         for file in paths_of(form, path):
-            _check_target(file, source, overwrite=overwrite)
+            check_target(form, file, files_of(source), overwrite=overwrite)
+            _check_writable(file)
+    result = _write_all(targets, model, strength, source, overwrite=overwrite, observer=observer)
+    if repository is not None:
+        try:
+            result.upload = upload(
+                model, source, repository,
+                private=settings.private, pictures=settings.pictures, overwrite=overwrite, observer=observer,
+            )  # fmt: skip
+        except PddError as error:
+            result.failures.append(error)
+    return result
+
+
+def export_adapted(
+    source: Path, forms: Sequence[ExportForm], folder: Path, *, name: str, store: Store, observer: Observer
+) -> ExportResult:
+    """Write the adapted weights `source` into the folder of their run, as `run` does, at the recommended strength.
+
+    Exports of an earlier run of pdd are replaced. Raises InputError if the base, which strengths below 1 need, is gone.
+    """
+    find = partial(ensure, store=store, offline=True, on_event=lambda event: None)
+    model, strength = _load(source, None, name=name, find=find, observer=observer)
+    targets = {form: default_path(form, folder, name, model.scale) for form in forms}
+    return _write_all(targets, model, strength, source, overwrite=True, observer=observer)
+
+
+def _load(
+    source: Path, strength: float | None, *, name: str, find: Callable[[str], Path], observer: Observer
+) -> tuple[SRModel, float]:
+    """The model in `source` with the card of its exports, and its strength: the recommended one if it is None."""
+    chosen = choose_strength(source, strength, name=name, observer=observer)
+    model = at_strength(load_sr_model(source), chosen, name=name, find=find)
+    return replace(model, card=card_of(model, name, f"file {source.name}", chosen)), chosen
+
+
+def _write_all(
+    targets: Mapping[ExportForm, Path],
+    model: SRModel,
+    strength: float,
+    source: Path,
+    *,
+    overwrite: bool,
+    observer: Observer,
+) -> ExportResult:
+    """Write each form; a failure, of whatever kind, is that form's."""
     result = ExportResult(model, strength)
     for form, path in targets.items():
         try:
+            for file in paths_of(form, path):
+                check_target(form, file, files_of(source), overwrite=overwrite)
             result.files[form] = write(form, path, model)
         except PddError as error:
             result.failures.append(error)
+            continue
+        except Exception as error:
+            if is_out_of_memory(error):
+                failure: PddError = ResourceError(f"out of memory while writing {path}", "Close other programs.")
+            else:
+                failure = PddError(f"{path}: a bug in pdd: {type(error).__name__}: {error}", "--debug shows where.")
+            failure.__cause__ = error
+            result.failures.append(failure)
             continue
         observer.say(f"exported: {', '.join(map(str, result.files[form]))}")
         if form == "ncnn" and scale_in_name(path.stem) != model.scale:
@@ -90,8 +146,13 @@ def run(settings: ExportConfig, *, overwrite: bool, observer: Observer) -> Expor
 
 
 def _forms(settings: ExportConfig) -> Sequence[ExportForm]:
+    if ("hub" in settings.to) != (settings.repo is not None):
+        given, missing = ("--to hub", "--repo USER/NAME") if settings.repo is None else ("--repo", "--to hub")
+        raise InputError(f"export: {given} needs {missing}")
+    if "hub" in settings.to and settings.offline:
+        raise InputError("--to hub can't be combined with --offline")
     if settings.to:
-        return list(dict.fromkeys(settings.to))
+        return list(dict.fromkeys(form for form in settings.to if form != "hub"))
     suffix = Path(settings.output or "").suffix.lower()
     found = [form for form, suffixes in SUFFIXES.items() if suffix in suffixes]
     if not found:
@@ -107,27 +168,15 @@ def _target(form: ExportForm, settings: ExportConfig, name: str, scale: int) -> 
         if out.exists() and not out.is_dir():
             raise InputError(f"{out} is a file, not a folder", "Name a folder for the exported files.")
         return default_path(form, out, name, scale)
-    if len(settings.to) > 1:
+    if len(set(settings.to) - {"hub"}) > 1:
         raise InputError(f"{out} is one file, but --to names several forms", "Name a folder.")
     if owners != [form]:
         raise InputError(f"{out}: a file of --to {form} ends in {' or '.join(SUFFIXES[form])}", "Or leave out --to.")
     return out
 
 
-def _check_target(file: Path, source: Path, *, overwrite: bool) -> None:
-    """Raise InputError unless `file` can be created in its folder, or replaced."""
-    if file.exists():
-        if file.is_dir():
-            raise InputError(f"can't write {file}: it is a folder")
-        sources = paths_of("ncnn", source) if source.suffix in SUFFIXES["ncnn"] else [source]
-        if any(one.exists() and file.samefile(one) for one in sources):
-            raise InputError(f"{file} is the file to export; it is not replaced", "Name another folder or file.")
-        if not overwrite:
-            raise InputError(f"{file} exists", "--overwrite replaces it.")
-        with file.open("rb") as opened:
-            kind = identify(opened.read(512))
-        if kind is not None and kind[0] == "an image":
-            raise InputError(f"{file} is an image; it is not replaced", "Name another file.")
+def _check_writable(file: Path) -> None:
+    """Raise InputError or ResourceError unless a file can be created in the folder of `file`, which is made."""
     with write_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=file.parent).close()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from pdd_cli.models.rrdbnet import RRDBNet, rrdbnet_from_state
 from pdd_cli.models.traits import ModelSpec
 from pdd_cli.weights.states import read_state, state_sha256
 from pdd_cli.weights.store import Card, read_card
+
+if TYPE_CHECKING:
+    from spandrel import ImageModelDescriptor
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -31,7 +35,7 @@ class SRModel(ModelSpec):
     def upscale(self, lr: Tensor) -> Tensor:
         """Upscale (N, C, h, w) of any size to (N, C, h*scale, w*scale), padded by replication if needed."""
         height, width = lr.shape[-2:]
-        bottom, right = self.lacking(height), self.lacking(width)
+        bottom, right = self.padding(height, width)
         if bottom or right:
             lr = F.pad(lr, (0, right, 0, bottom), mode="replicate")
         sr: Tensor = self.module(lr)
@@ -84,15 +88,57 @@ def model_from_state(state: Mapping[str, Tensor], *, origin: str, card: Card | N
         raise InputError(f"{origin}: a {model.architecture.name} model for {model.purpose}, not for super-resolution")
     needs = model.size_requirements
     return SRModel(
-        module=model.model.float().eval(),
+        module=_images_to_images(model).float().eval(),
         scale=model.scale,
         in_channels=model.input_channels,
         out_channels=model.output_channels,
         architecture=model.architecture.name,
         size_multiple=max(needs.multiple_of, 1),
         size_minimum=max(needs.minimum, 1),
+        square=needs.square,
         card=card,
     )
+
+
+def _images_to_images(model: ImageModelDescriptor[nn.Module]) -> nn.Module:
+    """The network of `model` as a module from images to images.
+
+    Some networks need more than an image, return more, or compute in another range; spandrel describes this by a
+    function of network and image.
+    """
+    call = model._call_fn
+    if call.__module__.endswith(".__helpers.model_descriptor"):  # spandrel's default: the network itself
+        network: nn.Module = model.model
+        return network
+    return _Adapted(model.model, call, contiguous_only=model.architecture.id == "IPT")
+
+
+class _Adapted(nn.Module):
+    """`network` called by `call(network, image)`, which takes batches of one image. The state is that of `network`.
+
+    `contiguous_only`: the network fails with tensors that are channels-last (`runtime.to_channels_last`).
+    """
+
+    def __init__(
+        self, network: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], *, contiguous_only: bool
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.contiguous_only = contiguous_only
+        self._call = call
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.contiguous_only:
+            images = images.contiguous()
+        if len(images) == 1:
+            return self._call(self.network, images)
+        return torch.cat([self._call(self.network, image) for image in images.split(1)])
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.network.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.network.load_state_dict(*args, **kwargs)
 
 
 def stand_in(name: str) -> SRModel:

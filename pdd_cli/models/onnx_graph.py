@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pdd_cli.errors import PddError
+from pdd_cli.errors import InputError, PddError
 from pdd_cli.files import atomic_write
 from pdd_cli.models.loading import SRModel
+from pdd_cli.system import silenced
 
 OPSET = 17
 _HINT = "Choose another form, such as pth."
@@ -43,7 +44,7 @@ class _AnySize(nn.Module):
 def onnx_graph(model: SRModel, metadata: Mapping[str, str]) -> bytes:
     """The serialised graph from `lr` (N, C, h, w) to `sr` (N, C, h*scale, w*scale) for any h and w.
 
-    h and w must be at least `model.size_minimum`. `metadata` becomes the graph's. Raises PddError if PyTorch can't
+    h and w must be at least `model.size_minimum`. `metadata` becomes the graph's. Raises InputError if PyTorch can't
     export an operation.
     """
     import onnx
@@ -72,7 +73,7 @@ def onnx_graph(model: SRModel, metadata: Mapping[str, str]) -> bytes:
 def write_onnx(path: Path, model: SRModel, metadata: Mapping[str, str]) -> None:
     """Write `onnx_graph` to a file, and compare it with PyTorch.
 
-    Raises PddError if the graph can't be made or doesn't compute the same as the model; it is not written then.
+    Raises InputError if the graph can't be made or doesn't compute the same as the model; it is not written then.
     """
     import onnxruntime
 
@@ -88,13 +89,13 @@ def write_onnx(path: Path, model: SRModel, metadata: Mapping[str, str]) -> None:
                     session = onnxruntime.InferenceSession(str(temporary), options, providers=["CPUExecutionProvider"])
                     (found,) = session.run(None, {"lr": lr.numpy()})
                 if not psnr(torch.from_numpy(found), expected) >= _MIN_PSNR:
-                    raise PddError(
+                    raise InputError(
                         f"the ONNX graph of {model.architecture} and the model give different results for an "
                         f"image of {lr.shape[3]}x{lr.shape[2]} pixels; the graph was not written",
                         _HINT,
                     )
         except PddError as error:
-            raise PddError(f"{path}: {error.message}", error.hint) from error
+            raise type(error)(f"{path}: {error.message}", error.hint) from error
 
 
 def _examples(model: SRModel) -> list[Tensor]:
@@ -114,24 +115,28 @@ def psnr(found: Tensor, expected: Tensor) -> float:
 
 @contextlib.contextmanager
 def _export_errors(architecture: str) -> Iterator[None]:
-    """Convert all errors of the exporter and of onnxruntime to PddError, except those that `atomic_write` converts."""
+    """Convert errors of the exporter and of onnxruntime to InputError, except those that `atomic_write` converts."""
     try:
         yield
     except (PddError, OSError, MemoryError):
         raise
     except Exception as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise PddError(f"{architecture} can't be exported as ONNX ({type(error).__name__}: {why})", _HINT) from error
+        raise InputError(f"{architecture} can't be exported as ONNX ({type(error).__name__}: {why})", _HINT) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress the tracer's warnings about constant sizes; the comparison at several sizes checks for that."""
+    """Suppress the tracer's warnings about constant sizes, which the comparison at several sizes checks for.
+
+    On failure PyTorch prints the whole graph, past Python's streams. Therefore the process's own stdout and stderr are
+    redirected, too.
+    """
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), silenced():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -11,9 +11,10 @@ from pdd_cli.errors import InputError
 from pdd_cli.settings.adapt import AdaptConfig
 from pdd_cli.weights.catalog import CatalogEntry, find
 from pdd_cli.weights.fetch_images import installed_set
+from pdd_cli.weights.hub import fetch_from_hub, find_on_hub, read_card_on_hub
 from pdd_cli.weights.image_sets import ImageSet, find_set
 from pdd_cli.weights.sources import file_sha256
-from pdd_cli.weights.states import data_file, is_file_reference
+from pdd_cli.weights.states import HUB_PREFIX, data_file, is_file_reference
 from pdd_cli.weights.store import Card, Store, read_card
 
 # Settings that other rows show, or that don't influence the weights.
@@ -29,11 +30,18 @@ class Description:
     document: Mapping[str, Any]
 
 
-def describe(reference: str, store: Store) -> Description:
-    """Describe installed weights, a weights file, or weights or an image set of the catalogue.
+def describe(reference: str, store: Store, *, offline: bool = False) -> Description:
+    """Describe installed weights, a weights file, weights on the Hub, or weights or an image set of the catalogue.
 
-    Raises InputError for an unknown name, a missing file, or a file that isn't a super-resolution model.
+    Raises InputError for an unknown name, a missing file, or a file that isn't a super-resolution model; DownloadError
+    if the Hub can't be reached or, `offline`, its cache doesn't have the file.
     """
+    if reference.startswith(HUB_PREFIX):
+        if not offline:
+            return _of_hub(reference)
+        path = fetch_from_hub(reference, offline=True, on_bytes=lambda done, total: None)
+        card = read_card(path)
+        return _of_card(reference, path, card) if card else _of_plain_file(path)
     if not is_file_reference(reference) and (entry := store.get(reference)):
         return _of_card(reference, entry.path, entry.card)
     path = data_file(Path(reference).expanduser())
@@ -68,7 +76,8 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _of_card(reference: str, path: Path, card: Card) -> Description:
+def facts(card: Card) -> list[tuple[str, str]]:
+    """What a card says, as rows of (label, text)."""
     adapted, changed = card.adapted or {}, changed_settings(card)
     rows = [("architecture", _architecture(card.architecture, card.scale, card.parameters))]
     if card.base:
@@ -89,21 +98,49 @@ def _of_card(reference: str, path: Path, card: Card) -> Description:
         strength = adapted.get("strength")
         if isinstance(strength, float | int) and adapted.get("verdict") != "reject":
             rows.append(("strength", f"{strength:g} (recommended)"))
-    digest, size = file_sha256(path), path.stat().st_size
-    rows += [
+        if "exported_strength" in adapted:
+            rows.append(("exported at", f"strength {adapted['exported_strength']:g} of the training run's weights"))
+    return [
+        *rows,
         ("source", card.source),
         ("licence", card.licence),
         ("date", " ".join((card.created or "unknown").split("T")).replace("+00:00", " UTC")),
         ("written by", f"pdd {card.pdd_version or '(unknown version)'}"),
-        ("size", _megabytes(size)),
-        ("sha256", digest),
-        ("file", str(path)),
     ]
+
+
+def _of_card(reference: str, path: Path, card: Card) -> Description:
+    digest, size = file_sha256(path), path.stat().st_size
+    rows = [*facts(card), ("size", _megabytes(size)), ("sha256", digest), ("file", str(path))]
     if card.sha256 and card.sha256 != digest:
         rows.insert(-2, ("source sha256", card.sha256))
     document = {
         "reference": reference, "installed": not is_file_reference(reference), "path": path, "bytes": size,
-        "file_sha256": digest, **card.model_dump(), "changed_settings": changed,
+        "file_sha256": digest, **card.model_dump(), "changed_settings": changed_settings(card),
+    }  # fmt: skip
+    return Description(reference, tuple(rows), document)
+
+
+def _of_hub(reference: str) -> Description:
+    """Describe a weights file on the Hub. Of a safetensors file only the header is downloaded."""
+    found = find_on_hub(reference)
+    card = read_card_on_hub(found)
+    if card is not None:
+        rows = facts(card)
+    else:
+        said = {key: found.labels.get(key) for key in ("license_name", "license", "base_model", "tags")}
+        rows = [("card", "none of pdd; the repository says:")]
+        rows += [(key, ", ".join(value) if isinstance(value, list) else str(value)) for key, value in said.items()
+                 if value]  # fmt: skip
+    rows += [
+        ("size", _megabytes(found.size) if found.size else "unknown"),
+        ("sha256", found.sha256 or "unknown"),
+        ("file", f"{found.name} in {found.repo} at {found.commit}"),
+        ("installed", f"no; to use it: pdd upscale IN OUT --weights {reference}"),
+    ]
+    document = {
+        "reference": reference, "installed": False, "repo": found.repo, "file": found.name, "commit": found.commit,
+        "bytes": found.size, "file_sha256": found.sha256, **(card.model_dump() if card else {"labels": found.labels}),
     }  # fmt: skip
     return Description(reference, tuple(rows), document)
 

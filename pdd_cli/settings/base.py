@@ -18,7 +18,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 # Groups of options, in the order of the help text.
 Panel = Literal[
     "Input", "Weights", "Source", "Model", "Size", "Metrics", "Comparison", "Method", "Training", "Output", "Video",
-    "Run", "Computing", "General",
+    "Hugging Face Hub", "Run", "Computing", "General",
 ]  # fmt: skip
 
 

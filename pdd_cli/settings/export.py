@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -23,10 +23,23 @@ class ExportConfig(Settings):
         Option("Output", argument=True, metavar="OUT", default="the current folder"),
     ] = None
     to: Annotated[
-        tuple[ExportForm, ...],
-        Field(description="Forms to write; pth is that of BasicSR."),
+        tuple[ExportForm | Literal["hub"], ...],
+        Field(description="Forms to write; pth is that of BasicSR, hub uploads to the Hugging Face Hub."),
         Option("Output", comma_separated=True, default="the form of OUT's suffix"),
     ] = ()
+    repo: Annotated[
+        str | None,
+        Field(description="Repository for --to hub; it is created if there is none."),
+        Option("Hugging Face Hub", metavar="USER/NAME"),
+    ] = None
+    private: Annotated[
+        bool, Field(description="Create the repository as a private one."), Option("Hugging Face Hub")
+    ] = False
+    pictures: Annotated[
+        bool,
+        Field(description="Show crops of the run's images in the model card, before and after."),
+        Option("Hugging Face Hub", flags=("--pictures/--no-pictures",), default="pictures"),
+    ] = True
     strength: Annotated[
         Fraction | None,
         Field(description="Strength of adapted weights, from 0 (their base) to 1 (fully adapted)."),
@@ -38,4 +51,4 @@ class ExportConfig(Settings):
 class ExportFlags(Settings):
     """Flags of one call, which can't be set in a file."""
 
-    overwrite: Annotated[bool, Field(description="Replace files that exist."), Option("Output")] = False
+    overwrite: Annotated[bool, Field(description="Replace files that pdd wrote."), Option("Output")] = False

@@ -15,7 +15,7 @@ class FetchConfig(Settings):
 
     names: Annotated[
         tuple[str, ...],
-        Field(description="Names of weights or image sets, as listed by --list; files too with --info."),
+        Field(description="Weights or image sets, as listed by --list; with --info also files and hf:USER/NAME."),
         Option("Weights", argument=True, metavar="NAME"),
     ] = ()
     metrics: Annotated[

@@ -34,7 +34,7 @@ _TRIES = 4  # attempts after network errors; each resumes where the last one sto
 _WAIT = 1.0  # seconds before the second attempt, doubled for each further one
 _TIMEOUT = (10, 60)  # seconds to connect, and between two arrivals of data
 _FREE = "Free some space and run it again."
-_MEANINGS = {
+MEANINGS = {  # of the server's answers
     401: " (a login is required)",
     403: " (access denied: it may require a login, or block this network)",
     429: " (too many requests: try again later)",
@@ -361,7 +361,7 @@ def reason(error: BaseException, url: str) -> str:
 
     if isinstance(error, requests.HTTPError) and error.response is not None:
         code = error.response.status_code
-        return f"the server answered {code} {error.response.reason}{_MEANINGS.get(code, '')}"
+        return f"the server answered {code} {error.response.reason}{MEANINGS.get(code, '')}"
     if "interrupted after" in str(error) or isinstance(error, requests.exceptions.ChunkedEncodingError):
         return f"the connection was lost {_TRIES} times"
     texts: list[str] = []

@@ -18,6 +18,7 @@ HUB_PREFIX = "hf:"  # of references to repositories of the Hugging Face Hub
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 _FILE_SUFFIXES = (*SUFFIXES, ".param", ".bin", ".onnx")
 _NCNN_FP16 = b"\x47\x6b\x30\x01"  # the first bytes of an ncnn `.bin` with weights in fp16
+_NCNN_FP32 = bytes(4)
 
 # Names that training code uses for everything but the generator.
 _OTHER = re.compile(r"(?i)optim|sched|discriminator|loss|^net_?d$|^d$")
@@ -69,14 +70,24 @@ def is_file_reference(reference: str) -> bool:
 def data_file(path: Path) -> Path:
     """`path`; for the `.param` of an ncnn model its `.bin`, which identifies the weights.
 
-    Raises InputError if the `.bin` is missing.
+    Raises InputError if one of the two files of an ncnn model is missing.
     """
-    if path.suffix.lower() != ".param" or not path.is_file():
+    if path.suffix.lower() not in (".param", ".bin") or not path.is_file():
         return path
-    data = path.with_suffix(".bin")
+    param, data = path.with_suffix(".param"), path.with_suffix(".bin")
     if not data.is_file():
         raise _one_of_two(path, data)
+    if not param.is_file():
+        with data.open("rb") as opened:
+            if opened.read(4) in (_NCNN_FP16, _NCNN_FP32):
+                raise _one_of_two(path, param)
     return data
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of the weights at `path`: of an ncnn model the `.bin` and the `.param`."""
+    param = path.with_suffix(".param")
+    return [path, param] if path.suffix.lower() == ".bin" and param.is_file() else [path]
 
 
 def _one_of_two(path: Path, other: Path) -> InputError:

@@ -246,9 +246,14 @@ def read_card(path: Path) -> Card | None:
 
     try:
         with safe_open(path, framework="numpy") as opened:
-            text = (opened.metadata() or {}).get(CARD_KEY)
+            return card_from(opened.metadata())
     except (SafetensorError, OSError):
         return None
+
+
+def card_from(metadata: Mapping[str, str] | None) -> Card | None:
+    """The card in the metadata of a safetensors file; None if it has none."""
+    text = (metadata or {}).get(CARD_KEY)
     try:
         return Card.model_validate(json.loads(text)) if text else None
     except ValueError:  # invalid JSON, or an invalid card

@@ -90,7 +90,7 @@ class WinogradEngine:
     def _infer(self, lr: FloatArray) -> FloatArray:
         """Upscale (h, w, C) to (h*scale, w*scale, C). The next call overwrites the result."""
         height, width = lr.shape[:2]
-        bottom, right = self.model.lacking(height), self.model.lacking(width)
+        bottom, right = self.model.padding(height, width)
         if bottom or right:
             lr = np.pad(lr, ((0, bottom), (0, right), (0, 0)), mode="edge")
         return self._network(lr)[: height * self.model.scale, : width * self.model.scale]
