@@ -94,7 +94,7 @@ def measure(sr: RGB, hr: RGB, judges: Judges) -> dict[str, float]:
             "psnr": -10 * math.log10(max(float(np.mean((sr / 255 - hr / 255) ** 2)), 1e-10)),
             "ssim": float(judges.ssim(a, b)),
             "distance": float(feature_distance(*(unit_features(judges.features, image) for image in (a, b)))),
-            "ssimulacra2": _ssimulacra2(hr, sr),
+            "ssimulacra2": ssimulacra2(hr, sr),
             "sharpness": float(laplacian(sr).std() / laplacian(hr).std()),
             "correlation": float(np.corrcoef(ours.ravel(), theirs.ravel())[0, 1]),
             "energy": float(np.square(ours).sum() / np.square(theirs).sum()),
@@ -111,7 +111,7 @@ def _tensor(image: RGB) -> Tensor:
     return torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
 
 
-def _ssimulacra2(hr: RGB, sr: RGB) -> float:
+def ssimulacra2(hr: RGB, sr: RGB) -> float:
     with tempfile.TemporaryDirectory() as folder:  # the package reads files
         paths = [Path(folder, name) for name in ("hr.png", "sr.png")]
         for path, image in zip(paths, (hr, sr), strict=True):

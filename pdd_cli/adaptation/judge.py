@@ -1,11 +1,11 @@
 """Decides whether the adapted model is better than its base, on real images held out of training, without ground truth.
 
-Four quantities can be measured with the LR images alone: how well the SR, downscaled to LR size, matches the LR
-(consistency); how far its colours drift; how much fine detail it has (texture); and how much of that is in flat regions
-of the LR (grain), because real detail is at edges and textures and noise is everywhere. A model that becomes more
-consistent by blurring loses texture, and a model that invents detail loses consistency. On a noisy source a model
-becomes more consistent by adding noise, which shows as grain. docs/log.md compares the resulting score with scores
-against ground truth.
+Five quantities can be measured with the LR images alone: how well the SR, downscaled to LR size, matches the LR
+(consistency); how far its colours drift; how much fine detail it has (texture); how much of that is in flat regions
+of the LR (grain), because real detail is at edges and textures and noise is everywhere; and how much of the LR's own
+noise is in the SR (copied noise). A model that becomes more consistent by blurring loses texture, and a model that
+invents detail loses consistency. On a noisy source a model becomes more consistent by adding or copying noise.
+docs/log.md compares the resulting score with scores against ground truth.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -34,10 +34,11 @@ STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
 _MAX_IMAGES = 8
 _MAX_PIXELS = 96**2 * _MAX_IMAGES  # LR pixels of all images together
-_DB_PER_OCTAVE = 6.0  # score that half the texture costs
-# Score that one level of added grain costs. With this value the score agrees with the ground truth on seven runs from
-# clean, compressed and grainy sources (docs/log.md).
-_DB_PER_LEVEL = 0.25
+# The weights of the score. docs/log.md shows on which models they were chosen and how often the score is right.
+_MAX_CLOSER = 2.0  # dB; consistency gained beyond this earns nothing
+_DB_PER_OCTAVE = 3.0  # cost of half the texture
+_DB_PER_GRAIN = 0.2  # cost of one level of added grain
+_DB_PER_NOISE = 1.0  # cost of one level of copied noise
 _MIN_TEXTURE_RATIO = 0.6  # with less texture, relative to the base, the result is too blurred to be accepted
 _MAX_ADDED_DRIFT = 1.0  # CIELAB ΔE above the base
 _FLAT_FRACTION = 0.1  # fraction of an LR image that counts as flat
@@ -47,33 +48,37 @@ _DUPLICATE_CORRELATION = 0.98  # thumbnails with a higher correlation show the s
 _MIN_IMAGES = 3  # distinct images that a verdict needs
 _MIN_GAIN = 0.5  # dB; a smaller gain is not significant on a few images
 _MIN_GAIN_ON_PAIRS = 0.2  # dB; with ground truth a smaller gain is significant
+_EQUAL = 0.25  # dB; strengths whose scores differ by less count as equally good
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Means over the held-out images. `consistency` in dB, `drift` in CIELAB ΔE, `texture` and `grain` in 8-bit levels.
+    """Means over the held-out images. `consistency` in dB, `drift` in CIELAB ΔE, the others in 8-bit levels.
 
-    `grain` is the texture of the flattest regions.
+    `grain` is the texture of the flattest regions, `copied_noise` the noise of the LR image there that is in the SR.
     """
 
     consistency: float
     drift: float
     texture: float
     grain: float
+    copied_noise: float
 
     def score(self, base: Judgement, scale: int) -> float:
         """The gain over the base, in dB of consistency; the base has 0.
 
-        Lost detail and added grain cost. Gained detail earns nothing, because on a noisy source a model gains it by
-        adding noise. A x1 model removes noise and artefacts of its input: there being closer to the input than the base
-        earns nothing, and detail does.
+        Lost detail, added grain and copied noise cost. Gained detail earns nothing, because on a noisy source a model
+        gains it by adding noise, and neither does a very high consistency, because it copies what is wrong in the LR.
+        A x1 model removes noise and artefacts of its input: there being closer to the input than the base earns
+        nothing, and detail does.
         """
         detail = _log2_ratio(self.texture, base.texture, floor=1e-6)
         closer = self.consistency - base.consistency
-        grain = max(0.0, self.grain - base.grain)
+        noise = _DB_PER_GRAIN * max(0.0, self.grain - base.grain)
+        noise += _DB_PER_NOISE * max(0.0, self.copied_noise - base.copied_noise)
         if scale == 1:
-            return min(closer, 0) + _DB_PER_OCTAVE * min(detail, 0.5) - _DB_PER_LEVEL * grain
-        return closer + _DB_PER_OCTAVE * min(detail, 0) - _DB_PER_LEVEL * grain
+            return min(closer, 0) + _DB_PER_OCTAVE * min(detail, 0.5) - noise
+        return min(closer, _MAX_CLOSER) + _DB_PER_OCTAVE * min(detail, 0) - noise
 
 
 @dataclass(frozen=True)
@@ -217,16 +222,32 @@ def measure(model: SRModel, images: Sequence[RGB], runtime: Runtime) -> Judgemen
     """
     images = images[:_MAX_IMAGES]
     side = math.isqrt(_MAX_PIXELS // len(images))
+    crops = [center_crop(image, side) for image in images]
+    return judge_crops((lr, upscale_image(model, lr, runtime)) for lr in crops)
+
+
+def judge_crops(crops: Iterable[tuple[RGB, NDArray[np.float32]]]) -> Judgement:
+    """Measure pairs of LR (h, w, 3), 8-bit, and SR (h*scale, w*scale, 3), 0..1.
+
+    Raises ValueError if an SR image is not finite.
+    """
     measured = []
-    for image in images:
-        lr = center_crop(image, side)
-        sr = upscale_image(model, lr, runtime)
+    for lr, sr in crops:
         if not np.isfinite(sr).all():
             raise ValueError("the model gives values that are not finite")
         small = lr.astype(np.float32) / 255
-        detail = laplacian(to_rgb8(sr))
-        grain = detail[_flat_mask(lr, model.scale)]
-        measured.append((downscale_consistency(sr, small), colour_drift(sr, small), detail.std(), grain.std()))
+        flat = _flat_mask(lr)
+        detail, scale = laplacian(to_rgb8(sr)), sr.shape[0] // lr.shape[0]
+        grain = detail[flat.repeat(scale, axis=0).repeat(scale, axis=1)]
+        measured.append(
+            (
+                downscale_consistency(sr, small),
+                colour_drift(sr, small),
+                detail.std(),
+                grain.std(),
+                _copied_noise(lr, sr, flat),
+            )
+        )
     return Judgement(*(float(value) for value in np.mean(measured, axis=0)))
 
 
@@ -270,12 +291,14 @@ def decide(judgements: Mapping[float, Judgement], base: Judgement, scale: int) -
         for strength, judgement in judgements.items()
         if judgement.texture >= _MIN_TEXTURE_RATIO * base.texture and judgement.drift <= base.drift + _MAX_ADDED_DRIFT
     }
-    best = max(acceptable, key=lambda strength: acceptable[strength].score(base, scale), default=None)
-    if best is None or acceptable[best].score(base, scale) < _MIN_GAIN:
+    scores = {strength: judgement.score(base, scale) for strength, judgement in acceptable.items()}
+    highest = max(scores.values(), default=-math.inf)
+    if highest < _MIN_GAIN:
         full = judgements[max(judgements)]
         worse = max(judgements) not in acceptable or full.score(base, scale) <= -_MIN_GAIN
         word = "the base is better" if worse else "no clear gain"
         return Verdict(False, f"{word} on the held-out images: {_describe(full, base)}", 0.0)
+    best = max(strength for strength, score in scores.items() if score >= max(_MIN_GAIN, highest - _EQUAL))
     return Verdict(True, f"better than the base on the held-out images: {_describe(acceptable[best], base)}", best)
 
 
@@ -301,13 +324,27 @@ def stalled(scores: Sequence[float], patience: int) -> bool:
     return len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience])
 
 
-def _flat_mask(lr: RGB, scale: int) -> NDArray[np.bool_]:
-    """(h*scale, w*scale): True in the regions where the denoised LR image has the lowest local contrast."""
-    gray = cv2.GaussianBlur(cv2.cvtColor(lr, cv2.COLOR_RGB2GRAY).astype(np.float32), (0, 0), 1)
+def _flat_mask(lr: RGB) -> NDArray[np.bool_]:
+    """(h, w): True in the regions where the denoised LR image has the lowest local contrast."""
+    gray = cv2.GaussianBlur(_gray(lr), (0, 0), 1)
     slopes = [cv2.Sobel(gray, cv2.CV_32F, *axis) for axis in ((1, 0), (0, 1))]
     contrast = cv2.blur(sum(slope * slope for slope in slopes), (5, 5))
-    flat = contrast <= np.quantile(contrast, _FLAT_FRACTION)
-    return np.asarray(flat.repeat(scale, axis=0).repeat(scale, axis=1))
+    return np.asarray(contrast <= np.quantile(contrast, _FLAT_FRACTION))
+
+
+def _copied_noise(lr: RGB, sr: NDArray[np.float32], flat: NDArray[np.bool_]) -> float:
+    """The part of the LR's noise in flat regions that is in the SR too, as a standard deviation in 8-bit levels.
+
+    The noise is the detail finer than 2 LR pixels. Noise that the model adds doesn't correlate with it.
+    """
+    small = cv2.resize(_gray(to_rgb8(sr)), lr.shape[1::-1], interpolation=cv2.INTER_AREA)
+    noise, ours = (image - cv2.GaussianBlur(image, (0, 0), 2) for image in (_gray(lr), small))
+    covariance = np.cov(noise[flat], ours[flat])
+    return float(covariance[0, 1] / max(math.sqrt(covariance[0, 0]), 1e-3))
+
+
+def _gray(image: RGB) -> NDArray[np.float32]:
+    return np.asarray(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY), np.float32)
 
 
 def _log2_ratio(value: float, base: float, floor: float) -> float:
@@ -320,7 +357,8 @@ def _describe(adapted: Judgement, base: Judgement, other: str = "base") -> str:
     return (
         f"consistency with the LR {adapted.consistency - base.consistency:+.2f} dB, "
         f"colour drift {adapted.drift:.2f} ({other} {base.drift:.2f}) ΔE, "
-        f"fine detail {texture} (in flat regions {grain})"
+        f"fine detail {texture} (in flat regions {grain}), "
+        f"noise copied from the LR {adapted.copied_noise:.1f} ({other} {base.copied_noise:.1f}) levels"
     )
 
 

@@ -274,7 +274,8 @@ def _judge_candidates(run: Run, tensorboard: TensorBoardLog) -> None:
 
 def _tags(judged: Mapping[str, Any]) -> dict[str, float]:
     """A judgement as values by TensorBoard tag, grouped by quantity."""
-    values = {f"judgement/{key}": judged[key] for key in ("score", "consistency", "drift", "texture", "grain")}
+    keys = ("score", "consistency", "drift", "texture", "grain", "copied_noise")
+    values = {f"judgement/{key}": judged[key] for key in keys}
     values |= {f"truth/{key}": value for key, value in judged.get("truth", {}).items()}
     return {f"{tag}/{judged['which']}": value for tag, value in values.items()}
 
