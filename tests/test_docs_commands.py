@@ -167,10 +167,12 @@ def place(ground: Path, pdd: Callable[..., Outcome]) -> Callable[..., Outcome]:
         for folder, side in (("hr", hr), ("lr", hr.reshape(24, 4, 32, 4, 3).mean((1, 3)).astype(np.uint8))):
             Path(folder).mkdir(exist_ok=True)
             Image.fromarray(side).save(Path(folder, f"{number}.png"))
-    canon = Path("RealSR/Canon/Test/4")
-    canon.mkdir(parents=True)
-    Image.fromarray(photo(48, 64)).save(canon / "Canon_001_LR4.png")
-    Image.fromarray(photo(192, 256)).save(canon / "Canon_001_HR.png")
+    for part, count in (("Test", 1), ("Train", 3)):
+        canon = Path(f"RealSR/Canon/{part}/4")
+        canon.mkdir(parents=True)
+        for number in range(count):
+            Image.fromarray(photo(48, 64, number)).save(canon / f"Canon_00{number + 1}_LR4.png")
+            Image.fromarray(photo(192, 256, number)).save(canon / f"Canon_00{number + 1}_HR.png")
     return pdd
 
 

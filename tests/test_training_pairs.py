@@ -103,6 +103,8 @@ def test_images_that_are_no_pair_are_named_and_left_out(pairs: tuple[Path, Path]
     ("options", "words"),
     [
         ((), "no images: give --real-dir"),
+        (("--dataset", "realsr"), "--dataset NAME and --root DIR must be given together"),
+        (("--dataset", "realsr", "--root", "a", "--real-dir", "b"), "--dataset already names the real images"),
         (("--pairs-lr", "lr"), "--pairs-lr DIR and --pairs-hr DIR must be given together"),
         (("--pairs-hr", "lr"), "--pairs-lr DIR and --pairs-hr DIR must be given together"),
         (("--pairs-lr", "lr", "--pairs-hr", "hr", "--mode", "static", "--generalist", "x"), "--mode static has no"),
@@ -127,6 +129,42 @@ def test_the_verdict_needs_a_gain_and_no_greater_distance() -> None:
     assert decide_by_ground_truth({1.0: blurred}, base).keep is False
     assert "the base is better" in decide_by_ground_truth({1.0: worse}, base).reason
     assert "no clear gain" in decide_by_ground_truth({1.0: base}, base).reason
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "others"),
+    [
+        ("realsr", ["Canon/Train/4/Canon_001_LR4.png", "Nikon/Train/4/Nikon_001_LR4.png"],
+         ["Canon/Train/4/Canon_001_HR.png", "Canon/Train/2/Canon_001_LR2.png", "Canon/Test/4/Canon_002_LR4.png"]),
+        ("drealsr", ["Train_x4/train_LR/a_x1.png"], ["Train_x4/train_HR/a_x4.png", "Test_x4/test_LR/b_x1.png"]),
+        ("ntire20", ["Corrupted-tr-x/0001.png"], ["Corrupted-va-x/0801.png", "DIV2K_train_HR/0001.png"]),
+        ("dped", ["dped/iphone/training_data/iphone/0.jpg"], ["dped/iphone/training_data/canon/0.jpg"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_the_training_images_of_data_sets(tmp_path: Path, name: str, lr: list[str], others: list[str]) -> None:
+    for path in (*lr, *others):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo(24, 24, len(path))).save(tmp_path / path)
+    config = AdaptConfig(dataset=name, root=tmp_path, crop=16)  # type: ignore[arg-type]
+    images = read_sources(config, 4, print, print)
+    assert sorted(images.sources[0].content) == lr
+    assert len(images.real) == len(lr)
+    assert config.lr_dir == tmp_path
+    for path in lr:
+        (tmp_path / path).unlink()
+    with pytest.raises(InputError, match=f"no LR training images of {name} for x4"):
+        read_sources(config, 4, print, print)
+
+
+def test_both_sides_of_the_pairs_may_be_in_one_folder(tmp_path: Path) -> None:
+    for number in range(2):
+        hr = photo(128, 160, number)
+        Image.fromarray(hr).save(tmp_path / f"Canon_00{number}_HR.png")
+        Image.fromarray(reduced(hr)).save(tmp_path / f"Canon_00{number}_LR4.png")
+    images = read_sources(config((tmp_path, tmp_path)), SCALE, print, lambda text: None)
+    assert [pair.name for pair in images.pairs] == ["Canon_000_LR4.png", "Canon_001_LR4.png"]
+    assert [pair.hr.shape for pair in images.pairs] == [(128, 160, 3)] * 2
 
 
 def arguments(ground: Path, pairs: tuple[Path, Path]) -> list[object]:

@@ -111,7 +111,7 @@ def find_run(given: Mapping[str, Any]) -> RunFolder:
     if given.get("name"):
         named = Path(given["name"]).expanduser()
         return RunFolder(named if len(named.parts) > 1 else runs / named)
-    if lr_dir := given.get("real_dir") or given.get("pairs_lr"):
+    if lr_dir := given.get("real_dir") or given.get("root") or given.get("pairs_lr"):
         return RunFolder(runs / valid_name_from(Path(lr_dir).expanduser().resolve().name))
     found = sorted(path.parent for path in runs.glob("*/checkpoint.pt"))
     if len(found) == 1:

@@ -47,8 +47,8 @@ from pdd_cli.weights.store import Store, invalid_name_reason, valid_name_from
 
 # Settings that may differ between the machines of one run.
 _PER_MACHINE_SETTINGS = {
-    "real_dir", "pairs_lr", "pairs_hr", "hr_dir", "base", "name", "runs_dir", "features", "export", "device", "offline",
-    "val_lr", "val_hr", "teacher",
+    "real_dir", "root", "pairs_lr", "pairs_hr", "hr_dir", "base", "name", "runs_dir", "features", "export", "device",
+    "offline", "val_lr", "val_hr", "teacher",
 }  # fmt: skip
 
 _BLUR_IMAGES = 8  # images on which the blur of the source is measured

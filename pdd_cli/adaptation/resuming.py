@@ -37,7 +37,7 @@ def absolute(config: AdaptConfig) -> AdaptConfig:
         update={
             **{
                 name: resolved(getattr(config, name))
-                for name in ("real_dir", "pairs_lr", "pairs_hr", "hr_dir", "val_lr", "val_hr")
+                for name in ("real_dir", "root", "pairs_lr", "pairs_hr", "hr_dir", "val_lr", "val_hr")
             },
             "base": weights(config.base),
             "teacher": config.teacher and weights(config.teacher),
@@ -103,7 +103,7 @@ def _comparable(config: AdaptConfig, *, without_paths: bool) -> dict[str, Any]:
     settings = absolute(config).model_dump(mode="json")
     if without_paths:
         del settings["base"]
-        for key in ("real_dir", "pairs_lr", "pairs_hr", "hr_dir", "teacher"):
+        for key in ("real_dir", "root", "pairs_lr", "pairs_hr", "hr_dir", "teacher"):
             settings[key] = settings[key] is not None
         del settings["features"]["weights"]
         settings["generalist"].pop("weights", None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from pdd_cli.adaptation.aligned_pairs import misaligned, without_partner, wrong_size
 from pdd_cli.adaptation.folder import RunFolder
 from pdd_cli.data.datasets import RGB, AlignedPair, images_below, lazy_images, read_images
-from pdd_cli.data.layouts import Side, select_images
+from pdd_cli.data.layouts import Side, select_images, training_images
 from pdd_cli.errors import InputError, ResourceError
 from pdd_cli.imaging.decode import image_size
 from pdd_cli.imaging.provenance import made_by_pdd
@@ -66,7 +66,8 @@ def read_sources(config: AdaptConfig, scale: int, warn: Callback, say: Callback)
     if config.pairs_lr is not None and config.pairs_hr is not None:
         pairs, sources = _read_pairs(config.pairs_lr, config.pairs_hr, config.crop, scale, warn, say)
     if config.real_dir is not None:
-        real, source = _read(config.real_dir, "LR", config.crop, scale, 1.0, warn, say)
+        selected = training_images(config.dataset, config.real_dir, scale) if config.dataset else None
+        real, source = _read(config.real_dir, "LR", config.crop, scale, 1.0, warn, say, selected)
         sources.append(source)
     if config.hr_dir is not None:
         copies = sum(part**2 for part in config.synthetic.hr_scales)
@@ -141,13 +142,21 @@ def _first(lines: Sequence[str]) -> str:
 
 
 def _read(
-    folder: Path, side: Side, crop: int, scale: int, copies: float, warn: Callback, say: Callback
+    folder: Path,
+    side: Side,
+    crop: int,
+    scale: int,
+    copies: float,
+    warn: Callback,
+    say: Callback,
+    selected: Sequence[Path] | None = None,
 ) -> tuple[Sequence[RGB], Source]:
+    """The usable images of a folder, or the `selected` ones."""
     option = "--real-dir" if side == "LR" else "--hr-dir"
-    paths = images_below(folder, option)
-    paths, of_pdd = _without_outputs(paths, folder)
-    paths, of_other_kinds = select_images(paths, folder, side, scale, lambda text: warn(f"{option}: {text}"))
-    left_out = of_pdd + of_other_kinds
+    paths, left_out = _without_outputs(images_below(folder, option) if selected is None else selected, folder)
+    if selected is None:
+        paths, of_other_kinds = select_images(paths, folder, side, scale, lambda text: warn(f"{option}: {text}"))
+        left_out += of_other_kinds
     if not paths:
         raise InputError(
             f"{option} {folder}: no usable image in it, only {'; '.join(left_out)}", "Name another folder."

@@ -14,14 +14,45 @@ from typing import Literal
 
 from pdd_cli.errors import InputError
 from pdd_cli.imaging.decode import image_size
+from pdd_cli.imaging.find import find_images
 
 Side = Literal["LR", "HR"]
+TrainingSet = Literal["realsr", "drealsr", "ntire20", "dped"]
 
 _SIDES: dict[str, Side] = {"LR": "LR", "LQ": "LR", "HR": "HR", "HQ": "HR", "GT": "HR"}
 _LABEL = re.compile(r"(?i)(?<![a-z])(LR|LQ|HR|HQ|GT)(?:x?(\d+))?(?![a-z\d])")
 _SCALE = re.compile(r"(?i)(?<![a-z])x(\d+)(?![a-z\d])")
 _SPLITS = (("test", r"test|testing|valid|validation|val|va"), ("train", r"train|training|tr"))
 _SHOWN = 3
+
+
+def training_images(name: TrainingSet, root: Path, scale: int) -> list[Path]:
+    """The LR training images for `scale` of the data set `name` below `root`, in the layout it is published in.
+
+    realsr: Canon/Train/4/*_LR4.png, and Nikon likewise. drealsr: Train_x4/train_LR. ntire20: Corrupted-tr-x. dped:
+    training_data/iphone and other phones, without the camera of its ground truth.
+
+    Raises InputError where nothing is found.
+    """
+    if not root.is_dir():
+        raise InputError(f"--root {root}: no such folder", "Name the folder that the data set was unpacked into.")
+    match name:
+        case "realsr":
+            layouts, ending = [f"{camera}/Train/{scale}" for camera in ("Canon", "Nikon")], f"_LR{scale}"
+        case "drealsr":
+            layouts, ending = [f"Train_x{scale}/train_LR"], ""
+        case "ntire20":
+            layouts, ending = ["Corrupted-tr-x"], ""
+        case "dped":
+            layouts, ending = [f"training_data/{phone}" for phone in ("iphone", "sony", "blackberry")], ""
+    folders = [folder for layout in layouts for folder in sorted(root.rglob(layout)) if folder.is_dir()]
+    found = [path for folder in folders for path in find_images(folder) if path.stem.endswith(ending)]
+    if not found:
+        raise InputError(
+            f"--root {root}: no LR training images of {name} for x{scale} in it: expected {' or '.join(layouts)}",
+            "Name the folder that the data set was unpacked into, or give the images as --real-dir DIR.",
+        )
+    return found
 
 
 def select_images(

@@ -18,7 +18,7 @@ from pdd_cli.weights.states import HUB_PREFIX, data_file, is_file_reference
 from pdd_cli.weights.store import Card, Store, read_card
 
 # Settings that other rows show, or that don't influence the weights.
-_NOT_SHOWN = ("base", "teacher", "name", "real_dir", "pairs_lr", "pairs_hr", "runs_dir", "device", "offline")
+_NOT_SHOWN = ("base", "teacher", "name", "real_dir", "root", "pairs_lr", "pairs_hr", "runs_dir", "device", "offline")
 
 
 @dataclass(frozen=True)

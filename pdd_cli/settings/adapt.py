@@ -191,6 +191,17 @@ class AdaptConfig(Settings):
         Field(description="Folder of real LR images from one source; searched recursively."),
         Option("Input"),
     ] = None
+    # A published data set in place of `real_dir`, which is then its `root`.
+    dataset: Annotated[
+        Literal["realsr", "drealsr", "ntire20", "dped"] | None,
+        Field(description="Adapt to the LR training images of this data set, as published, from --root."),
+        Option("Input"),
+    ] = None
+    root: Annotated[
+        Path | None,
+        Field(description="Folder with the unpacked files of --dataset."),
+        Option("Input", metavar="DIR"),
+    ] = None
     # Aligned pairs for supervised training, beside the real images or alone.
     pairs_lr: Annotated[
         Path | None,
@@ -333,12 +344,29 @@ class AdaptConfig(Settings):
                 raise ValueError(f"--{kind}-lr DIR and --{kind}-hr DIR must be given together")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _root_is_real_dir(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("dataset") and values.get("root") and not values.get("real_dir"):
+            return {**values, "real_dir": values["root"]}
+        return values
+
+    @model_validator(mode="after")
+    def _dataset_has_a_root(self) -> AdaptConfig:
+        if (self.dataset is None) != (self.root is None):
+            raise ValueError("--dataset NAME and --root DIR must be given together")
+        if self.root is not None and self.real_dir != self.root:
+            raise ValueError("--dataset already names the real images: omit --real-dir, or make it equal to --root")
+        return self
+
     @model_validator(mode="after")
     def _images_suffice(self) -> AdaptConfig:
         if self.real_dir is not None:
             return self
         if self.pairs_lr is None:
-            raise ValueError("no images: give --real-dir DIR, or --pairs-lr DIR and --pairs-hr DIR")
+            raise ValueError(
+                "no images: give --real-dir DIR, or --dataset NAME --root DIR, or --pairs-lr DIR --pairs-hr DIR"
+            )
         if self.generalist.mode == "static":
             raise ValueError("--mode static has no effect without --real-dir: training on pairs alone is supervised")
         if self.teacher is not None:
