@@ -19,6 +19,8 @@ _PROVIDERS = {
     "coreml": ("CoreMLExecutionProvider",),
     "tensorrt": ("TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"),
 }
+# Distributions of ONNX Runtime with providers for GPUs; the plain one has only CoreML, on macOS.
+_GPU_DISTRIBUTIONS = ("gpu", "directml", "rocm", "migraphx", "silicon", "trt-rtx", "windowsml")
 ONNX_ONLY = frozenset(_PROVIDERS) - {"cuda"}
 """Device types that only ONNX Runtime knows."""
 
@@ -82,6 +84,22 @@ def onnx_providers() -> dict[str, str]:
             if name in installed:
                 found.setdefault(device, name)
     return found
+
+
+def has_onnx_gpu_package() -> bool:
+    """Whether a distribution of ONNX Runtime is installed that may find GPUs. Importing it takes most of a second."""
+    return find_spec("onnxruntime") is not None and (
+        sys.platform == "darwin" or any(_is_installed(f"onnxruntime-{kind}") for kind in _GPU_DISTRIBUTIONS)
+    )
+
+
+def _is_installed(distribution: str) -> bool:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return bool(version(distribution))
+    except PackageNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

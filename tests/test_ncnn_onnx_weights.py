@@ -204,8 +204,8 @@ def test_graphs_of_other_programs(pdd: Pdd, lr: Image.Image) -> None:
     lr.save("lr.png")  # 35x27
     save_graph("twice.onnx", nn.Upsample(scale_factor=2))
     save_graph("even.onnx", Halves())
-    for name, size in (("twice", (70, 54)), ("even", (35, 27))):
-        done = pdd("upscale", "lr.png", f"{name}.png", "--weights", f"{name}.onnx")
+    for name, size, *options in (("twice", (70, 54)), ("even", (35, 27), "--engine", "onnx", "--device", "cpu")):
+        done = pdd("upscale", "lr.png", f"{name}.png", "--weights", f"{name}.onnx", *options)
         assert done.code == 0, done.err
         repeated = np.asarray(lr.resize(size, Image.Resampling.NEAREST))
         assert np.array_equal(np.asarray(Image.open(f"{name}.png")), repeated)

@@ -93,6 +93,7 @@ def test_devices_and_packages_that_are_missing_are_named(pdd: Pdd, monkeypatch: 
     for module in (devices, onnx_engine, select):
         monkeypatch.setattr(module, "onnx_providers", lambda: {"cuda": "CUDAExecutionProvider"})
     fails("can't start its CUDAExecutionProvider", "--engine", "onnx", "--device", "cuda")
+    monkeypatch.setattr(select, "has_onnx_gpu_package", lambda: True)
     model = model_from_state(compact(), origin="")
     assert choose_engine(model, CPU, "onnx", anywhere=True).runtime == CPU
     assert choose_engine(model, CPU, "auto", anywhere=True).name != "onnx"

@@ -21,7 +21,7 @@ from pdd_cli.engines.torch_engine import Convert, TorchEngine, agrees_with_torch
 from pdd_cli.engines.winograd import winograd_pays
 from pdd_cli.engines.winograd.engine import WinogradEngine
 from pdd_cli.errors import InputError
-from pdd_cli.gpus import onnx_providers, vulkan_devices
+from pdd_cli.gpus import has_onnx_gpu_package, onnx_providers, vulkan_devices
 from pdd_cli.runtime import Runtime
 from pdd_cli.settings.base import EngineChoice
 
@@ -139,6 +139,8 @@ _AUTO_ON_GPUS = ("onnx", "ncnn")
 def _gpus(engine: str) -> list[str]:
     """The GPU that `engine` would use on its own, if there is one. TensorRT is left out: it compiles for minutes."""
     if engine == "onnx":
+        if not has_onnx_gpu_package():
+            return []
         return [device for device in onnx_providers() if device != "tensorrt"][:1]
     gpus = [device for device in vulkan_devices() if device.is_gpu]
     gpus.sort(key=lambda device: device.kind != "discrete GPU")
