@@ -16,10 +16,11 @@ from pdd_cli.version import __version__
 
 if TYPE_CHECKING:
     from pdd_cli.adaptation.publish import PublishResult
+    from pdd_cli.batch.comparison import Comparison
     from pdd_cli.batch.model import Array, Model
     from pdd_cli.iqa.report import Report
 
-__all__ = ["PddError", "__version__", "adapt", "evaluate", "fetch_weights", "load_model", "upscale"]
+__all__ = ["PddError", "__version__", "adapt", "compare", "evaluate", "fetch_weights", "load_model", "upscale"]
 
 
 def load_model(weights: str | PathLike[str] = "realesrgan", *, settings: Mapping[str, Any] = {}) -> Model:
@@ -93,6 +94,38 @@ def upscale(
     if output is None:
         raise InputError("files need an output", "Name a folder, or a file if there is one input.")
     return upscale_files([Path(path) for path in sources], str(output), {**settings, "weights": str(weights)})
+
+
+def compare(
+    source: str | PathLike[str],
+    versions: Sequence[str],
+    output: str | PathLike[str] = "compare.html",
+    *,
+    crop: str | None = None,
+    settings: Mapping[str, Any] = {},
+) -> Comparison:
+    """Show a part of one image by several versions on a page, as `pdd upscale --compare` does.
+
+    Args:
+        source: The image.
+        versions: Weights (a name or a file), each also with "@STRENGTH"; "bicubic", "lanczos" or "nearest".
+        output: The page. A contact sheet (.png) is written beside it.
+        crop: The part, "WxH+X+Y" in pixels of the image. Default: where the versions differ most.
+        settings: Settings of `pdd upscale` by name, such as `{"scale": 2, "device": "cpu"}`.
+
+    Returns:
+        The comparison. `versions` holds the pixels and the seconds of each version, `crop` the part.
+
+    Raises:
+        InputError: a version, the image, the crop or a path can't be used; nothing is written.
+        DownloadError: weights can't be downloaded.
+    """
+    from pdd_cli.batch.comparison import compare_versions
+    from pdd_cli.settings.resolve import settings_from
+    from pdd_cli.settings.upscale import UpscaleConfig
+
+    config = settings_from(UpscaleConfig, {**settings, "input": (source,), "output": str(output)})
+    return compare_versions(config, tuple(versions), page=Path(output), crop=crop)
 
 
 def adapt(

@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from pdd_cli.console import Console
 from pdd_cli.settings.base import Option, Panel, Settings
-from pdd_cli.settings.resolve import Section, explicit_values, models_in, resolve
+from pdd_cli.settings.resolve import Section, explicit_values, models_in, resolve, settings_from
 
 S = TypeVar("S", bound=Settings)
 F = TypeVar("F", bound=Settings)
@@ -92,7 +92,7 @@ def command(model: type[S], section: Section, flags: type[F], run: Callable[[Cal
                 options={key: chosen[name] for name, (key, _) in settings.items()},
                 overrides=values["set"] or (),
                 file=values["config"],
-                flags=flags(**{name: chosen[name] for name in switches if chosen[name] is not None}),
+                flags=settings_from(flags, {name: chosen[name] for name in switches if chosen[name] is not None}),
                 console=Console(json=bool(chosen["as_json"] or context.find_root().params.get("json"))),
             )
         )
@@ -190,7 +190,7 @@ def _parameter(name: str, field: _Field) -> inspect.Parameter:
             show_default=False,
         )
     annotated: Any = Annotated
-    if option.argument and field.is_required:
+    if option.argument and field.is_required and not option.checked_later:
         return inspect.Parameter(name, _KEYWORD, annotation=annotated[kind, info])
     return inspect.Parameter(name, _KEYWORD, default=None, annotation=annotated[kind | None, info])
 

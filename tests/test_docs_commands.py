@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pdd_cli.cli import app
+from pdd_cli.weights.states import state_sha256
 from pdd_cli.weights.store import Card, Store
 from tests.helpers.commands import Outcome
 from tests.helpers.images import photo
@@ -185,7 +186,8 @@ def test_commands_run_as_written(page: Path, place: Callable[..., Outcome]) -> N
     text = " ".join(todo)
     if re.search("--weights|pdd export", text) and "pdd adapt" not in text:
         store, base = Store.default(), torch.load("4x_model.pth")
-        store.add(Card(name="realLR", architecture="RRDBNet", scale=4, source="test", created=""), base)
+        made_from = {"base": "realesrgan", "base_sha256": state_sha256(base)}
+        store.add(Card(name="realLR", architecture="RRDBNet", scale=4, source="test", created="", **made_from), base)
     if todo[0] == "pdd evaluate":  # scores the latest upscale
         assert place("upscale", "in", "out").code == 0
     for command in todo:

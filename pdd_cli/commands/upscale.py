@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pdd_cli.commands._compare import compare
 from pdd_cli.console import Console
+from pdd_cli.errors import InputError
 from pdd_cli.observer import pixel_rate
 from pdd_cli.options import Call, command
 from pdd_cli.settings.upscale import UpscaleConfig, UpscaleFlags
@@ -25,7 +27,13 @@ def _upscale(call: Call[UpscaleConfig, UpscaleFlags]) -> None:
     Examples:
       pdd upscale photo.jpg photo-x4.png
       pdd upscale in/ out/ --weights realesrgan --fit 3840x2160
+      pdd upscale photo.jpg --compare realesrgan,bicubic --output compare.html
     """
+    if call.flags.compare:
+        compare(call)
+        return
+    if call.options["output"] and not call.options["input"]:  # click takes a single argument for the last one
+        raise InputError(f"no output for {call.options['output']}", "Name a file or folder after it.")
     console, settings, dry_run = call.console, call.settings(), call.flags.dry_run
 
     from pdd_cli.batch.run import run

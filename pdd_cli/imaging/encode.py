@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageCms
 
 from pdd_cli.errors import InputError, PddError
@@ -183,6 +184,16 @@ def left_out(path: Path, stream: ImageStream, *, count: int = 1) -> tuple[str, .
         names += ("times of the frames",)
     is_reduced = stored_spec(path, stream.spec).bits < stream.spec.bits
     return (*names, f"all but 8 of {stream.spec.bits} bits") if is_reduced else names
+
+
+def as_shown(picture: DecodedImage) -> Array:
+    """(H, W, 3) uint8 as a screen shows `picture`: in sRGB, on white where it is transparent."""
+    rows = picture.pixels if picture.alpha is None else _on_white(picture.interleaved)
+    rows = from_float(to_float(rows), 8)
+    image = Image.fromarray(rows[..., 0] if rows.shape[2] == 1 else rows)
+    if picture.metadata.icc:
+        image = _as_srgb(image, picture.metadata.icc)
+    return np.asarray(image.convert("RGB"))
 
 
 def _on_white(rows: Array) -> Array:

@@ -27,8 +27,13 @@ focus.</p>
 
 def page(title: str, body: str, cards: Sequence[Mapping[str, Any]]) -> str:
     """A complete page with the text `title`, the HTML `body` (which contains `GALLERY`) and `card`s."""
+    return render("page.html", title=title, body=body, cards=cards)
+
+
+def render(template: str, **values: Any) -> str:
+    """The text of a page made from a file in `templates`."""
     environment = Environment(loader=PackageLoader("pdd_cli.reporting"), autoescape=True, keep_trailing_newline=True)
-    return environment.get_template("page.html").render(title=title, body=body, cards=cards)
+    return environment.get_template(template).render(**values)
 
 
 def card(
@@ -57,9 +62,9 @@ def card(
     }
 
 
-def view(label: str, pixels: Array) -> dict[str, str]:
-    """A labelled image of a card, from pixels (H, W, 3) uint8."""
-    return {"label": label, "src": _webp(Image.fromarray(pixels))}
+def view(label: str, pixels: Array, *, lossless: bool = False) -> dict[str, str]:
+    """A labelled image of a page, from pixels (H, W, 3) uint8."""
+    return {"label": label, "src": _webp(Image.fromarray(pixels), lossless=lossless)}
 
 
 def lr_views(

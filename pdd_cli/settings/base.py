@@ -28,7 +28,7 @@ class Option:
 
     `flags`: its names; by default derived from the field's name. `default`: text that describes the default, if the
     default value doesn't. `metavar`: placeholder of the value in the help. `comma_separated`: several values are given
-    as `A,B`. `argument`: it is a positional argument.
+    as `A,B`. `argument`: it is a positional argument; `checked_later`: the command itself finds that it is missing.
     """
 
     panel: Panel
@@ -37,6 +37,7 @@ class Option:
     metavar: str | None = None
     comma_separated: bool = False
     argument: bool = False
+    checked_later: bool = False
 
     def names(self, field: str) -> tuple[str, ...]:
         """The flags of the option for this field."""

@@ -66,12 +66,12 @@ class UpscaleConfig(Settings):
         tuple[Path, ...],
         BeforeValidator(_several),
         Field(min_length=1, description="Images, videos, folders of them, or patterns in quotes ('in/**/*.png')."),
-        Option("Input", argument=True, metavar="INPUT"),
+        Option("Input", argument=True, metavar="INPUT", checked_later=True),
     ]
     output: Annotated[
         str,  # a Path would lose the trailing slash, which marks a folder
         Field(description="Folder for the outputs, or a file if there is one input."),
-        Option("Output", argument=True, metavar="OUTPUT"),
+        Option("Output", argument=True, metavar="OUTPUT", checked_later=True),
     ]
     from_list: Annotated[
         Path | None,
@@ -191,7 +191,10 @@ class UpscaleConfig(Settings):
     ] = None
     crop: Annotated[
         Annotated[str, Field(pattern=r"^[1-9]\d{0,6}x[1-9]\d{0,6}\+\d{1,7}\+\d{1,7}$")] | None,
-        Field(description="Upscale only this part of each frame: width, height, left, top in pixels of the input."),
+        Field(
+            description="Only this part of each frame of a video, or of the image that --compare shows: width, height, "
+            "left, top in pixels of the input."
+        ),
         Option("Video", metavar="WxH+X+Y"),
     ] = None
     preview: Annotated[
@@ -269,3 +272,16 @@ class UpscaleFlags(Settings):
     """Flags of one call, which can't be set in a file."""
 
     dry_run: Annotated[bool, Field(description="Show what would be done, and do nothing."), Option("Output")] = False
+    compare: Annotated[
+        tuple[str, ...],
+        Field(
+            description="Show one image by several versions, before a batch: NAME, NAME@STRENGTH, FILE, bicubic, "
+            "lanczos, nearest."
+        ),
+        Option("Comparison", comma_separated=True),
+    ] = ()
+    page: Annotated[
+        Path,
+        Field(description="The page of --compare; a contact sheet (.png) is written beside it."),
+        Option("Comparison", flags=("--output", "-o")),
+    ] = Path("compare.html")

@@ -106,13 +106,15 @@ def skipped(job: Job, key: str, output: Output, manifest: Manifest | None) -> Re
     return None if output.overwrite or state == "stale" else Result(job, "skipped")
 
 
-def check_own(target: Path) -> None:
+_OTHER_OUTPUT = (
+    "Move it away, or name another output. For several inputs name a folder last: pdd upscale *.jpg upscaled/"
+)
+
+
+def check_own(target: Path, hint: str = _OTHER_OUTPUT) -> None:
     """Raise InputError if `target` exists and pdd did not make it."""
     if target.exists() and not made_by_pdd(target):
-        raise InputError(
-            f"{target} exists and was not made by pdd, or was changed since: it is not replaced",
-            "Move it away, or name another output. For several inputs name a folder last: pdd upscale *.jpg upscaled/",
-        )
+        raise InputError(f"{target} exists and was not made by pdd, or was changed since: it is not replaced", hint)
 
 
 def check_target(job: Job, size: tuple[int, int], output: Output) -> None:
