@@ -21,15 +21,17 @@ $(STAMP_TEST): pyproject.toml | $(BIN)/python
 DEMO := demo
 PDD := PDD_HOME=$(DEMO)/home $(BIN)/pdd
 
-demo: $(STAMP)  ## from nothing to an adapted model, an upscaled folder and its scores
+TEST := samples/test
+demo: $(STAMP)  ## adapt a model to one camera, and show the gain on two photographs with ground truth
 	$(PDD) fetch-weights realesrgan
-	$(PDD) adapt --real-dir samples --config configs/quick.yaml --features efficientnet-lite0 --name demo \
-	  --runs-dir $(DEMO)/runs --steps 20 --overwrite
-	$(PDD) upscale samples $(DEMO)/upscaled --weights demo --overwrite
-	$(PDD) evaluate $(DEMO)/upscaled --metrics niqe --output $(DEMO)/scores.csv
+	$(PDD) adapt --real-dir samples/train --quality quick --features efficientnet-lite0 --name demo \
+	  --runs-dir $(DEMO)/runs --overwrite
+	$(PDD) upscale $(TEST)/lr $(DEMO)/base --scale 2 --format png
+	$(PDD) upscale $(TEST)/lr $(DEMO)/adapted --weights demo --scale 2 --format png
+	$(PDD) evaluate $(DEMO)/adapted --baseline $(DEMO)/base --gt-dir $(TEST)/hr --lr-dir $(TEST)/lr \
+	  --metrics psnr,ssim --output $(DEMO)/demo.html
 	@echo
-	@echo "Look at:"
-	@ls $(DEMO)/runs/demo/report.html $(DEMO)/upscaled/*.jpg $(DEMO)/scores.csv $(DEMO)/home/weights/demo.safetensors
+	@echo "Before and after, with sliders: $(CURDIR)/$(DEMO)/demo.html"
 
 # Two at once, a thread each: most tests wait for programs that they start.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -43,9 +43,11 @@ class AdaptProgress:
         if self._verbose:
             losses = "  ".join(f"{name} {value:.3f}" for name, value in report.losses.items())
             self._console.say(f"step {report.step}, {report.seconds:.2f} s: {losses}")
-        if len(self._run.state.judgements) > self._judged and not self._console.err.is_terminal:
-            self._judged = len(self._run.state.judgements)
-            self._console.say(f"step {report.step} of {self._steps}, {self._left()}, {self._verdict()}")
+        judgements = self._run.state.judgements
+        if len(judgements) > self._judged and not self._console.err.is_terminal:
+            self._judged = len(judgements)
+            step = judgements[-1]["step"]
+            self._console.say(f"judged at step {step} of {self._steps}: {self._verdict()}; {self._left()}")
 
     def _count(self) -> str:
         return f"step {self._step}/{self._steps}"
