@@ -691,9 +691,8 @@ def test_names_of_videos(tmp_path: Path) -> None:
     assert names("jpg") == ["a_x2.mp4", "b_x2.mkv", "c_x2.jpg"]
     for source, target, format in (
         ("a.mp4", "out.png", "keep"),
-        ("c.png", "out.mp4", "keep"),
         ("b.avi", "out.avi", "keep"),
-        ("a.mp4", "out/", "png"),
+        ("a.mp4", "out.mp4", "png"),
         ("a.mp4", "out.mkv", "mp4"),
     ):
         with pytest.raises(InputError):

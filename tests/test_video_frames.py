@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -16,9 +19,10 @@ from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 from pdd_cli.errors import InputError, PartialFailure
 from pdd_cli.imaging.provenance import made_by_pdd
 from pdd_cli.settings.upscale import rate_of
+from pdd_cli.video.frames import FrameFolder
 from tests.helpers.commands import run_upscale
-from tests.test_video import frames_of, packets_of, rgb_frames, times_of, twice, write_video
-from tests.test_video_options import decoded_by_ffmpeg, needs_ffmpeg, probe
+from tests.test_video import frames_of, packets_of, put_planes, rgb_frames, times_of, twice, write_video
+from tests.test_video_options import decoded_by_ffmpeg, lossless, needs_ffmpeg, probe
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +146,8 @@ def test_an_animation_stays_one(tmp_path: Path, weights: Path, first: str, secon
     # GIF counts repetitions, the others count plays.
     loop = plays - 1 if plays and first == ".gif" else plays
     source = save_animation(tmp_path / f"in{first}", frames, durations, loop)
-    lossless = ["--lossless"] if second == ".webp" else []
-    document, error = run_upscale(source, tmp_path / f"out{second}", "--weights", weights, *lossless)
+    exact = ["--lossless"] if second == ".webp" else []
+    document, error = run_upscale(source, tmp_path / f"out{second}", "--weights", weights, *exact)
     assert error is None, document
     assert document["files"][0]["problem"] == ""
     with Image.open(tmp_path / f"out{second}") as made:
@@ -185,3 +189,91 @@ def test_one_image_is_no_animation(tmp_path: Path, weights: Path) -> None:
     document, error = run_upscale(tmp_path / "a.png", tmp_path / "b.mp4", "--weights", weights)
     assert isinstance(error, PartialFailure)
     assert "not an animation" in document["files"][0]["problem"]
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("bits", [8, 10])
+def test_frames_of_a_video_are_those_of_ffmpeg_and_go_back(tmp_path: Path, weights: Path, bits: int) -> None:
+    rgb = rgb_frames(6)
+    if bits == 8:
+        source = lossless(tmp_path / "in.mkv", rgb, audio="aac", blocks=20)
+    else:
+        planes = [[(frame[..., c].astype(np.uint16) << 2) + n for c in (1, 2, 0)] for n, frame in enumerate(rgb)]
+        deep = [put_planes(av.VideoFrame(32, 24, "gbrp10le"), three) for three in planes]
+        source = write_video(tmp_path / "in.mkv", deep, codec="ffv1", pix_fmt="gbrp10le", audio="aac", blocks=20)
+    document, error = run_upscale(source, tmp_path / "out/", "--weights", weights, "--format", "png")
+    assert error is None, document
+    file = document["files"][0]
+    assert (file["frames"], file["left_out"]) == (6, ["audio (aac)"])
+    folder = tmp_path / "out/in"
+    names = [f"{number:08d}.png" for number in range(1, 7)]
+    assert sorted(path.name for path in folder.iterdir()) == [".pdd-frames.json", *names]
+    (tmp_path / "theirs").mkdir()
+    command = ["ffmpeg", "-v", "error", "-i", source, *(["-pix_fmt", "rgb48be"] if bits > 8 else [])]
+    subprocess.run([*command, "-fps_mode", "passthrough", tmp_path / "theirs/%08d.png"], check=True)
+    for name in names:
+        ours, theirs = (cv2.imread(str(path / name), cv2.IMREAD_UNCHANGED) for path in (folder, tmp_path / "theirs"))
+        assert ours.dtype == theirs.dtype == (np.uint8 if bits == 8 else np.uint16)
+        # FFmpeg repeats the upper bits of 10 in the lower ones of 16: within a rounding of ours.
+        assert np.abs(ours.astype(int) - twice(theirs)).max() <= (0 if bits == 8 else 64)
+        assert made_by_pdd(folder / name)
+    document, _ = run_upscale(source, tmp_path / "out/", "--weights", weights, "--format", "png")
+    assert document["skipped"] == 1
+
+    # And back, each pixel of each frame, with the sound.
+    back = [folder, tmp_path / "back.mkv", "--weights", weights, "--fps", "25", "--audio", source, "--lossless"]
+    document, error = run_upscale(*back)
+    assert error is None, document
+    if bits == 8:
+        np.testing.assert_array_equal(decoded_by_ffmpeg(tmp_path / "back.mkv"), [twice(twice(frame)) for frame in rgb])
+    assert len(packets_of(tmp_path / "back.mkv", "audio")) == len(packets_of(source, "audio"))
+
+
+def test_a_folder_of_frames_is_replaced_only_if_pdd_made_it(tmp_path: Path, weights: Path) -> None:
+    source = lossless(tmp_path / "in.mkv", rgb_frames(2))
+    command = [source, tmp_path / "out/", "--weights", weights, "--format", "png"]
+    assert run_upscale(*command)[1] is None
+    document, error = run_upscale(*command, "--scale", "1")  # other settings: made again
+    assert error is None
+    assert document["done"] == 1
+    assert Image.open(tmp_path / "out/in/00000002.png").size == (32, 24)
+    (tmp_path / "out/in/mine.txt").write_text("precious")
+    document, error = run_upscale(*command, "--overwrite")
+    assert isinstance(error, PartialFailure)
+    assert "holds mine.txt, which was not made by pdd" in document["files"][0]["problem"]
+    (tmp_path / "out/in/mine.txt").unlink()
+    Image.new("RGB", (9, 9)).save(tmp_path / "out/in/00000001.png")
+    document, error = run_upscale(*command, "--overwrite")
+    assert isinstance(error, PartialFailure)
+    assert "00000001.png" in document["files"][0]["problem"]
+    assert Image.open(tmp_path / "out/in/00000001.png").size == (9, 9)
+    (tmp_path / "other/in").mkdir(parents=True)
+    document, error = run_upscale(source, tmp_path / "other/", *command[2:], "--overwrite")
+    assert isinstance(error, PartialFailure)
+    assert not list((tmp_path / "other/in").iterdir())
+    for options, words in (([tmp_path / "x.png"], "--preview"), ([tmp_path / "o/", "--crf", "20"], "makes images")):
+        _, error = run_upscale(source, *options, "--weights", weights, "--format", "png")
+        assert isinstance(error, InputError)
+        assert words in f"{error.message} {error.hint}"
+
+
+def test_interrupted_frames_are_resumed(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = lossless(tmp_path / "in.mkv", rgb_frames(8))
+    command = [source, tmp_path / "out/", "--weights", weights, "--format", "png"]
+    add = FrameFolder.add
+
+    def interrupted(folder: FrameFolder, time: int, pixels: np.ndarray) -> None:
+        if folder.frames == 5:
+            raise KeyboardInterrupt
+        add(folder, time, pixels)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FrameFolder, "add", interrupted)
+        run_upscale(*command)
+    assert not (tmp_path / "out/in").exists()
+    document, error = run_upscale(*command)
+    assert error is None, document
+    assert (document["files"][0]["frames"], document["files"][0]["tiles"]) == (8, 3)
+    for number, frame in enumerate(rgb_frames(8)):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"out/in/{number + 1:08d}.png")), twice(frame))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["in"]

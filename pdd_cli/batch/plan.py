@@ -54,7 +54,8 @@ def plan_jobs(
     is the output file, or a folder if it exists as one, ends in a slash or has no suffix. Several sources: `output` is
     a folder for files and matches; the tree of a folder is reproduced in a subfolder with its name. `suffix` is
     appended to each name. `stills`: the inputs are videos and the outputs are images.
-    `as_frames`: each folder is one video, whose frames are the images in it.
+    `as_frames`: each folder is one video, whose frames are the images in it. With an image format, the output of a
+    video that is named itself is a folder of its frames.
 
     Raises InputError if there is nothing to do, two inputs would have the same output, or an output would replace an
     input.
@@ -259,6 +260,14 @@ def _target_of_file(source: Path, output: str, naming: _Naming) -> Path:
     if is_image(source) and (format in _VIDEO_FORMATS or (not _is_folder_name(output) and is_video(path))):
         to_video = True  # an animation; a single image is rejected when it is read
         naming = replace(naming, animations=True)
+    if to_video and format not in ("keep", *_VIDEO_FORMATS):
+        if not _is_folder_name(output):
+            raise InputError(
+                f"the frames of {source} are several files, but the output {output} is one",
+                "Name a folder, or use --preview TIME for one frame.",
+            )
+        format_of(Path(f"x.{format}"))
+        return path / (source.stem + naming.suffix)
     check = check_video_name if to_video else format_of
     if format != "keep" and not naming.applies(source):
         raise InputError(f"--format {format} can't be used for {source}", "Omit it, or name another format.")

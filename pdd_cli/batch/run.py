@@ -31,6 +31,7 @@ from pdd_cli.upscaling.upscaler import Upscaler
 from pdd_cli.version import __version__, versions
 from pdd_cli.video.decode import is_video
 from pdd_cli.video.encoders import check_encoder
+from pdd_cli.video.frames import gives_frames
 from pdd_cli.video.options import VideoOptions
 from pdd_cli.video.pipeline import preview_videos, run_videos
 
@@ -164,7 +165,7 @@ def run(
     # Report wrong paths before a model is fetched and loaded.
     plan = Plan(jobs=list(jobs)) if jobs is not None else _plan(settings)
     folder = manifest_folder(settings.input, settings.output, plan.jobs, strip=settings.strip_metadata)
-    if folder is None:
+    if folder is None and not plan.jobs[0].target.is_dir():  # a folder of frames is checked when its job starts
         check_own(plan.jobs[0].target)
     _check_video_options(settings, plan.jobs)
     _check_side_files(settings, plan)
@@ -269,6 +270,9 @@ def _check_video_options(settings: UpscaleConfig, jobs: Sequence[Job]) -> None:
         other = next(job.source for job in jobs if not is_video(job.source))
         raise InputError(f"--preview is for videos; {other} is none", "Name the video.")
     suffixes = {job.target.suffix.lower() for job in videos}
+    encoding = [name for name in ("encoder", "crf", "preset") if getattr(settings, name) is not None]
+    if encoding and settings.preview is None and any(gives_frames(job) for job in videos):
+        raise InputError(f"--{encoding[0]} is for videos, and --format {settings.format} makes images", "Leave it out.")
     if settings.encoder is not None:
         check_encoder(settings.encoder, settings.quality, settings.crf, settings.preset, suffixes)
 

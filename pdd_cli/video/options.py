@@ -36,6 +36,7 @@ class VideoOptions:
     `crop`: the part of each frame, upright. `preview`: only the frame that is shown at this second, as an image.
     `encoder`: FFmpeg's name; None: chosen by the container. `rate_factor`, `preset`: of the encoder.
     `fps`: frames per second of a folder of frames. `audio`: a file whose audio becomes that of frames that are images.
+    `frame_format`: the suffix of the images if the output is a folder of frames.
     """
 
     start: Fraction | None = None
@@ -47,6 +48,7 @@ class VideoOptions:
     preset: str | None = None
     fps: Fraction | None = None
     audio: Path | None = None
+    frame_format: str = "png"
 
     @classmethod
     def of(cls, settings: UpscaleConfig) -> VideoOptions:
@@ -64,4 +66,5 @@ class VideoOptions:
             settings.preset,
             None if settings.fps is None else rate_of(settings.fps),
             settings.audio,
+            settings.format,
         )

@@ -21,6 +21,7 @@ import numpy as np
 
 from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.files import write_text
+from pdd_cli.imaging.formats import check_size
 from pdd_cli.imaging.image import Array, DecodedImage, ImageSpec
 from pdd_cli.imaging.provenance import sealed_text
 from pdd_cli.upscaling.jobs import Job, Output, Result, check_name, failed, skipped
@@ -36,6 +37,7 @@ from pdd_cli.video.decode import (
     side_data_names,
 )
 from pdd_cli.video.encode import Codec, Extras, PartWriter, Target, assemble, choose_codec, choose_extras
+from pdd_cli.video.frames import RECORD, FrameFolder, gives_frames, other_streams, skipped_frames
 from pdd_cli.video.images import ImageSequenceReader, frame_files, is_image_sequence, read_image_clip
 from pdd_cli.video.options import VideoOptions
 from pdd_cli.video.still import open_still, plan_still, write_still
@@ -72,6 +74,18 @@ class _Plan:
         return _swap_if_rotated(self.size, self.clip)
 
 
+@dataclass(frozen=True)
+class _FramesPlan:
+    """The plan for a folder of frames, with the fields of `_Plan`."""
+
+    clip: Clip
+    upright: tuple[int, int]
+    notes: tuple[str, ...]
+    left_out: tuple[str, ...]
+    memory: int
+    seconds: float
+
+
 def run_videos(
     jobs: Iterable[Job],
     upscaler: Upscaler,
@@ -94,8 +108,7 @@ def run_videos(
         parts = _parts_folder(job.target)
         try:
             digest = _digest(job.source)
-            key = key_of(digest, recipe)
-            result = skipped(job, key, output, manifest)
+            key, result = _skipped(job, digest, recipe, options, output, manifest)
             if result is not None:
                 shutil.rmtree(parts, ignore_errors=True)  # left by a run that was interrupted just before its end
                 yield result
@@ -104,6 +117,12 @@ def run_videos(
             if options.preview is not None:
                 still = open_still(job, upscaler, options)
                 yield write_still(job, still, upscaler, digest, key, output, manifest, started)
+                continue
+            if gives_frames(job):
+                frames = _plan_frames(job, upscaler, options, timed=False)
+                folder = FrameFolder(parts, job.target, frames.clip, key, options.frame_format, output, digest)
+                result = _write_frames(job, frames, upscaler, folder, on_tile)
+                yield replace(result, seconds=time.perf_counter() - started)
                 continue
             plan = _plan(job, digest, upscaler, output, options, timed=False)
             _check_memory(plan, upscaler)
@@ -131,12 +150,16 @@ def preview_videos(
     for job in jobs:
         try:
             digest = _digest(job.source)
-            result = skipped(job, key_of(digest, recipe), output, manifest)
+            _, result = _skipped(job, digest, recipe, options, output, manifest)
             if result is None and options.preview is not None:
                 result = plan_still(job, open_still(job, upscaler, options), upscaler)
             elif result is None:
-                plan = _plan(job, digest, upscaler, output, options, timed=True)
-                _check_memory(plan, upscaler)
+                plan: _Plan | _FramesPlan
+                if gives_frames(job):
+                    plan = _plan_frames(job, upscaler, options, timed=True)
+                else:
+                    plan = _plan(job, digest, upscaler, output, options, timed=True)
+                    _check_memory(plan, upscaler)
                 result = Result(
                     job,
                     "planned",
@@ -316,32 +339,15 @@ def _upscale(
     clip = plan.clip
     reader = (ImageSequenceReader if clip.index < 0 else FrameReader)(clip, skip=parts.frames)
     frames = iter(reader)
-    computed = _ComputedFrames(clip, upscaler)
-    done = 0
     try:
-        with _Worker("decode") as decoder, _Worker("encode") as encoder:
-            batch_size = upscaler.batch(*clip.upright)
-            ahead = deque(decoder.submit(next, frames, None) for _ in range(_DECODE_AHEAD + batch_size - 1))
-            waiting: deque[Future[None]] = deque()
-
-            def upcoming() -> Iterator[Frame]:
-                while (frame := ahead.popleft().result()) is not None:
-                    ahead.append(decoder.submit(next, frames, None))
-                    yield frame
-
-            decoded = upcoming()
-            while some := list(itertools.islice(decoded, batch_size)):
-                shown = [(frame.time, frame.pixels) for frame in some if frame.pixels is not None]
-                found = computed.upscale([pixels for _, pixels in shown])
-                for (time_shown, _), upscaled in zip(shown, found, strict=True):
-                    waiting.append(encoder.submit(parts.add, time_shown, _rotate_back(upscaled, plan)))
-                    while len(waiting) > _ENCODE_BEHIND + batch_size - 1:
-                        waiting.popleft().result()
-                done += len(some)
-                on_tile(done, max(clip.frames, done))
-            for future in waiting:
-                future.result()
-            encoder.submit(parts.finish).result()
+        computed = _compute(
+            clip,
+            upscaler,
+            frames,
+            lambda time, pixels: parts.add(time, _rotate_back(pixels, plan)),
+            parts.finish,
+            on_tile,
+        )
     except PddError as error:
         if isinstance(error, ResourceError):
             parts.abandon()
@@ -367,7 +373,111 @@ def _upscale(
         plan.upright,
         computed.tiles,
         model_seconds=computed.model_seconds,
-        frames=done,
+        frames=len(reader.times),
+        left_out=(*plan.left_out, *reader.left_out),
+    )
+
+
+def _compute(
+    clip: Clip,
+    upscaler: Upscaler,
+    frames: Iterator[Frame],
+    add: Callable[[int, Array], None],
+    finish: Callable[[], None],
+    on_tile: OnTile,
+) -> _ComputedFrames:
+    """Upscale the frames. `add` takes the time and the upright pixels of each, in a thread; `finish` follows there."""
+    computed = _ComputedFrames(clip, upscaler)
+    done = 0
+    with _Worker("decode") as decoder, _Worker("encode") as encoder:
+        batch_size = upscaler.batch(*clip.upright)
+        ahead = deque(decoder.submit(next, frames, None) for _ in range(_DECODE_AHEAD + batch_size - 1))
+        waiting: deque[Future[None]] = deque()
+
+        def upcoming() -> Iterator[Frame]:
+            while (frame := ahead.popleft().result()) is not None:
+                ahead.append(decoder.submit(next, frames, None))
+                yield frame
+
+        decoded = upcoming()
+        while some := list(itertools.islice(decoded, batch_size)):
+            shown = [(frame.time, frame.pixels) for frame in some if frame.pixels is not None]
+            found = computed.upscale([pixels for _, pixels in shown])
+            for (time_shown, _), upscaled in zip(shown, found, strict=True):
+                waiting.append(encoder.submit(add, time_shown, upscaled))
+                while len(waiting) > _ENCODE_BEHIND + batch_size - 1:
+                    waiting.popleft().result()
+            done += len(some)
+            on_tile(done, max(clip.frames, done))
+        for future in waiting:
+            future.result()
+        encoder.submit(finish).result()
+    return computed
+
+
+def _skipped(
+    job: Job,
+    digest: str,
+    recipe: Mapping[str, object],
+    options: VideoOptions,
+    output: Output,
+    manifest: Manifest | None,
+) -> tuple[str, Result | None]:
+    """The key of the new output, and the result of a job that can be skipped. Raises InputError as `skipped` does."""
+    if gives_frames(job) and options.preview is None:
+        key = key_of(digest, {**recipe, "frames": options.frame_format})
+        return key, skipped_frames(job, key, overwrite=output.overwrite)
+    key = key_of(digest, recipe)
+    return key, skipped(job, key, output, manifest)
+
+
+def _plan_frames(job: Job, upscaler: Upscaler, options: VideoOptions, *, timed: bool) -> _FramesPlan:
+    """Plan a folder of frames. Raises InputError if the video can't be processed."""
+    check_name(job.target)
+    clip = read_clip(job.source, most_pixels=upscaler.most_pixels, options=options)
+    size = upscaler.output_size(*clip.upright)
+    check_size(Path(f"x.{options.frame_format}"), *size)
+    estimate = upscaler.estimate(ImageSpec(*clip.upright, 3, bits=16), streamed=False, timed=timed)
+    upscaler.check_memory(estimate.memory)
+    notes, left_out = list(clip.notes), other_streams(clip)
+    if clip.alpha:
+        left_out.append("transparency")
+    lost = side_data_names(clip.side)
+    if clip.aspect not in (0, 1):
+        notes.append(f"its pixels are {clip.aspect.numerator}:{clip.aspect.denominator}, not square")
+    notes += [f"its {name} is not kept: the output is images" for name in left_out]
+    if lost:
+        notes.append(f"not kept of its frames: {', '.join(lost)}")
+    return _FramesPlan(clip, size, tuple(notes), (*lost, *left_out), estimate.memory, estimate.seconds)
+
+
+def _write_frames(job: Job, plan: _FramesPlan, upscaler: Upscaler, folder: FrameFolder, on_tile: OnTile) -> Result:
+    """Upscale a video into a folder of frames. Finished frames stay if it is interrupted."""
+    clip = plan.clip
+    reader = FrameReader(clip, skip=folder.frames)
+    frames = iter(reader)
+    try:
+        computed = _compute(clip, upscaler, frames, folder.add, folder.finish, on_tile)
+    except ResourceError:
+        raise
+    except PddError:
+        folder.remove()  # it would fail there again
+        raise
+    finally:
+        frames.close()
+    folder.publish(reader.times, reader.end)
+    steps = {after - before for before, after in itertools.pairwise(reader.times)}
+    varying = max(steps, default=0) - min(steps, default=0) > 0.002 / clip.time_base
+    notes = [f"its frame rate varies: the times of the frames are in {RECORD}"] if varying else []
+    return Result(
+        job,
+        "done",
+        "; ".join([*plan.notes, *reader.notes(), *notes]),
+        clip.upright,
+        plan.upright,
+        computed.tiles,
+        model_seconds=computed.model_seconds,
+        frames=len(reader.times),
         left_out=(*plan.left_out, *reader.left_out),
     )
 

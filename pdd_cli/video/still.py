@@ -8,15 +8,12 @@ from fractions import Fraction
 
 from pdd_cli.imaging.encode import write_images
 from pdd_cli.imaging.image import DecodedImage, ImageStream, from_float, to_float
-from pdd_cli.imaging.metadata import Metadata
 from pdd_cli.upscaling.jobs import Job, Output, Result, check_target
 from pdd_cli.upscaling.manifest import Manifest
 from pdd_cli.upscaling.upscaler import Upscaler
 from pdd_cli.video.decode import read_clip, read_still
+from pdd_cli.video.frames import frame_metadata
 from pdd_cli.video.options import VideoOptions
-
-# Transfer characteristics of HDR (H.273), which a PNG carries as cICP: PQ and HLG.
-_HDR = (16, 18)
 
 
 @dataclass(frozen=True)
@@ -39,14 +36,12 @@ def open_still(job: Job, upscaler: Upscaler, options: VideoOptions) -> Still:
     pixels = clip.part(pixels)
     if clip.bits == 8:
         pixels = from_float(to_float(pixels), 8)
-    colours = clip.colours
-    hdr = (colours.primaries, colours.transfer, 0, 1) if colours.transfer in _HDR else None
     notes = [f"the frame at {float(shown_at):.3f} s"]
     if clip.aspect not in (0, 1):
         notes.append(f"its pixels are {clip.aspect.numerator}:{clip.aspect.denominator}, not square")
     if clip.interlaced:
         notes.append("it is interlaced")
-    still = Still(DecodedImage(pixels, metadata=Metadata(cicp=hdr)), shown_at, tuple(notes))
+    still = Still(DecodedImage(pixels, metadata=frame_metadata(clip)), shown_at, tuple(notes))
     check_target(job, upscaler.output_size(*clip.upright), output=Output())
     return still
 
