@@ -253,3 +253,108 @@ def test_other_options_make_another_output(tmp_path: Path, weights: Path) -> Non
         assert len(frames_of(tmp_path / "out/a.mp4")) == count
     document, _ = run_upscale(*command)
     assert document["skipped"] == 1
+
+
+def interlaced(path: Path) -> Path:
+    """A video whose fields show a bar at different places, marked as interlaced, top field first."""
+    frames = []
+    for number in range(8):
+        rgb = np.full((48, 64, 3), 40, np.uint8)
+        for field in (0, 1):
+            left = 4 + 6 * number + 3 * field
+            rgb[field::2, left : left + 8] = 200
+        frames.append(rgb)
+    graph = av.filter.Graph()
+    graph.link_nodes(
+        graph.add_buffer(width=64, height=48, format="yuv420p", time_base=Fraction(1, 25)),
+        graph.add("setfield", "tff"),
+        graph.add("buffersink"),
+    ).configure()
+    marked = []
+    for number, rgb in enumerate(frames):
+        frame = av.VideoFrame.from_ndarray(rgb).reformat(format="yuv420p")
+        frame.pts, frame.time_base = number, Fraction(1, 25)
+        graph.push(frame)
+        marked.append(graph.pull())
+    return write_video(path, marked, codec="mpeg2video", flags=0x20040000, options={"qscale": "1", "g": "1"})
+
+
+def comb(frame: np.ndarray) -> float:
+    """How much neighbouring lines differ."""
+    return float(np.abs(np.diff(frame[..., 1].astype(float), axis=0)).mean())
+
+
+@needs_ffmpeg
+def test_fields_become_whole_frames(tmp_path: Path, weights: Path) -> None:
+    source = interlaced(tmp_path / "in.mkv")
+    made = {}
+    for name, options in (("plain", []), ("whole", ["--deinterlace"])):
+        target = tmp_path / f"{name}.mkv"
+        document, error = run_upscale(source, target, "--weights", weights, "--lossless", *options)
+        assert error is None, document
+        assert ("interlaced, which will show" in document["files"][0]["problem"]) == (name == "plain")
+        made[name] = decoded_by_ffmpeg(target)
+        assert times_of(target) == times_of(source)
+    theirs = subprocess.run(
+        [
+            "ffmpeg",
+            "-v",
+            "error",
+            "-i",
+            source,
+            "-vf",
+            "bwdif=mode=send_frame",
+            "-f",
+            "rawvideo",
+            "-pix_fmt",
+            "gray",
+            "-",
+        ],
+        capture_output=True,
+        check=True,
+    ).stdout
+    expected = np.frombuffer(theirs, np.uint8).reshape(8, 48, 64).astype(int)
+    for number in range(1, 7):  # FFmpeg's versions differ in the first and the last one
+        assert comb(made["whole"][number]) < comb(made["plain"][number]) / 3
+        luma = made["whole"][number][::2, ::2].astype(int) @ [299, 587, 114] // 1000
+        assert np.abs(luma - expected[number]).mean() < 2
+    document, error = run_upscale(
+        write_video(tmp_path / "p.mp4", rgb_frames(3)), tmp_path / "p.mkv", "--weights", weights, "--deinterlace"
+    )
+    assert "not marked as interlaced" in document["files"][0]["problem"]
+    assert len(frames_of(tmp_path / "p.mkv")) == 3
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize(("codec", "name", "expected"), [("wavpack", "out.mp4", "aac"), ("aac", "out.webm", "opus")])
+def test_audio_is_converted_if_asked(tmp_path: Path, weights: Path, codec: str, name: str, expected: str) -> None:
+    source = write_video(tmp_path / "in.mkv", rgb_frames(20), audio=codec, blocks=40)
+    options = ["--weights", weights, "--keep-audio", "convert"]
+    document, error = run_upscale(source, tmp_path / name, *options)
+    assert error is None, document
+    assert f"its audio ({codec}) is converted to" in document["files"][0]["problem"]
+    command = ["ffprobe", "-v", "error", "-select_streams", "a", "-show_entries", "stream=codec_name,channels", "-of"]
+    found = json.loads(subprocess.run([*command, "json", tmp_path / name], capture_output=True, check=True).stdout)
+    assert found["streams"] == [{"codec_name": expected, "channels": 2}]
+
+    def sound(path: Path) -> np.ndarray:
+        raw = ["ffmpeg", "-v", "error", "-i", path, "-map", "0:a", "-f", "f32le", "-ar", "48000", "-ac", "1", "-"]
+        return np.frombuffer(subprocess.run(raw, capture_output=True, check=True).stdout, np.float32)
+
+    before, after = sound(source), sound(tmp_path / name)
+    assert abs(len(before) - len(after)) < 3000
+    # The same tone, which repeats after 126 samples, and begins when it did but for the padding of an encoder.
+    tones = [np.corrcoef(before[10_000:30_000], after[10_000 + shift : 30_000 + shift])[0, 1] for shift in range(126)]
+    assert max(tones) > 0.98
+    begins = [packets_of(path, "audio")[0][0] - times_of(path)[0] for path in (source, tmp_path / name)]
+    assert abs(begins[0] - begins[1]) < Fraction(3, 100)
+    # A track that the container holds is copied.
+    _, error = run_upscale(source, tmp_path / "same.mkv", *options)
+    assert error is None
+    assert [data for _, data in packets_of(tmp_path / "same.mkv", "audio")] == [
+        data for _, data in packets_of(source, "audio")
+    ]
+    # Of a range, the sound of the range.
+    _, error = run_upscale(source, tmp_path / f"part-{name}", *options, "--start", "0.2", "--end", "0.6")
+    assert error is None
+    assert abs(len(sound(tmp_path / f"part-{name}")) / 48_000 - 0.4) < 0.08

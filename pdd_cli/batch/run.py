@@ -38,7 +38,19 @@ from pdd_cli.video.pipeline import preview_videos, run_videos
 # The settings that determine an output. Tiles, engine and precision make no visible difference.
 _RECIPE = {"scale", "width", "height", "long_side", "fit", "color_correction", "quality", "lossless", "strip_metadata"}
 # Those of videos, which are recorded if they are set, so that outputs of earlier versions stay current.
-_VIDEO_RECIPE = {"start", "end", "crop", "preview", "encoder", "crf", "preset", "fps", "audio"}
+_VIDEO_RECIPE = {
+    "start",
+    "end",
+    "crop",
+    "preview",
+    "encoder",
+    "crf",
+    "preset",
+    "fps",
+    "audio",
+    "deinterlace",
+    "keep_audio",
+}
 
 
 @dataclass(frozen=True)
@@ -255,7 +267,7 @@ def _plan_inputs(settings: UpscaleConfig) -> Plan:
 
 def _check_video_options(settings: UpscaleConfig, jobs: Sequence[Job]) -> None:
     """Raise InputError if an option of videos is given without a video, or the encoder can't be used."""
-    given = sorted(name for name in _VIDEO_RECIPE if getattr(settings, name) is not None)
+    given = sorted(name.replace("_", "-") for name in settings.model_dump(include=_VIDEO_RECIPE, exclude_defaults=True))
     videos = [job for job in jobs if _is_clip(job)]
     if settings.audio is not None:
         if any(is_video(job.source) for job in videos):
@@ -282,7 +294,7 @@ def _batch(
 ) -> _Batch:
     """The part of the plan for this process."""
     recipe = settings.model_dump(include=_RECIPE)
-    recipe |= settings.model_dump(include=_VIDEO_RECIPE, exclude_none=True)
+    recipe |= settings.model_dump(include=_VIDEO_RECIPE, exclude_defaults=True)
     recipe["weights"] = loaded.upscalers[0].engine.weights_sha256
     manifest = None
     if folder is not None:

@@ -202,6 +202,16 @@ class UpscaleConfig(Settings):
         Field(description="Upscale only the frame that a video shows at this time, as PNG or the format of OUTPUT."),
         Option("Video", metavar="TIME"),
     ] = None
+    deinterlace: Annotated[
+        bool,
+        Field(description="Deinterlace a video (bwdif): each frame is made of its two fields."),
+        Option("Video"),
+    ] = False
+    keep_audio: Annotated[
+        Literal["copy", "convert"],
+        Field(description="Audio that the container can't hold: copy fails, convert encodes it (AAC, Opus, FLAC)."),
+        Option("Video"),
+    ] = "copy"
     fps: Annotated[
         Rate | None,
         Field(description="Make a video of the images in the folder INPUT, at this many frames per second."),

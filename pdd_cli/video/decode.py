@@ -6,6 +6,7 @@ import heapq
 import itertools
 import re
 import struct
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -92,7 +93,7 @@ _SIDE_DATA = {
 }
 HDR10 = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL")
 
-_DEINTERLACE = "deinterlace it first: ffmpeg -i FILE -vf bwdif OUT"
+_DEINTERLACE = "--deinterlace makes whole frames of its fields"
 
 _PROBED_PACKETS = 32  # packets that are read to find out which timestamps they have
 
@@ -131,10 +132,11 @@ class Clip:
     short if the frames end before `until` or all streams end before `lasts` (seconds); 0: unknown. `shift`: seconds to
     subtract from all timestamps, unless the video is cut: frames and packets from `start` on and before `stop` are
     used (seconds as in the file; None: not cut there). `crop`: the part of each upright frame that is used.
-    `coded`: timestamps are in decoding order. `timeless`: there are no timestamps.
-    `side`: kinds of side data of the first frame. `mastering`, `light`: FFmpeg's values of the mastering display and
-    the content light level, or empty. `notes`: messages about the input. `streams`: the file that has the audio, for
-    frames that are images (`index` -1); otherwise it is `path`.
+    `coded`: timestamps are in decoding order. `timeless`: there are no timestamps. `interlaced`: the first frame is.
+    `deinterlace`: frames are deinterlaced when they are read. `side`: kinds of side data of the first frame.
+    `mastering`, `light`: FFmpeg's values of the mastering display and the content light level, or empty. `notes`:
+    messages about the input. `streams`: the file that has the audio, for frames that are images (`index` -1);
+    otherwise it is `path`.
     """
 
     path: Path
@@ -164,6 +166,7 @@ class Clip:
     coded: bool
     timeless: bool
     interlaced: bool
+    deinterlace: bool
     alpha: bool
     side: frozenset[str]
     mastering: tuple[int, ...]
@@ -282,7 +285,9 @@ def read_clip(path: Path, *, most_pixels: int, options: VideoOptions = VideoOpti
             frames = round(((after or first) - first) * rate)
             until, lasts = 0, Fraction(0)
         notes = []
-        if frame.interlaced_frame:
+        if options.deinterlace and not frame.interlaced_frame:
+            notes.append("its first frame is not marked as interlaced: all are deinterlaced")
+        elif frame.interlaced_frame and not options.deinterlace:
             notes.append(f"it is interlaced, which will show; {_DEINTERLACE}")
         timeless = bool(container.format.flags & pyav().format.Flags.no_timestamps.value)
         if timeless:
@@ -315,6 +320,7 @@ def read_clip(path: Path, *, most_pixels: int, options: VideoOptions = VideoOpti
             coded=coded,
             timeless=timeless,
             interlaced=frame.interlaced_frame,
+            deinterlace=options.deinterlace,
             alpha=any(part.is_alpha for part in form.components),
             side=_kinds_of_side_data(frame),
             mastering=_numbers(frame, HDR10[0], "=22i"),
@@ -370,23 +376,26 @@ class FrameReader:
 
     def __iter__(self) -> Generator[Frame, None, None]:
         clip = self._clip
-        for frame, time in self.timed():
+        for frame, time, source in self.timed():
             if clip.start is not None and time < 0:
                 continue
             if clip.stop is not None and time * clip.time_base + clip.offset >= clip.stop:
                 break
-            self._last = frame.duration or self._step
-            self._damaged += frame.is_corrupt
-            self._interlaced += frame.interlaced_frame
-            self._side |= _kinds_of_side_data(frame)
+            self._last = source.duration or self._step
+            self._damaged += source.is_corrupt
+            self._interlaced += source.interlaced_frame
+            self._side |= _kinds_of_side_data(source)
             pixels = _pixels(frame, clip) if len(self.times) >= self._skip else None
             self.times.append(time)
             yield Frame(time, pixels)
         if not self.times:
             raise InputError(f"{clip.path}: no frame between --start and --end can be decoded")
 
-    def timed(self) -> Iterator[tuple[VideoFrame, int]]:
-        """All decoded frames with their times, from the start of the file or a keyframe well before the range."""
+    def timed(self) -> Iterator[tuple[VideoFrame, int, VideoFrame]]:
+        """All frames with their times, and as they were before they were deinterlaced.
+
+        They begin at the start of the file or at a keyframe well before the range.
+        """
         clip = self._clip
         ahead = 0 if clip.start is None or clip.coded or clip.timeless else clip.start - _SEEK_MARGIN
         if ahead > 0:
@@ -409,7 +418,15 @@ class FrameReader:
         with open_container(clip.path) as container:
             yield from self._timed(container)
 
-    def _timed(self, container: InputContainer) -> Iterator[tuple[VideoFrame, int]]:
+    def _timed(self, container: InputContainer) -> Iterator[tuple[VideoFrame, int, VideoFrame]]:
+        frames = self._with_times(container)
+        if self._clip.deinterlace:
+            yield from _deinterlaced(frames, self._clip)
+        else:
+            for frame, time in frames:
+                yield frame, time, frame
+
+    def _with_times(self, container: InputContainer) -> Iterator[tuple[VideoFrame, int]]:
         clip = self._clip
         for number, frame in enumerate(self._decoded(container)):
             if (frame.width, frame.height) != (clip.width, clip.height):
@@ -444,7 +461,7 @@ class FrameReader:
             notes.append(f"frames that are damaged in the input: {self._damaged}")
         if self._untimed and not self._clip.timeless:
             notes.append(f"frames without a usable timestamp, which follow the one before: {self._untimed}")
-        if self._interlaced and not self._clip.interlaced:
+        if self._interlaced and not self._clip.interlaced and not self._clip.deinterlace:
             notes.append(f"{self._interlaced} of its frames are interlaced, which will show; {_DEINTERLACE}")
         if self.left_out:
             notes.append(f"not kept of its frames: {', '.join(self.left_out)}")
@@ -514,6 +531,42 @@ class FrameReader:
                 return
 
 
+def _deinterlaced(frames: Iterator[tuple[VideoFrame, int]], clip: Clip) -> Iterator[tuple[VideoFrame, int, VideoFrame]]:
+    """Deinterlace frames with FFmpeg's bwdif: one frame of each. Yields it, its time, and the original."""
+    graph = None
+    waiting: deque[tuple[int, VideoFrame]] = deque()
+    errors = pyav().error
+    # Progressive frames between interlaced ones stay as they are.
+    which = "interlaced" if clip.interlaced else "all"
+
+    def finished() -> Iterator[tuple[VideoFrame, int, VideoFrame]]:
+        while waiting:
+            try:
+                frame = graph.pull()
+            except (errors.BlockingIOError, errors.EOFError):
+                return
+            time, source = waiting.popleft()
+            yield frame, time, source
+
+    for number, (frame, time) in enumerate(frames):
+        if graph is None:
+            graph = pyav().filter.Graph()
+            graph.link_nodes(
+                graph.add_buffer(
+                    width=frame.width, height=frame.height, format=frame.format.name, time_base=Fraction(1, 25)
+                ),
+                graph.add("bwdif", f"mode=send_frame:deint={which}"),
+                graph.add("buffersink"),
+            ).configure()
+        waiting.append((time, frame))
+        frame.pts, frame.time_base = number, Fraction(1, 25)
+        graph.push(frame)
+        yield from finished()
+    if graph is not None:
+        graph.push(None)
+        yield from finished()
+
+
 def read_still(clip: Clip, at: Fraction) -> tuple[Array, Fraction]:
     """The pixels of the frame that is shown at `at` (seconds from the start), (h, w, 3) in 0..65535, and its time.
 
@@ -521,14 +574,14 @@ def read_still(clip: Clip, at: Fraction) -> tuple[Array, Fraction]:
     """
     shown = None
     reader = FrameReader(clip, skip=0)
-    for frame, time in reader.timed():
+    for frame, time, source in reader.timed():
         if time > 0 and shown is not None:
             break
-        shown = frame, time
+        shown = frame, time, source
         if time > 0:  # the first frame is later
             break
     else:
-        if shown is None or -shown[1] > max(shown[0].duration or 0, round(1 / (clip.rate * clip.time_base))):
+        if shown is None or -shown[1] > max(shown[2].duration or 0, round(1 / (clip.rate * clip.time_base))):
             last = f", its last frame is at {float(at + shown[1] * clip.time_base):.3f}" if shown else ""
             raise InputError(f"{clip.path}: nothing is shown at {float(at):g} seconds{last}")
     return _pixels(shown[0], clip), at + shown[1] * clip.time_base

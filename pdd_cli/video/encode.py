@@ -23,6 +23,7 @@ from pdd_cli.imaging.image import Array, from_float, to_float
 from pdd_cli.imaging.provenance import seal
 from pdd_cli.system import without_real_time_scheduling
 from pdd_cli.video import encoders
+from pdd_cli.video.audio import AudioConverter, add_audio, audio_encoder
 from pdd_cli.video.decode import (
     CONTAINERS,
     FULL_RANGE,
@@ -54,7 +55,7 @@ _MILLISECOND = Fraction(1, 1000)
 _SAMPLE = (256, 256)  # encoders in hardware have a minimum
 _PROBED_PACKETS = 400
 
-_CONVERT_AUDIO = "Give it other audio first: ffmpeg -i FILE -map 0 -c copy -c:a flac new.mkv"
+_CONVERT_AUDIO = "--keep-audio convert encodes it anew."
 
 
 @dataclass(frozen=True)
@@ -265,11 +266,13 @@ def _tag(stream: VideoStream, clip: Clip, codec: Codec) -> None:
 class Extras:
     """The other streams of the input, by index, that are copied into the output.
 
-    `any_codec`: some have a codec that PyAV rejects for Matroska, although its muxer supports it.
+    `any_codec`: some have a codec that PyAV rejects for Matroska, although its muxer supports it. `converted`: those
+    whose audio is encoded anew.
     """
 
     streams: tuple[int, ...] = ()
     any_codec: bool = False
+    converted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -315,7 +318,7 @@ def assemble(
             others = source.demux(*inputs) if source and inputs else iter(())
             packets = heapq.merge(
                 _video_packets(clip, codec, parts, [*times, end], length, streams[clip.index]),
-                _other_packets(clip, others, streams, target),
+                _other_packets(clip, others, streams, target, extras.converted),
                 key=lambda timed: timed[0],
             )
             for _, packet in packets:
@@ -325,10 +328,13 @@ def assemble(
         seal(temporary)
 
 
-def choose_extras(clip: Clip, codec: Codec, target: Target) -> tuple[Extras, dict[str, str]]:
-    """Find the streams that `target` supports by a trial without an output file. Also returns what is left out → why.
+def choose_extras(
+    clip: Clip, codec: Codec, target: Target, *, convert_audio: bool = False
+) -> tuple[Extras, dict[str, str], list[str]]:
+    """Find the streams that `target` supports by a trial without an output file.
 
-    Raises InputError if `target` doesn't support the audio.
+    Also returns what is left out → why, and notes on audio that is converted.
+    Raises InputError if `target` doesn't support the audio and it is not converted.
     """
     from av.stream import Discard, Disposition
 
@@ -370,16 +376,21 @@ def choose_extras(clip: Clip, codec: Codec, target: Target) -> tuple[Extras, dic
     if extras.any_codec and has_chapters:
         left_out["chapters"] = "they can't go with such audio"
     suffix = target.path.suffix.lower()
+    notes = []
     for index in left:
+        if types[index] == "audio" and convert_audio:
+            extras = replace(extras, converted=(*extras.converted, index))
+            notes.append(f"its audio ({kinds[index]}) is converted to {audio_encoder(suffix)}: {suffix} can't hold it")
+            continue
         if types[index] == "audio":
             raise InputError(
                 f"{target.path}: {suffix} can't hold the audio of {clip.streams or clip.path} ({kinds[index]})",
-                "Use .mkv." if index in elsewhere else _CONVERT_AUDIO,
+                f"Use .mkv. {_CONVERT_AUDIO}" if index in elsewhere else _CONVERT_AUDIO,
             )
         name = "cover" if index in covers else types[index]
         instead = ", .mkv can" if index in elsewhere else ""
         left_out[f"{name} ({kinds[index]})"] = f"{suffix} can't hold it{instead}"
-    return extras, left_out
+    return extras, left_out, notes
 
 
 def _select_supported(clip: Clip, codec: Codec, target: Target, sample: Path, wanted: Sequence[int]) -> Extras:
@@ -483,6 +494,8 @@ def _add_streams(
     for origin in source.streams if source is not None else ():
         if origin.index == clip.index:
             streams[origin.index] = out.add_stream_from_template(encoded, opaque=True)
+        elif origin.index in extras.converted:
+            streams[origin.index] = add_audio(origin, audio_encoder(target.path.suffix.lower()), out)
         elif origin.index not in extras.streams:
             continue
         elif origin.disposition & Disposition.attached_pic and target.container == "matroska":
@@ -580,10 +593,14 @@ def _video_packets(
 
 
 def _other_packets(
-    clip: Clip, packets: Iterator[Packet[Any]], streams: dict[int, Any], target: Target
+    clip: Clip, packets: Iterator[Packet[Any]], streams: dict[int, Any], target: Target, converted: Sequence[int] = ()
 ) -> Iterator[tuple[float, Packet[Any]]]:
-    """The `packets` of other streams, unchanged except for decreasing timestamps, which no container accepts."""
+    """The `packets` of other streams, unchanged except for decreasing timestamps, which no container accepts.
+
+    The audio of the streams `converted` is encoded anew.
+    """
     av = pyav()
+    converters = {index: AudioConverter(clip, streams[index]) for index in converted}
     form = av.format
     step = 0 if form.ContainerFormat(target.container, "w").flags & form.Flags.ts_nonstrict.value else 1
     latest: dict[int, int] = {}
@@ -592,12 +609,17 @@ def _other_packets(
         try:
             packet = next(packets, None)
         except av.error.FFmpegError:  # cut short, which the frames have shown
-            return
+            packet = None
         if packet is None:
+            for converter in converters.values():
+                yield from converter.convert(None)
             return
         if not packet.size:
             continue
         index = packet.stream_index
+        if index in converters:
+            yield from converters[index].convert(packet)
+            continue
         shift = round(clip.offset / packet.time_base)
         if clip.is_cut and packet.pts is not None and not _cut_packet(clip, packet, shift, streams[index]):
             continue

@@ -112,6 +112,7 @@ def read_image_clip(source: Path, *, most_pixels: int, options: VideoOptions) ->
         coded=False,
         timeless=False,
         interlaced=False,
+        deinterlace=False,
         alpha=False,
         side=frozenset(),
         mastering=(),

@@ -37,6 +37,7 @@ class VideoOptions:
     `encoder`: FFmpeg's name; None: chosen by the container. `rate_factor`, `preset`: of the encoder.
     `fps`: frames per second of a folder of frames. `audio`: a file whose audio becomes that of frames that are images.
     `frame_format`: the suffix of the images if the output is a folder of frames.
+    `deinterlace`: make each frame of its two fields. `convert_audio`: encode audio that the container can't hold.
     """
 
     start: Fraction | None = None
@@ -49,6 +50,8 @@ class VideoOptions:
     fps: Fraction | None = None
     audio: Path | None = None
     frame_format: str = "png"
+    deinterlace: bool = False
+    convert_audio: bool = False
 
     @classmethod
     def of(cls, settings: UpscaleConfig) -> VideoOptions:
@@ -67,4 +70,6 @@ class VideoOptions:
             None if settings.fps is None else rate_of(settings.fps),
             settings.audio,
             settings.format,
+            settings.deinterlace,
+            settings.keep_audio == "convert",
         )

@@ -205,7 +205,8 @@ def _plan(job: Job, digest: str, upscaler: Upscaler, output: Output, options: Vi
     if output.provenance is not None and not output.strip:
         made = sealed_text(replace(output.provenance, source_sha256=digest))
     target = Target(job.target, output.strip, made)
-    extras, left_out = choose_extras(clip, codec, target)
+    extras, left_out, converted = choose_extras(clip, codec, target, convert_audio=options.convert_audio)
+    notes += converted
     if clip.alpha:
         left_out["transparency"] = "the output has none"
     lost = side_data_names(clip.side - codec.kept_side_data)

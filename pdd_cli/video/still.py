@@ -39,7 +39,7 @@ def open_still(job: Job, upscaler: Upscaler, options: VideoOptions) -> Still:
     notes = [f"the frame at {float(shown_at):.3f} s"]
     if clip.aspect not in (0, 1):
         notes.append(f"its pixels are {clip.aspect.numerator}:{clip.aspect.denominator}, not square")
-    if clip.interlaced:
+    if clip.interlaced and not clip.deinterlace:
         notes.append("it is interlaced")
     still = Still(DecodedImage(pixels, metadata=frame_metadata(clip)), shown_at, tuple(notes))
     check_target(job, upscaler.output_size(*clip.upright), output=Output())
