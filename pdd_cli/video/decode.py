@@ -533,7 +533,7 @@ class FrameReader:
 
 def _deinterlaced(frames: Iterator[tuple[VideoFrame, int]], clip: Clip) -> Iterator[tuple[VideoFrame, int, VideoFrame]]:
     """Deinterlace frames with FFmpeg's bwdif: one frame of each. Yields it, its time, and the original."""
-    graph = None
+    graph: Any = None
     waiting: deque[tuple[int, VideoFrame]] = deque()
     errors = pyav().error
     # Progressive frames between interlaced ones stay as they are.
