@@ -149,9 +149,9 @@ class LossWeights(Settings):
     self_ensemble: NonNegative = 15.0
     adversarial_on_target: bool = True
     # With a teacher: the student's SR of the real crops must equal the teacher's, pixel by pixel.
-    teacher: NonNegative = 1.0
+    teacher: NonNegative = 10.0
     # With a teacher: no pattern that repeats with every LR pixel.
-    lattice: NonNegative = 10.0
+    lattice: NonNegative = 30.0
 
 
 class OptimizerSettings(Settings):
