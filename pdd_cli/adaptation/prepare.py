@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pdd_cli.adaptation.checkpoint import TrainState, checkpoint_settings, load_checkpoint
+from pdd_cli.adaptation.clips import clips_in
 from pdd_cli.adaptation.folder import RunFolder
 from pdd_cli.adaptation.judge import Judge, describe_score, held_out_indices, stalled
 from pdd_cli.adaptation.losses import DISCRIMINATOR_LAYERS
@@ -464,7 +465,8 @@ def check_inputs(config: AdaptConfig, folder: RunFolder, *, resume: bool, overwr
     """Raise InputError for problems that can be found before weights are downloaded and images are read."""
     check_folder(folder, config, resume=resume, overwrite=overwrite)
     for option, images in _image_folders(config).items():
-        images_below(images, option)
+        if option != "--real-dir" or not clips_in(images):
+            images_below(images, option)
     if config.tensorboard:
         check_tensorboard()
     check_packages(config.export, "--export")

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdd_cli.adaptation.aligned_pairs import misaligned, without_partner, wrong_size
+from pdd_cli.adaptation.clips import clips_in, sample_clips
 from pdd_cli.adaptation.folder import RunFolder
 from pdd_cli.data.datasets import RGB, AlignedPair, images_below, lazy_images, read_images
 from pdd_cli.data.layouts import Side, select_images, training_images
 from pdd_cli.errors import InputError, ResourceError
 from pdd_cli.imaging.decode import image_size
+from pdd_cli.imaging.find import find_images
 from pdd_cli.imaging.provenance import made_by_pdd
 from pdd_cli.iqa.pairing import pair
 from pdd_cli.settings.adapt import AdaptConfig
@@ -153,10 +155,20 @@ def _read(
 ) -> tuple[Sequence[RGB], Source]:
     """The usable images of a folder, or the `selected` ones."""
     option = "--real-dir" if side == "LR" else "--hr-dir"
-    paths, left_out = _without_outputs(images_below(folder, option) if selected is None else selected, folder)
+    clips: list[Path] = []
+    if selected is None and side == "LR":
+        clips = [clip for clip in clips_in(folder) if not made_by_pdd(clip)]
     if selected is None:
+        selected = (find_images(folder) if folder.is_dir() else []) if clips else images_below(folder, option)
+        paths, left_out = _without_outputs(selected, folder)
         paths, of_other_kinds = select_images(paths, folder, side, scale, lambda text: warn(f"{option}: {text}"))
         left_out += of_other_kinds
+    else:
+        paths, left_out = _without_outputs(selected, folder)
+    if clips:
+        paths += sample_clips(folder, clips, warn, say).paths
+        if not paths:
+            raise InputError(f"{option} {folder}: no frame with any detail in its videos", "Name another folder.")
     if not paths:
         raise InputError(
             f"{option} {folder}: no usable image in it, only {'; '.join(left_out)}", "Name another folder."

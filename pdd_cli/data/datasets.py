@@ -166,14 +166,17 @@ def read_folder(folder: Path, option: str, on_unreadable: Callable[[str], None])
 def read_images(
     paths: Sequence[Path], folder: Path, option: str, on_unreadable: Callable[[str], None]
 ) -> tuple[list[RGB], dict[str, str]]:
-    """The images at `paths`, which are below `folder`, as in `read_folder`, and their sha256 by relative path."""
+    """The images at `paths`, which are below `folder` or frames of videos, as in `read_folder`.
+
+    Also their sha256 by relative path.
+    """
     found: list[RGB] = []
     content: dict[str, str] = {}
     for path in paths:
         try:
             data = read_bytes(path)
             found.append(_decode(path, data))
-            content[path.relative_to(folder).as_posix()] = hashlib.sha256(data).hexdigest()
+            content[_relative_name(path, folder)] = hashlib.sha256(data).hexdigest()
         except InputError as error:
             on_unreadable(error.message)
     if not found:
@@ -191,8 +194,13 @@ def lazy_images(
     Images that can't be decoded later are reported to `report`. The second value is their sha256 by relative path.
     """
     files = [ImageFile(path, size, file_sha256(path)) for path, size in sizes.items()]
-    content = {file.path.relative_to(folder).as_posix(): file.sha256 for file in files}
+    content = {_relative_name(file.path, folder): file.sha256 for file in files}
     return LazyImages(files, lambda path: _decode(path, read_bytes(path)), report), content
+
+
+def _relative_name(path: Path, folder: Path) -> str:
+    """The name of an image: relative to `folder`, or the last two parts for a frame of a video, which is elsewhere."""
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else "/".join(path.parts[-2:])
 
 
 def _decode(path: Path, data: bytes) -> RGB:

@@ -188,7 +188,7 @@ class AdaptConfig(Settings):
 
     real_dir: Annotated[
         Path | None,
-        Field(description="Folder of real LR images from one source; searched recursively."),
+        Field(description="Folder of real LR images or videos from one source, searched recursively; or a video."),
         Option("Input"),
     ] = None
     # A published data set in place of `real_dir`, which is then its `root`.
