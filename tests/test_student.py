@@ -154,6 +154,7 @@ def test_a_student_is_trained_judged_and_described(pdd: Callable[..., Outcome], 
     assert not {"inter", "intra", "self_ensemble"} & set(last)
     verdict = json.loads((run / "verdict.json").read_text())
     assert {"score", "consistency", "texture"} <= set(verdict["teacher"])
+    assert verdict["times_as_fast_as_teacher"] > 0
     page = (run / "report.html").read_text()
     assert "Beside its teacher" in page
     assert "big (RRDBNet)" in page

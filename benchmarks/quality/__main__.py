@@ -83,7 +83,8 @@ class Laboratory:
             model = load_sr_model(self.base)
             _each(where, folder, lambda lr: _mean_of_8(model.upscale, lr))
         else:
-            weights, facts = self.adapted(where, variant, seed) if "adapt" in settings else (str(self.base), {})
+            plain = settings.get("weights", str(self.base))
+            weights, facts = self.adapted(where, variant, seed) if "adapt" in settings else (plain, {})
             self.pdd("upscale", where.test_lr, folder, "--weights", weights, *settings.get("upscale", ()))
             return facts
         return {}
@@ -92,7 +93,8 @@ class Laboratory:
         """The name of weights adapted by the command, and the verdict."""
         settings, name = VARIANTS[variant], f"{where.name}-{variant}-{seed}"
         real = self.data / "realset65" if settings.get("real") == "mixed" else where.train_lr
-        options = [str(self.base) if option == "BASE" else option for option in settings["adapt"]]
+        placeholders = {"BASE": str(self.base), "TEACHER": f"{where.name}-plain-{seed}"}
+        options = [placeholders.get(option, option) for option in settings["adapt"]]
         hr = self._hr(settings["hr"], where)
         started = time.perf_counter()
         self.pdd(

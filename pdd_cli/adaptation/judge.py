@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -32,6 +33,7 @@ from pdd_cli.runtime import Runtime
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
+_TIMED_SIDE = 64  # LR pixels of the image on which student and teacher are timed
 _MAX_IMAGES = 8
 _MAX_PIXELS = 96**2 * _MAX_IMAGES  # LR pixels of all images together
 # The weights of the score. docs/log.md shows on which models they were chosen and how often the score is right.
@@ -116,6 +118,7 @@ class Conclusion:
     base: ModelScores
     adapted: Mapping[float, ModelScores]
     teacher: ModelScores | None = None  # of a student
+    times_as_fast: float = 1.0  # a student, as a multiple of the speed of its teacher
 
     @property
     def strength(self) -> float:
@@ -133,7 +136,8 @@ class Conclusion:
             return ""
         ours, theirs = self.adapted[self.strength], self.teacher
         differences = _describe(ours.judgement, theirs.judgement, "teacher")
-        text = f"beside its teacher, at strength {self.strength:g}: {differences}"
+        speed = f"{self.times_as_fast:.2g} times as fast"
+        text = f"beside its teacher, at strength {self.strength:g}: {speed}, {differences}"
         if ours.validation and theirs.validation:
             text += f"; by the ground truth: {ours.validation.describe(theirs.validation)}"
         return text
@@ -206,7 +210,21 @@ class Judge:
         else:
             by_strength = {strength: scores.judgement for strength, scores in adapted.items()}
             verdict = decide(by_strength, base.judgement, self.base.scale)
-        return Conclusion(verdict, base, adapted, self.evaluate(self.teacher) if self.teacher else None)
+        if self.teacher is None:
+            return Conclusion(verdict, base, adapted)
+        lr = center_crop(self.images[0], _TIMED_SIDE)
+        seconds, seconds_of_teacher = (_seconds(model, lr, self.runtime) for model in (self.base, self.teacher))
+        return Conclusion(verdict, base, adapted, self.evaluate(self.teacher), seconds_of_teacher / seconds)
+
+
+def _seconds(model: SRModel, lr: RGB, runtime: Runtime) -> float:
+    """The time that `model` takes for an image: the shorter of two."""
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        upscale_image(model, lr, runtime)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def held_out_indices(count: int, fraction: float) -> tuple[int, ...]:

@@ -279,7 +279,10 @@ def _verdict_document(run: Run, conclusion: Conclusion) -> dict[str, Any]:
         "held_out_pairs": run.judge.held_out_pairs.found if run.judge.held_out_pairs else 0,
         "base": conclusion.base.as_document(),
         **(
-            {"teacher": {"score": run.judge.score(conclusion.teacher), **conclusion.teacher.as_document()}}
+            {
+                "teacher": {"score": run.judge.score(conclusion.teacher), **conclusion.teacher.as_document()},
+                "times_as_fast_as_teacher": conclusion.times_as_fast,
+            }
             if conclusion.teacher
             else {}
         ),
