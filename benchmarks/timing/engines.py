@@ -27,7 +27,7 @@ from pdd_cli.imaging.image import DecodedImage, to_float
 from pdd_cli.models.loading import load_sr_model
 from pdd_cli.runtime import Precision, Runtime
 from pdd_cli.settings.base import EngineChoice
-from pdd_cli.system import peak_memory
+from pdd_cli.system import limit_thread_spinning, peak_memory
 from pdd_cli.upscaling.upscaler import Upscaler
 
 ENGINES = "torch:cpu:fp32,openvino:cpu:fp32,winograd:cpu:fp32,onnx:cpu:fp32,ncnn:cpu:fp32"
@@ -46,6 +46,7 @@ def main() -> None:
     if arguments.result is not None:
         measure(arguments)
         return
+    limit_thread_spinning()  # of the child processes
     reference = None
     print("engine | seconds of processors | PSNR | peak memory\n---|---|---|---")
     with tempfile.TemporaryDirectory() as folder:
