@@ -103,7 +103,7 @@ class _Infinite(_Net):
     ("network", "channels", "words"),
     [
         (_Net(weights=False), 3, "has no trainable parameters"),
-        (_Net(), 1, "the model has 1 input and 1 output channels"),
+        (_Net(), 2, "the model has 2 input and 2 output channels"),
         (_Detached(), 3, "fails (element 0 of tensors does not require grad"),
         (_Overwritten(), 3, "fails (one of the variables needed for gradient computation has been modified"),
         (_Rounded(), 3, "no gradient reaches its weights"),
@@ -129,9 +129,9 @@ def test_a_run_names_weights_that_are_not_for_training(
     assert "small.safetensors: quantised weights (body.0.rdb1.conv1.bias is int8)" in done.err
     from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 
-    gray = SRVGGNetCompact(num_in_ch=1, num_out_ch=1, num_feat=8, num_conv=2).state_dict()
-    save_file({key: value.contiguous() for key, value in gray.items()}, "gray.safetensors")
-    done = pdd(*command(ground, "--base", "gray.safetensors")[3:], *dry)
+    two = SRVGGNetCompact(num_in_ch=2, num_out_ch=2, num_feat=8, num_conv=2).state_dict()
+    save_file({key: value.contiguous() for key, value in two.items()}, "two.safetensors")
+    done = pdd(*command(ground, "--base", "two.safetensors")[3:], *dry)
     assert done.code == 2
-    assert "gray.safetensors: the model has 1 input and 1 output channels" in done.err
+    assert "two.safetensors: the model has 2 input and 2 output channels" in done.err
     assert not Path("runs").exists()

@@ -26,7 +26,7 @@ from pdd_cli.adaptation.sources import Source, read_sources
 from pdd_cli.adaptation.teaching import Teacher
 from pdd_cli.adaptation.tensorboard import check_tensorboard
 from pdd_cli.adaptation.train_step import Models, scheduled_rate
-from pdd_cli.adaptation.trainable import check_rgb, check_trainable, training_mode
+from pdd_cli.adaptation.trainable import check_channels, check_trainable, training_mode
 from pdd_cli.adaptation.validation import pairs_to_score, read_pairs
 from pdd_cli.data.datasets import RGB, AlignedPair, CropSampler, downscaled, hr_from_real, images_below, select
 from pdd_cli.data.degradations import Degradation
@@ -202,7 +202,7 @@ def prepare_run(
     generalist = base
     if weights.generalist is not None and config.generalist.mode == "static":
         generalist = load_sr_model(weights.generalist)
-        check_rgb(generalist, config.generalist.weights)
+        check_channels(generalist, config.generalist.weights)
         if generalist.scale != base.scale:
             raise InputError(
                 f"generalist.weights {config.generalist.weights} upscales x{generalist.scale}, "
@@ -213,6 +213,11 @@ def prepare_run(
     move_to_device(features, runtime)
 
     images = read_sources(config, base.scale, warn, say)
+    gray = base.in_channels == 1 or images.are_gray
+    if gray:
+        reason = f"{config.base} is a model for gray images" if base.in_channels == 1 else "the LR images are gray"
+        say(f"{reason}: all images are used in gray")
+        images = images.in_gray()
     lr_images = images.real or [pair.lr for pair in images.pairs]
     real, hr, pairs = lr_images, images.hr, images.pairs
     properties = measure_properties(real)
@@ -269,6 +274,7 @@ def prepare_run(
     validation_pairs = None
     if ranks.is_first and config.val_lr is not None and config.val_hr is not None:
         validation_pairs = read_pairs(config.val_lr, config.val_hr, base.scale, features)
+        validation_pairs = validation_pairs.in_gray() if gray else validation_pairs
     judge = Judge(base, judged_on, real, validation_pairs, runtime)
     if held_out_pairs:
         trained = [pair.lr for pair in pairs]
@@ -448,7 +454,7 @@ def _load_teacher(
         return files[1]
 
     teacher = load_sr_model(files[0])
-    check_rgb(teacher, f"--teacher {name}")
+    check_channels(teacher, f"--teacher {name}")
     if teacher.scale != base.scale:
         raise InputError(
             f"--teacher {name} upscales x{teacher.scale}, --base {config.base} x{base.scale}",

@@ -5,13 +5,22 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pdd_cli.adaptation.aligned_pairs import misaligned, without_partner, wrong_size
 from pdd_cli.adaptation.clips import clips_in, sample_clips
 from pdd_cli.adaptation.folder import RunFolder
-from pdd_cli.data.datasets import RGB, AlignedPair, images_below, lazy_images, read_images
+from pdd_cli.data.datasets import (
+    RGB,
+    AlignedPair,
+    all_in_gray,
+    as_gray,
+    images_below,
+    is_gray,
+    lazy_images,
+    read_images,
+)
 from pdd_cli.data.layouts import Side, select_images, training_images
 from pdd_cli.errors import InputError, ResourceError
 from pdd_cli.imaging.decode import image_size
@@ -27,6 +36,7 @@ Callback = Callable[[str], None]
 # Bytes of the decoded images of a folder, with their copies. Images of a larger folder are decoded when they are used.
 # The limit doesn't depend on the machine, because the images of a step, and so the result, depend on it.
 _LARGEST_IN_MEMORY = 3 << 29
+_GRAY_CHECKED = 16
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,18 @@ class Images:
     hr: Sequence[RGB]
     sources: list[Source]
     pairs: Sequence[AlignedPair] = ()
+
+    @property
+    def are_gray(self) -> bool:
+        """Whether all LR images are gray; of many, a few are checked."""
+        lr = self.real or [pair.lr for pair in self.pairs]
+        indices = sorted({round(index * (len(lr) - 1) / _GRAY_CHECKED) for index in range(_GRAY_CHECKED + 1)})
+        return all(is_gray(lr[index]) for index in indices)
+
+    def in_gray(self) -> Images:
+        """The images without colour."""
+        pairs = [replace(pair, lr=as_gray(pair.lr), hr=as_gray(pair.hr)) for pair in self.pairs]
+        return replace(self, real=all_in_gray(self.real), hr=all_in_gray(self.hr), pairs=pairs)
 
 
 def read_sources(config: AdaptConfig, scale: int, warn: Callback, say: Callback) -> Images:

@@ -1,4 +1,4 @@
-"""Checks that a model can be a base: from RGB to RGB, with parameters that receive a gradient."""
+"""Checks that a model can be a base: from RGB to RGB or gray to gray, with parameters that receive a gradient."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def training_mode(network: Network) -> Network:
     return network
 
 
-def check_rgb(model: SRModel, reference: str) -> None:
-    """Raise InputError unless `model`, which the user named `reference`, is from RGB to RGB."""
-    if (model.in_channels, model.out_channels) != (3, 3):
+def check_channels(model: SRModel, reference: str) -> None:
+    """Raise InputError unless `model`, which the user named `reference`, is from RGB to RGB or from gray to gray."""
+    if (model.in_channels, model.out_channels) not in ((3, 3), (1, 1)):
         raise InputError(
             f"{reference}: the model has {model.in_channels} input and {model.out_channels} output channels",
-            "adapt trains models from RGB to RGB.",
+            "adapt trains models from RGB to RGB and from gray to gray.",
         )
 
 
 def check_trainable(model: SRModel, reference: str, runtime: Runtime) -> None:
-    """Raise InputError unless `model` is from RGB to RGB and a training step on a small image gives gradients.
+    """Raise InputError unless `model` has suitable channels and a training step on a small image gives gradients.
 
     The step is made on the CPU, in the precision of `runtime` if that is a CPU.
     """
-    check_rgb(model, reference)
+    check_channels(model, reference)
     if not any(parameter.numel() for parameter in model.module.parameters()):
         raise InputError(f"{reference}: {model.architecture} has no trainable parameters")
     image = torch.linspace(0, 1, 3 * _SIDE * _SIDE).view(1, 3, _SIDE, _SIDE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pdd_cli.adaptation.preview import center_crop, to_rgb8, upscale_image
-from pdd_cli.data.datasets import RGB, AlignedPair, images_below
+from pdd_cli.data.datasets import RGB, AlignedPair, as_gray, images_below
 from pdd_cli.errors import InputError
 from pdd_cli.imaging.decode import image_size, read_image
 from pdd_cli.iqa.feature_distance import feature_distance, unit_features
@@ -64,6 +64,10 @@ class Pairs:
     hr: Sequence[RGB]
     features: FeatureNetwork
     ssim: Any  # pyiqa's
+
+    def in_gray(self) -> Pairs:
+        """The pairs without colour."""
+        return replace(self, lr=[as_gray(image) for image in self.lr], hr=[as_gray(image) for image in self.hr])
 
     def score(self, model: SRModel, runtime: Runtime) -> ValidationScores:
         """Upscale each LR crop with `model` and compare it with its HR, both as 8-bit RGB."""

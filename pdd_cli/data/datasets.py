@@ -22,6 +22,7 @@ from pdd_cli.imaging.find import find_images
 from pdd_cli.weights.sources import file_sha256
 
 RGB = NDArray[np.uint8]  # (H, W, 3)
+_GRAY_TOLERANCE = 3  # 8-bit levels; JPEG files of gray images in colour
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,6 +227,24 @@ def laplacian(image: RGB) -> NDArray[np.float32]:
     """The Laplacian of the luminance in 8-bit levels: (H, W, 3) to (H, W)."""
     gray = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY).astype(np.float32)
     return np.asarray(cv2.Laplacian(gray, cv2.CV_32F))
+
+
+def as_gray(image: RGB) -> RGB:
+    """The luma of `image` in all three channels."""
+    return np.repeat(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
+
+
+def all_in_gray(images: Sequence[RGB]) -> Sequence[RGB]:
+    """`as_gray` of each image; lazy images stay lazy."""
+    if isinstance(images, LazyImages):
+        return images.derive(lambda image: [as_gray(image)], 1.0)
+    return [as_gray(image) for image in images]
+
+
+def is_gray(image: RGB) -> bool:
+    """Whether the channels of `image` are equal, but for rounding."""
+    first = image[..., :1].astype(np.int16)
+    return bool((np.abs(image - first) <= _GRAY_TOLERANCE).all())
 
 
 def downscaled(images: Sequence[RGB], scales: Sequence[float], min_side: int) -> Sequence[RGB]:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from spandrel import ImageModelDescriptor
 
 
+_LUMA = (0.299, 0.587, 0.114)  # BT.601
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SRModel(ModelSpec):
     """A super-resolution network with its scale and size requirements.
@@ -33,7 +36,13 @@ class SRModel(ModelSpec):
     card: Card | None = None
 
     def upscale(self, lr: Tensor) -> Tensor:
-        """Upscale (N, C, h, w) of any size to (N, C, h*scale, w*scale), padded by replication if needed."""
+        """Upscale (N, C, h, w) of any size to (N, C, h*scale, w*scale), padded by replication if needed.
+
+        A one-channel model upscales the luma of RGB; the result is gray.
+        """
+        if self.in_channels == 1 and lr.shape[1] == 3:
+            weights = torch.tensor(_LUMA, dtype=lr.dtype, device=lr.device).view(1, 3, 1, 1)
+            return self.upscale((lr * weights).sum(1, keepdim=True)).repeat(1, 3, 1, 1)
         height, width = lr.shape[-2:]
         bottom, right = self.padding(height, width)
         if bottom or right:
