@@ -12,17 +12,20 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pdd_cli.settings.adapt import AdaptConfig
+from pdd_cli.settings.adapt import AdaptConfig, AdaptFlags
 from pdd_cli.settings.base import Option
 from pdd_cli.settings.evaluate import EvaluateConfig
-from pdd_cli.settings.export import ExportConfig
-from pdd_cli.settings.fetch import FetchConfig
-from pdd_cli.settings.upscale import UpscaleConfig
+from pdd_cli.settings.export import ExportConfig, ExportFlags
+from pdd_cli.settings.fetch import FetchConfig, FetchFlags
+from pdd_cli.settings.upscale import UpscaleConfig, UpscaleFlags
 from tests.helpers.commands import Outcome, command
 from tests.helpers.images import photo
 
-MODELS = {"adapt": AdaptConfig, "upscale": UpscaleConfig, "evaluate": EvaluateConfig, "export": ExportConfig,
-          "fetch-weights": FetchConfig}  # fmt: skip
+MODELS = [
+    ("adapt", AdaptConfig), ("adapt", AdaptFlags), ("upscale", UpscaleConfig), ("upscale", UpscaleFlags),
+    ("evaluate", EvaluateConfig), ("export", ExportConfig), ("export", ExportFlags), ("fetch-weights", FetchConfig),
+    ("fetch-weights", FetchFlags),
+]  # fmt: skip
 UPSCALE = ("upscale", "in", "out", "--weights", "base.safetensors", "--engine", "torch", "--overwrite")
 COMPARE = ("upscale", "in/a.png", "--compare", "bicubic,nearest", "--output", "mine.html")
 EVALUATE = ("evaluate", "in", "--metrics", "entropy")
@@ -53,7 +56,7 @@ CASES: list[tuple[str, str, tuple[str, ...], int]] = [
 
 def options() -> Iterator[str]:
     """All options that name a file or folder to write, by their type, group and help text."""
-    for name, model in MODELS.items():
+    for name, model in MODELS:
         for key, field in model.model_fields.items():
             writes = re.search(r"(?i)\b(writ|append|folder for)", field.description or "")
             for option in field.metadata:

@@ -78,6 +78,25 @@ def test_a_list_selects_among_the_inputs(batch: Callable[..., Outcome]) -> None:
         assert (found.code, words in found.err) == (2, True)
 
 
+def test_a_list_can_be_the_input(batch: Callable[..., Outcome], pdd: Callable[..., Outcome], ground: Path) -> None:
+    options = ("--weights", ground / "base.safetensors", "--engine", "torch", "--json")
+    Path("list").write_text("in/a.png\nin/sub\nin/gone.png\nin/a.png\nlist\n")
+    done = pdd("upscale", "--from-list", "list", "out", *options)
+    assert done.code == 3
+    assert "in/gone.png: no such file or folder" in done.err
+    document = json.loads(done.out)
+    files = {Path(file["output"]).relative_to("out").as_posix(): file["status"] for file in document["files"]}
+    assert files == {"a.png": "done", "sub/b.png": "done", "sub/damaged.png": "failed"}
+    assert document["other_kinds"] == {"without suffix": 1}
+    Path("list").write_text("in/gone.png\n")
+    found = pdd("upscale", "--from-list", "list", "elsewhere", *options)
+    assert found.code == 2
+    assert "no image or video is listed" in found.err
+    assert "in/gone.png" in found.err
+    found = pdd("upscale", "--output", "x", *options)
+    assert "give INPUT, or --from-list FILE" in found.err
+
+
 def test_lists_of_every_system(tmp_path: Path) -> None:
     path = tmp_path / "list"
     for content, names in (

@@ -47,6 +47,7 @@ def plan_jobs(
     recursive: bool,
     stills: bool = False,
     as_frames: bool = False,
+    listed: bool = False,
 ) -> Plan:
     """The jobs for files, folders and glob patterns. Folders are listed; files are opened only to recognise outputs.
 
@@ -56,6 +57,8 @@ def plan_jobs(
     appended to each name. `stills`: the inputs are videos and the outputs are images.
     `as_frames`: each folder is one video, whose frames are the images in it. With an image format, the output of a
     video that is named itself is a folder of its frames.
+    `listed`: the sources are files and folders from a list. Their tree below the folder that they have in common is
+    reproduced, and those that don't exist are problems of the plan.
 
     Raises InputError if there is nothing to do, two inputs would have the same output, or an output would replace an
     input.
@@ -63,7 +66,9 @@ def plan_jobs(
     if output == "-":
         raise InputError("the output -: pdd doesn't write to a pipe", "Name a file or a folder.")
     plan, naming = Plan(), _Naming(format, suffix, stills, as_frames)
-    if len(sources) == 1:
+    if listed:
+        jobs = _jobs_of_list(sources, output, naming, recursive, plan)
+    elif len(sources) == 1:
         jobs = _jobs_of(sources[0], output, naming, recursive, plan)
     else:
         if not _is_folder_name(output):
@@ -135,6 +140,26 @@ def _jobs_of(source: Path, output: str, naming: _Naming, recursive: bool, plan: 
     if str(source) == "-":
         raise InputError("the input -: pdd doesn't read from a pipe", "Name a file or a folder.")
     raise InputError(f"{source}: no such file or folder")
+
+
+def _jobs_of_list(sources: Sequence[Path], output: str, naming: _Naming, recursive: bool, plan: Plan) -> list[Job]:
+    """The jobs of listed files and folders."""
+    found: list[Path] = []
+    for source in sources:
+        path = source.absolute()
+        if path.is_dir():
+            found += find_images(path, recursive=recursive, wanted=_is_input, problems=plan.problems)
+        elif not path.exists():
+            plan.problems.append(f"{source}: no such file or folder")
+        elif _is_input(path):
+            found.append(path)
+        else:
+            plan.others[path.suffix.lower() or "without suffix"] += 1
+    try:
+        root = Path(os.path.commonpath([path.parent for path in found] or [Path.cwd()]))
+    except ValueError as error:  # drives of Windows
+        raise InputError("the listed files are on several drives", "Make a list for each drive.") from error
+    return _folder_jobs(root, list(dict.fromkeys(found)), Path(output), naming, plan, "no image or video is listed")
 
 
 def _is_folder_name(output: str) -> bool:

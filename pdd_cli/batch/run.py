@@ -102,7 +102,7 @@ class BatchResult:
         settings, upscalers = self.settings, self.loaded.upscalers
         engine = upscalers[0].engine
         return {
-            "input": settings.input[0] if len(settings.input) == 1 else settings.input,
+            "input": settings.input[0] if len(settings.input) == 1 else settings.input or settings.from_list,
             "output": settings.output,
             "weights": settings.weights,
             "architecture": engine.model.architecture,
@@ -247,22 +247,20 @@ def _write_lists(outcome: BatchResult) -> None:
 
 
 def _plan(settings: UpscaleConfig) -> Plan:
-    plan = _plan_inputs(settings)
-    if settings.from_list is None:
-        return plan
-    return only_listed(plan, read_list(settings.from_list), settings.from_list)
-
-
-def _plan_inputs(settings: UpscaleConfig) -> Plan:
-    return plan_jobs(
-        settings.input,
+    listed = None if settings.from_list is None else read_list(settings.from_list)
+    plan = plan_jobs(
+        settings.input or tuple(listed or ()),
         settings.output,
+        listed=not settings.input,
         format=settings.format,
         suffix=settings.suffix,
         recursive=settings.recursive,
         stills=settings.preview is not None,
         as_frames=settings.fps is not None,
     )
+    if settings.input and settings.from_list is not None and listed is not None:
+        return only_listed(plan, listed, settings.from_list)
+    return plan
 
 
 def _check_video_options(settings: UpscaleConfig, jobs: Sequence[Job]) -> None:
@@ -429,7 +427,7 @@ def _save_last_run(outcome: BatchResult) -> bool:
     if pairs:
         save_last_run(
             LastRun(
-                input=settings.input[0].absolute(),
+                input=(settings.input or (outcome.plan.jobs[0].source.parent,))[0].absolute(),
                 output=Path(settings.output).absolute(),
                 weights=settings.weights,
                 scale=outcome.loaded.upscalers[0].scale,

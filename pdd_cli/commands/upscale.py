@@ -32,7 +32,10 @@ def _upscale(call: Call[UpscaleConfig, UpscaleFlags]) -> None:
     if call.flags.compare:
         compare(call)
         return
-    if call.options["output"] and not call.options["input"]:  # click takes a single argument for the last one
+    listed = call.options["from_list"]
+    if (
+        call.options["output"] and not call.options["input"] and not listed
+    ):  # click takes a single argument for the last one
         raise InputError(f"no output for {call.options['output']}", "Name a file or folder after it.")
     console, settings, dry_run = call.console, call.settings(), call.flags.dry_run
 

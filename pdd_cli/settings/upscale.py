@@ -7,7 +7,7 @@ from fractions import Fraction as Rational
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from pdd_cli.settings.base import INFERENCE_DEVICES, Device, Engine, Fraction, Offline, Option, Precision, Settings
 
@@ -59,25 +59,38 @@ Rate = Annotated[str, BeforeValidator(str), AfterValidator(_checked_rate)]
 Time = Annotated[str, BeforeValidator(str), AfterValidator(_checked_time)]
 
 
+def _any_input(inputs: tuple[Path, ...], others: ValidationInfo) -> tuple[Path, ...]:
+    if not inputs and others.data.get("from_list") is None:
+        raise ValueError("missing; give INPUT, or --from-list FILE")
+    return inputs
+
+
 class UpscaleConfig(Settings):
     """`pdd upscale`."""
 
+    from_list: Annotated[
+        Path | None,
+        Field(
+            description="The inputs, or with INPUT those of its files that are named, in a list: one a line, or "
+            "NUL-separated; - is stdin."
+        ),
+        Option("Input", metavar="FILE"),
+    ] = None
     input: Annotated[
         tuple[Path, ...],
         BeforeValidator(_several),
-        Field(min_length=1, description="Images, videos, folders of them, or patterns in quotes ('in/**/*.png')."),
+        AfterValidator(_any_input),
+        Field(
+            validate_default=True,
+            description="Images, videos, folders of them, or patterns in quotes ('in/**/*.png').",
+        ),
         Option("Input", argument=True, metavar="INPUT", checked_later=True),
-    ]
+    ] = ()
     output: Annotated[
         str,  # a Path would lose the trailing slash, which marks a folder
         Field(description="Folder for the outputs, or a file if there is one input."),
         Option("Output", argument=True, metavar="OUTPUT", checked_later=True),
     ]
-    from_list: Annotated[
-        Path | None,
-        Field(description="Of the inputs, only those in this list, one a line (or NUL-separated); - is stdin."),
-        Option("Input", metavar="FILE"),
-    ] = None
     weights: Annotated[
         str,
         Field(description="The model: NAME, FILE or hf:USER/NAME."),
