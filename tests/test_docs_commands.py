@@ -152,7 +152,7 @@ def place(ground: Path, pdd: Callable[..., Outcome]) -> Callable[..., Outcome]:
     for name in ("photo.jpg", "a.jpg", "b.jpg", "scans/c.png", "in/1.jpg", "in/sub/2.jpg", "clips/cover.png"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(photo(48, 64, len(name))).save(name)
-    for name in ("clip.mp4", "clip.avi", "clips/1.mp4"):
+    for name in ("clip.mp4", "clip.avi", "clips/1.mp4", "restored.mp4", "original.mp4"):
         write_clip(Path(name))
     shades = [Image.fromarray(photo(48, 64, number)) for number in range(3)]
     shades[0].save("anim.gif", save_all=True, append_images=shades[1:], duration=100)

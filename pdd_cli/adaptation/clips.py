@@ -83,8 +83,10 @@ def choose_frames(path: Path, most: int, warn: Callable[[str], None]) -> list[tu
     every = max(1, count // (most * _CANDIDATES))
     parts = min(most, count)
     best: dict[int, tuple[float, int, Array]] = {}
-    for number, pixels in FrameReader(clip, skip=0).sampled(every):
-        upright = clip.part(from_float(to_float(pixels), 8))
+    for number, frame in FrameReader(clip, skip=0).sampled(every):
+        if frame.pixels is None:
+            continue
+        upright = clip.part(from_float(to_float(frame.pixels), 8))
         detail, part = texture(upright), min(parts - 1, number * parts // count)
         if detail >= _LEAST_TEXTURE and (part not in best or detail > best[part][0]):
             best[part] = detail, number, upright

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pdd_cli.batch.plan import check_collisions
 from pdd_cli.batch.run import run
+from pdd_cli.batch.video_frames import with_frames
 from pdd_cli.engines.devices import choose_inference
 from pdd_cli.errors import InputError
 from pdd_cli.iqa.datasets import Dataset, find_dataset
@@ -45,6 +46,7 @@ def evaluate(settings: EvaluateConfig, observer: Observer = Observer(), *, comma
     if settings.output is not None:
         check_format(settings.output)
     metric_infos(settings.metrics)
+    settings = with_frames(settings, observer.say)
     runtime = choose_runtime(settings.metric_device)
     if settings.weights:
         choose_inference(settings.engine, settings.device, "auto")

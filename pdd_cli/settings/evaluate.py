@@ -18,12 +18,12 @@ class EvaluateConfig(Settings):
 
     sr_dir: Annotated[
         Path | None,
-        Field(description="Image or folder to score."),
+        Field(description="Image, video or folder of images to score."),
         Option("Input", argument=True, metavar="SR_DIR", default="the outputs of the last `pdd upscale`"),
     ] = None
     gt_dir: Annotated[
         Path | None,
-        Field(description="Ground truth (HR originals): image or folder, paired by name."),
+        Field(description="Ground truth (HR originals): image, video or folder, paired by name."),
         Option("Input"),
     ] = None
     lr_dir: Annotated[

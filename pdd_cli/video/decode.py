@@ -391,11 +391,10 @@ class FrameReader:
         if not self.times:
             raise InputError(f"{clip.path}: no frame between --start and --end can be decoded")
 
-    def sampled(self, every: int) -> Iterator[tuple[int, Array]]:
-        """The number and the pixels of each frame whose number is a multiple of `every`."""
-        for number, (frame, _, _) in enumerate(self.timed()):
-            if number % every == 0:
-                yield number, _pixels(frame, self._clip)
+    def sampled(self, every: int) -> Iterator[tuple[int, Frame]]:
+        """All frames with their numbers. Only those whose number is a multiple of `every` have pixels."""
+        for number, (frame, time, _) in enumerate(self.timed()):
+            yield number, Frame(time, None if number % every else _pixels(frame, self._clip))
 
     def timed(self) -> Iterator[tuple[VideoFrame, int, VideoFrame]]:
         """All frames with their times, and as they were before they were deinterlaced.
