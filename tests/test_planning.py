@@ -64,7 +64,7 @@ def test_what_the_user_sets_wins_over_the_quality(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     quick = settings(cli={"quality": "quick"})
-    assert (quick.steps, quick.checkpoint_every, quick.batch_size, quick.crop) == (60, 30, 2, 32)
+    assert (quick.steps, quick.checkpoint_every, quick.batch_size) == (30, 15, 4)
     assert settings() == settings(cli={"quality": "good"})
     best = settings("steps: 77", {"quality": "best"})
     assert (best.steps, best.batch_size) == (77, 8)

@@ -174,7 +174,7 @@ STUDENT_DEFAULTS: dict[str, Any] = {
 
 Quality = Literal["quick", "good", "best"]
 PRESETS: dict[str, dict[str, int]] = {
-    "quick": {"steps": 60, "batch_size": 2, "crop": 32, "checkpoint_every": 30, "preview_every": 30},
+    "quick": {"steps": 30, "checkpoint_every": 15, "preview_every": 15},
     "good": {},
     "best": {"steps": 200, "batch_size": 8},
 }
@@ -247,7 +247,7 @@ class AdaptConfig(Settings):
     quality: Annotated[
         Quality,
         Field(
-            description="quick: 60 steps of few, small crops; good: 100 steps; best: 200 steps of twice as many crops."
+            description="quick: 30 steps, a first impression; good: 100 steps; best: 200 steps of twice as many crops."
         ),
         Option("Training"),
     ] = "good"
