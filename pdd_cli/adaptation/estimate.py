@@ -290,7 +290,13 @@ def _run_bytes(run: Run) -> int:
     preview = 3 * PREVIEW_IMAGES * (PREVIEW_SIZE * run.models.base.scale) ** 2 * 3
     previews = math.ceil(config.steps / config.preview_every) * preview
     crops = run.teacher.total_bytes if run.teacher else 0
-    return 2 * checkpoint + weights * (1 + len(config.export)) + previews + 2 * crops + _OTHER_FILES
+    return (
+        2 * checkpoint
+        + weights * (1 + len(config.export) + config.keep_checkpoints)
+        + previews
+        + 2 * crops
+        + _OTHER_FILES
+    )
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

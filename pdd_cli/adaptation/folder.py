@@ -75,6 +75,15 @@ class RunFolder:
         return self.path / "previews"
 
     @property
+    def checkpoints(self) -> Path:
+        """The folder of the weights of the last judgements, if they are kept."""
+        return self.path / "checkpoints"
+
+    def kept(self) -> list[Path]:
+        """The kept weights, oldest first."""
+        return sorted(self.checkpoints.glob("step_*.safetensors"))
+
+    @property
     def holds_run(self) -> bool:
         """Whether the folder contains a run of pdd."""
         try:
@@ -96,7 +105,7 @@ class RunFolder:
             for file in paths_of(form, default_path(form, self.path, name, scale))
         }
         files += [file for file, form in exports.items() if file.is_file() and is_own(form, file)]
-        files += [*self.previews.glob("step_*.png"), *self.tensorboard.glob("events.out.tfevents.*")]
+        files += [*self.kept(), *self.previews.glob("step_*.png"), *self.tensorboard.glob("events.out.tfevents.*")]
         with write_errors(self.path):
             for file in files:
                 file.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from safetensors.torch import save_file
+from torch import nn
 
 from pdd_cli.adaptation.checkpoint import load_checkpoint, save_checkpoint
 from pdd_cli.adaptation.prepare import Run, memory_errors
@@ -259,17 +260,31 @@ def _judge_candidates(run: Run, tensorboard: TensorBoardLog) -> None:
     if run.config.generalist.mode == "ema":
         candidates["ema"] = state.generalist
     best = max((judged["score"] for judged in state.judgements), default=float("-inf"))
+    best_of_step, module_to_keep = float("-inf"), state.specialist
     for which, module in candidates.items():
         scores = run.judge.evaluate(replace(run.models.base, module=module))
         score = run.judge.score(scores)
         if score > best or not folder.best.exists():
             best = score
-            with atomic_write(folder.best) as temporary:
-                save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, temporary)
+            _save_weights(folder.best, module)
+        if score > best_of_step:
+            best_of_step, module_to_keep = score, module
         judged = {"step": state.step, "which": which, "score": score, **scores.as_document()}
         state.judgements.append(judged)
         append_line(folder.judgements, json.dumps(judged))
         tensorboard.scalars(_tags(judged), state.step)
+    if run.config.keep_checkpoints:
+        try:
+            _save_weights(folder.checkpoints / f"step_{state.step:06d}.safetensors", module_to_keep)
+            for old in folder.kept()[: -run.config.keep_checkpoints]:
+                old.unlink(missing_ok=True)
+        except (PddError, OSError) as error:
+            run.warn(f"the weights of step {state.step} are not kept: {error}")
+
+
+def _save_weights(path: Path, module: nn.Module) -> None:
+    with atomic_write(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, temporary)
 
 
 def _tags(judged: Mapping[str, Any]) -> dict[str, float]:

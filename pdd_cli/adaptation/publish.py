@@ -143,6 +143,20 @@ def publish(run: Run, store: Store, observer: Observer) -> PublishResult:
     return done
 
 
+def judge_weights(run: Run, path: Path) -> tuple[Conclusion, dict[str, Any]]:
+    """Judge the weights in `path`, such as a kept checkpoint of `run`. Returns the conclusion, and it for --json.
+
+    Raises InputError if the file can't be read, or isn't of the run's architecture.
+    """
+    state = read_state(path)
+    expected = run.models.base.module.state_dict()
+    if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in expected.items()}:
+        raise InputError(f"--judge {path}: not weights of the network of this run", "Name a file of this run.")
+    with memory_errors(run.config):
+        conclusion = run.judge.conclude(state)
+    return conclusion, {"weights": path, **_verdict_document(run, conclusion)}
+
+
 def write_verdict(run: Run, conclusion: Conclusion) -> None:
     """Write verdict.json."""
     write_text(run.folder.verdict, json.dumps(_verdict_document(run, conclusion), indent=2) + "\n")

@@ -14,7 +14,7 @@ from pdd_cli.weights.states import is_file_reference
 # Settings that a resumed run may change. They don't change what is learned; `steps` changes only how long.
 _CHANGEABLE = {
     "steps", "minutes", "name", "runs_dir", "checkpoint_every", "preview_every", "export", "device", "precision",
-    "offline", "val_lr", "val_hr", "early_stopping", "tensorboard",
+    "offline", "val_lr", "val_hr", "early_stopping", "tensorboard", "keep_checkpoints",
 }  # fmt: skip
 # Settings that runs of earlier versions don't have, with the values that amount to what those versions did.
 _VALUES_BEFORE: dict[str, dict[str, Any]] = {"losses": {"self_ensemble": 0.0}, "synthetic": {"own_share": 0.0}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdd_cli.errors import Interrupted
+from pdd_cli.errors import InputError, Interrupted
 from pdd_cli.options import Call, command
 from pdd_cli.ranks import Ranks
 from pdd_cli.settings.adapt import AdaptConfig, AdaptFlags
@@ -25,6 +25,8 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
 
     console = call.console
     resume, overwrite = call.flags.resume, call.flags.overwrite
+    if call.flags.judge is not None and not resume:
+        raise InputError("--judge FILE judges weights of a run", "Name the run: add --resume --name NAME.")
     if resume:
         folder = find_run(call.explicit_values())
         settings = call.settings(
@@ -37,7 +39,7 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
     from pdd_cli.adaptation import estimate
     from pdd_cli.adaptation.loop import train
     from pdd_cli.adaptation.prepare import default_name
-    from pdd_cli.adaptation.publish import publish, write_report
+    from pdd_cli.adaptation.publish import judge_weights, publish, write_report
     from pdd_cli.adaptation.run import start
     from pdd_cli.commands._adapt_progress import adapt_progress
     from pdd_cli.commands._observer import ConsoleObserver
@@ -63,6 +65,12 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
     observer = ConsoleObserver(console)
     run = start(settings, name=run_name, resume=resume, overwrite=overwrite, ranks=ranks, observer=observer)
 
+    if call.flags.judge is not None:
+        conclusion, document = judge_weights(run, call.flags.judge)
+        console.say(f"verdict: {conclusion.verdict.label}. {conclusion.verdict.reason}")
+        console.say(conclusion.describe_validation() or "(--val-lr and --val-hr add scores with ground truth)")
+        console.result(document)
+        return
     interruption = Interruption(
         on_first=lambda: console.say("stopping after this step; press Ctrl-C again to stop at once"),
         on_second=lambda: console.leave(f"stopped at once. To continue from the last checkpoint: {run.resume_command}"),

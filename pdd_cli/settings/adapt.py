@@ -304,6 +304,12 @@ class AdaptConfig(Settings):
         Option("Output", comma_separated=True),
     ] = ()
     checkpoint_every: PositiveInt = 50
+    # The better of specialist and moving average at each judgement.
+    keep_checkpoints: Annotated[
+        Annotated[int, Field(ge=0)],
+        Field(description="Keep the weights of the last N judgements, to use or judge them."),
+        Option("Training", metavar="N"),
+    ] = 0
     preview_every: PositiveInt = 50
     tensorboard: bool = False  # also write TensorBoard events
     device: Device = "auto"
@@ -428,6 +434,11 @@ class AdaptFlags(Settings):
     overwrite: Annotated[bool, Field(description="Replace an earlier run and weights of this name."), Option("Run")] = (
         False
     )
+    judge: Annotated[
+        Path | None,
+        Field(description="With --resume: judge these weights, such as a kept checkpoint, and don't train."),
+        Option("Run", metavar="FILE"),
+    ] = None
     verbose: Annotated[bool, Field(description="Print the losses of each step."), Option("Run")] = False
     dry_run: Annotated[
         bool, Field(description="Check everything and estimate time, memory and disk; write nothing."), Option("Run")
