@@ -66,6 +66,13 @@ class Call(Generic[S, F]):
             stored=stored,
         )
 
+    def given(self) -> set[str]:
+        """The settings of the command line and of --set, without those of files."""
+        values = explicit_values(
+            self.model, self.section, options=self.options, overrides=self.overrides, default=False
+        )
+        return set(values)
+
     def explicit_values(self) -> dict[str, Any]:
         """The values that the user set, without the defaults."""
         return explicit_values(self.model, self.section, options=self.options, overrides=self.overrides, file=self.file)

@@ -65,7 +65,7 @@ def test_every_format_says_who_made_it_until_it_is_changed(tmp_path: Path, suffi
 
 
 @needs_exiftool
-@pytest.mark.parametrize("suffix", [suffix for suffix in FORMATS if FORMATS[suffix] != "BMP"])
+@pytest.mark.parametrize("suffix", [suffix for suffix in FORMATS if FORMATS[suffix] not in ("BMP", "GIF", "TGA")])
 def test_exiftool_reads_it(tmp_path: Path, suffix: str) -> None:
     exif = Image.Exif()
     exif[0x0131] = "darktable 4.8"

@@ -28,6 +28,7 @@ from pdd_cli.upscaling.jobs import Job, check_own
 from pdd_cli.upscaling.resizing import SizeRequest
 from pdd_cli.upscaling.upscaler import Upscaler
 from pdd_cli.video.decode import is_video
+from pdd_cli.weights.catalog import DENOISING
 from pdd_cli.weights.fetch import ensure
 from pdd_cli.weights.sources import file_sha256
 from pdd_cli.weights.store import Store
@@ -150,7 +151,11 @@ def compare_versions(
         for name in names:
             weights, strength = _split(name)
             if weights not in RESAMPLED:
-                own = settings.model_copy(update={"weights": weights, "strength": strength})
+                # A part of a texture doesn't repeat.
+                denoise = settings.denoise if weights in DENOISING else None
+                own = settings.model_copy(
+                    update={"weights": weights, "strength": strength, "denoise": denoise, "seamless": "none"}
+                )
                 loaded = opened.enter_context(load_upscalers(own, SINGLE_PROCESS, observer, dry_run=False))
                 models[name] = (loaded.upscalers[0], loaded.strength)
         scale = _scale(settings, picture, [upscaler for upscaler, _ in models.values()])
@@ -296,7 +301,7 @@ def _write(result: Comparison) -> None:
     ]
     names = ", ".join(version.name for version in result.versions)
     made = Provenance(names, "", f"comparison of {result.crop}", file_sha256(result.source))
-    sheet = DecodedImage(contact_sheet(panels))
+    sheet = DecodedImage(contact_sheet(f"{result.source.name}, {result.crop}", panels))
     write_images(result.sheet, [ImageStream(sheet.spec, [sheet.pixels])], provenance=made)
     with atomic_write(result.page) as temporary:
         temporary.write_text(

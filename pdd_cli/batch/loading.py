@@ -22,9 +22,11 @@ from pdd_cli.runtime import Runtime, choose_runtime, resident_memory
 from pdd_cli.settings.base import EngineChoice
 from pdd_cli.settings.upscale import UpscaleConfig
 from pdd_cli.upscaling.jobs import provenance_of
+from pdd_cli.upscaling.processing import Processing
 from pdd_cli.upscaling.resizing import SizeRequest
 from pdd_cli.upscaling.strength import at_strength, choose_strength, files_at_strength
 from pdd_cli.upscaling.upscaler import Upscaler
+from pdd_cli.weights.catalog import DENOISING
 from pdd_cli.weights.catalog import find as find_published
 from pdd_cli.weights.fetch import ensure
 from pdd_cli.weights.states import HUB_PREFIX, is_onnx
@@ -49,12 +51,16 @@ class LoadedUpscalers:
 
 @dataclass(frozen=True)
 class _Weights:
-    """The file of the weights (None: not fetched), and all files that are blended at `strength`."""
+    """The file of the weights (None: not fetched), and all files that are blended at `strength`.
+
+    `keeps_noise`: the file of the same network that keeps noise, which is blended in as --denoise says.
+    """
 
     path: Path | None
     files: Sequence[Path]
     strength: float
     to_fetch: Sequence[str]
+    keeps_noise: Path | None = None
 
 
 @contextmanager
@@ -74,7 +80,8 @@ def load_upscalers(
     for name in weights.to_fetch:
         observer.say(f"dry run: the weights {name} are not installed; the run would fetch them ({_published(name)})")
     load = partial(_load_model, settings, weights)
-    known = fingerprint(weights.files, weights.strength) if weights.path is not None else None
+    blend = weights.strength if weights.keeps_noise is None or settings.denoise is None else settings.denoise
+    known = fingerprint(weights.files, blend) if weights.path is not None else None
     free = settings.precision == "auto" and not as_onnx
 
     def open_one(name: str, choice: EngineChoice, runtime: Runtime) -> Engine:
@@ -95,6 +102,7 @@ def load_upscalers(
             # The devices share the memory that the models leave.
             used = min(resident_memory(), max_memory_bytes)
             max_memory_bytes = used + (max_memory_bytes - used) // len(engines)
+        processing = processing_of(settings)
         upscalers = [
             Upscaler(
                 engine,
@@ -103,6 +111,7 @@ def load_upscalers(
                 notify=observer.warn,
                 size=_size(settings),
                 correction=settings.color_correction,
+                processing=processing,
                 max_memory=max_memory_bytes,
             )
             for engine in engines
@@ -110,12 +119,31 @@ def load_upscalers(
         if weights.path is None:
             provenance = Provenance(settings.weights, "")
         else:
-            provenance = provenance_of(weights.path, model.scale, weights.strength, settings.color_correction)
+            provenance = provenance_of(
+                weights.path, model.scale, weights.strength, settings.color_correction, processing, settings.denoise
+            )
         yield LoadedUpscalers(upscalers, provenance, weights.strength, weights.to_fetch)
 
 
+def fetch_all(each: Sequence[UpscaleConfig], observer: Observer) -> None:
+    """Install the weights of all these settings. Raises as `load_upscalers` does for them, before any is used."""
+    for settings in each:
+        weights = _find_weights(settings, _Fetching(observer), dry_run=False)
+        if weights.strength != 1:
+            _load_model(settings, weights)
+
+
+class _Fetching(Observer):
+    """Passes on downloads, and no messages, which `load_upscalers` repeats."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.fetching = observer.fetching  # type: ignore[method-assign]
+
+
 def _find_weights(settings: UpscaleConfig, observer: Observer, *, dry_run: bool) -> _Weights:
+    check_denoise(settings)
     to_fetch: list[str] = []
+    keeps_noise = None
     strength = 1.0 if settings.strength is None else settings.strength
     with observer.fetching() as on_event:
 
@@ -129,6 +157,8 @@ def _find_weights(settings: UpscaleConfig, observer: Observer, *, dry_run: bool)
 
         try:
             path = find(settings.weights)
+            if settings.denoise not in (None, 1):
+                keeps_noise = find(DENOISING[settings.weights])
         except DownloadError:
             if not to_fetch:
                 raise
@@ -136,7 +166,17 @@ def _find_weights(settings: UpscaleConfig, observer: Observer, *, dry_run: bool)
         strength = choose_strength(path, settings.strength, name=settings.weights, observer=observer)
         files = files_at_strength(path, strength, find)
     # If the base is not installed, a dry run uses strength 1, which has the same size, time and memory.
-    return _Weights(path, files, 1.0 if to_fetch else strength, to_fetch)
+    strength = 1.0 if to_fetch else strength
+    return _Weights(path, [*files, keeps_noise] if keeps_noise else files, strength, to_fetch, keeps_noise)
+
+
+def check_denoise(settings: UpscaleConfig) -> None:
+    """Raise InputError if the weights are none that --denoise works with."""
+    if settings.denoise is not None and settings.weights not in DENOISING:
+        raise InputError(
+            f"--denoise needs a pair of models, one of which keeps noise, and {settings.weights} has no other",
+            f"Use it with --weights {' or '.join(DENOISING)}.",
+        )
 
 
 def _load_model(settings: UpscaleConfig, weights: _Weights) -> SRModel:
@@ -147,12 +187,30 @@ def _load_model(settings: UpscaleConfig, weights: _Weights) -> SRModel:
         return stand_in(settings.weights)
     find = partial(ensure, store=Store.default(), offline=settings.offline, on_event=lambda event: None)
     model = load_onnx_model(weights.path) if is_onnx(weights.path) else load_sr_model(weights.path)
+    if weights.keeps_noise is not None and settings.denoise is not None:
+        return _denoising(model, load_sr_model(weights.keeps_noise), settings)
     try:
         return at_strength(model, weights.strength, name=settings.weights, find=find)
     except InputError as error:
         if settings.strength is None and weights.strength != 1:
             error.hint += " Or use --strength 1, which doesn't need the base."
         raise
+
+
+def _denoising(model: SRModel, keeps_noise: SRModel, settings: UpscaleConfig) -> SRModel:
+    """Interpolate between the model that keeps noise (0) and the one that removes it (1), in place."""
+    from pdd_cli.models.loading import interpolated
+
+    ours, theirs = model.module.state_dict(), keeps_noise.module.state_dict()
+    if {key: tensor.shape for key, tensor in ours.items()} != {key: tensor.shape for key, tensor in theirs.items()}:
+        other = DENOISING[settings.weights]
+        raise InputError(
+            f"--denoise: {settings.weights} and {other} are networks of different shapes",
+            "Install the published files of both.",
+        )
+    assert settings.denoise is not None
+    model.module.load_state_dict(interpolated(theirs, ours, settings.denoise))
+    return model
 
 
 def _onnx_place(settings: UpscaleConfig, device: str) -> tuple[EngineChoice, Runtime]:
@@ -165,6 +223,17 @@ def _onnx_place(settings: UpscaleConfig, device: str) -> tuple[EngineChoice, Run
             "Leave out --precision, or use the .pth or .safetensors file from which it was made.",
         )
     return choose_inference("onnx", device, "fp32")
+
+
+def processing_of(settings: UpscaleConfig) -> Processing:
+    """The switches at inference."""
+    return Processing(
+        seamless=settings.seamless,
+        normal_map=settings.normal_map,
+        tta=settings.tta,
+        mix=settings.mix,
+        snap_flats=settings.snap_flats,
+    )
 
 
 def _size(settings: UpscaleConfig) -> SizeRequest:

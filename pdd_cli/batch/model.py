@@ -84,7 +84,8 @@ def open_model(values: Mapping[str, Any]) -> Model:
 
 def upscale_files(sources: Sequence[Path], output: str, values: Mapping[str, Any]) -> list[Path]:
     """Upscale files and return the outputs in the order of `sources`. Raises PartialFailure that names failures."""
-    outcome = run(settings_from(UpscaleConfig, {**values, "input": tuple(sources), "output": output}))
+    settings = settings_from(UpscaleConfig, {**values, "input": tuple(sources), "output": output})
+    outcome = run(settings, fixed=values)
     try:
         outcome.raise_for_failures()
     except PartialFailure as error:

@@ -13,9 +13,11 @@ from pathlib import Path
 from pdd_cli.errors import InputError
 from pdd_cli.imaging.decode import probe
 from pdd_cli.imaging.find import find_images, is_image
-from pdd_cli.imaging.formats import FORMATS, format_of, load_plugin
+from pdd_cli.imaging.formats import FORMATS, READ_ONLY, format_of, load_plugin
 from pdd_cli.imaging.provenance import source_of
+from pdd_cli.settings.resolve import DEFAULT_FILE
 from pdd_cli.settings.upscale import FormatChoice
+from pdd_cli.upscaling.archives import ARCHIVES, is_archive
 from pdd_cli.upscaling.jobs import Job
 from pdd_cli.upscaling.manifest import NAME, Manifest
 from pdd_cli.video.decode import CONTAINERS, check_video_name, is_video
@@ -109,12 +111,16 @@ class _Naming:
     def named(self, path: Path) -> Path:
         """The name of the output for `path`, the name of the input. --format applies to images or to videos."""
         ending = path.suffix
+        if is_archive(path):  # --format is that of its images
+            return path.with_name(path.stem + self.suffix + ending)
         if self.applies(path):
             ending = f".{self.format}"
         elif self.stills:
             ending = ".png"
         elif is_video(path) and ending.lower() not in CONTAINERS:
             ending = ".mkv"  # the container for all kinds of streams
+        elif ending.lower() in READ_ONLY:
+            ending = ".png"
         return path.with_name(path.stem + self.suffix + ending)
 
 
@@ -122,9 +128,9 @@ def _jobs_of(source: Path, output: str, naming: _Naming, recursive: bool, plan: 
     """The jobs of one file, folder or pattern. Other files are recorded in `plan`."""
 
     def wanted(name: str) -> bool:
-        if not _is_input(name):
+        if not (found := _is_found(name)) and name != DEFAULT_FILE.name:
             plan.others[Path(name).suffix.lower() or "without suffix"] += 1
-        return _is_input(name)
+        return found
 
     if source.is_dir() and naming.as_frames:
         return [Job(source, _target_of_frames(source, output, naming))]
@@ -135,7 +141,7 @@ def _jobs_of(source: Path, output: str, naming: _Naming, recursive: bool, plan: 
         return [Job(source, _target_of_file(source, output, naming))]
     if glob.has_magic(str(source)):
         root, matching = _matching(source)
-        found = [path for path in matching if wanted(path.name)]
+        found = [path for path in matching if is_archive(path) or wanted(path.name)]
         return _folder_jobs(root, found, Path(output), naming, plan, f"no images or videos match {source}")
     if str(source) == "-":
         raise InputError("the input -: pdd doesn't read from a pipe", "Name a file or a folder.")
@@ -217,7 +223,7 @@ def _folder_jobs(
         kinds = f", only {_counted(plan.others)}" if plan.others else ""
         raise InputError(
             "\n".join([f"{empty or f'{source}: no images or videos in it'}{kinds}", *plan.problems]),
-            "pdd reads PNG, JPEG, WebP, GIF, TIFF, BMP, AVIF, HEIC and JPEG XL files, and videos.",
+            "pdd reads PNG, JPEG, WebP, GIF, TIFF, BMP, TGA, DDS, AVIF, HEIC and JPEG XL files, and videos.",
         )
     return jobs
 
@@ -281,6 +287,14 @@ def _target_of_frames(source: Path, output: str, naming: _Naming) -> Path:
 
 def _target_of_file(source: Path, output: str, naming: _Naming) -> Path:
     path, format = Path(output), naming.format
+    if is_archive(source):
+        is_folder = _is_folder_name(output)
+        target = (
+            naming.named(path / source.name) if is_folder else path.with_name(path.stem + naming.suffix + path.suffix)
+        )
+        if target.suffix.lower() not in ARCHIVES:
+            raise InputError(f"{source} is an archive, but the output {path} is not", f"Use {' or '.join(ARCHIVES)}.")
+        return target
     to_video = naming.gives_video(source)
     if is_image(source) and (format in _VIDEO_FORMATS or (not _is_folder_name(output) and is_video(path))):
         to_video = True  # an animation; a single image is rejected when it is read
@@ -318,7 +332,12 @@ def _same_format(path: Path, format: FormatChoice) -> bool:
 
 
 def _is_input(path: Path | str) -> bool:
-    return is_image(path) or is_video(path)
+    return is_image(path) or is_video(path) or is_archive(path)
+
+
+def _is_found(name: str) -> bool:
+    """Whether a file in a folder is an input. Of archives only comics: other ones must be named."""
+    return _is_input(name) and Path(name).suffix.lower() != ".zip"
 
 
 def check_collisions(

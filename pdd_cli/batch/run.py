@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from pdd_cli.batch.devices import output_pixels, partition, run_on_devices
+from pdd_cli.batch.grouping import Group, group_jobs
 from pdd_cli.batch.lists import checksums, failed_list, only_listed, read_list
-from pdd_cli.batch.loading import LoadedUpscalers, load_upscalers
+from pdd_cli.batch.loading import LoadedUpscalers, fetch_all, load_upscalers
 from pdd_cli.batch.plan import Plan, manifest_folder, plan_jobs
 from pdd_cli.errors import InputError, Interrupted, PartialFailure, PddError, ResourceError
 from pdd_cli.files import append_line, check_log, remove_leftovers
@@ -23,7 +24,8 @@ from pdd_cli.last_run import LastRun, UpscaledPair, save_last_run
 from pdd_cli.observer import Observer
 from pdd_cli.own_files import check_own_file, write_own_file
 from pdd_cli.ranks import SINGLE_PROCESS, Ranks
-from pdd_cli.settings.upscale import UpscaleConfig
+from pdd_cli.settings.upscale import FormatChoice, UpscaleConfig
+from pdd_cli.upscaling.archives import is_archive, preview_archives, run_archives
 from pdd_cli.upscaling.jobs import Job, Output, Result, check_own, results_from_json, results_to_json
 from pdd_cli.upscaling.manifest import Manifest
 from pdd_cli.upscaling.pipeline import preview_jobs, run_jobs
@@ -51,6 +53,8 @@ _VIDEO_RECIPE = {
     "deinterlace",
     "keep_audio",
 }
+# Those of later versions of pdd: at their defaults they are left out, so that earlier outputs stay current.
+_LATER = {"tta", "mix", "snap_flats", "seamless", "normal_map"}
 
 
 @dataclass(frozen=True)
@@ -133,10 +137,15 @@ class _Batch:
     options: VideoOptions
     recipe: dict[str, object]
     manifest: Manifest | None
+    format: FormatChoice
 
     @property
     def images(self) -> list[Job]:
-        return [job for job in self.jobs if not _is_clip(job)]
+        return [job for job in self.jobs if not _is_clip(job) and not is_archive(job.source)]
+
+    @property
+    def archives(self) -> list[Job]:
+        return [job for job in self.jobs if is_archive(job.source)]
 
     @property
     def videos(self) -> list[Job]:
@@ -152,6 +161,7 @@ def run(
     settings: UpscaleConfig,
     *,
     jobs: Sequence[Job] | None = None,
+    fixed: Collection[str] = (),
     dry_run: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
     observer: Observer = Observer(),
@@ -162,6 +172,7 @@ def run(
         settings: The settings of `pdd upscale`.
         jobs: Inputs and outputs; by default they are found from the settings. If given, `settings.output` must be the
             folder of all outputs, and the run is not recorded as the last run.
+        fixed: Names of settings that a pdd.yaml in a folder of the input doesn't change, because this call gave them.
         dry_run: Only estimate sizes, memory and time; nothing is written or fetched.
         ranks: The processes that share the jobs.
         observer: Receives messages and progress.
@@ -183,27 +194,42 @@ def run(
     _check_side_files(settings, plan)
     if settings.log is not None and not dry_run:
         check_log(settings.log)
-    with load_upscalers(settings, ranks, observer, dry_run=dry_run) as loaded:
+    groups = [Group(settings, plan.jobs)] if jobs is not None else group_jobs(settings, plan.jobs, fixed, observer)
+    if len(groups) > 1 and not dry_run:  # an unknown name is reported before anything is upscaled
+        ranks.first_per_machine(partial(fetch_all, [group.settings for group in groups], observer))
+    if ranks.is_first and not dry_run:
         # Remove the temporary files of killed runs before anything is written.
-        if ranks.is_first and not dry_run:
-            remove_leftovers({job.target.parent for job in plan.jobs})
-        batch = _batch(settings, plan, folder, loaded, ranks, dry_run=dry_run)
-        started = time.perf_counter()
-        stopped = None
-        if dry_run:
-            results = _preview(batch)
-            if loaded.to_fetch and settings.weights in loaded.to_fetch:  # tiles, memory and time depend on the model
-                results = [replace(result, tiles=0, memory=0, seconds=0.0, model_seconds=0.0) for result in results]
-        else:
-            results, stopped = _run(batch, settings, observer)
-        results = _gather_results(results, plan.jobs, ranks)
-        outcome = BatchResult(settings, plan, results, loaded, time.perf_counter() - started, dry_run, stopped)
+        remove_leftovers({job.target.parent for job in plan.jobs})
+    results: list[Result] = []
+    first: LoadedUpscalers | None = None
+    seconds, stopped = 0.0, None
+    for group in groups:
+        with load_upscalers(group.settings, ranks, observer, dry_run=dry_run) as loaded:
+            first = first or loaded
+            batch = _batch(group.settings, group.jobs, folder, loaded, ranks, dry_run=dry_run)
+            started = time.perf_counter()
+            if dry_run:
+                found = _preview(batch)
+                if loaded.to_fetch and group.settings.weights in loaded.to_fetch:
+                    # Tiles, memory and time depend on the model.
+                    found = [replace(result, tiles=0, memory=0, seconds=0.0, model_seconds=0.0) for result in found]
+            else:
+                found, stopped = _run(batch, settings, observer)
+            gathered = _gather_results(found, group.jobs, ranks)
+            results += [replace(result, weights=group.settings.weights) for result in gathered]
+            seconds += time.perf_counter() - started
+        if len(groups) > 1 and any(ranks.gather("stopped" if stopped else "")):
+            break
+    assert first is not None
+    order = {job: index for index, job in enumerate(plan.jobs)}
+    results.sort(key=lambda result: order[result.job])
+    outcome = BatchResult(settings, plan, results, first, seconds, dry_run, stopped)
     if ranks.is_first and not dry_run:
         try:
             if jobs is None and _save_last_run(outcome):
                 outcome = replace(outcome, recorded=True)
             if folder is not None and ranks.size > 1:
-                Manifest(folder, batch.recipe).tidy()
+                Manifest(folder, {}).tidy()
         except PddError as error:  # the outputs are complete
             observer.warn(
                 f"{error.message}. The outputs are complete, but this run is not recorded for `pdd evaluate`."
@@ -288,11 +314,17 @@ def _check_video_options(settings: UpscaleConfig, jobs: Sequence[Job]) -> None:
 
 
 def _batch(
-    settings: UpscaleConfig, plan: Plan, folder: Path | None, loaded: LoadedUpscalers, ranks: Ranks, *, dry_run: bool
+    settings: UpscaleConfig,
+    jobs: Sequence[Job],
+    folder: Path | None,
+    loaded: LoadedUpscalers,
+    ranks: Ranks,
+    *,
+    dry_run: bool,
 ) -> _Batch:
-    """The part of the plan for this process."""
+    """The part of the jobs for this process."""
     recipe = settings.model_dump(include=_RECIPE)
-    recipe |= settings.model_dump(include=_VIDEO_RECIPE, exclude_defaults=True)
+    recipe |= settings.model_dump(include=_VIDEO_RECIPE | _LATER, exclude_defaults=True)
     recipe["weights"] = loaded.upscalers[0].engine.weights_sha256
     manifest = None
     if folder is not None:
@@ -310,13 +342,14 @@ def _batch(
         provenance=loaded.provenance,
     )
     options = VideoOptions.of(settings)
-    return _Batch(partition(plan.jobs, ranks), loaded.upscalers, output, options, recipe, manifest)
+    return _Batch(partition(jobs, ranks), loaded.upscalers, output, options, recipe, manifest, settings.format)
 
 
 def _preview(batch: _Batch) -> list[Result]:
     upscaler = batch.upscalers[0]
     return [
         *preview_jobs(batch.images, upscaler, output=batch.output, manifest=batch.manifest),
+        *preview_archives(batch.archives, upscaler, format=batch.format, output=batch.output, manifest=batch.manifest),
         *preview_videos(
             batch.videos,
             upscaler,
@@ -378,10 +411,13 @@ def _results(
 ) -> Generator[Result]:
     """Yield the result of each job as it ends, images first."""
     run_images = partial(run_jobs, output=batch.output, manifest=batch.manifest)
+    run_packed = partial(
+        run_archives, recipe=batch.recipe, format=batch.format, output=batch.output, manifest=batch.manifest
+    )
     run_clips = partial(
         run_videos, recipe=batch.recipe, options=batch.options, output=batch.output, manifest=batch.manifest
     )
-    for runner, jobs in ((run_images, batch.images), (run_clips, batch.videos)):
+    for runner, jobs in ((run_images, batch.images), (run_packed, batch.archives), (run_clips, batch.videos)):
         yield from run_on_devices(runner, jobs, batch.upscalers, on_start=on_start, on_tile=on_tile)
 
 
@@ -403,6 +439,7 @@ def _file_document(result: Result) -> dict[str, object]:
     return {
         "input": result.job.source,
         "output": result.job.target,
+        "weights": result.weights,
         "status": result.status,
         "problem": result.problem,
         "left_out": result.left_out,
@@ -422,7 +459,7 @@ def _save_last_run(outcome: BatchResult) -> bool:
     pairs = tuple(
         UpscaledPair(lr=result.job.source.absolute(), sr=result.job.target.absolute())
         for result in outcome.results
-        if result.status in ("done", "skipped") and not _is_clip(result.job)
+        if result.status in ("done", "skipped") and not _is_clip(result.job) and not is_archive(result.job.source)
     )
     if pairs:
         save_last_run(

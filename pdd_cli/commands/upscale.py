@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def _upscale(call: Call[UpscaleConfig, UpscaleFlags]) -> None:
     """Upscale images and videos, single files or folders of them.
 
-    PNG, JPEG, WebP, GIF, TIFF, BMP, AVIF, HEIC, JPEG XL; MP4, MOV, MKV, WebM and more.
+    PNG, JPEG, WebP, GIF, TIFF, BMP, TGA, DDS, AVIF, HEIC, JPEG XL; MP4, MOV, MKV,
+    WebM and more; comics (.cbz).
 
     The same command again makes what is missing, and what has changed: inputs,
     weights, settings. A file that can't be read is reported at the end; the
@@ -44,7 +45,7 @@ def _upscale(call: Call[UpscaleConfig, UpscaleFlags]) -> None:
     from pdd_cli.ranks import Ranks
 
     ranks = Ranks.from_environment()
-    outcome = run(settings, dry_run=dry_run, ranks=ranks, observer=ConsoleObserver(console))
+    outcome = run(settings, fixed=call.given(), dry_run=dry_run, ranks=ranks, observer=ConsoleObserver(console))
     if dry_run:
         _show_preview(outcome, console)
     console.result(outcome.as_document())

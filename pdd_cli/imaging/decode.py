@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from pdd_cli.errors import InputError, package_load_error
-from pdd_cli.imaging import png, tiff
+from pdd_cli.imaging import dds, png, tga, tiff
 from pdd_cli.imaging.bmp import bit_fields, decode_bit_fields
 from pdd_cli.imaging.formats import load_plugin
 from pdd_cli.imaging.heif import decode_avif, decode_heif, is_deep, lost_of_heif, read_cicp
@@ -46,7 +46,7 @@ from pdd_cli.imaging.png import (
     with_key,
 )
 
-_KINDS = "PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC, JPEG XL or GIF"
+_KINDS = "PNG, JPEG, WebP, TIFF, BMP, TGA, DDS, AVIF, HEIC, JPEG XL or GIF"
 
 
 def read_image(path: Path) -> DecodedImage:
@@ -144,7 +144,7 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b
 _TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 # Number of bytes that identify the format.
-_HEAD = 128
+_HEAD = 160
 
 # By these names and these beginnings; those that are TIFFs, DNG and others, by their tags.
 # fmt: off
@@ -445,6 +445,9 @@ _DECODERS = (
     _Decoder(lambda head: head.startswith(_TIFF_HEADS), tiff.probe, tiff.read_pages),
     _Decoder(lambda head: bit_fields(head) is not None, _probe_bit_fields, _read_bit_fields),
     _Decoder(is_jxl, _probe_jxl, _pillow_pages),
+    _Decoder(dds.is_dds, dds.probe, lambda data, most_pixels: iter([dds.read(data, most_pixels)])),
+    # TGA has no mark at its beginning: only a header that makes sense.
+    _Decoder(tga.is_tga, tga.probe, lambda data, most_pixels: iter([tga.read(data, most_pixels)])),
     _Decoder(lambda head: True, _probe_with_pillow, _pillow_pages),
 )
 

@@ -15,13 +15,22 @@ from PIL import Image, ImageCms
 
 from pdd_cli.errors import InputError, PddError
 from pdd_cli.files import atomic_write
+from pdd_cli.imaging import tga
 from pdd_cli.imaging.formats import check_size, format_of, keeps_frames, load_plugin, stored_spec
 from pdd_cli.imaging.gif import write_gif
 from pdd_cli.imaging.heif import write_heif
 from pdd_cli.imaging.image import Array, DecodedImage, ImageSpec, ImageStream, collect_rows, from_float, to_float
 from pdd_cli.imaging.metadata import Metadata, photoshop_block
 from pdd_cli.imaging.png import write_png
-from pdd_cli.imaging.provenance import Provenance, append_to_bmp, append_to_gif, seal, stamped_exif, stamped_xmp
+from pdd_cli.imaging.provenance import (
+    Provenance,
+    append_to_bmp,
+    append_to_gif,
+    seal,
+    sealed_text,
+    stamped_exif,
+    stamped_xmp,
+)
 from pdd_cli.imaging.tiff import write_tiff
 
 
@@ -76,7 +85,8 @@ def write_images(
         elif format == "HEIF":
             write_heif(temporary, next(streams), encoding.quality)
         else:
-            _write_whole(temporary, format, streams, encoding)
+            record = sealed_text(provenance) if format == "TGA" and provenance is not None else ""
+            _write_whole(temporary, format, streams, encoding, record)
         counted.check(path, count)
         if count > 1:
             _check_images(path, temporary, format, counted.streams)
@@ -202,8 +212,8 @@ def _on_white(rows: Array) -> Array:
     return from_float(values[..., :-1] * alpha + (1 - alpha), rows.dtype.itemsize * 8)
 
 
-def _write_whole(path: Path, format: str, streams: Iterable[ImageStream], encoding: Encoding) -> None:
-    """Write with Pillow, from arrays of whole images."""
+def _write_whole(path: Path, format: str, streams: Iterable[ImageStream], encoding: Encoding, record: str = "") -> None:
+    """Write arrays of whole images with Pillow, or as TGA with `record`."""
     images: list[Image.Image] = []
     durations: list[int] = []
     first: ImageStream | None = None
@@ -217,6 +227,9 @@ def _write_whole(path: Path, format: str, streams: Iterable[ImageStream], encodi
             load_plugin(format)
         if stream.metadata.icc and not _has_profile(format, stream.spec):
             image = _as_srgb(image, stream.metadata.icc)
+        if format == "TGA":
+            tga.write(path, np.asarray(image), record)
+            return
         images.append(image.convert("RGBA") if image.mode == "LA" else image)
         durations.append(round(stream.duration or 0))
     assert first is not None

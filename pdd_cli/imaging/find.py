@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pdd_cli.errors import InputError
-from pdd_cli.imaging.formats import FORMATS
+from pdd_cli.imaging.formats import FORMATS, READ_ONLY
 
 
 def find_images(
@@ -47,4 +47,4 @@ def find_images(
 
 def is_image(path: Path | str) -> bool:
     """Whether the suffix is one of a format that pdd reads."""
-    return Path(path).suffix.lower() in FORMATS
+    return Path(path).suffix.lower() in {**FORMATS, **READ_ONLY}

@@ -23,6 +23,7 @@ FORMATS = {
     ".tiff": "TIFF",
     ".bmp": "BMP",
     ".dib": "BMP",
+    ".tga": "TGA",
     ".avif": "AVIF",
     ".avifs": "AVIF",
     ".heic": "HEIF",
@@ -32,14 +33,17 @@ FORMATS = {
 }
 """Suffixes and formats that pdd reads and writes; HEIF and JXL need Pillow's plugins."""
 
+READ_ONLY = {".dds": "DDS"}
+"""Suffixes and formats that are found in folders and not written; the outputs are PNG."""
+
 STREAMED = ("PNG", "TIFF")
 """The formats that are written row by row."""
 
-_LONGEST_SIDE = {"JPEG": 65_535, "GIF": 65_535, "WEBP": 16_383, "AVIF": 65_535}
+_LONGEST_SIDE = {"JPEG": 65_535, "GIF": 65_535, "WEBP": 16_383, "AVIF": 65_535, "TGA": 65_535}
 # For HEIF the limit of libheif, which most programs use.
 _MOST_BYTES = {"BMP": 2**32 - 1, "HEIF": 2**32}
 _SIXTEEN_BIT = ("PNG", "TIFF", "HEIF")
-_WITH_ALPHA = ("PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF", "JXL")
+_WITH_ALPHA = ("PNG", "WEBP", "GIF", "TIFF", "BMP", "TGA", "AVIF", "HEIF", "JXL")
 _LOSSY_ONLY = ("JPEG", "AVIF", "HEIF", "GIF")
 _ANIMATED = ("PNG", "WEBP", "AVIF", "GIF")
 

@@ -49,6 +49,7 @@ _HOLDS = {
     "HEIF": {"icc", "exif", "xmp", "cicp"},
     "JXL": {"exif", "xmp"},
     "BMP": {"dpi"},
+    "TGA": set(),
 }
 
 # Maximum number of bytes in a JPEG segment.

@@ -36,6 +36,7 @@ _AROUND = 600
 _SOURCE = re.compile(rb"(?:SourceSHA256(?:=[\"']|>)|source sha256 )([0-9a-f]{64})")
 _SOFTWARE_TAG = 0x0131
 _PNG = b"\x89PNG\r\n\x1a\n"
+_ZIP = b"PK\x03\x04"
 
 _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 _NAMESPACES = {
@@ -246,7 +247,7 @@ def _plain(text: str) -> str:
 
 
 def _places(file: BinaryIO) -> list[int]:
-    """Offsets at which digests begin: after each seal mark."""
+    """Offsets at which digests begin: after each seal mark. Of a ZIP archive only the last, which is in its comment."""
     found, offset, held = [], 0, b""
     file.seek(0)
     while block := file.read(_BLOCK):
@@ -257,7 +258,8 @@ def _places(file: BinaryIO) -> list[int]:
             at = held.find(_SEAL, at + 1)
         keep = len(_SEAL) - 1
         offset, held = offset + len(held) - min(keep, len(held)), held[-keep:]
-    return found
+    file.seek(0)
+    return found[-1:] if file.read(len(_ZIP)) == _ZIP else found
 
 
 def _digest(file: BinaryIO, at: int, chunk: tuple[int, int] | None) -> bytes:

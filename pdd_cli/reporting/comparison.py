@@ -29,7 +29,8 @@ class Panel:
     @property
     def times(self) -> str:
         """The seconds in words."""
-        return f"{self.seconds:.1f} s; the whole image about {self.whole_seconds:.0f} s"
+        digits = 0 if self.whole_seconds >= 10 else 1
+        return f"{self.seconds:.1f} s; the whole image about {self.whole_seconds:.{digits}f} s"
 
 
 def comparison_page(image: str, crop: str, panels: Sequence[Panel], made: Provenance) -> str:
@@ -40,8 +41,8 @@ def comparison_page(image: str, crop: str, panels: Sequence[Panel], made: Proven
     return render("comparison.html", image=image, crop=crop, views=views, width=width, height=height, record=record)
 
 
-def contact_sheet(panels: Sequence[Panel]) -> Array:
-    """(H, W, 3) uint8: all versions with their names and times, in a grid."""
+def contact_sheet(title: str, panels: Sequence[Panel]) -> Array:
+    """(H, W, 3) uint8: all versions with their names and times, in a grid, and the title below."""
     height, width = panels[0].pixels.shape[:2]
     factor = min(1.0, _PANEL / max(height, width))
     # A small part is enlarged by a whole factor, so that its pixels stay squares.
@@ -51,7 +52,7 @@ def contact_sheet(panels: Sequence[Panel]) -> Array:
     columns = math.ceil(math.sqrt(len(panels)))
     rows = math.ceil(len(panels) / columns)
     cell = (size[0] + _MARGIN, size[1] + 3 * _TEXT + _MARGIN)
-    sheet = Image.new("RGB", (columns * cell[0] + _MARGIN, rows * cell[1] + _MARGIN), "#1d2125")
+    sheet = Image.new("RGB", (columns * cell[0] + _MARGIN, rows * cell[1] + _TEXT + 2 * _MARGIN), "#1d2125")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(_TEXT)
     for index, panel in enumerate(panels):
@@ -61,6 +62,8 @@ def contact_sheet(panels: Sequence[Panel]) -> Array:
         sheet.paste(image.resize(size, way), (x, y))
         for line, (text, colour) in enumerate(((panel.label, "#ffffff"), (panel.times, "#a2a9b1"))):
             draw.text((x, y + size[1] + 2 + line * (_TEXT + 4)), _fitting(text, font, size[0]), colour, font)
+    below = (_MARGIN, _MARGIN + rows * cell[1])
+    draw.text(below, _fitting(title, font, sheet.width - 2 * _MARGIN), "#ffffff", font)
     return np.asarray(sheet)
 
 

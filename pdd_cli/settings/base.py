@@ -17,8 +17,8 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 # Groups of options, in the order of the help text.
 Panel = Literal[
-    "Input", "Weights", "Source", "Model", "Size", "Metrics", "Comparison", "Method", "Training", "Output", "Video",
-    "Hugging Face Hub", "Run", "Computing", "General",
+    "Input", "Weights", "Source", "Model", "Textures", "Size", "Metrics", "Comparison", "Method", "Training", "Output",
+    "Video", "Hugging Face Hub", "Run", "Computing", "General",
 ]  # fmt: skip
 
 

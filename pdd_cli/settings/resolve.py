@@ -84,9 +84,7 @@ def explicit_values(
     values: dict[str, Any] = {}
     path = file or (DEFAULT_FILE if default and DEFAULT_FILE.exists() else None)
     if path is not None:
-        path = expand_home(path)
-        values = _read_section(path, section)
-        _check(model, values, str(path), partial=True)
+        values = read_section(expand_home(path), model, section)
     assigned: dict[str, Any] = {}
     for text in overrides:
         key, separator, value = text.partition("=")
@@ -99,6 +97,13 @@ def explicit_values(
         if option is not None:
             _put(given, key, option)
     _override(model, values, given)
+    return values
+
+
+def read_section(path: Path, model: type[Settings], section: Section) -> dict[str, Any]:
+    """The values that one command has in a YAML file. Raises InputError that names the file and the key."""
+    values = _read_section(path, section)
+    _check(model, values, str(path), partial=True)
     return values
 
 

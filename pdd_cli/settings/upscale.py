@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, mod
 from pdd_cli.settings.base import INFERENCE_DEVICES, Device, Engine, Fraction, Offline, Option, Precision, Settings
 
 FormatChoice = Literal[
-    "keep", "png", "jpg", "webp", "gif", "tiff", "bmp", "avif", "heic", "jxl", "mp4", "mov", "mkv", "webm"
+    "keep", "png", "jpg", "webp", "gif", "tiff", "bmp", "tga", "avif", "heic", "jxl", "mp4", "mov", "mkv", "webm"
 ]
 Side = Annotated[int, Field(ge=1, le=1_000_000)]
 
@@ -96,6 +96,11 @@ class UpscaleConfig(Settings):
         Field(description="The model: NAME, FILE or hf:USER/NAME."),
         Option("Model", flags=("--weights", "-n")),
     ] = "realesrgan"
+    model_map: Annotated[
+        tuple[str, ...],
+        Field(description="Other weights for the files that match, such as 'faces/**=realLR'; several times."),
+        Option("Model", metavar="PATTERN=NAME"),
+    ] = ()
     tile: Annotated[
         Literal["auto"] | Annotated[int, Field(ge=0)],
         Field(description="Longest side of a tile in LR pixels; 0: the whole image; auto: by memory."),
@@ -137,11 +142,41 @@ class UpscaleConfig(Settings):
         Field(description="Strength of adapted weights, from 0 (their base) to 1 (fully adapted)."),
         Option("Model", default="as recommended in their card"),
     ] = None
+    denoise: Annotated[
+        Fraction | None,
+        Field(description="Only --weights realesr-general: from 0 (keep the noise) to 1 (remove it)."),
+        Option("Model", default="1"),
+    ] = None
     color_correction: Annotated[
-        Literal["none", "mean-std", "low-frequency"],
+        Literal["none", "mean-std", "low-frequency", "wavelet"],
         Field(description="Transfer the colours of the input to the output."),
         Option("Model"),
     ] = "none"
+    tta: Annotated[
+        bool,
+        Field(description="Mean of 8 flips and transposes: fewer artefacts, softer, 8 times the work."),
+        Option("Model", flags=("--tta",)),
+    ] = False
+    mix: Annotated[
+        Fraction,
+        Field(description="Fraction of a plain resize in the output, from 0 to 1."),
+        Option("Model"),
+    ] = 0.0
+    snap_flats: Annotated[
+        bool,
+        Field(description="Make nearly white and nearly black flats white and black, as for scanned text."),
+        Option("Model", flags=("--snap-flats",)),
+    ] = False
+    seamless: Annotated[
+        Literal["none", "x", "y", "both"],
+        Field(description="Axes along which the texture repeats: opposite edges still fit."),
+        Option("Textures"),
+    ] = "none"
+    normal_map: Annotated[
+        bool,
+        Field(description="The images are normal maps: vectors get length 1 again, no colour management."),
+        Option("Textures", flags=("--normal-map",)),
+    ] = False
     format: Annotated[
         FormatChoice,
         Field(description="Format of the outputs: images or videos; keep: the input's."),
@@ -269,6 +304,9 @@ class UpscaleConfig(Settings):
         if len(given) > 1:
             names = " and ".join("--" + name.replace("_", "-") for name in given)
             raise ValueError(f"{names} can't be combined (to limit both width and height: --fit WxH)")
+        if self.normal_map and (self.color_correction != "none" or self.snap_flats):
+            other = "--snap-flats" if self.snap_flats else f"--color-correction {self.color_correction}"
+            raise ValueError(f"--normal-map and {other} can't be combined: normal maps hold vectors, not colours")
         return self
 
     @model_validator(mode="after")

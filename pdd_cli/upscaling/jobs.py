@@ -16,6 +16,7 @@ from pdd_cli.imaging.encode import Encoding
 from pdd_cli.imaging.formats import check_lossless, check_size
 from pdd_cli.imaging.provenance import Provenance, made_by_pdd
 from pdd_cli.upscaling.manifest import Manifest
+from pdd_cli.upscaling.processing import Processing
 from pdd_cli.weights.sources import file_sha256
 from pdd_cli.weights.store import read_card
 
@@ -60,6 +61,7 @@ class Result:
     frames: int = 0  # of a video
     left_out: tuple[str, ...] = ()
     traceback: str = ""
+    weights: str = ""  # as they were named
 
 
 def results_to_json(results: Sequence[Result]) -> str:
@@ -78,14 +80,25 @@ def results_from_json(text: str) -> list[Result]:
     return found
 
 
-def provenance_of(weights: Path, scale: int, strength: float = 1.0, correction: str = "none") -> Provenance:
+def provenance_of(
+    weights: Path,
+    scale: int,
+    strength: float = 1.0,
+    correction: str = "none",
+    processing: Processing = Processing(),
+    denoise: float | None = None,
+) -> Provenance:
     """The provenance of outputs made with the file `weights` and these settings."""
     card = read_card(weights)
     how = [f"x{scale}"]
     if strength != 1:
         how.append(f"strength {strength:g}")
+    if denoise is not None:
+        how.append(f"denoise {denoise:g}")
     if correction != "none":
         how.append(f"color correction {correction}")
+    if str(processing):
+        how.append(str(processing))
     # Others can look up the SHA-256 of the published file.
     digest = card.sha256 if card is not None and card.sha256 else file_sha256(weights)
     return Provenance(card.name if card is not None else weights.name, digest, ", ".join(how))

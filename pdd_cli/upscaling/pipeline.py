@@ -13,7 +13,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from pdd_cli.errors import ResourceError
+from pdd_cli.errors import InputError, ResourceError
 from pdd_cli.imaging.decode import decode_pages, probe, read_bytes
 from pdd_cli.imaging.encode import left_out, write_images
 from pdd_cli.imaging.formats import STREAMED, format_of, keeps_frames, stored_spec
@@ -162,6 +162,8 @@ def _compute(
                     if index == count:
                         break
                     run = upscaler.start(image, on_tile)
+                    if upscaler.processing.normal_map:
+                        _check_height(job, image)
                     stream = replace(run.output, metadata=run.output.metadata.stripped) if output.strip else run.output
                     writer.put(stream, count)
                     left = dict.fromkeys((*done.left_out, *_left_out(job, image, stream, count)))
@@ -223,6 +225,15 @@ def _about_frames(job: Job, frames: int) -> list[str]:
     if frames == 1 or keeps_frames(job.target):
         return []
     return [f"only the first of {frames} frames is kept: {format_of(job.target)} holds one"]
+
+
+def _check_height(job: Job, picture: DecodedImage) -> None:
+    """Raise InputError if the output can't hold the alpha of a normal map, which is no transparency."""
+    if picture.alpha is not None and not stored_spec(job.target, picture.spec).alpha:
+        raise InputError(
+            f"{job.target}: {format_of(job.target)} can't hold the alpha of a normal map (its heights)",
+            "Use --format png.",
+        )
 
 
 def _left_out(job: Job, picture: DecodedImage, stream: ImageStream, count: int) -> tuple[str, ...]:

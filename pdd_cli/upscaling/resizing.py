@@ -69,18 +69,27 @@ def passes(source: tuple[int, int], target: tuple[int, int], native: int) -> int
 
 
 def resize_row_chunks(
-    row_chunks: Iterable[FloatArray], source: tuple[int, int], target: tuple[int, int], *, alpha: bool
+    row_chunks: Iterable[FloatArray],
+    source: tuple[int, int],
+    target: tuple[int, int],
+    *,
+    alpha: bool,
+    margins: tuple[int, int] = (0, 0),
+    linear: bool = True,
 ) -> Iterator[FloatArray]:
     """Resample the rows of an image from `source` to `target` (width, height) with antialiased Lanczos.
 
     `row_chunks`: (rows, width, C) from top to bottom, sRGB-encoded, in 0..1; `alpha`: the last channel is alpha. Only
     the rows that the filter needs are kept in memory. Images are reduced in linear light, which preserves brightness,
-    and enlarged as encoded, where Lanczos rings least.
+    and enlarged as encoded, where Lanczos rings least; `linear` False: always as encoded, for values that are no light.
+    `margins`: (columns, rows) on each side of `source` that the filter sees and the result doesn't contain.
     """
     if source == target:
-        yield from row_chunks
+        yield from _cropped(row_chunks, source, margins)
         return
-    reduces = target[0] * target[1] < source[0] * source[1]
+    reduces = linear and target[0] * target[1] < source[0] * source[1]
+    left, above = margins
+    total = source[1] + 2 * above
     colours = slice(None, -1) if alpha else slice(None)
     step = source[1] / target[1]
     margin = math.ceil(_RADIUS * max(step, 1)) + 1
@@ -89,23 +98,38 @@ def resize_row_chunks(
     first = stop = 0  # the range of source rows in `held`
     for start in range(0, target[1], _ROWS):
         end = min(start + _ROWS, target[1])
-        while stop < min(math.ceil(end * step) + margin, source[1]):
+        while stop < min(math.ceil(above + end * step) + margin, total):
             rows = np.clip(next(incoming), 0, 1)
             if reduces:
                 rows[..., colours] = to_linear(rows[..., colours])
             held.append(rows)
             stop += len(rows)
-        keep = max(math.floor(start * step) - margin, 0)
+        keep = max(math.floor(above + start * step) - margin, 0)
         while held and first + len(held[0]) <= keep:
             first += len(held.pop(0))
         slab = np.concatenate(held) if len(held) > 1 else held[0]
         held = [slab]
-        box = (0, start * step - first, source[0], min(end * step - first, len(slab)))
+        from_row, to_row = above + start * step - first, min(above + end * step - first, len(slab))
+        box = (left, from_row, left + source[0], to_row)
         rows = np.stack([_resample(slab[..., c], (target[0], end - start), box) for c in range(slab.shape[2])], axis=-1)
         np.clip(rows, 0, 1, out=rows)
         if reduces:
             rows[..., colours] = from_linear(rows[..., colours])
         yield rows
+
+
+def _cropped(row_chunks: Iterable[FloatArray], size: tuple[int, int], margins: tuple[int, int]) -> Iterator[FloatArray]:
+    """The rows without `margins` (columns, rows) on each side; `size` is what remains."""
+    if margins == (0, 0):
+        yield from row_chunks
+        return
+    left, above = margins
+    row = -above
+    for rows in row_chunks:
+        part = rows[max(-row, 0) : max(size[1] - row, 0), left : left + size[0]]
+        row += len(rows)
+        if len(part):
+            yield part
 
 
 def _resample(plane: FloatArray, size: tuple[int, int], box: tuple[float, float, float, float]) -> FloatArray:

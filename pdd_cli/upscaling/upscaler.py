@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from pdd_cli.imaging.image import (
 )
 from pdd_cli.runtime import available_memory, resident_memory
 from pdd_cli.upscaling.colour import Correction, bleed, correct
+from pdd_cli.upscaling.processing import Processing, self_ensemble, snap_flats, unit_vectors, with_blue
 from pdd_cli.upscaling.resizing import SizeRequest, passes, resize_row_chunks
 from pdd_cli.upscaling.tiling import Span, TilePlan, Weights, fit_tile, plan_tiles
 
@@ -38,6 +40,8 @@ _OVERHEAD = 150 << 20
 # Bytes per pixel of 4 samples while decoding: the file, Pillow's pixels and a copy.
 _DECODED_BYTES = 12
 _TIMED_SIDE = 64
+# LR pixels from the opposite edge that a seamless image gets at least, whatever the overlap of tiles.
+_LEAST_WRAPPED = 32
 
 OnTile = Callable[[int, int], None]
 """Called after each tile with the number of finished tiles and of all tiles."""
@@ -98,6 +102,7 @@ class Upscaler:
         notify: Callable[[str], None],
         size: SizeRequest = SizeRequest(),
         correction: Correction = "none",
+        processing: Processing = Processing(),
         max_memory: int | None = None,
     ) -> None:
         model = engine.model
@@ -110,6 +115,7 @@ class Upscaler:
         self.scale = model.scale
         self.size = size
         self.correction: Correction = correction
+        self.processing = processing
         self._overlap = overlap
         self._notify = notify
         # Maximum size of a tile with its overlap, in LR pixels: a side, or a number of pixels.
@@ -162,13 +168,14 @@ class Upscaler:
         memory = 2 * spec.bytes
         if len(inputs) > 1:
             memory += 2 * inputs[-1][0] * inputs[-1][1] * spec.samples * 2
-        if self.correction != "none":
+        if self.correction != "none" or self.processing.needs_whole:
             memory += 3 * width * height * spec.samples * 4
         if not streamed:
             memory += 2 * width * height * spec.samples * depth
         plans = self._passes(spec.width, spec.height)
         sides = max(plan.tile_size for plan in plans)
         memory += _rows_bytes(sides[0], inputs[-1][0], self.scale)
+        memory += (inputs[0][0] * inputs[0][1] - spec.width * spec.height) * spec.samples * depth
         activations = sides[0] * sides[1] * self._bytes_per_pixel
         seconds = (
             sum(len(plan) * math.prod(plan.tile_size) for plan in plans) * self._time_of_a_pixel() if timed else 0.0
@@ -207,7 +214,8 @@ class Upscaler:
             self.engine.run(lr)
             started = time.perf_counter()
             self.engine.run(lr)
-            self._seconds_per_pixel = (time.perf_counter() - started) / _TIMED_SIDE**2
+            seconds = (time.perf_counter() - started) * self.processing.passes
+            self._seconds_per_pixel = seconds / _TIMED_SIDE**2
         return self._seconds_per_pixel
 
     def upscale(self, picture: DecodedImage, on_tile: OnTile = lambda done, total: None) -> UpscaleResult:
@@ -249,11 +257,15 @@ class Upscaler:
         """How `picture` would be upscaled now."""
         width, height = picture.width, picture.height
         size, tiles = self.output_size(width, height), self._passes(width, height)
-        gray = picture.channels == 1 or _is_gray(picture.pixels)
+        processing = self.processing
+        if processing.normal_map and picture.channels == 1:
+            raise InputError("a gray image is no normal map", "Leave --normal-map out for it.")
+        gray = picture.channels == 1 or (_is_gray(picture.pixels) and not processing.normal_map)
         opaque = picture.alpha is None or _is_opaque(picture.alpha)
         direct = (
             picture.channels == self.engine.model.in_channels == 3
             and self.correction == "none"
+            and processing == Processing()
             and size == (width * self.scale, height * self.scale)
             and len(tiles[0]) == 1
             and opaque
@@ -286,9 +298,16 @@ class Upscaler:
         self._notify = lambda text: None
         self._side = side
 
+    @property
+    def margins(self) -> tuple[int, int]:
+        """LR pixels on each side of an image, (left and right, top and bottom), that come from its opposite edge."""
+        return self.processing.margins(max(self._overlap, _LEAST_WRAPPED))
+
     def _inputs(self, width: int, height: int) -> list[tuple[int, int]]:
-        """The (width, height) of the input of each pass of the model."""
+        """The (width, height) of the input of each pass of the model, with what a seamless image gets around it."""
         count = passes((width, height), self.output_size(width, height), self.scale)
+        across, down = self.margins
+        width, height = width + 2 * across, height + 2 * down
         return [(width * self.scale**n, height * self.scale**n) for n in range(count)]
 
     def _passes(self, width: int, height: int) -> tuple[TilePlan, ...]:
@@ -309,6 +328,13 @@ class UpscaleStream:
         width, height = self._plan.size
         spec = replace(picture.spec, width=width, height=height)
         metadata = picture.metadata.resized((picture.width, picture.height), (width, height))
+        if upscaler.processing.normal_map:  # vectors have no colour space, and are never converted to another
+            lost = (
+                (*metadata.lost, "colour profile")
+                if metadata.icc or metadata.colour or metadata.cicp
+                else metadata.lost
+            )
+            metadata = replace(metadata, icc=None, colour=(), cicp=None, lost=lost)
         self.output = ImageStream(spec, self._row_chunks(picture, spec), metadata, picture.duration)
 
     def _row_chunks(self, picture: DecodedImage, spec: ImageSpec) -> Iterator[Array]:
@@ -319,22 +345,39 @@ class UpscaleStream:
             if pixels is not None:
                 yield pixels
                 return
-        opaque, gray = plan.opaque, plan.gray
+        opaque, gray, processing = plan.opaque, plan.gray, self._upscaler.processing
         colours = picture.pixels[:, :, :1] if gray else picture.pixels
+        if processing.normal_map:
+            colours = with_blue(colours)
         source = colours
         if not opaque and picture.alpha is not None:
-            source = np.dstack([bleed(colours, picture.alpha), picture.alpha])
+            # The alpha of a normal map is a height: it hides nothing.
+            shown = colours if processing.normal_map else bleed(colours, picture.alpha)
+            source = np.dstack([shown, picture.alpha])
+        across, down = self._upscaler.margins
+        if across or down:
+            source = np.pad(source, ((down, down), (across, across), (0, 0)), mode="wrap")
 
+        whole_source = source
         for tiles in plan.passes[:-1]:
             # 16 bits between two passes, which loses nothing visible.
             passed = (from_float(rows, 16) for rows in self._pass(source, tiles, gray))
             source = np.concatenate(list(passed))
         row_chunks = self._pass(source, plan.passes[-1], gray)
         factor = self._upscaler.scale ** len(plan.passes)
-        enlarged = (picture.width * factor, picture.height * factor)
-        row_chunks = resize_row_chunks(row_chunks, enlarged, (spec.width, spec.height), alpha=not opaque)
-        if self._upscaler.correction != "none":
-            row_chunks = iter([self._corrected(np.concatenate(list(row_chunks)), picture, colours, opaque)])
+        row_chunks = self._resized(row_chunks, picture, spec, factor)
+        if self._upscaler.correction != "none" or processing.needs_whole:
+            sr = np.concatenate(list(row_chunks))
+            if self._upscaler.correction != "none":
+                sr = self._corrected(sr, picture, colours, opaque)
+            if processing.mix:
+                plain = self._resized(iter([to_float(whole_source)]), picture, spec, 1)
+                sr = (1 - processing.mix) * sr.clip(0, 1) + processing.mix * np.concatenate(list(plain))
+            if processing.snap_flats:
+                sr = snap_flats(sr, colours.shape[2])
+            row_chunks = iter([sr.astype(np.float32, copy=False)])
+        if processing.normal_map:
+            row_chunks = map(unit_vectors, row_chunks)
         for rows in row_chunks:
             values = from_float(rows, picture.bits)
             if gray and picture.channels == 3:
@@ -342,6 +385,20 @@ class UpscaleStream:
             if opaque and picture.alpha is not None:
                 values = np.dstack([values, np.full(values.shape[:2], np.iinfo(values.dtype).max, values.dtype)])
             yield values
+
+    def _resized(
+        self, row_chunks: Iterator[FloatArray], picture: DecodedImage, spec: ImageSpec, factor: int
+    ) -> Iterator[FloatArray]:
+        """Rows of the image enlarged by `factor`, with its margins, at the size of `spec` and without them."""
+        across, down = self._upscaler.margins
+        return resize_row_chunks(
+            row_chunks,
+            (picture.width * factor, picture.height * factor),
+            (spec.width, spec.height),
+            alpha=not self._plan.opaque,
+            margins=(across * factor, down * factor),
+            linear=not self._upscaler.processing.normal_map,
+        )
 
     def _direct(self, picture: DecodedImage) -> Array | None:
         """All rows of the output; None if the model's output isn't finite."""
@@ -359,7 +416,10 @@ class UpscaleStream:
     def _corrected(self, sr: FloatArray, picture: DecodedImage, colours: Array, opaque: bool) -> FloatArray:
         count = colours.shape[2]
         visible = None if opaque or picture.alpha is None else to_float(picture.alpha)
-        sr[..., :count] = correct(sr[..., :count].clip(0, 1), to_float(colours), self._upscaler.correction, visible)
+        across, down = self._upscaler.margins
+        wrap = (down > 0, across > 0)
+        correction = self._upscaler.correction
+        sr[..., :count] = correct(sr[..., :count].clip(0, 1), to_float(colours), correction, visible, wrap)
         return sr
 
     def _pass(self, source: Array, plan: TilePlan, gray: bool) -> Iterator[FloatArray]:
@@ -423,10 +483,12 @@ class UpscaleStream:
 
     def _finite(self, lr: Array) -> FloatArray:
         engine, lr = self._upscaler.engine, np.array(lr, np.float32, order="C")
-        sr = engine.run(lr)
+        tta = self._upscaler.processing.tta
+        sr = self_ensemble(engine.run, lr) if tta else engine.run(lr)
         if not np.isfinite(sr).all():
             # fp16 may overflow in these networks.
-            sr = engine.run(lr, exact=True)
+            exact = partial(engine.run, exact=True)
+            sr = self_ensemble(exact, lr) if tta else exact(lr)
             if not np.isfinite(sr).all():
                 raise PddError("the model's output is not finite, even in fp32: its weights are damaged")
         return sr

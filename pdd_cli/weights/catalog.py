@@ -150,6 +150,11 @@ CATALOG: tuple[CatalogEntry, ...] = (
         (Https(f"{_REALESRGAN}/v0.2.5.0/realesr-general-x4v3.pth"),),
     ),
     CatalogEntry(
+        "realesr-general-wdn", "sr", "SRVGGNetCompact", 4, "BSD-3-Clause", "realesr-general-wdn-x4v3.pth",
+        None, None, 101, 1_213_296,
+        (Https(f"{_REALESRGAN}/v0.2.5.0/realesr-general-wdn-x4v3.pth"),),
+    ),
+    CatalogEntry(
         "realesr-animevideo", "sr", "SRVGGNetCompact", 4, "BSD-3-Clause", "realesr-animevideov3.pth",
         "b8a8376811077954d82ca3fcf476f1ac3da3e8a68a4f4d71363008000a18b75d", 2_504_012, 53, 621_424,
         (
@@ -194,6 +199,10 @@ CATALOG: tuple[CatalogEntry, ...] = (
         ),
     ),
 )  # fmt: skip
+
+
+DENOISING = {"realesr-general": "realesr-general-wdn"}
+"""Models that remove noise, and the same network trained to keep it."""
 
 
 def find(name: str) -> CatalogEntry:

@@ -31,6 +31,12 @@ def save(path: Path, pixels: np.ndarray) -> Path:
     return path
 
 
+def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(h, w, C) in 0..255 enlarged to (width, height) by Pillow's Lanczos filter in floating point, and clipped."""
+    bands = [Image.fromarray(band.astype(np.float32)) for band in image.transpose(2, 0, 1)]
+    return np.dstack([np.asarray(band.resize(size, Image.Resampling.LANCZOS)) for band in bands]).clip(0, 255)
+
+
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(np.float64)
 

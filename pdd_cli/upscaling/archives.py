@@ -1,0 +1,280 @@
+"""Upscale the images in ZIP archives (comics: .cbz); everything else in them is copied."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from pdd_cli.errors import InputError, ResourceError
+from pdd_cli.files import atomic_write
+from pdd_cli.imaging.decode import probe
+from pdd_cli.imaging.formats import FORMATS, STREAMED, format_of
+from pdd_cli.imaging.provenance import seal, sealed_text
+from pdd_cli.upscaling.jobs import Abandoned, Job, Output, Result, check_name, failed, skipped
+from pdd_cli.upscaling.manifest import Manifest
+from pdd_cli.upscaling.pipeline import run_jobs
+from pdd_cli.upscaling.upscaler import OnTile, Upscaler
+from pdd_cli.weights.sources import file_sha256
+
+ARCHIVES = (".cbz", ".zip")
+"""Suffixes of the archives that pdd reads and writes."""
+
+# An archive that expands to more than this, and to more than so many times its size, counts as a decompression bomb.
+_MOST_BYTES, _MOST_TIMES = 1 << 30, 200
+_LONGEST_COMMENT = 65_535
+_ENCRYPTED = 0x1
+
+
+def is_archive(path: Path | str) -> bool:
+    """Whether the suffix is one of ARCHIVES."""
+    return Path(path).suffix.lower() in ARCHIVES
+
+
+def run_archives(
+    jobs: Iterable[Job],
+    upscaler: Upscaler,
+    *,
+    recipe: Mapping[str, object],
+    format: str = "keep",
+    output: Output = Output(),
+    manifest: Manifest | None = None,
+    on_start: Callable[[Job], None] = lambda job: None,
+    on_tile: OnTile = lambda done, total: None,
+) -> Iterator[Result]:
+    """Do the jobs, whose inputs and outputs are archives, and yield the result of each.
+
+    Finished pages are kept in a hidden folder beside the output until it is complete, so that an interrupted run
+    continues. A page that can't be read or upscaled is copied as it is, and named. `format`: of the pages.
+    """
+    for job in jobs:
+        started = time.perf_counter()
+        try:
+            digest = file_sha256(job.source)
+            key = _key(digest, format, manifest)
+            result = skipped(job, key, output, manifest)
+            if result is None:
+                on_start(job)
+                check_name(job.target)
+                if manifest is not None:
+                    manifest.record(job.target, key, source=job.source, done=False)
+                result = _upscale(job, digest, upscaler, recipe, format, output, on_tile)
+                if manifest is not None:
+                    manifest.record(job.target, key, source=job.source, done=True)
+                result = replace(result, seconds=time.perf_counter() - started)
+        except (Abandoned, ResourceError):
+            raise
+        except Exception as error:
+            result = failed(job, error, started)
+        yield result
+
+
+def preview_archives(
+    jobs: Sequence[Job],
+    upscaler: Upscaler,
+    *,
+    format: str = "keep",
+    output: Output = Output(),
+    manifest: Manifest | None = None,
+) -> Iterator[Result]:
+    """Predict the results of `run_archives` from the headers of the pages."""
+    for job in jobs:
+        started = time.perf_counter()
+        try:
+            result = skipped(job, _key(file_sha256(job.source), format, manifest), output, manifest)
+            if result is None:
+                result = _preview(job, upscaler, format)
+        except Exception as error:
+            result = failed(job, error, started)
+        yield result
+
+
+def _key(digest: str, format: str, manifest: Manifest | None) -> str:
+    """The key of an output. The format is not in its name, as that of an image is."""
+    if manifest is None:
+        return ""
+    return manifest.key(digest) if format == "keep" else f"{manifest.key(digest)}-{format}"
+
+
+def _preview(job: Job, upscaler: Upscaler, format: str) -> Result:
+    seconds, memory, tiles, unreadable = 0.0, 0, 0, []
+    with _opened(job.source) as archive:
+        pages = _pages(archive, job.source, format)
+        for page in pages:
+            try:
+                header = probe(Path(page.name), archive.read(page.info), most_pixels=upscaler.most_pixels)
+            except Exception:
+                unreadable.append(page.name)
+                continue
+            estimate = upscaler.estimate(header.spec, streamed=format_of(Path(page.new_name)) in STREAMED)
+            seconds, memory = seconds + estimate.seconds, max(memory, estimate.memory)
+            tiles += upscaler.tiles(*header.size)
+    about = [f"{len(pages)} images", *([f"can't be read: {', '.join(unreadable)}"] if unreadable else [])]
+    return Result(
+        job, "planned", "; ".join(about), tiles=tiles, seconds=seconds, model_seconds=seconds, memory=memory,
+        frames=len(pages),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Page:
+    """An image in an archive, and its name in the output."""
+
+    info: zipfile.ZipInfo
+    number: int
+    new_name: str
+
+    @property
+    def name(self) -> str:
+        return self.info.filename
+
+
+def _opened(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise InputError(f"can't read {path}: not a ZIP archive, or damaged ({error})") from error
+    except OSError as error:
+        raise InputError(f"can't read {path}: {error.strerror or error}") from error
+
+
+def _pages(archive: zipfile.ZipFile, path: Path, format: str) -> list[_Page]:
+    """The images of an archive. Raises InputError for one that is hostile, encrypted or without images."""
+    members = archive.infolist()
+    size = sum(member.file_size for member in members)
+    if size > max(_MOST_BYTES, _MOST_TIMES * path.stat().st_size):
+        raise InputError(f"{path}: it would expand to {size / 2**30:.1f} GiB, as a decompression bomb does")
+    for member in members:
+        name = member.filename
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        if name.startswith(("/", "\\")) or ".." in parts or PureWindowsPath(name).drive:
+            raise InputError(f"{path}: the name {name} leads out of the archive", "Pack it again.")
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise InputError(f"{path}: {name} is a link", "Pack it again without links.")
+        if member.flag_bits & _ENCRYPTED:
+            raise InputError(f"{path}: {name} is encrypted", "Unpack it, and pack it again without a password.")
+    pages = []
+    for number, member in enumerate(members):
+        inside = PurePosixPath(member.filename)
+        hidden = inside.name.startswith(".") or inside.parts[:1] == ("__MACOSX",)
+        if not member.is_dir() and not hidden and inside.suffix.lower() in FORMATS:
+            ending = f".{format}" if f".{format}" in FORMATS else inside.suffix  # or a format of videos
+            pages.append(_Page(member, number, str(inside.with_suffix(ending))))
+    if not pages:
+        raise InputError(f"{path}: no images in it")
+    names = [member.filename for member in members if not any(page.info is member for page in pages)]
+    names += [page.new_name for page in pages]
+    if format != "keep" and len(set(names)) < len(names):
+        raise InputError(f"{path}: with --format {format} two of its members would have the same name", "Leave it out.")
+    return pages
+
+
+def _upscale(
+    job: Job,
+    digest: str,
+    upscaler: Upscaler,
+    recipe: Mapping[str, object],
+    format: str,
+    output: Output,
+    on_tile: OnTile,
+) -> Result:
+    work = job.target.parent / f".pdd-{job.target.name}.pages"
+    if output.overwrite:
+        shutil.rmtree(work, ignore_errors=True)
+    with _opened(job.source) as archive:
+        pages = _pages(archive, job.source, format)
+        work.mkdir(parents=True, exist_ok=True)
+        page_jobs = {_page_job(page, work): page for page in pages}
+
+        def unpacked() -> Iterator[Job]:
+            for page_job, page in page_jobs.items():
+                with archive.open(page.info) as packed, page_job.source.open("wb") as file:
+                    shutil.copyfileobj(packed, file)
+                yield page_job
+
+        # The output of the archive may be overwritten; its pages are those of this run or of one that was interrupted.
+        own = replace(output, overwrite=False)
+        made: dict[int, Result] = {}
+        pages_manifest = Manifest(work, recipe, provenance=output.provenance)
+        try:
+            for result in run_jobs(unpacked(), upscaler, output=own, manifest=pages_manifest, on_tile=on_tile):
+                page = page_jobs[result.job]
+                result.job.source.unlink(missing_ok=True)
+                made[page.number] = result
+        except zipfile.BadZipFile as error:
+            raise InputError(f"can't read {job.source}: damaged: {error}") from error
+        notes = _write(job, digest, archive, pages, made, output)
+    shutil.rmtree(work, ignore_errors=True)
+    done = [result for result in made.values() if result.status != "failed"]
+    if not done:
+        raise InputError(f"{job.source}: none of its {len(pages)} images could be upscaled")
+    left_out = tuple(dict.fromkeys(name for result in done for name in result.left_out))
+    return Result(
+        job,
+        "done",
+        "; ".join([*notes, *([f"left out: {', '.join(left_out)}"] if left_out else [])]),
+        size_in=next((result.size_in for result in done if result.size_in), None),
+        size_out=next((result.size_out for result in done if result.size_out), None),
+        tiles=sum(result.tiles for result in done),
+        model_seconds=sum(result.model_seconds for result in done),
+        frames=len(pages),
+        left_out=left_out,
+    )
+
+
+def _page_job(page: _Page, work: Path) -> Job:
+    """Numbered files: nothing is unpacked to a name that an archive contains."""
+    suffix = PurePosixPath(page.name).suffix
+    return Job(work / f"{page.number:06d}.in{suffix}", work / f"{page.number:06d}{PurePosixPath(page.new_name).suffix}")
+
+
+def _write(
+    job: Job,
+    digest: str,
+    archive: zipfile.ZipFile,
+    pages: Sequence[_Page],
+    made: Mapping[int, Result],
+    output: Output,
+) -> list[str]:
+    """Write the archive with the same members in the same order. Returns notes."""
+    notes = []
+    by_number = {page.number: page for page in pages}
+    with atomic_write(job.target) as temporary:
+        with zipfile.ZipFile(temporary, "w", strict_timestamps=False) as written:
+            for number, member in enumerate(archive.infolist()):
+                page, result = by_number.get(number), made.get(number)
+                copy = zipfile.ZipInfo(member.filename, member.date_time)
+                copy.external_attr, copy.comment, copy.create_system = (
+                    member.external_attr, member.comment, member.create_system,
+                )  # fmt: skip
+                if page is None or result is None or result.status == "failed":
+                    copy.compress_type = member.compress_type
+                    if page is not None:
+                        reason = result.problem.partition(": ")[2] if result is not None else ""
+                        notes.append(f"{page.name} is copied as it is: {reason or 'not upscaled'}")
+                    if member.filename.lower().endswith("comicinfo.xml") and b"ImageWidth" in archive.read(member):
+                        notes.append(f"{member.filename} is copied with the page sizes of the input")
+                    with archive.open(member) as packed, written.open(copy, "w", force_zip64=True) as file:
+                        shutil.copyfileobj(packed, file)
+                    continue
+                about = [part for part in result.problem.split("; ") if part and not part.startswith("left out")]
+                notes += [f"{page.name}: {part}" for part in about]
+                copy.filename = page.new_name  # its content is compressed already
+                copy.compress_type = zipfile.ZIP_STORED
+                with result.job.target.open("rb") as image, written.open(copy, "w", force_zip64=True) as file:
+                    shutil.copyfileobj(image, file)
+            written.comment = _comment(archive.comment, digest, output)
+        seal(temporary)
+    return notes
+
+
+def _comment(comment: bytes, digest: str, output: Output) -> bytes:
+    """The comment of the input with the record of how the output was made, by which pdd recognises it."""
+    if output.provenance is None or output.strip:
+        return comment
+    record = sealed_text(replace(output.provenance, source_sha256=digest)).encode(errors="replace")
+    return comment[: _LONGEST_COMMENT - len(record) - 1] + (b"\n" if comment else b"") + record
