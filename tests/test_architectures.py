@@ -16,6 +16,7 @@ from benchmarks.architectures.__main__ import as_table
 from benchmarks.architectures.networks import random_state
 from pdd_cli.adaptation.preview import upscale_image
 from pdd_cli.adaptation.trainable import check_trainable, training_mode
+from pdd_cli.engines.select import open_engine
 from pdd_cli.engines.torch_engine import TorchEngine
 from pdd_cli.errors import InputError
 from pdd_cli.exporting.formats import try_forms
@@ -101,6 +102,7 @@ def test_a_network_that_refuses_bf16_is_computed_in_fp32() -> None:
     assert "--precision fp32" in raised.value.hint
 
 
+@pytest.mark.slow
 def test_a_graph_that_cannot_be_made_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     model = model_from_state(random_state("ATD"), origin="test")
     with pytest.raises(InputError, match=r"^--export onnx: ATD can't be exported as ONNX") as raised:
@@ -109,6 +111,23 @@ def test_a_graph_that_cannot_be_made_prints_nothing(capfd: pytest.CaptureFixture
     os.write(1, b"after")
     out, err = capfd.readouterr()
     assert (out, err) == ("after", "")
+
+
+@pytest.mark.slow
+def test_a_crash_of_openvino_leaves_pytorch() -> None:
+    pytest.importorskip("openvino")
+    model = model_from_state(random_state("CRAFT"), origin="test")
+    with pytest.raises(InputError, match="crashes with a CRAFT model") as raised:  # OpenVINO 2026.4
+        open_engine(lambda: model, None, CPU, "openvino")
+    assert raised.value.hint == "Use --engine torch."
+
+
+@pytest.mark.slow
+def test_a_crash_of_the_exporter_is_an_error() -> None:
+    model = model_from_state(random_state("GRL"), origin="test")
+    with pytest.raises(InputError, match="GRL") as raised:  # PyTorch 2.14 ends with a segmentation fault
+        try_forms(["onnx"], model, "--to")
+    assert raised.value.hint == "Choose another form, such as pth."
 
 
 def test_the_table_names_the_reasons(tmp_path: Path) -> None:

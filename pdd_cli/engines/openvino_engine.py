@@ -82,6 +82,15 @@ class OpenVINOEngine:
         return sr[..., : height * self.model.scale, : width * self.model.scale]
 
 
+def try_openvino(model: SRModel, precision: Precision) -> bytes:
+    """Convert and run the model; called in another process (`isolation.run_apart`)."""
+    engine = OpenVINOEngine(model, Runtime("cpu", precision))
+    side = model.size_minimum + model.lacking(model.size_minimum)
+    for height, width in ((side, side), (side + 24, side + 8)):
+        engine.run(np.zeros((1, model.in_channels, height, width), np.float32))
+    return b""
+
+
 def _compile(source: Any, precision: Precision) -> Any:
     """Compile an openvino.Model, or load the bytes of a compiled one, for images of any size."""
     import openvino

@@ -16,7 +16,7 @@ from pdd_cli.engines import cache
 from pdd_cli.engines.base import Engine, Unfit, Usable
 from pdd_cli.engines.ncnn_engine import NcnnEngine
 from pdd_cli.engines.onnx_engine import OnnxEngine
-from pdd_cli.engines.openvino_engine import OpenVINOEngine
+from pdd_cli.engines.openvino_engine import OpenVINOEngine, try_openvino
 from pdd_cli.engines.torch_engine import Convert, TorchEngine, agrees_with_torch
 from pdd_cli.engines.winograd import winograd_pays
 from pdd_cli.engines.winograd.engine import WinogradEngine
@@ -173,6 +173,8 @@ def _open(
             return known
     model = load()
     try:
+        if kind is OpenVINOEngine:
+            _check_openvino(model, runtime)
         engine = kind(model, runtime)
     except InputError as error:
         if insist:
@@ -192,6 +194,17 @@ def _open(
     if weights is not None:
         cache.keep(kind.name, weights, runtime, unfit, timed=timed)
     return engine if insist else unfit
+
+
+def _check_openvino(model: SRModel, runtime: Runtime) -> None:
+    """Raise InputError if OpenVINO crashes with the model (CRAFT, GRL), tried in another process."""
+    from pdd_cli.models.isolation import may_crash, run_apart
+
+    if may_crash(model):
+        try:
+            run_apart(try_openvino, model, runtime.precision)
+        except InputError as error:
+            raise InputError(f"--engine openvino: {error.message}", "Use --engine torch.") from error
 
 
 def _problem(engine: Engine, model: SRModel, candidate: _Candidate, weights: str | None) -> str:

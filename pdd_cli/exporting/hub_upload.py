@@ -153,7 +153,10 @@ def _stage(model: SRModel, source: Path, folder: Path, repo: str, *, pictures: b
             _copy_pixels(run / COMPARISON, folder / COMPARISON)
             observer.say(f"the model card shows crops of your images: {run / COMPARISON} (to leave out: --no-pictures)")
         else:
-            observer.warn(f"the model card has no pictures: there is no {run / COMPARISON}")
+            observer.warn(
+                f"the model card has no pictures: there is no {run / COMPARISON} (to make it: pdd adapt --resume "
+                f"--name {run.name} --runs-dir {run.parent})"
+            )
     (folder / "README.md").write_text(model_card(model, repo, described, picture, verdict), encoding="utf-8")
     return ["README.md", *(file.name for file in described), *([picture] if picture else [])]
 

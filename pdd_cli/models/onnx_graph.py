@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import math
 import warnings
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from pdd_cli.errors import InputError, PddError
 from pdd_cli.files import atomic_write
+from pdd_cli.models.isolation import may_crash, run_apart
 from pdd_cli.models.loading import SRModel
 from pdd_cli.system import silenced
 
@@ -44,9 +46,22 @@ class _AnySize(nn.Module):
 def onnx_graph(model: SRModel, metadata: Mapping[str, str]) -> bytes:
     """The serialised graph from `lr` (N, C, h, w) to `sr` (N, C, h*scale, w*scale) for any h and w.
 
-    h and w must be at least `model.size_minimum`. `metadata` becomes the graph's. Raises InputError if PyTorch can't
-    export an operation.
+    h and w must be at least `model.size_minimum`. `metadata` becomes the graph's. Networks other than RRDBNet and
+    SRVGGNetCompact are exported in another process, because some make PyTorch's exporter crash. Raises InputError if
+    PyTorch can't export an operation.
     """
+    if not may_crash(model):
+        return graph_here(model, json.dumps(dict(metadata)))
+    try:
+        return run_apart(graph_here, model, json.dumps(dict(metadata)))
+    except InputError as error:
+        if error.hint:
+            raise
+        raise InputError(f"{model.architecture} can't be exported as ONNX: {error.message}", _HINT) from error
+
+
+def graph_here(model: SRModel, metadata: str) -> bytes:
+    """`onnx_graph` in this process; `metadata` is JSON."""
     import onnx
 
     model.module.eval().cpu()
@@ -66,7 +81,7 @@ def onnx_graph(model: SRModel, metadata: Mapping[str, str]) -> bytes:
             do_constant_folding=True,
         )
         graph = onnx.load_from_string(written.getvalue())
-        onnx.helper.set_model_props(graph, dict(metadata))
+        onnx.helper.set_model_props(graph, json.loads(metadata))
         return bytes(graph.SerializeToString())
 
 
