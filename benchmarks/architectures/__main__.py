@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
@@ -92,7 +93,10 @@ def as_table(found: Found) -> str:
     for name, steps in sorted(found.items(), key=lambda item: item[0].lower()):
         cells = []
         for step in STEPS:
-            success, text = steps.get(step, (False, "not tried"))
+            if step not in steps:
+                cells.append("not tried")
+                continue
+            success, text = steps[step][0], _short(steps[step][1], name)
             if not success and text and text not in reasons:
                 reasons.append(text)
             cells.append("yes" if success else f"no [{reasons.index(text) + 1}]" if text else "–")
@@ -101,6 +105,15 @@ def as_table(found: Found) -> str:
     return "\n".join(
         [*lines, "", f"Tried with spandrel {version('spandrel')}. Reasons of what doesn't work:", "", *notes]
     )
+
+
+def _short(text: str, name: str) -> str:
+    """One line of a message, without the parts that are the same for all, as Markdown."""
+    text = " ".join(text.split()).removeprefix("--to onnx: ").replace(f"{name} can't be exported as ONNX ", "")
+    text = text[1:].rstrip(")") if text.startswith("(") else text
+    text = re.sub(r"\S*/onnxruntime_src\S*|Please feel free.*|\[Caused by.*", "", text).strip()
+    text = text if len(text) <= 180 else text[:179].rstrip() + "…"
+    return re.sub(r"([*_<>|\[\]`])", r"\\\1", text)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
     "DAT": _network(
         "DAT.__arch.DAT", "DAT", embed_dim=32, depth=[2], num_heads=[2], split_size=[2, 4], expansion_factor=2.0,
     ),
-    "DCTLSA": _network("DCTLSA.__arch.dctlsa", "DCTLSA", nf=20, num_modules=2, upscale=2),
+    "DCTLSA": _network("DCTLSA.__arch.dctlsa", "DCTLSA", nf=20, num_modules=6, upscale=2),
     "DITN": _network("DITN.__arch.DITN_Real", "DITN_Real", dim=12, ITL_blocks=1, SAL_blocks=1, upscale=2),
     "DnCNN": _network("DnCNN.__arch.network_dncnn", "DnCNN", in_nc=3, out_nc=3, nc=16, nb=4),
     "DRCT": _network(
