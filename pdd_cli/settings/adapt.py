@@ -151,7 +151,7 @@ class LossWeights(Settings):
     # With a teacher: the student's SR of the real crops must equal the teacher's, pixel by pixel.
     teacher: NonNegative = 10.0
     # With a teacher: no pattern that repeats with every LR pixel.
-    lattice: NonNegative = 30.0
+    lattice: NonNegative = 100.0
 
 
 class OptimizerSettings(Settings):
