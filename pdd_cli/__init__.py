@@ -11,7 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from pdd_cli.errors import InputError, PddError
+from pdd_cli.errors import InputError, Interrupted, PddError
+from pdd_cli.observer import Observer, Progress
 from pdd_cli.version import __version__
 
 if TYPE_CHECKING:
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
     from pdd_cli.batch.comparison import Comparison
     from pdd_cli.batch.model import Array, Model
     from pdd_cli.iqa.report import Report
+    from pdd_cli.weights.store import Entry
 
-__all__ = ["PddError", "__version__", "adapt", "compare", "evaluate", "fetch_weights", "load_model", "upscale"]
+__all__ = [
+    "Observer", "PddError", "Progress", "__version__", "adapt", "compare", "evaluate", "fetch_weights",
+    "installed_weights", "load_model", "upscale",
+]  # fmt: skip
 
 
 def load_model(weights: str | PathLike[str] = "realesrgan", *, settings: Mapping[str, Any] = {}) -> Model:
@@ -46,7 +51,12 @@ def load_model(weights: str | PathLike[str] = "realesrgan", *, settings: Mapping
 
 @overload
 def upscale(
-    source: Array, output: None = None, *, weights: str | PathLike[str] = ..., settings: Mapping[str, Any] = ...
+    source: Array,
+    output: None = None,
+    *,
+    weights: str | PathLike[str] = ...,
+    settings: Mapping[str, Any] = ...,
+    observer: Observer = ...,
 ) -> Array: ...
 @overload
 def upscale(
@@ -55,6 +65,7 @@ def upscale(
     *,
     weights: str | PathLike[str] = ...,
     settings: Mapping[str, Any] = ...,
+    observer: Observer = ...,
 ) -> list[Path]: ...
 def upscale(
     source: Array | str | PathLike[str] | Sequence[str | PathLike[str]],
@@ -62,6 +73,7 @@ def upscale(
     *,
     weights: str | PathLike[str] = "realesrgan",
     settings: Mapping[str, Any] = {},
+    observer: Observer = Observer(),
 ) -> Array | list[Path]:
     """Upscale an array, or upscale files as `pdd upscale` does.
 
@@ -73,6 +85,7 @@ def upscale(
             date are skipped.
         weights: A name or a file, as for `load_model`.
         settings: Settings of `pdd upscale` by name, such as `{"scale": 2, "device": "cpu", "overwrite": True}`.
+        observer: Receives the messages and the progress of files.
 
     Returns:
         For an array: an array (H', W') or (H', W', C) of the same type. For files: the paths of all outputs.
@@ -93,7 +106,8 @@ def upscale(
     sources = [source] if isinstance(source, str | PathLike) else source
     if output is None:
         raise InputError("files need an output", "Name a folder, or a file if there is one input.")
-    return upscale_files([Path(path) for path in sources], str(output), {**settings, "weights": str(weights)})
+    values = {**settings, "weights": str(weights)}
+    return upscale_files([Path(path) for path in sources], str(output), values, observer)
 
 
 def compare(
@@ -136,6 +150,7 @@ def adapt(
     resume: bool = False,
     overwrite: bool = False,
     settings: Mapping[str, Any] = {},
+    observer: Observer = Observer(),
 ) -> PublishResult:
     """Adapt a model to real LR images as `pdd adapt` does.
 
@@ -147,6 +162,7 @@ def adapt(
         resume: Continue the run of this name from its checkpoint. The settings must be the same.
         overwrite: Replace an earlier run and weights of this name.
         settings: Settings of `pdd adapt` by name, such as `{"steps": 300, "losses.intra": 0.5, "device": "cpu"}`.
+        observer: Receives the messages and the progress in steps, and may request a stop.
 
     Returns:
         The result. Pass `result.weights.name` to `upscale(..., weights=NAME)`. `result.verdict` says whether the
@@ -157,27 +173,34 @@ def adapt(
         DownloadError: weights can't be downloaded.
         ResourceError: out of memory or disk space.
         PartialFailure: training is finished, but a later step failed.
+        Interrupted: `observer.stop_requested()` was true; the state is saved, and `resume=True` continues.
     """
     from pdd_cli.adaptation.loop import train
     from pdd_cli.adaptation.prepare import default_name
     from pdd_cli.adaptation.publish import publish
     from pdd_cli.adaptation.run import start
-    from pdd_cli.observer import Observer
     from pdd_cli.settings.adapt import AdaptConfig
     from pdd_cli.settings.resolve import settings_from
     from pdd_cli.weights.store import Store
 
-    def ignore(text: str) -> None:
-        pass
-
     given = {"real_dir": real_dir, "base": str(base), "name": name}
     arguments = {key: value for key, value in given.items() if value is not None}
     config = settings_from(AdaptConfig, {**settings, **arguments})
-    run_name = config.name or default_name(config.lr_dir, ignore)
-    run = start(config, name=run_name, resume=resume, overwrite=overwrite)
-    for _ in train(run, lambda: False):
-        pass
-    result = publish(run, Store.default(), Observer())
+    run_name = config.name or default_name(config.lr_dir, observer.say)
+    run = start(config, name=run_name, resume=resume, overwrite=overwrite, observer=observer)
+    steps = run.config.steps
+    with observer.progress("steps", steps) as progress:
+        progress.step(0, run.state.step, steps)
+        for report in train(run, observer.stop_requested):
+            progress.step(0, report.step, steps)
+            if report.event:
+                observer.warn(report.event)
+    if not run.finished:
+        raise Interrupted(
+            f"stopped after step {run.state.step} of {steps}; the state is saved in {run.folder.checkpoint}",
+            f"To continue: {run.resume_command}",
+        )
+    result = publish(run, Store.default(), observer)
     if error := result.failure(run):
         raise error
     return result
@@ -246,3 +269,15 @@ def fetch_weights(name: str, *, offline: bool = False) -> Path:
     if image_set is not None and store.get(name) is None:
         return install_set(image_set, store=store, offline=offline).folder
     return ensure(name, store=store, offline=offline, on_event=lambda event: None)
+
+
+def installed_weights() -> list[Entry]:
+    """The installed super-resolution models, adapted ones first.
+
+    Returns:
+        Entries with `name`, `path` and `card`, which describes the model and its origin.
+    """
+    from pdd_cli.weights.store import Store
+
+    models = [entry for entry in Store.default().entries() if entry.card.kind == "sr"]
+    return sorted(models, key=lambda entry: (entry.card.adapted is None, entry.name))

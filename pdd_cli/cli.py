@@ -15,6 +15,7 @@ from pdd_cli.commands.doctor import doctor
 from pdd_cli.commands.evaluate import evaluate
 from pdd_cli.commands.export import export
 from pdd_cli.commands.fetch_weights import fetch_weights
+from pdd_cli.commands.ui import ui
 from pdd_cli.commands.upscale import upscale
 from pdd_cli.console import Console, prepare_streams
 from pdd_cli.errors import Interrupted, PddError, package_load_error
@@ -59,6 +60,7 @@ app.command("upscale", cls=_Command)(upscale)
 app.command("evaluate", cls=_Command)(evaluate)
 app.command("fetch-weights", cls=_Command)(fetch_weights)
 app.command("export", cls=_Command)(export)
+app.command("ui", cls=_Command)(ui)
 app.command("doctor", cls=_Command)(doctor)
 
 

@@ -31,6 +31,10 @@ class Observer:
         """Whether someone sees the progress, so that counting pixels in advance is worth its time."""
         return False
 
+    def stop_requested(self) -> bool:
+        """Whether `pdd_cli.adapt` is to save its state and stop; asked after each step."""
+        return False
+
     def say(self, text: str) -> None:
         """A message."""
 

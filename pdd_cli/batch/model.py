@@ -82,10 +82,10 @@ def open_model(values: Mapping[str, Any]) -> Model:
     return Model(loaded.upscalers[0], opened.close)
 
 
-def upscale_files(sources: Sequence[Path], output: str, values: Mapping[str, Any]) -> list[Path]:
+def upscale_files(sources: Sequence[Path], output: str, values: Mapping[str, Any], observer: Observer) -> list[Path]:
     """Upscale files and return the outputs in the order of `sources`. Raises PartialFailure that names failures."""
     settings = settings_from(UpscaleConfig, {**values, "input": tuple(sources), "output": output})
-    outcome = run(settings, fixed=values)
+    outcome = run(settings, fixed=values, observer=observer)
     try:
         outcome.raise_for_failures()
     except PartialFailure as error:

@@ -1,7 +1,7 @@
 """Merges the settings from the command line, `--set` and one YAML file.
 
 Precedence: command line > `--set` > `--config` FILE (or `./pdd.yaml`) > the defaults of the models.
-A file has one section for each command: `adapt:`, `upscale:`, `evaluate:`, `fetch-weights:`, `export:`.
+A file has one section for each command: `adapt:`, `upscale:`, `evaluate:`, `fetch-weights:`, `export:`, `ui:`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ class _File(Settings):
     evaluate: dict[str, Any] = Field(default={})
     fetch_weights: dict[str, Any] = Field(default={}, alias="fetch-weights")
     export: dict[str, Any] = Field(default={})
+    ui: dict[str, Any] = Field(default={})
 
 
-Section = Literal["adapt", "upscale", "evaluate", "fetch-weights", "export"]
+Section = Literal["adapt", "upscale", "evaluate", "fetch-weights", "export", "ui"]
 T = TypeVar("T", bound=Settings)
 
 
