@@ -136,3 +136,17 @@ def test_wrong_use_is_explained_and_nothing_is_written(place, arguments, words) 
     assert failed.code == 2
     assert words in failed.err
     assert sorted(Path().iterdir()) == before
+
+
+def test_evaluate_takes_strengths_too(place) -> None:
+    Path("lr").mkdir()
+    Image.fromarray(photo(20, 24)).save("lr/a.png")
+    found = place("evaluate", "--lr-dir", "lr", "--weights", "plain,mine@0.5", "--metrics", "entropy", "--json")
+    assert found.code == 0, found.err
+    assert place("upscale", "lr/a.png", "half.png", "--weights", "mine", "--strength", 0.5).code == 0
+    made = np.asarray(Image.open("upscaled/mine@0.5/a.png"))
+    assert np.array_equal(made, np.asarray(Image.open("half.png")))
+    assert not np.array_equal(made, np.asarray(Image.open("upscaled/plain/a.png")))
+    failed = place("evaluate", "--lr-dir", "lr", "--weights", "plain,mine@1.5", "--metrics", "entropy")
+    assert failed.code == 2
+    assert "the strength 1.5 is not within 0 and 1" in failed.err

@@ -26,6 +26,7 @@ from pdd_cli.reporting.comparison import Panel, comparison_page, contact_sheet
 from pdd_cli.settings.upscale import UpscaleConfig
 from pdd_cli.upscaling.jobs import Job, check_own
 from pdd_cli.upscaling.resizing import SizeRequest
+from pdd_cli.upscaling.strength import split_strength
 from pdd_cli.upscaling.upscaler import Upscaler
 from pdd_cli.video.decode import is_video
 from pdd_cli.weights.catalog import DENOISING
@@ -206,16 +207,8 @@ def _check_output(page: Path, source: Path) -> Path:
 
 def _split(name: str) -> tuple[str, float | None]:
     """The weights and the strength of a version. Raises InputError for a strength that is none."""
-    weights, at, text = name.rpartition("@")
-    try:
-        strength = float(text) if at else None
-    except ValueError:  # a revision of the Hub, or a file with @ in its name
-        return name, None
-    if strength is None:
-        return name, None
-    if not 0 <= strength <= 1:
-        raise InputError(f"--compare {name}: the strength {text} is not within 0 and 1")
-    if weights in RESAMPLED:
+    weights, strength = split_strength(name)
+    if strength is not None and weights in RESAMPLED:
         raise InputError(f"--compare {name}: {weights} has no strength", f"Write {weights}.")
     return weights, strength
 

@@ -29,6 +29,7 @@ from pdd_cli.settings.upscale import UpscaleConfig
 from pdd_cli.system import cpu_name, usable_cpus
 from pdd_cli.upscaling.jobs import Job
 from pdd_cli.upscaling.manifest import NAME, Manifest
+from pdd_cli.upscaling.strength import split_strength
 from pdd_cli.version import versions
 from pdd_cli.weights.fetch import ensure
 from pdd_cli.weights.states import HUB_PREFIX
@@ -98,15 +99,16 @@ def _upscale_sets(settings: EvaluateConfig, observer: Observer) -> Inputs:
     planned = _plan_jobs(settings, dataset)
     with observer.fetching() as on_event:
         find = partial(ensure, store=Store.default(), offline=settings.offline, on_event=on_event)
-        for weights in settings.weights:
+        for weights, _ in map(split_strength, settings.weights):
             find(weights)
     outputs: dict[str, dict[Path, Path]] = {}
     problems = list(dataset.problems)
-    for (name, jobs), weights in zip(planned.items(), settings.weights, strict=True):
+    for (name, jobs), (weights, strength) in zip(planned.items(), map(split_strength, settings.weights), strict=True):
         upscaling = UpscaleConfig(
             input=tuple(job.source for job in jobs),
             output=str(settings.upscaled_dir / name),
             weights=weights,
+            strength=strength,
             engine=settings.engine,
             device=settings.device,
             offline=settings.offline,
@@ -128,10 +130,13 @@ def _upscale_sets(settings: EvaluateConfig, observer: Observer) -> Inputs:
 def _plan_jobs(settings: EvaluateConfig, dataset: Dataset) -> dict[str, list[Job]]:
     """The jobs for each of --weights, with a folder for each. Raises InputError if they would replace images."""
     planned = {}
-    for weights in settings.weights:
+    for given in settings.weights:
+        weights, strength = split_strength(given)
         name = Path(weights).stem if Path(weights).suffix else weights
         if weights.startswith(HUB_PREFIX):
             name = re.sub(r"[/@]", "-", weights.removeprefix(HUB_PREFIX))
+        if strength is not None:
+            name += f"@{strength:g}"
         if name in planned:
             raise InputError(
                 f"--weights {','.join(settings.weights)}: two files are named {name}", "Rename one of the files."

@@ -54,8 +54,8 @@ class EvaluateConfig(Settings):
     weights: Annotated[
         tuple[str, ...],
         Field(
-            description="Upscale the LR images (--lr-dir or --dataset) with each of these, then score; "
-            "the last one is compared with the others."
+            description="Upscale the LR images (--lr-dir or --dataset) with each of these, NAME or NAME@STRENGTH, "
+            "then score; the last one is compared with the others."
         ),
         Option("Model", flags=("--weights", "-n"), comma_separated=True),
     ] = ()

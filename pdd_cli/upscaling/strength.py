@@ -23,6 +23,23 @@ class Recommendation:
     rejected: str = ""
 
 
+def split_strength(name: str) -> tuple[str, float | None]:
+    """The weights and the strength of NAME@STRENGTH; None for a name without one.
+
+    Raises InputError for a strength that is not within 0 and 1.
+    """
+    weights, _, text = name.rpartition("@")
+    try:
+        strength = float(text)
+    except ValueError:  # a revision of the Hub, or a file with @ in its name
+        return name, None
+    if not weights:
+        return name, None
+    if not 0 <= strength <= 1:
+        raise InputError(f"{name}: the strength {text} is not within 0 and 1")
+    return weights, strength
+
+
 def recommended(path: Path) -> Recommendation:
     """The recommendation in the card of the weights at `path`."""
     card = read_card(path)
