@@ -33,6 +33,7 @@ def test_two_videos_frame_by_frame(tmp_path: Path) -> None:
     assert code == 0, err
     assert "5 of 5 frames" in err
     main = document["images"]
+    assert isinstance(main, list)
     assert [Path(image["image"]).name for image in main] == [f"{number:08d}.png" for number in range(1, 6)]
     for image, ours, theirs in zip(main, frames_of(good), frames_of(truth), strict=True):
         expected = psnr(*(frame.to_ndarray(format="rgb24") for frame in (ours, theirs)))
