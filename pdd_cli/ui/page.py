@@ -316,7 +316,7 @@ class _Page:
     def _select(self, label: str, attribute: str) -> ui.select:
         """A choice whose options and value `_refresh` sets together: a value without its option is an error."""
 
-        def choose(event: events.ValueChangeEventArguments) -> None:
+        def choose(event: events.ValueChangeEventArguments[Any]) -> None:
             if event.value is not None:
                 setattr(self._session, attribute, event.value)
 
