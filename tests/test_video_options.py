@@ -97,6 +97,7 @@ def test_the_rate_factor_is_the_encoder_s(tmp_path: Path, weights: Path) -> None
         (["--encoder", "libx999"], ["no encoder libx999", "libx264"]),
         (["--encoder", "aac"], ["encodes audio"]),
         (["--encoder", "libx264", "--preset", "quickly"], ["no preset quickly"]),
+        (["--preset", "quickly"], ["the encoder libx264 has no preset quickly"]),
         (["--encoder", "mpeg4", "--preset", "fast"], ["no --preset"]),
         (["--encoder", "mpeg4", "--crf", "20"], ["no --crf"]),
         (["--encoder", "h264_v4l2m2m"], ["h264_v4l2m2m"]),

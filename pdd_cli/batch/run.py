@@ -32,7 +32,7 @@ from pdd_cli.upscaling.pipeline import preview_jobs, run_jobs
 from pdd_cli.upscaling.upscaler import Upscaler
 from pdd_cli.version import __version__, versions
 from pdd_cli.video.decode import is_video
-from pdd_cli.video.encoders import check_encoder
+from pdd_cli.video.encoders import check_encoder, default_encoder
 from pdd_cli.video.frames import gives_frames
 from pdd_cli.video.options import VideoOptions
 from pdd_cli.video.pipeline import preview_videos, run_videos
@@ -305,12 +305,14 @@ def _check_video_options(settings: UpscaleConfig, jobs: Sequence[Job]) -> None:
     if settings.preview is not None and len(videos) < len(jobs):
         other = next(job.source for job in jobs if not is_video(job.source))
         raise InputError(f"--preview is for videos; {other} is none", "Name the video.")
-    suffixes = {job.target.suffix.lower() for job in videos}
+    suffixes = sorted({job.target.suffix.lower() for job in videos})
     encoding = [name for name in ("encoder", "crf", "preset") if getattr(settings, name) is not None]
     if encoding and settings.preview is None and any(gives_frames(job) for job in videos):
         raise InputError(f"--{encoding[0]} is for videos, and --format {settings.format} makes images", "Leave it out.")
-    if settings.encoder is not None:
-        check_encoder(settings.encoder, settings.quality, settings.crf, settings.preset, suffixes)
+    if encoding and settings.preview is None:
+        for suffix in suffixes:
+            encoder = settings.encoder or default_encoder(suffix, deep=False)
+            check_encoder(encoder, settings.quality, settings.crf, settings.preset, suffix)
 
 
 def _batch(

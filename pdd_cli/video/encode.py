@@ -100,10 +100,7 @@ def choose_codec(
         bits = next(bits for bits in (8, 10, 12, 16) if bits >= clip.bits)
         format = "bgr0" if bits == 8 else f"gbrp{bits}le"
         return Codec("ffv1", format, bits, (1, 1), (("level", "3"), ("g", "1")), lossless=True), []
-    name = options.encoder
-    if name is None:
-        deep = clip.bits > 8
-        name = ("libsvtav1" if deep else "libvpx-vp9") if suffix == ".webm" else "libx265" if deep else "libx264"
+    name = options.encoder or encoders.default_encoder(suffix, deep=clip.bits > 8)
     bits = 8 if clip.bits == 8 else 10 if clip.bits <= 10 else 12
     wanted = {(1, 1): (1, 1), (2, 1): (2, 1), (1, 2): (1, 1)}.get(clip.chroma, (2, 2))
     format, bits, chroma = encoders.pixel_format(name, bits, wanted)

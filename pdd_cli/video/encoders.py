@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from fractions import Fraction
 
 from pdd_cli.errors import InputError
@@ -31,6 +30,13 @@ _TRIAL = 256
 def standard_of(encoder: str) -> str:
     """FFmpeg's name of the standard that an encoder implements, such as h264."""
     return str(pyav().codec.Codec(encoder, "w").canonical_name)
+
+
+def default_encoder(suffix: str, *, deep: bool) -> str:
+    """FFmpeg's name of the encoder for containers with this suffix; `deep`: for more than 8 bits."""
+    if suffix == ".webm":
+        return "libsvtav1" if deep else "libvpx-vp9"
+    return "libx265" if deep else "libx264"
 
 
 def pixel_format(encoder: str, bits: int, chroma: tuple[int, int]) -> tuple[str, int, tuple[int, int]]:
@@ -93,10 +99,8 @@ def settings(encoder: str, quality: int, rate_factor: int | None, preset: str | 
     return options
 
 
-def check_encoder(
-    encoder: str, quality: int, rate_factor: int | None, preset: str | None, suffixes: Iterable[str]
-) -> None:
-    """Raise InputError unless the encoder can be opened here with these settings, and fits the containers."""
+def check_encoder(encoder: str, quality: int, rate_factor: int | None, preset: str | None, suffix: str) -> None:
+    """Raise InputError unless the encoder can be opened here with these settings, and `suffix` can hold its output."""
     av = pyav()
     try:
         kind = av.codec.Codec(encoder, "w").type
@@ -115,10 +119,9 @@ def check_encoder(
         raise InputError(f"the encoder {encoder} can't be used here: {problem}", f"Use one of {', '.join(_usable())}.")
     if preset is not None and "preset" in unused:
         raise InputError(f"the encoder {encoder} has no --preset", "Leave it out.")
-    for suffix in dict.fromkeys(suffixes):
-        with av.open(os.devnull, "w", format=CONTAINERS[suffix]) as container:
-            if standard_of(encoder) not in container.supported_codecs:
-                raise InputError(f"{suffix} can't hold {standard_of(encoder)} ({encoder})", "Use --format mkv.")
+    with av.open(os.devnull, "w", format=CONTAINERS[suffix]) as container:
+        if standard_of(encoder) not in container.supported_codecs:
+            raise InputError(f"{suffix} can't hold {standard_of(encoder)} ({encoder})", "Use --format mkv.")
 
 
 def _usable() -> list[str]:
