@@ -114,21 +114,21 @@ def test_home_is_expanded_in_every_path(pdd, tmp_path: Path, monkeypatch: pytest
 
 def test_files_of_other_kinds_are_counted(pdd, photos: Path, ground: Path, tmp_path: Path) -> None:
     image = Image.new("RGB", (8, 8))
-    for name in ("a.gif", "b.GIF", "c.tga", "d.dds", "sub/e.ico", ".hidden.gif"):
+    for name in ("a.pcx", "b.PCX", "c.ppm", "d.sgi", "sub/e.ico", ".hidden.pcx"):
         (photos / name).parent.mkdir(exist_ok=True)
         image.save(photos / name)
     (photos / "README").write_text("text")
     for source in (photos, photos / "**" / "*"):
         found = pdd("upscale", source, tmp_path / "out", "--weights", ground / "base.safetensors", "--json")
         assert found.code == 0
-        kinds = {".gif": 2, ".tga": 1, ".dds": 1, ".ico": 1, "without suffix": 1}
+        kinds = {".pcx": 2, ".ppm": 1, ".sgi": 1, ".ico": 1, "without suffix": 1}
         assert json.loads(found.out)["other_kinds"] == kinds
-        assert "1 .dds, 2 .gif, 1 .ico, 1 .tga, 1 without suffix" in found.err
-    (tmp_path / "gifs").mkdir()
-    image.save(tmp_path / "gifs/a.gif")
-    found = pdd("upscale", tmp_path / "gifs", tmp_path / "out")
+        assert "1 .ico, 2 .pcx, 1 .ppm, 1 .sgi, 1 without suffix" in found.err
+    (tmp_path / "others").mkdir()
+    image.save(tmp_path / "others/a.pcx")
+    found = pdd("upscale", tmp_path / "others", tmp_path / "out")
     assert found.code == 2
-    assert "1 .gif" in found.err
+    assert "1 .pcx" in found.err
 
 
 @contextmanager
