@@ -118,7 +118,7 @@ def test_a_process_takes_its_own_of_several_devices() -> None:
 def test_shares_are_whole_disjoint_and_balanced(sides: list[int], count: int) -> None:
     jobs = [Job(Path(f"{index}-{side}"), Path(f"out/{index}")) for index, side in enumerate(sides)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pdd_cli.batch.devices._pixels", lambda source: int(source.name.split("-")[1]) ** 2)
+        patch.setattr("pdd_cli.batch.devices.input_size", lambda source: (*[int(source.name.split("-")[1])] * 2, 1))
         shares = [partition(jobs, Ranks(index, count)) for index in range(count)]
     assert sorted((job for share in shares for job in share), key=jobs.index) == jobs
     assert all(share == sorted(share, key=jobs.index) for share in shares)
