@@ -51,16 +51,17 @@ class Interruption:
     def __init__(self, on_first: Callable[[], None], on_second: Callable[[], None]) -> None:
         self._on_first, self._on_second = on_first, on_second
         self._asked: float | None = None
+        self._handled = False
 
     def requested(self) -> bool:
         """Whether a signal was received."""
-        return self._asked is not None
+        return self._handled or self._asked is not None  # on a busy machine the thread may come later
 
     def __enter__(self) -> Interruption:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, lambda number, frame: None) for number in _SIGNALS}
+        self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
         return self
@@ -72,6 +73,9 @@ class Interruption:
         self._writer.close()
         self._thread.join()
         self._reader.close()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._handled = True
 
     def _listen(self) -> None:
         while received := self._reader.recv(1):

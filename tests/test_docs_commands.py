@@ -39,6 +39,7 @@ NOT_RUN = {
     "pdd fetch-weights bsrgan --from BSRGAN.pth": "needs the published file: its checksum is compared",
     "pdd adapt --real-dir ./realLR --minutes": "takes the time that it names",
     "pdd export realLR --to hub": "uploads; tests/test_hub_upload.py does, to a server on localhost",
+    "pdd upscale in out --weights hf:": "downloads; tests/test_hub_upload.py does, from a server on localhost",
     "pdd fetch-weights --info hf:": "downloads; tests/test_hub_upload.py does, from a server on localhost",
     "pdd upscale in/ out/ --device cuda:0,cuda:1": "needs two GPUs",
     "pdd upscale in/ out/ --device vulkan:0": "needs a Vulkan device; see tests/test_ncnn_engine.py",

@@ -340,7 +340,7 @@ def test_outputs_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("a.jpg", "keep", "replace an input"),
         ("./", "keep", "replace an input"),
         ("b.png", "jpg", "contradicts"),
-        ("b.gif", "keep", r"\.gif"),
+        ("b.ico", "keep", r"\.ico"),
     ):
         with pytest.raises(InputError, match=message):
             targets(source, output, format)
