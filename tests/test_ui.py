@@ -151,7 +151,7 @@ def test_adapt_stops_with_its_state_saved_and_continues(worker: Worker, place: P
     from pdd_cli.settings.adapt import AdaptConfig
     from pdd_cli.settings.resolve import explicit_values
 
-    settings = {**explicit_values(AdaptConfig, "adapt", options={}), "steps": 60}
+    settings = {**explicit_values(AdaptConfig, "adapt", options={}), "steps": 5000}
     arguments = {"real_dir": "photos", "base": "tiny", "name": "mine", "settings": settings}
     worker.start("adapt", arguments)
     _wait(worker, lambda event: event["kind"] == "progress" and event["done"] >= 2)
@@ -159,8 +159,8 @@ def test_adapt_stops_with_its_state_saved_and_continues(worker: Worker, place: P
     events = _wait(worker, _ended)
     assert events[-1]["interrupted"]
     assert Path("runs/mine/checkpoint.pt").exists()
-    reached = int(re.findall(r"after step (\d+) of 60", events[-1]["message"])[0])
-    worker.start("adapt", {**arguments, "resume": True})
+    reached = int(re.findall(r"after step (\d+) of 5000", events[-1]["message"])[0])
+    worker.start("adapt", {**arguments, "resume": True, "settings": {**settings, "steps": reached + 20}})
     events = _wait(worker, _ended)
     assert events[-1]["kind"] == "done", events[-1]
     assert next(event for event in events if event["kind"] == "progress")["done"] == reached
@@ -195,6 +195,7 @@ def test_the_window_in_a_browser(place: Path, tmp_path: Path) -> None:
         page.get_by_label("Folder of your images").fill(str(place / "photos"))
         page.keyboard.press("Enter")
         expect(page.get_by_text("3 images", exact=True)).to_be_visible()
+        expect(page.get_by_label("Name of the new weights")).to_have_value("photos")  # the page has taken the folder
         page.get_by_label("Name of the new weights").fill("mine")
         page.get_by_label("Start from").click()
         page.get_by_role("option", name="tiny").click()
@@ -217,8 +218,9 @@ def test_the_window_in_a_browser(place: Path, tmp_path: Path) -> None:
         page.emulate_media(color_scheme="dark")
         page.get_by_role("tab", name="Adapt").click()
         page.get_by_label("Name of the new weights").fill("other")
+        page.get_by_label("Minutes").fill("5")
         page.get_by_role("button", name="Adapt", exact=True).click()
-        expect(page.get_by_text(re.compile("[1-9] of 40 steps"))).to_be_visible()
+        expect(page.get_by_text(re.compile("[1-9] of [0-9]+ steps"))).to_be_visible()
         page.get_by_role("button", name="Cancel").click()
         expect(page.get_by_text("stopped", exact=True)).to_be_visible()
         expect(page.get_by_role("button", name="Continue")).to_be_visible()

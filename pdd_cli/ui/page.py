@@ -90,7 +90,10 @@ class Session:
         """Start or continue the run."""
         self.verdict = self.report = ""
         self.preview, self.resumable = None, False
-        planned = {} if self.minutes is None or resume else {"minutes": self.minutes}
+        settings: dict[str, Any] = {"preview_every": _PREVIEW_EVERY, **self.adapt_settings}
+        if self.minutes is not None and not resume:  # the minutes of the page win over the steps of the file
+            settings.pop("steps", None)
+            settings["minutes"] = self.minutes
         self.start(
             "adapt",
             {
@@ -98,7 +101,7 @@ class Session:
                 "base": self.base,
                 "name": self.name,
                 "resume": resume,
-                "settings": {"preview_every": _PREVIEW_EVERY, **self.adapt_settings, **planned},
+                "settings": settings,
             },
         )
 
