@@ -31,6 +31,12 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_normally() -> None:
+    """A signal was how the command ends: forget it, and ignore others from now on."""
+    ignore_signals()
+    _received.clear()
+
+
 def was_raised() -> bool:
     """Whether a signal has raised KeyboardInterrupt, even if a library turned it into another exception."""
     return bool(_received)

@@ -44,6 +44,7 @@ NOT_RUN = {
     "pdd upscale in/ out/ --device cuda:0,cuda:1": "needs two GPUs",
     "pdd upscale in/ out/ --device vulkan:0": "needs a Vulkan device; see tests/test_ncnn_engine.py",
     "pdd upscale in/ out/ --engine onnx --device directml": "needs Windows and a package of ONNX Runtime for it",
+    "pdd upscale in/ out/ --watch": "watches until it is ended; tests/test_watch.py drives it",
     "pdd ui": "serves until it is ended; tests/test_ui.py drives it",
     "torchrun": "needs several GPUs or machines; tests/test_distributed.py runs several processes on a CPU",
     "python -m benchmarks.": "needs published weights and many minutes",

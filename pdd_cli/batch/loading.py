@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from pdd_cli.engines.base import Engine
 from pdd_cli.engines.cache import fingerprint
@@ -47,6 +47,14 @@ class LoadedUpscalers:
     provenance: Provenance
     strength: float
     to_fetch: Sequence[str]
+
+
+class Loader(Protocol):
+    """A function such as `load_upscalers`."""
+
+    def __call__(
+        self, settings: UpscaleConfig, ranks: Ranks, observer: Observer, *, dry_run: bool
+    ) -> AbstractContextManager[LoadedUpscalers]: ...
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,32 @@ def load_upscalers(
                 weights.path, model.scale, weights.strength, settings.color_correction, processing, settings.denoise
             )
         yield LoadedUpscalers(upscalers, provenance, weights.strength, weights.to_fetch)
+
+
+class KeptUpscalers:
+    """Loads as `load_upscalers` does, but keeps the last upscalers loaded until others are needed or it is closed."""
+
+    def __init__(self) -> None:
+        self._opened = ExitStack()
+        self._kept: tuple[UpscaleConfig, LoadedUpscalers] | None = None
+
+    @contextmanager
+    def load(
+        self, settings: UpscaleConfig, ranks: Ranks, observer: Observer, *, dry_run: bool
+    ) -> Iterator[LoadedUpscalers]:
+        """A context, at whose end the upscalers stay loaded."""
+        if self._kept is None or self._kept[0] != settings:
+            self.close()
+            self._kept = (
+                settings,
+                self._opened.enter_context(load_upscalers(settings, ranks, observer, dry_run=dry_run)),
+            )
+        yield self._kept[1]
+
+    def close(self) -> None:
+        """Close the engines."""
+        self._kept = None
+        self._opened.close()
 
 
 def fetch_all(each: Sequence[UpscaleConfig], observer: Observer) -> None:

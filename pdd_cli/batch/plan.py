@@ -6,8 +6,9 @@ import glob
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from pdd_cli.errors import InputError
@@ -90,6 +91,19 @@ def plan_jobs(
     return replace(plan, jobs=jobs)
 
 
+def find_inputs(folder: Path, *, recursive: bool) -> tuple[list[Path], Plan]:
+    """The files in a folder that `plan_jobs` would find, and a plan with the others. Raises InputError as it does."""
+    plan = Plan()
+    return find_images(folder, recursive=recursive, wanted=partial(_is_wanted, plan), problems=plan.problems), plan
+
+
+def plan_found(
+    folder: Path, found: Sequence[Path], output: str, plan: Plan, *, format: FormatChoice, suffix: str
+) -> Plan:
+    """`plan` with the jobs for the files found in a folder: perhaps none, and some may collide (`collisions`)."""
+    return replace(plan, jobs=_jobs_in(folder, found, Path(output), _Naming(format, suffix), plan))
+
+
 @dataclass(frozen=True)
 class _Naming:
     """How outputs are named: see `plan_jobs`."""
@@ -126,12 +140,7 @@ class _Naming:
 
 def _jobs_of(source: Path, output: str, naming: _Naming, recursive: bool, plan: Plan) -> list[Job]:
     """The jobs of one file, folder or pattern. Other files are recorded in `plan`."""
-
-    def wanted(name: str) -> bool:
-        if not (found := _is_found(name)) and name != DEFAULT_FILE.name:
-            plan.others[Path(name).suffix.lower() or "without suffix"] += 1
-        return found
-
+    wanted = partial(_is_wanted, plan)
     if source.is_dir() and naming.as_frames:
         return [Job(source, _target_of_frames(source, output, naming))]
     if source.is_dir():
@@ -195,6 +204,17 @@ def _matching(pattern: Path) -> tuple[Path, list[Path]]:
 def _folder_jobs(
     source: Path, found: Sequence[Path], output: Path, naming: _Naming, plan: Plan, empty: str = ""
 ) -> list[Job]:
+    jobs = _jobs_in(source, found, output, naming, plan)
+    if not jobs:
+        kinds = f", only {_counted(plan.others)}" if plan.others else ""
+        raise InputError(
+            "\n".join([f"{empty or f'{source}: no images or videos in it'}{kinds}", *plan.problems]),
+            "pdd reads PNG, JPEG, WebP, GIF, TIFF, BMP, TGA, DDS, AVIF, HEIC and JPEG XL files, and videos.",
+        )
+    return jobs
+
+
+def _jobs_in(source: Path, found: Sequence[Path], output: Path, naming: _Naming, plan: Plan) -> list[Job]:
     if output.exists() and not output.is_dir():
         raise InputError(f"{source} is a folder, but {output} is a file", "Name a folder for the outputs.")
     if not output.exists() and _is_input(output):
@@ -219,12 +239,6 @@ def _folder_jobs(
         outputs = {job.target.resolve() for job in jobs}
         jobs = [job for job in jobs if job.source.resolve() not in outputs]
     plan.outputs.extend(sorted(made))
-    if not jobs:
-        kinds = f", only {_counted(plan.others)}" if plan.others else ""
-        raise InputError(
-            "\n".join([f"{empty or f'{source}: no images or videos in it'}{kinds}", *plan.problems]),
-            "pdd reads PNG, JPEG, WebP, GIF, TIFF, BMP, TGA, DDS, AVIF, HEIC and JPEG XL files, and videos.",
-        )
     return jobs
 
 
@@ -335,6 +349,13 @@ def _is_input(path: Path | str) -> bool:
     return is_image(path) or is_video(path) or is_archive(path)
 
 
+def _is_wanted(plan: Plan, name: str) -> bool:
+    """Whether a file in a folder is an input; others are counted in `plan`."""
+    if not (found := _is_found(name)) and name != DEFAULT_FILE.name:
+        plan.others[Path(name).suffix.lower() or "without suffix"] += 1
+    return found
+
+
 def _is_found(name: str) -> bool:
     """Whether a file in a folder is an input. Of archives only comics: other ones must be named."""
     return _is_input(name) and Path(name).suffix.lower() != ".zip"
@@ -347,16 +368,27 @@ def check_collisions(
 
     Links and different spellings of a name that refer to the same file are recognised.
     """
+    for _, error in collisions(jobs, protected, hint):
+        raise error
+
+
+def collisions(
+    jobs: Sequence[Job], protected: Iterable[Path] = (), hint: str = "Name another output, or add --suffix _x4."
+) -> Iterator[tuple[Job, InputError]]:
+    """The jobs for which `check_collisions` would raise, and the error; of two with the same output the later one."""
     inputs = {_identity(path) for path in (*(job.source for job in jobs), *protected)}
     by_target: dict[Path, Path] = {}
     for job in jobs:
         if _identity(job.target) in inputs:
-            raise InputError(f"the output {job.target} would replace an input", hint)
+            yield job, InputError(f"the output {job.target} would replace an input", hint)
         other = by_target.setdefault(job.target.resolve(), job.source)
         if other != job.source:
-            raise InputError(
-                f"{other} and {job.source} would both become {job.target}",
-                "Rename one of them, or upscale them into separate folders.",
+            yield (
+                job,
+                InputError(
+                    f"{other} and {job.source} would both become {job.target}",
+                    "Rename one of them, or upscale them into separate folders.",
+                ),
             )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from pdd_cli.batch.devices import output_pixels, partition, run_on_devices
 from pdd_cli.batch.grouping import Group, group_jobs
 from pdd_cli.batch.lists import checksums, failed_list, only_listed, read_list
-from pdd_cli.batch.loading import LoadedUpscalers, fetch_all, load_upscalers
+from pdd_cli.batch.loading import LoadedUpscalers, Loader, fetch_all, load_upscalers
 from pdd_cli.batch.plan import Plan, manifest_folder, plan_jobs
 from pdd_cli.errors import InputError, Interrupted, PartialFailure, PddError, ResourceError
 from pdd_cli.files import append_line, check_log, remove_leftovers
@@ -138,10 +138,11 @@ class _Batch:
     recipe: dict[str, object]
     manifest: Manifest | None
     format: FormatChoice
+    weights: str
 
     @property
     def images(self) -> list[Job]:
-        return [job for job in self.jobs if not _is_clip(job) and not is_archive(job.source)]
+        return [job for job in self.jobs if not is_clip(job) and not is_archive(job.source)]
 
     @property
     def archives(self) -> list[Job]:
@@ -149,10 +150,10 @@ class _Batch:
 
     @property
     def videos(self) -> list[Job]:
-        return [job for job in self.jobs if _is_clip(job)]
+        return [job for job in self.jobs if is_clip(job)]
 
 
-def _is_clip(job: Job) -> bool:
+def is_clip(job: Job) -> bool:
     """Whether a job is done frame by frame: its input or its output is a video."""
     return is_video(job.source) or is_video(job.target)
 
@@ -165,6 +166,8 @@ def run(
     dry_run: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
     observer: Observer = Observer(),
+    load: Loader = load_upscalers,
+    on_result: Callable[[Result], None] = lambda result: None,
 ) -> BatchResult:
     """Upscale images and videos.
 
@@ -176,6 +179,8 @@ def run(
         dry_run: Only estimate sizes, memory and time; nothing is written or fetched.
         ranks: The processes that share the jobs.
         observer: Receives messages and progress.
+        load: Loads the weights.
+        on_result: Called when a job of this process has ended.
 
     Returns:
         The result of each job of all processes. A failed job does not stop the others; `raise_for_failures` raises.
@@ -190,8 +195,9 @@ def run(
     folder = manifest_folder(settings.input, settings.output, plan.jobs, strip=settings.strip_metadata)
     if folder is None and not plan.jobs[0].target.is_dir():  # a folder of frames is checked when its job starts
         check_own(plan.jobs[0].target)
-    _check_video_options(settings, plan.jobs)
-    _check_side_files(settings, plan)
+    if jobs is None:
+        check_video_options(settings, plan.jobs)
+    check_side_files(settings, plan)
     if settings.log is not None and not dry_run:
         check_log(settings.log)
     groups = [Group(settings, plan.jobs)] if jobs is not None else group_jobs(settings, plan.jobs, fixed, observer)
@@ -204,7 +210,7 @@ def run(
     first: LoadedUpscalers | None = None
     seconds, stopped = 0.0, None
     for group in groups:
-        with load_upscalers(group.settings, ranks, observer, dry_run=dry_run) as loaded:
+        with load(group.settings, ranks, observer, dry_run=dry_run) as loaded:
             first = first or loaded
             batch = _batch(group.settings, group.jobs, folder, loaded, ranks, dry_run=dry_run)
             started = time.perf_counter()
@@ -214,7 +220,7 @@ def run(
                     # Tiles, memory and time depend on the model.
                     found = [replace(result, tiles=0, memory=0, seconds=0.0, model_seconds=0.0) for result in found]
             else:
-                found, stopped = _run(batch, settings, observer)
+                found, stopped = _run(batch, settings, observer, on_result)
             gathered = _gather_results(found, group.jobs, ranks)
             results += [replace(result, weights=group.settings.weights) for result in gathered]
             seconds += time.perf_counter() - started
@@ -226,7 +232,7 @@ def run(
     outcome = BatchResult(settings, plan, results, first, seconds, dry_run, stopped)
     if ranks.is_first and not dry_run:
         try:
-            if jobs is None and _save_last_run(outcome):
+            if jobs is None and record_last_run(outcome):
                 outcome = replace(outcome, recorded=True)
             if folder is not None and ranks.size > 1:
                 Manifest(folder, {}).tidy()
@@ -241,7 +247,7 @@ def run(
     return outcome
 
 
-def _check_side_files(settings: UpscaleConfig, plan: Plan) -> None:
+def check_side_files(settings: UpscaleConfig, plan: Plan) -> None:
     """Raise InputError if a list of the run would replace an input, an output or another file."""
     outputs = {job.target.resolve() for job in plan.jobs}
     seen: dict[Path, str] = {}
@@ -289,10 +295,10 @@ def _plan(settings: UpscaleConfig) -> Plan:
     return plan
 
 
-def _check_video_options(settings: UpscaleConfig, jobs: Sequence[Job]) -> None:
+def check_video_options(settings: UpscaleConfig, jobs: Sequence[Job]) -> None:
     """Raise InputError if an option of videos is given without a video, or the encoder can't be used."""
     given = sorted(name.replace("_", "-") for name in settings.model_dump(include=_VIDEO_RECIPE, exclude_defaults=True))
-    videos = [job for job in jobs if _is_clip(job)]
+    videos = [job for job in jobs if is_clip(job)]
     if settings.audio is not None:
         if any(is_video(job.source) for job in videos):
             raise InputError("--audio is for folders of frames and animations; videos keep their own", "Leave it out.")
@@ -344,7 +350,9 @@ def _batch(
         provenance=loaded.provenance,
     )
     options = VideoOptions.of(settings)
-    return _Batch(partition(jobs, ranks), loaded.upscalers, output, options, recipe, manifest, settings.format)
+    return _Batch(
+        partition(jobs, ranks), loaded.upscalers, output, options, recipe, manifest, settings.format, settings.weights
+    )
 
 
 def _preview(batch: _Batch) -> list[Result]:
@@ -363,7 +371,9 @@ def _preview(batch: _Batch) -> list[Result]:
     ]
 
 
-def _run(batch: _Batch, settings: UpscaleConfig, observer: Observer) -> tuple[list[Result], ResourceError | None]:
+def _run(
+    batch: _Batch, settings: UpscaleConfig, observer: Observer, on_result: Callable[[Result], None]
+) -> tuple[list[Result], ResourceError | None]:
     """Run the jobs. Returns the results, and the error that ended the run before all jobs were done."""
     log = settings.log
     results: list[Result] = []
@@ -377,7 +387,7 @@ def _run(batch: _Batch, settings: UpscaleConfig, observer: Observer) -> tuple[li
 
         def on_start(device: int, job: Job) -> None:
             started.add(job)
-            unit = "frames" if _is_clip(job) else "tiles"
+            unit = "frames" if is_clip(job) else "tiles"
             progress.start(device, job.source.name, unit, sizes.get(job, 0))
 
         try:
@@ -396,6 +406,7 @@ def _run(batch: _Batch, settings: UpscaleConfig, observer: Observer) -> tuple[li
                         observer.warn(f"{result.job.source}: failed; the batch continues")
                     if result.traceback:
                         observer.debug(result.traceback)
+                    on_result(result)
         except KeyboardInterrupt:
             finished = sum(job.target.exists() for job in batch.jobs)
             raise Interrupted(
@@ -420,7 +431,8 @@ def _results(
         run_videos, recipe=batch.recipe, options=batch.options, output=batch.output, manifest=batch.manifest
     )
     for runner, jobs in ((run_images, batch.images), (run_packed, batch.archives), (run_clips, batch.videos)):
-        yield from run_on_devices(runner, jobs, batch.upscalers, on_start=on_start, on_tile=on_tile)
+        for result in run_on_devices(runner, jobs, batch.upscalers, on_start=on_start, on_tile=on_tile):
+            yield replace(result, weights=batch.weights)
 
 
 def _gather_results(results: Sequence[Result], jobs: Sequence[Job], ranks: Ranks) -> list[Result]:
@@ -455,13 +467,13 @@ def _file_document(result: Result) -> dict[str, object]:
     }
 
 
-def _save_last_run(outcome: BatchResult) -> bool:
+def record_last_run(outcome: BatchResult) -> bool:
     """Record the run for `pdd evaluate` without a folder. Returns False if it has no images."""
     settings = outcome.settings
     pairs = tuple(
         UpscaledPair(lr=result.job.source.absolute(), sr=result.job.target.absolute())
         for result in outcome.results
-        if result.status in ("done", "skipped") and not _is_clip(result.job) and not is_archive(result.job.source)
+        if result.status in ("done", "skipped") and not is_clip(result.job) and not is_archive(result.job.source)
     )
     if pairs:
         save_last_run(

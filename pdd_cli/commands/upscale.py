@@ -41,11 +41,17 @@ def _upscale(call: Call[UpscaleConfig, UpscaleFlags]) -> None:
     console, settings, dry_run = call.console, call.settings(), call.flags.dry_run
 
     from pdd_cli.batch.run import run
+    from pdd_cli.batch.watching import watch
     from pdd_cli.commands._observer import ConsoleObserver
     from pdd_cli.ranks import Ranks
 
     ranks = Ranks.from_environment()
-    outcome = run(settings, fixed=call.given(), dry_run=dry_run, ranks=ranks, observer=ConsoleObserver(console))
+    if call.flags.watch:
+        if dry_run:
+            raise InputError("--watch and --dry-run can't be combined", "Leave one of them out.")
+        outcome = watch(settings, fixed=call.given(), ranks=ranks, observer=ConsoleObserver(console, transient=True))
+    else:
+        outcome = run(settings, fixed=call.given(), dry_run=dry_run, ranks=ranks, observer=ConsoleObserver(console))
     if dry_run:
         _show_preview(outcome, console)
     console.result(outcome.as_document())

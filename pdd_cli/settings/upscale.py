@@ -333,6 +333,11 @@ class UpscaleFlags(Settings):
     """Flags of one call, which can't be set in a file."""
 
     dry_run: Annotated[bool, Field(description="Show what would be done, and do nothing."), Option("Output")] = False
+    watch: Annotated[
+        bool,
+        Field(description="Keep upscaling what appears in the folder INPUT, until Ctrl-C."),
+        Option("Input", flags=("--watch",)),
+    ] = False
     compare: Annotated[
         tuple[str, ...],
         Field(
