@@ -9,6 +9,7 @@ import struct
 import subprocess
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -225,6 +226,43 @@ def test_blocks_of_every_compression(tmp_path: Path) -> None:
     assert tuple(read_image(path).interleaved[0, 0]) == (65535, 32800, 0, 65535)
     path.write_bytes(dds(struct.pack("<H", 0xF81F) * 32, masks=(0xF800, 0x7E0, 0x1F), bits=16))
     assert tuple(read_image(path).interleaved[0, 0]) == (255, 0, 255)
+
+
+@pytest.mark.parametrize(
+    ("fourcc", "dxgi", "block_bytes", "stored"),
+    [
+        (b"DXT1", None, 8, 4), (b"DXT3", None, 16, 4), (b"DXT5", None, 16, 4), (b"ATI1", None, 8, 1),
+        (b"BC4S", None, 8, 1), (b"BC5S", None, 16, 2), (b"DX10", 71, 8, 4), (b"DX10", 80, 8, 1),
+        (b"DX10", 81, 8, 1), (b"DX10", 83, 16, 2), (b"DX10", 84, 16, 2),
+    ],
+)  # fmt: skip
+def test_random_blocks_are_decoded_as_by_ffmpeg(tmp_path: Path, fourcc, dxgi, block_bytes, stored) -> None:
+    path = tmp_path / "a.dds"
+    for _ in range(20):
+        path.write_bytes(dds(RNG.bytes(2 * block_bytes), fourcc=fourcc, dxgi=dxgi))
+        with av.open(str(path)) as file:
+            theirs = next(file.decode(video=0)).to_ndarray(format="rgba")[..., :stored]
+        found = read_image(path)
+        ours = rgba(found) if stored == 4 else found.pixels
+        assert np.abs(ours[..., :stored].astype(int) - theirs).max() <= 1  # rounding
+        assert stored != 2 or not ours[..., 2].any()
+
+
+def test_signed_values_of_dds(tmp_path: Path) -> None:
+    path = tmp_path / "a.dds"
+    for head, values, wanted in (
+        ({"dxgi": 51}, (-127, 127), (0, 255, 0)),
+        ({"dxgi": 31}, (-128, 0, 127, 64), (0, 128, 255, 192)),
+        ({"dxgi": 63}, (-64,), (63,)),
+    ):
+        path.write_bytes(dds(struct.pack(f"{len(values)}b", *values) * 32, **head))
+        assert tuple(read_image(path).interleaved[0, 0]) == wanted
+    path.write_bytes(dds(struct.pack("<h", -32767) * 16 + struct.pack("<h", 32767) * 16, dxgi=58))
+    assert np.unique(read_image(path).pixels).tolist() == [0, 65535]
+    head = bytearray(dds(struct.pack("<2b", -127, 127) * 32, masks=(0xFF, 0xFF00, 0), bits=16))
+    struct.pack_into("<I", head, 80, 0x80000)  # DirectX 8's V8U8
+    path.write_bytes(head)
+    assert tuple(read_image(path).interleaved[0, 0]) == (0, 255, 0)
 
 
 def test_what_is_left_out_of_dds_is_named_and_errors_say_what_is_wrong(tmp_path: Path) -> None:

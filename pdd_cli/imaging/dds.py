@@ -1,4 +1,5 @@
 """DDS textures: BC1 to BC5 and BC7 through Pillow's decoder, and uncompressed pixels of 8 to 64 bits.
+Signed values from -1 to 1 become those from 0 to the largest, as unsigned normal maps store them.
 
 Pillow itself rejects most headers of DirectX 10, among them those that say sRGB, and all 16-bit pixels.
 """
@@ -19,22 +20,25 @@ from pdd_cli.imaging.metadata import Metadata
 HEAD = 148
 """Bytes of the longest header."""
 
-_ALPHA_PIXELS, _ALPHA, _FOURCC, _PALETTE, _RGB, _LUMINANCE = 0x1, 0x2, 0x4, 0x20, 0x40, 0x20000
+_ALPHA_PIXELS, _FOURCC, _RGB, _LUMINANCE = 0x1, 0x4, 0x40, 0x20000
+_SIGNED = 0x80000
 _CUBE, _VOLUME, _CUBE_DX10 = 0x200, 0x200000, 0x4
 
 # Pillow's mode, number and name of each block compression, and the bytes of a block of 4 x 4 pixels.
 _BLOCKS = {
-    "BC1": ("RGBA", 1, 8), "BC2": ("RGBA", 2, 16), "BC3": ("RGBA", 3, 16), "BC4": ("L", 4, 8), "BC5": ("RGB", 5, 16),
-    "BC7": ("RGBA", 7, 16),
+    "BC1": ("RGBA", 1, 8), "BC2": ("RGBA", 2, 16), "BC3": ("RGBA", 3, 16), "BC4": ("L", 4, 8), "BC4S": ("L", 4, 8),
+    "BC5": ("RGB", 5, 16),
+    "BC5S": ("RGB", 5, 16), "BC7": ("RGBA", 7, 16),
 }  # fmt: skip
 _FOURCCS = {
     b"DXT1": "BC1", b"DXT2": "BC2", b"DXT3": "BC2", b"DXT4": "BC3", b"DXT5": "BC3", b"ATI1": "BC4", b"BC4U": "BC4",
-    b"ATI2": "BC5", b"BC5U": "BC5",
+    b"ATI2": "BC5", b"BC5U": "BC5", b"BC4S": "BC4S", b"BC5S": "BC5S",
 }  # fmt: skip
 _PREMULTIPLIED = (b"DXT2", b"DXT4")
 _DXGI_BLOCKS = {
     **dict.fromkeys((70, 71, 72), "BC1"), **dict.fromkeys((73, 74, 75), "BC2"), **dict.fromkeys((76, 77, 78), "BC3"),
-    **dict.fromkeys((79, 80), "BC4"), **dict.fromkeys((82, 83), "BC5"), **dict.fromkeys((97, 98, 99), "BC7"),
+    **dict.fromkeys((79, 80), "BC4"), 81: "BC4S", **dict.fromkeys((82, 83), "BC5"), 84: "BC5S",
+    **dict.fromkeys((97, 98, 99), "BC7"),
 }  # fmt: skip
 _HDR = (2, 6, 10, 16, 26, 34, 41, 54, 67, 94, 95, 96)
 
@@ -49,17 +53,24 @@ _DXGI_MASKS: dict[int, _Masks] = {
     85: (16, (0xF800, 0x7E0, 0x1F)), 86: (16, (0x7C00, 0x3E0, 0x1F, 0x8000)), 87: _BGRA8, 88: (32, _BGRA8[1][:3]),
     90: _BGRA8, 91: _BGRA8, 92: (32, _BGRA8[1][:3]), 93: (32, _BGRA8[1][:3]), 115: (16, (0xF00, 0xF0, 0xF, 0xF000)),
 }  # fmt: skip
+_DXGI_SIGNED: dict[int, _Masks] = {
+    13: _RGBA16, 31: _RGBA8, 37: _DXGI_MASKS[35], 51: _DXGI_MASKS[49], 58: _DXGI_MASKS[56], 63: _DXGI_MASKS[61],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Dds:
-    """The header: either `blocks` or `masks` says how the pixels are stored; `lost`: what isn't the first image."""
+    """The header: either `blocks` or `masks` says how the pixels are stored; `lost`: what isn't the first image.
+
+    `signed`: the values that `masks` select are two's complements.
+    """
 
     width: int
     height: int
     start: int
     blocks: str = ""
     masks: _Masks | None = None
+    signed: bool = False
     premultiplied: bool = False
     lost: tuple[str, ...] = ()
 
@@ -87,7 +98,7 @@ def _parse(head: bytes) -> _Dds:
     if not width or not height:
         raise ValueError("it has no pixels")
     cube, slices, textures, start = bool(caps & _CUBE), depth if caps & _VOLUME else 1, 1, 128
-    blocks, masks, premultiplied = "", None, False
+    blocks, masks, signed, premultiplied = "", None, bool(flags & _SIGNED), False
     if flags & _FOURCC and fourcc == b"DX10":
         if len(head) < HEAD:
             raise ValueError("its header is cut short")
@@ -95,18 +106,21 @@ def _parse(head: bytes) -> _Dds:
         cube, start = cube or bool(misc & _CUBE_DX10), HEAD
         if dxgi in _HDR:
             raise InputError("floating-point pixels (HDR) of a DDS are not supported")
-        blocks, masks = _DXGI_BLOCKS.get(dxgi, ""), _DXGI_MASKS.get(dxgi)
+        signed = dxgi in _DXGI_SIGNED
+        blocks, masks = _DXGI_BLOCKS.get(dxgi, ""), {**_DXGI_MASKS, **_DXGI_SIGNED}.get(dxgi)
         if not blocks and masks is None:
             raise InputError(f"pixels of the DXGI format {dxgi} are not supported", "Save it as BC7 or RGBA8.")
     elif flags & _FOURCC:
         blocks, premultiplied = _FOURCCS.get(fourcc, ""), fourcc in _PREMULTIPLIED
-        masks = _RGBA16 if fourcc == struct.pack("<I", 36) else None
+        signed = fourcc == struct.pack("<I", 110)
+        masks = _RGBA16 if signed or fourcc == struct.pack("<I", 36) else None
         if not blocks and masks is None:
             name = fourcc.decode("latin-1") if fourcc.isalnum() else str(struct.unpack("<I", fourcc)[0])
             raise InputError(f"pixels of the kind {name} are not supported", "Save it as DXT5, BC7 or RGBA8.")
-    elif flags & (_RGB | _LUMINANCE) and bits in (8, 16, 24, 32):
-        used = all_masks[: 3 if flags & _RGB else 1]
-        masks = (bits, tuple(used) + ((all_masks[3],) if flags & _ALPHA_PIXELS and all_masks[3] else ()))
+    elif flags & (_RGB | _LUMINANCE | _SIGNED) and bits in (8, 16, 24, 32):
+        used = all_masks[: 1 if flags & _LUMINANCE else 3]
+        has_alpha = flags & (_ALPHA_PIXELS | _SIGNED) and all_masks[3]
+        masks = (bits, tuple(used) + ((all_masks[3],) if has_alpha else ()))
         if not all(masks[1][:1]):
             raise ValueError("its header has no mask for red")
     else:
@@ -117,7 +131,7 @@ def _parse(head: bytes) -> _Dds:
         *((f"{slices - 1} more slices of a volume",) if slices > 1 else ()),
         *((f"{textures - 1} more textures of an array",) if textures > 1 else ()),
     )
-    return _Dds(width, height, start, blocks, masks, premultiplied, lost)
+    return _Dds(width, height, start, blocks, masks, signed, premultiplied, lost)
 
 
 def probe(file: BinaryIO, most_pixels: int) -> Header:
@@ -145,7 +159,16 @@ def _from_blocks(data: bytes, dds: _Dds) -> Array:
     if len(data) < dds.start + size:
         raise ValueError("image file is truncated")
     blocks = data[dds.start : dds.start + size]
-    pixels = np.asarray(Image.frombytes(mode, (dds.width, dds.height), blocks, "bcn", number, dds.blocks))
+    if dds.blocks == "BC4S":  # as the red of BC5S: Pillow takes BC4 for unsigned
+        blocks = b"".join(2 * blocks[at : at + 8] for at in range(0, size, 8))
+        mode, number = _BLOCKS["BC5S"][:2]
+    name = "BC5S" if dds.blocks == "BC4S" else dds.blocks
+    pixels = np.asarray(Image.frombytes(mode, (dds.width, dds.height), blocks, "bcn", number, name))
+    if name == "BC5S":  # Pillow adds 128; -127 to 127 are -1 to 1, and so is -128
+        pixels = np.rint((np.maximum(pixels, 1) - 1.0) * (255 / 254)).astype(np.uint8)
+        if dds.blocks == "BC4S":
+            return pixels[..., 0]
+        pixels[..., 2] = 0  # as of BC5: it isn't stored
     # These say of each block whether it has alpha.
     is_opaque = dds.blocks in ("BC1", "BC7") and (pixels[..., 3] == 255).all()
     return pixels[..., :3] if is_opaque else pixels
@@ -168,6 +191,11 @@ def _masked(data: bytes, dds: _Dds) -> Array:
             planes.append(np.zeros((dds.height, dds.width), kind))
             continue
         shift = (mask & -mask).bit_length() - 1
-        plane = (values & np.uint64(mask)) >> np.uint64(shift)
-        planes.append(np.rint(plane.astype(np.float64) * (top / (mask >> shift))).astype(kind))
+        plane = ((values & np.uint64(mask)) >> np.uint64(shift)).astype(np.float64)
+        most = mask >> shift
+        if dds.signed:
+            half = most // 2
+            plane = np.maximum(np.where(plane > half, plane - (most + 1), plane), -half) + half
+            most = 2 * half
+        planes.append(np.rint(plane * (top / most)).astype(kind))
     return np.dstack(planes) if len(planes) > 1 else planes[0]
