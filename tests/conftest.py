@@ -9,13 +9,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
-from pdd_cli.cli import app
-from pdd_cli.errors import PddError
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.system import is_real_time
-from tests.helpers.commands import Outcome
+from tests.helpers.commands import Outcome, invoke
 from tests.helpers.networks import efficientnet_state
 
 
@@ -109,14 +106,4 @@ def pdd(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
-
-    def run(*arguments: object) -> Outcome:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        error = result.exception
-        if isinstance(error, PddError):
-            return Outcome(error.exit_code, result.stdout, f"{result.stderr}\n{error.message}\n{error.hint}")
-        if error is not None and not isinstance(error, SystemExit):
-            raise error
-        return Outcome(result.exit_code, result.stdout, result.stderr)
-
-    return run
+    return invoke

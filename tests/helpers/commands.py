@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
 from pdd_cli.cli import app
+from pdd_cli.engines.winograd.kernel import Emitter, kernel
+from pdd_cli.engines.winograd.training_kernel import TrainingEmitter
 from pdd_cli.errors import PddError
 
 STEPS = 12
@@ -58,8 +63,43 @@ def command(ground, *more, steps=STEPS):
     ]  # fmt: skip
 
 
-def environment(folder):
-    return {**os.environ, "PDD_HOME": str(folder / "home")}
+@functools.cache
+def _machine_code() -> dict[str, bytes]:
+    """The files of both Winograd kernels as a process caches them, compiled once: that takes seconds of a core."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("PDD_HOME", folder)
+        for emitter in (Emitter, TrainingEmitter):
+            if (compiled := kernel.__wrapped__(emitter)) is not None:
+                compiled.address("run")
+        return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*.kernel")}
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """That of a process whose PDD_HOME is `folder`/home, where the kernels are compiled already."""
+    home = folder / "home"
+    for name, content in _machine_code().items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_bytes(content)
+    return {**os.environ, "PDD_HOME": str(home)}
+
+
+def invoke(*arguments: object) -> Outcome:
+    """`pdd ARGUMENTS` in this process."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    error = result.exception
+    if isinstance(error, PddError):
+        return Outcome(error.exit_code, result.stdout, f"{result.stderr}\n{error.message}\n{error.hint}")
+    if error is not None and not isinstance(error, SystemExit):
+        raise error
+    return Outcome(result.exit_code, result.stdout, result.stderr)
+
+
+def invoke_in(folder: Path, *arguments: object) -> Outcome:
+    """`pdd ARGUMENTS` in this process, in `folder`, whose `home` is PDD_HOME."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("PDD_HOME", str(folder / "home"))
+        return invoke(*arguments)
 
 
 def run(*arguments: object) -> tuple[int, str, str, BaseException | None]:

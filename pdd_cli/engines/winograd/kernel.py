@@ -142,16 +142,25 @@ class Emitter:
 
     @contextmanager
     def partition(self, next_tile: Any, end: Any, step: Any) -> Iterator[Any]:
-        """From 0 to `end`, divided among the threads: `next_tile` counts the parts that have been started."""
-        b, again, some, done = self.b, self.block("again"), self.block("some"), self.block("done")
+        """From 0 to `end`, divided among the threads: `next_tile` counts the parts that have been started.
+
+        A thread leaves before its next part if `stop` is set.
+        """
+        b = self.b
+        again, go_on, some, done = (self.block(name) for name in ("again", "go_on", "some", "done"))
         b.branch(again)
         b.position_at_end(again)
+        b.cbranch(self.is_zero(self.stop), go_on, self.leave)
+        b.position_at_end(go_on)
         first = self.times(b.atomic_rmw("add", next_tile, integer(1), "monotonic"), step)
         b.cbranch(b.icmp_signed("<", first, end), some, done)
         b.position_at_end(some)
         yield first
         b.branch(again)
         b.position_at_end(done)
+
+    def is_zero(self, flag: Any) -> Any:
+        return self.b.icmp_signed("==", self.b.load_atomic(flag, "monotonic", 8), integer(0))
 
     def sum(self, *terms: Any) -> Any:
         return functools.reduce(self.b.add, terms)
@@ -191,7 +200,7 @@ class Emitter:
     def emit(self) -> ir.Module:
         b = self.b
         program, layers, sync, scratch, threads, pause = self.function.args
-        leave = self.block("leave")
+        self.stop, self.leave = sync, self.block("leave")
         with self.loop(layers) as number:
             row = self.at(program, self.times(number, len(self.fields)))
             layer = {name: b.load(self.at(row, integer(place))) for place, name in enumerate(self.fields)}
@@ -199,9 +208,9 @@ class Emitter:
                 layer[name] = b.inttoptr(layer[name], FLOAT.as_pointer())
             next_tile = self.at(sync, self.times(number, 2), integer(1))
             self.layer(layer, scratch, next_tile)
-            self.barrier(sync, self.at(next_tile, integer(1)), threads, pause, leave)
-        b.branch(leave)
-        b.position_at_end(leave)
+            self.barrier(self.at(next_tile, integer(1)), threads, pause)
+        b.branch(self.leave)
+        b.position_at_end(self.leave)
         b.ret_void()
         self.emit_transform()
         return self.module
@@ -385,7 +394,7 @@ class Emitter:
         offset = self.sum(self.times(row, layer[f"{name}_row"]), self.times(column, BLOCK))
         return self.at(layer[name], self.channels(channel, layer[f"{name}_plane"]), offset)
 
-    def barrier(self, stop: Any, done: Any, threads: Any, pause: Any, leave: Any) -> None:
+    def barrier(self, done: Any, threads: Any, pause: Any) -> None:
         """A barrier: wait until all threads are `done`; leave if `stop` is set."""
         b = self.b
         before, check, spin, sleep, wake, passed = (
@@ -409,7 +418,7 @@ class Emitter:
         b.position_at_end(sleep)
         self.futex(pause, done, _FUTEX_WAIT, seen)
         spins.add_incoming(spins, sleep)
-        b.cbranch(b.icmp_signed("==", b.load_atomic(stop, "monotonic", 8), integer(0)), check, leave)
+        b.cbranch(self.is_zero(self.stop), check, self.leave)
         b.position_at_end(wake)
         self.futex(pause, done, _FUTEX_WAKE, threads)
         b.branch(passed)
