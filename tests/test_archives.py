@@ -167,3 +167,58 @@ def test_bombs_links_and_encrypted_members_fail(comic) -> None:
     failed = comic("upscale", "comic.cbz", "out.png", "--weights", "model.safetensors")
     assert failed.code == 2
     assert "is an archive" in failed.err
+
+
+def test_members_that_cannot_be_unpacked_are_named_and_leave_nothing_behind(comic) -> None:
+    with zipfile.ZipFile("good.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1.png", page(1))
+        archive.writestr("2.png", page(2))
+    data = Path("good.zip").read_bytes()
+    header, entry = data.rindex(b"PK\3\4"), data.rindex(b"PK\1\2")
+    unknown = bytearray(data)
+    for at in (header + 8, entry + 10):
+        struct.pack_into("<H", unknown, at, 9)  # Deflate64, as Windows packs large folders
+    Path("unknown.zip").write_bytes(unknown)
+    Path("stream.zip").write_bytes(data[: header + 35] + b"\xff" * 20 + data[header + 55 :])
+    Path("sum.zip").write_bytes(data[: entry + 16] + bytes([data[entry + 16] ^ 1]) + data[entry + 17 :])
+    for name, words in (("unknown", "method is not supported. Pack"), ("stream", "damaged"), ("sum", "CRC")):
+        failed = comic("upscale", f"{name}.zip", "out.zip", "--weights", "model.safetensors")
+        assert failed.code == 3
+        assert f"can't read {name}.zip: " in failed.err
+        assert words in failed.err
+        assert "bug" not in failed.err
+    with zipfile.ZipFile("pages.zip", "w") as archive:
+        archive.writestr("1.png", b"no image")
+    failed = comic("upscale", "pages.zip", "out.zip", "--weights", "model.safetensors")
+    assert "none of its 1 images could be upscaled" in failed.err
+    assert not Path("out.zip").exists()
+    assert not list(Path().glob(".pdd-*"))
+
+
+def test_names_keep_their_bytes_and_a_dds_becomes_a_png(comic) -> None:
+    japanese, russian = "ページ1.png".encode("cp932"), "ж.txt".encode("cp866")
+    texture = io.BytesIO()
+    Image.fromarray(photo(8, 8)).save(texture, "DDS")
+    with zipfile.ZipFile("in.zip", "w") as archive:
+        archive.writestr("J" * len(japanese), page(1))
+        archive.writestr("R" * len(russian), b"text")
+        archive.writestr("ä.jpg", page(2, "JPEG"))
+        archive.writestr("wall.dds", texture.getvalue())
+    data = Path("in.zip").read_bytes()
+    for name in (japanese, russian):
+        data = data.replace((b"J" if name is japanese else b"R") * len(name), name)
+    Path("in.zip").write_bytes(data)
+    upscaled(comic, "in.zip", "out.zip")
+    written = Path("out.zip").read_bytes()
+    for name in (japanese, russian):
+        assert written.count(name) == 2  # before the data and in the directory
+    with zipfile.ZipFile("in.zip") as before, zipfile.ZipFile("out.zip") as after:
+        assert after.namelist() == [*before.namelist()[:3], "wall.png"]
+        assert [info.flag_bits for info in after.infolist()] == [0, 0, 0x800, 0]
+        assert Image.open(io.BytesIO(after.read("wall.png"))).size == (16, 16)
+    refused = comic("upscale", "in.zip", "video.zip", "--format", "mp4", "--weights", "model.safetensors")
+    assert refused.code == 2
+    assert "--format mp4" in refused.err
+    with zipfile.ZipFile("in.zip", "a") as archive:
+        archive.writestr("wall.png", page(3))
+    assert "would become wall.png" in comic("upscale", "in.zip", "x.zip", "--weights", "model.safetensors").err

@@ -83,9 +83,9 @@ def test_colour_correction_keeps_a_seamless_image_seamless(model, correction) ->
     assert psnr(moved.pixels, np.roll(straight.pixels, (40, 40), (0, 1))) > 45
 
 
-@pytest.mark.parametrize("samples", [1, 3, 4])
-def test_tta_is_the_mean_over_flips_and_transposes(model, samples) -> None:
-    lr = picture(samples=samples)
+@pytest.mark.parametrize(("samples", "size"), [(1, (24, 20)), (3, (24, 20)), (4, (24, 20)), (3, (1, 9)), (3, (9, 1))])
+def test_tta_is_the_mean_over_flips_and_transposes(model, samples, size) -> None:
+    lr = picture(*size, samples=samples)
     result = made(model, Processing(tta=True)).upscale(lr).picture
     pixels = torch.from_numpy(lr.to_float()).permute(2, 0, 1)[None].expand(1, 3, -1, -1)
     outputs = []

@@ -302,6 +302,8 @@ def _target_of_frames(source: Path, output: str, naming: _Naming) -> Path:
 def _target_of_file(source: Path, output: str, naming: _Naming) -> Path:
     path, format = Path(output), naming.format
     if is_archive(source):
+        if format in _VIDEO_FORMATS:
+            raise InputError(f"--format {format} can't be used for {source}", "Omit it, or name a format of images.")
         is_folder = _is_folder_name(output)
         target = (
             naming.named(path / source.name) if is_folder else path.with_name(path.stem + naming.suffix + path.suffix)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import stat
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from pdd_cli.errors import InputError, ResourceError
-from pdd_cli.files import atomic_write
+from pdd_cli.files import atomic_write, write_errors
 from pdd_cli.imaging.decode import probe
-from pdd_cli.imaging.formats import FORMATS, STREAMED, format_of
+from pdd_cli.imaging.formats import FORMATS, READ_ONLY, STREAMED, format_of
 from pdd_cli.imaging.provenance import seal, sealed_text
-from pdd_cli.upscaling.jobs import Abandoned, Job, Output, Result, check_name, failed, skipped
+from pdd_cli.upscaling.jobs import Abandoned, Job, Output, Result, check_name, failed, hidden_folder, skipped
 from pdd_cli.upscaling.manifest import Manifest
 from pdd_cli.upscaling.pipeline import run_jobs
 from pdd_cli.upscaling.upscaler import OnTile, Upscaler
@@ -27,7 +30,7 @@ ARCHIVES = (".cbz", ".zip")
 # An archive that expands to more than this, and to more than so many times its size, counts as a decompression bomb.
 _MOST_BYTES, _MOST_TIMES = 1 << 30, 200
 _LONGEST_COMMENT = 65_535
-_ENCRYPTED = 0x1
+_ENCRYPTED, _UTF8 = 0x1, 0x800
 
 
 def is_archive(path: Path | str) -> bool:
@@ -49,8 +52,10 @@ def run_archives(
     """Do the jobs, whose inputs and outputs are archives, and yield the result of each.
 
     Finished pages are kept in a hidden folder beside the output until it is complete, so that an interrupted run
-    continues. A page that can't be read or upscaled is copied as it is, and named. `format`: of the pages.
+    continues. A page that can't be read or upscaled is copied as it is, and named. `format`: of the pages; one of
+    videos is not for them.
     """
+    format = _of_pages(format)
     for job in jobs:
         started = time.perf_counter()
         try:
@@ -82,6 +87,7 @@ def preview_archives(
     manifest: Manifest | None = None,
 ) -> Iterator[Result]:
     """Predict the results of `run_archives` from the headers of the pages."""
+    format = _of_pages(format)
     for job in jobs:
         started = time.perf_counter()
         try:
@@ -91,6 +97,10 @@ def preview_archives(
         except Exception as error:
             result = failed(job, error, started)
         yield result
+
+
+def _of_pages(format: str) -> str:
+    return format if f".{format}" in FORMATS else "keep"
 
 
 def _key(digest: str, format: str, manifest: Manifest | None) -> str:
@@ -133,13 +143,40 @@ class _Page:
         return self.info.filename
 
 
-def _opened(path: Path) -> zipfile.ZipFile:
+class _ArchiveError(InputError):
+    """The archive is damaged, or packed in a way that zipfile doesn't know."""
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open an archive. What is read of it in the context raises _ArchiveError, too."""
     try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise InputError(f"can't read {path}: not a ZIP archive, or damaged ({error})") from error
-    except OSError as error:
-        raise InputError(f"can't read {path}: {error.strerror or error}") from error
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except NotImplementedError as error:  # Deflate64 of Windows, PPMd and others
+        raise _ArchiveError(f"can't read {path}: {error}", "Pack it again as a usual ZIP file.") from error
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+        raise _ArchiveError(f"can't read {path}: not a ZIP archive, or damaged ({error})") from error
+
+
+class _Member(zipfile.ZipInfo):
+    """A new member with the date, attributes and comment of `member`.
+
+    A name that isn't marked as UTF-8 keeps its bytes, in whatever encoding they are: zipfile reads it as code page 437,
+    and would write the characters that this gives as UTF-8.
+    """
+
+    def __init__(self, member: zipfile.ZipInfo, name: str) -> None:
+        super().__init__(name, member.date_time)
+        self.external_attr, self.comment = member.external_attr, member.comment
+        self.create_system = member.create_system
+        self._is_utf8 = bool(member.flag_bits & _UTF8)
+
+    def _encodeFilenameFlags(self) -> tuple[bytes, int]:  # noqa: N802 - zipfile has no public way
+        if not self._is_utf8:
+            with suppress(UnicodeEncodeError):  # its Unicode name was in an extra field
+                return self.filename.encode("cp437"), self.flag_bits
+        return self.filename.encode(), self.flag_bits | _UTF8
 
 
 def _pages(archive: zipfile.ZipFile, path: Path, format: str) -> list[_Page]:
@@ -161,15 +198,17 @@ def _pages(archive: zipfile.ZipFile, path: Path, format: str) -> list[_Page]:
     for number, member in enumerate(members):
         inside = PurePosixPath(member.filename)
         hidden = inside.name.startswith(".") or inside.parts[:1] == ("__MACOSX",)
-        if not member.is_dir() and not hidden and inside.suffix.lower() in FORMATS:
-            ending = f".{format}" if f".{format}" in FORMATS else inside.suffix  # or a format of videos
-            pages.append(_Page(member, number, str(inside.with_suffix(ending))))
+        if not member.is_dir() and not hidden and inside.suffix.lower() in {**FORMATS, **READ_ONLY}:
+            ending = ".png" if inside.suffix.lower() in READ_ONLY else inside.suffix
+            ending = ending if format == "keep" else f".{format}"
+            pages.append(_Page(member, number, member.filename.removesuffix(inside.suffix) + ending))
     if not pages:
         raise InputError(f"{path}: no images in it")
-    names = [member.filename for member in members if not any(page.info is member for page in pages)]
-    names += [page.new_name for page in pages]
-    if format != "keep" and len(set(names)) < len(names):
-        raise InputError(f"{path}: with --format {format} two of its members would have the same name", "Leave it out.")
+    new = {page.number: page.new_name for page in pages}
+    names = [new.get(number, member.filename) for number, member in enumerate(members)]
+    twice = [page.new_name for page in pages if page.new_name != page.name and names.count(page.new_name) > 1]
+    if twice:
+        raise InputError(f"{path}: two of its members would become {twice[0]}", "Rename one of them.")
     return pages
 
 
@@ -182,36 +221,18 @@ def _upscale(
     output: Output,
     on_tile: OnTile,
 ) -> Result:
-    work = job.target.parent / f".pdd-{job.target.name}.pages"
+    work = hidden_folder(job.target, "pages")
     if output.overwrite:
         shutil.rmtree(work, ignore_errors=True)
-    with _opened(job.source) as archive:
-        pages = _pages(archive, job.source, format)
-        work.mkdir(parents=True, exist_ok=True)
-        page_jobs = {_page_job(page, work): page for page in pages}
-
-        def unpacked() -> Iterator[Job]:
-            for page_job, page in page_jobs.items():
-                with archive.open(page.info) as packed, page_job.source.open("wb") as file:
-                    shutil.copyfileobj(packed, file)
-                yield page_job
-
-        # The output of the archive may be overwritten; its pages are those of this run or of one that was interrupted.
-        own = replace(output, overwrite=False)
-        made: dict[int, Result] = {}
-        pages_manifest = Manifest(work, recipe, provenance=output.provenance)
-        try:
-            for result in run_jobs(unpacked(), upscaler, output=own, manifest=pages_manifest, on_tile=on_tile):
-                page = page_jobs[result.job]
-                result.job.source.unlink(missing_ok=True)
-                made[page.number] = result
-        except zipfile.BadZipFile as error:
-            raise InputError(f"can't read {job.source}: damaged: {error}") from error
-        notes = _write(job, digest, archive, pages, made, output)
+    try:
+        made, notes = _upscale_pages(job, digest, upscaler, recipe, format, output, on_tile, work)
+    except _ArchiveError:
+        shutil.rmtree(work, ignore_errors=True)  # it would fail there again
+        raise
     shutil.rmtree(work, ignore_errors=True)
     done = [result for result in made.values() if result.status != "failed"]
     if not done:
-        raise InputError(f"{job.source}: none of its {len(pages)} images could be upscaled")
+        raise InputError(f"{job.source}: none of its {len(made)} images could be upscaled")
     left_out = tuple(dict.fromkeys(name for result in done for name in result.left_out))
     return Result(
         job,
@@ -221,9 +242,44 @@ def _upscale(
         size_out=next((result.size_out for result in done if result.size_out), None),
         tiles=sum(result.tiles for result in done),
         model_seconds=sum(result.model_seconds for result in done),
-        frames=len(pages),
+        frames=len(made),
         left_out=left_out,
     )
+
+
+def _upscale_pages(
+    job: Job,
+    digest: str,
+    upscaler: Upscaler,
+    recipe: Mapping[str, object],
+    format: str,
+    output: Output,
+    on_tile: OnTile,
+    work: Path,
+) -> tuple[Mapping[int, Result], list[str]]:
+    """Upscale the pages into the folder `work` and write the archive. Returns the results by number, and notes."""
+    with _opened(job.source) as archive:
+        pages = _pages(archive, job.source, format)
+        with write_errors(job.target):
+            work.mkdir(parents=True, exist_ok=True)
+        page_jobs = {_page_job(page, work): page for page in pages}
+
+        def unpacked() -> Iterator[Job]:
+            for page_job, page in page_jobs.items():
+                with archive.open(page.info) as packed, write_errors(job.target), page_job.source.open("wb") as file:
+                    shutil.copyfileobj(packed, file)
+                yield page_job
+
+        # The output of the archive may be overwritten; its pages are those of this run or of one that was interrupted.
+        own = replace(output, overwrite=False)
+        made: dict[int, Result] = {}
+        pages_manifest = Manifest(work, recipe, provenance=output.provenance)
+        for result in run_jobs(unpacked(), upscaler, output=own, manifest=pages_manifest, on_tile=on_tile):
+            result.job.source.unlink(missing_ok=True)
+            made[page_jobs[result.job].number] = result
+        if all(result.status == "failed" for result in made.values()):
+            return made, []
+        return made, _write(job, digest, archive, pages, made, output)
 
 
 def _page_job(page: _Page, work: Path) -> Job:
@@ -247,11 +303,8 @@ def _write(
         with zipfile.ZipFile(temporary, "w", strict_timestamps=False) as written:
             for number, member in enumerate(archive.infolist()):
                 page, result = by_number.get(number), made.get(number)
-                copy = zipfile.ZipInfo(member.filename, member.date_time)
-                copy.external_attr, copy.comment, copy.create_system = (
-                    member.external_attr, member.comment, member.create_system,
-                )  # fmt: skip
                 if page is None or result is None or result.status == "failed":
+                    copy = _Member(member, member.filename)
                     copy.compress_type = member.compress_type
                     if page is not None:
                         reason = result.problem.partition(": ")[2] if result is not None else ""
@@ -263,8 +316,8 @@ def _write(
                     continue
                 about = [part for part in result.problem.split("; ") if part and not part.startswith("left out")]
                 notes += [f"{page.name}: {part}" for part in about]
-                copy.filename = page.new_name  # its content is compressed already
-                copy.compress_type = zipfile.ZIP_STORED
+                copy = _Member(member, page.new_name)
+                copy.compress_type = zipfile.ZIP_STORED  # its content is compressed already
                 with result.job.target.open("rb") as image, written.open(copy, "w", force_zip64=True) as file:
                     shutil.copyfileobj(image, file)
             written.comment = _comment(archive.comment, digest, output)

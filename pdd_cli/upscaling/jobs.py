@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -142,6 +143,11 @@ def check_name(target: Path) -> None:
     """Raise InputError for a name that is too long for file systems."""
     if len(os.fsencode(target.name)) > _LONGEST_NAME:
         raise InputError(f"{target}: the name is longer than {_LONGEST_NAME} bytes", "Use a shorter --suffix.")
+
+
+def hidden_folder(target: Path, suffix: str) -> Path:
+    """The folder next to `target` for its unfinished parts, with a short name of fixed length."""
+    return target.with_name(f".pdd-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}.{suffix}")
 
 
 def failed(job: Job, error: Exception, started: float, done: Result | None = None) -> Result:

@@ -61,7 +61,7 @@ def self_ensemble(run: Callable[[FloatArray], FloatArray], lr: FloatArray) -> Fl
     """The mean of `run` over the 8 flips and transposes of `lr` (N, C, h, w), each turned back."""
     total: FloatArray | None = None
     for turned, back in _symmetries():
-        sr = back(run(np.ascontiguousarray(turned(lr))))
+        sr = back(run(turned(lr).copy()))  # a view of one row or column counts as contiguous, whatever its strides
         total = sr.astype(np.float32) if total is None else total + sr
     assert total is not None
     return total / np.float32(8)

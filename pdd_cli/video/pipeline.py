@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import time
 from collections import deque
@@ -24,7 +23,7 @@ from pdd_cli.files import write_text
 from pdd_cli.imaging.formats import check_size
 from pdd_cli.imaging.image import Array, DecodedImage, ImageSpec
 from pdd_cli.imaging.provenance import sealed_text
-from pdd_cli.upscaling.jobs import Job, Output, Result, check_name, failed, skipped
+from pdd_cli.upscaling.jobs import Job, Output, Result, check_name, failed, hidden_folder, skipped
 from pdd_cli.upscaling.manifest import Manifest, key_of
 from pdd_cli.upscaling.upscaler import OnTile, Upscaler
 from pdd_cli.video.decode import (
@@ -105,7 +104,7 @@ def run_videos(
     """
     for job in jobs:
         started = time.perf_counter()
-        parts = _parts_folder(job.target)
+        parts = hidden_folder(job.target, "parts")
         try:
             digest = _digest(job.source)
             key, result = _skipped(job, digest, recipe, options, output, manifest)
@@ -529,11 +528,6 @@ def _rotate_back(pixels: Array, plan: _Plan) -> Array:
     """The frame in stored orientation, cropped to the encoded size."""
     stored = np.rot90(pixels, -plan.clip.quarters)
     return stored[: plan.size[1], : plan.size[0]]
-
-
-def _parts_folder(target: Path) -> Path:
-    """A hidden folder next to `target`, with a short name of fixed length."""
-    return target.with_name(f".pdd-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}.parts")
 
 
 def _digest(path: Path) -> str:
