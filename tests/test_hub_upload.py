@@ -20,7 +20,7 @@ from spandrel import ModelLoader
 from pdd_cli.models.loading import interpolated, state_sha256
 from pdd_cli.weights.store import Card, Store
 from tests.helpers.commands import Outcome
-from tests.helpers.hub import Hub, hub_serving
+from tests.helpers.hub import Hub, hub_serving, use_hub
 from tests.helpers.images import photo
 from tests.helpers.networks import compact
 
@@ -29,20 +29,8 @@ Pdd = Callable[..., Outcome]
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    from huggingface_hub import constants
-
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
     with hub_serving() as served:
-        for name, value in {
-            "ENDPOINT": served.address,
-            "HUGGINGFACE_CO_URL_TEMPLATE": served.address + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "hub"),
-            "HF_HUB_DISABLE_XET": True,
-            "HF_TOKEN_PATH": str(tmp_path / "token"),
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", served.address)
+        use_hub(monkeypatch, served.address, tmp_path)
         yield served
 
 

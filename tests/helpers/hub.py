@@ -11,8 +11,10 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 LICENCES = {"mit", "bsd-3-clause", "apache-2.0", "other", "unknown"}
@@ -60,6 +62,23 @@ class _Error(Exception):
     def __init__(self, code: int, reason: str = "") -> None:
         super().__init__(code, reason)
         self.code, self.reason = code, reason
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, address: str, folder: Path) -> None:
+    """huggingface_hub in this process asks the Hub at `address`, with its cache in `folder` and without a token."""
+    from huggingface_hub import constants
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {
+        "ENDPOINT": address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(folder / "hub"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_TOKEN_PATH": str(folder / "token"),
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
 
 
 @contextlib.contextmanager
