@@ -59,6 +59,7 @@ adapt:
   crop: 16
   device: cpu
   hr_dir: own
+  teacher_crops: 3
   features: {network: efficientnet-lite0, weights: features.safetensors}
 evaluate:
   metrics: [entropy]

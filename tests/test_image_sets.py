@@ -418,13 +418,13 @@ def test_adapt_uses_sets_and_a_resumed_run_keeps_its_own(tiny_sets, ground, pdd,
     assert "will be downloaded" in own.err
     assert "made from your own images alone" in own.err
     serve(server)
-    named = pdd(*without_hr(ground, "--hr-dir", "kodak", "--name", "named"), "--json")
+    named = pdd(*without_hr(ground, "--hr-dir", "kodak", "--name", "named", "--steps", "8"), "--json")
     assert named.code == 0, named.err
     assert "kodak: installed from" in named.err
     folder = Store.default().images / "kodak"
     assert holds_the_images(folder)
     assert f"hr_dir: {folder}" in Path("runs/named/config.yaml").read_text()
-    by_default = pdd(*without_hr(ground, "--name", "default", "--json"))
+    by_default = pdd(*without_hr(ground, "--name", "default", "--steps", "8", "--json"))
     assert "HR images: the installed image set" in by_default.err
     assert pdd(*without_hr(ground, "--name", "default", "--dry-run", "--overwrite")).code == 0
 
