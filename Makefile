@@ -34,7 +34,7 @@ demo: $(STAMP)  ## adapt a model to one camera, and show the gain on two photogr
 	@echo "Before and after, with sliders: $(CURDIR)/$(DEMO)/demo.html"
 
 # Two at once, a thread each: most tests wait for programs that they start.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP_TEST)  ## the whole suite
 	$(PYTEST)

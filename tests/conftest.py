@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import collections
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,12 @@ from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.system import is_real_time
 from tests.helpers.commands import Outcome, invoke
 from tests.helpers.networks import efficientnet_state
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files with most slow tests come first: with several processes, none computes a long file alone at the end."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)

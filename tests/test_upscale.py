@@ -483,7 +483,7 @@ def test_an_interrupted_run_leaves_whole_files_and_continues(tmp_path: Path, hom
     hold.wait(process)
     process.send_signal(signal.SIGINT)
     hold.let_go()
-    _, messages = process.communicate(timeout=60)
+    _, messages = process.communicate(timeout=500)
     assert process.returncode == 130, messages
     assert "same command again" in messages
     made = [path for path in out.iterdir() if path.name != MANIFEST]

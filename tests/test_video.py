@@ -759,7 +759,7 @@ def test_a_full_disk_keeps_the_finished_parts(tmp_path: Path, weights: Path, opt
     most = 25_000
     command = [source, tmp_path / name, "--weights", weights, *rest]
     full = started(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)))
-    _, said = full.communicate(timeout=120)
+    _, said = full.communicate(timeout=500)
     assert full.returncode == 5, said
     assert "no space left on the disk" in said
     assert not (tmp_path / name).exists()
@@ -784,7 +784,7 @@ def test_an_interrupted_run_ends_well_and_continues(tmp_path: Path, weights: Pat
         process.send_signal(signal.SIGINT)
         time.sleep(0.01)
     hold.let_go()
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=500)
     assert process.returncode == 130, said
     assert "interrupted" in said
     assert "Fatal Python error" not in said
