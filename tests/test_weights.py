@@ -33,6 +33,7 @@ from pdd_cli.weights import ncnn, sources
 from pdd_cli.weights.catalog import CATALOG, CatalogEntry, GoogleDrive, Https, HuggingFace, Package, find
 from pdd_cli.weights.fetch import FetchEvent, ensure, fetch
 from pdd_cli.weights.store import Card, Store
+from tests.helpers.commands import invoke_in
 from tests.helpers.server import Server, serving
 from tests.helpers.wheels import wheel
 
@@ -523,21 +524,20 @@ def test_bad_usage_is_reported(tmp_path: Path) -> None:
         (["fetch-weights", "bsrgan", "--offline"], 4, "--offline"),
         (["fetch-weights", "--metrics", "lpip"], 2, "did you mean"),
     ):
-        done = pdd(tmp_path, *arguments)
-        assert done.returncode == code, done.stderr
-        assert word in done.stderr
-        assert "Traceback" not in done.stderr
+        done = invoke_in(tmp_path, *arguments)
+        assert done.code == code, done.err
+        assert word in done.err
 
 
 def test_list_shows_what_there_is_and_what_is_installed(tmp_path: Path) -> None:
     store = Store(tmp_path / "home" / "weights")
     store.add(Card(name="mine", architecture="RRDBNet", scale=4, source="pdd adapt", created=""), STATE)
-    shown = pdd(tmp_path, "fetch-weights", "--list")
-    assert shown.returncode == 0, shown.stderr
+    shown = invoke_in(tmp_path, "fetch-weights", "--list")
+    assert shown.code == 0, shown.err
     for known in CATALOG:
-        assert known.name in shown.stdout
-    assert "mine" in shown.stdout
-    document = json.loads(pdd(tmp_path, "fetch-weights", "--list", "--json").stdout)
+        assert known.name in shown.out
+    assert "mine" in shown.out
+    document = json.loads(invoke_in(tmp_path, "fetch-weights", "--list", "--json").out)
     assert [known["name"] for known in document["known"]] == [known.name for known in CATALOG]
     assert [own["name"] for own in document["own"]] == ["mine"]
 
