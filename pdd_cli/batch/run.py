@@ -51,6 +51,7 @@ _VIDEO_RECIPE = {
     "fps",
     "audio",
     "deinterlace",
+    "temporal",
     "keep_audio",
 }
 # Those of later versions of pdd: at their defaults they are left out, so that earlier outputs stay current.

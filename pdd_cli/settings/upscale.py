@@ -255,6 +255,11 @@ class UpscaleConfig(Settings):
         Field(description="Deinterlace a video (bwdif): each frame is made of its two fields."),
         Option("Video"),
     ] = False
+    temporal: Annotated[
+        bool,
+        Field(description="Less flicker in a video: mean over up to 5 frames where the scene is still."),
+        Option("Video", flags=("--temporal",)),
+    ] = False
     keep_audio: Annotated[
         Literal["copy", "convert"],
         Field(description="Audio that the container can't hold: copy fails, convert encodes it (AAC, Opus, FLAC)."),
@@ -313,6 +318,7 @@ class UpscaleConfig(Settings):
     def _possible_video(self) -> UpscaleConfig:
         encoding = [name for name in ("encoder", "crf", "preset") if getattr(self, name) is not None]
         range_options = [name for name in ("start", "end") if getattr(self, name) is not None]
+        range_options += ["temporal"] if self.temporal else []
         if self.lossless and encoding:
             raise ValueError(f"--lossless and --{encoding[0]} can't be combined: lossless videos are FFV1")
         if self.preview is not None and (encoding + range_options):

@@ -38,6 +38,7 @@ class VideoOptions:
     `fps`: frames per second of a folder of frames. `audio`: a file whose audio becomes that of frames that are images.
     `frame_format`: the suffix of the images if the output is a folder of frames.
     `deinterlace`: make each frame of its two fields. `convert_audio`: encode audio that the container can't hold.
+    `temporal`: mean over time where the scene is still.
     """
 
     start: Fraction | None = None
@@ -52,6 +53,7 @@ class VideoOptions:
     frame_format: str = "png"
     deinterlace: bool = False
     convert_audio: bool = False
+    temporal: bool = False
 
     @classmethod
     def of(cls, settings: UpscaleConfig) -> VideoOptions:
@@ -72,4 +74,5 @@ class VideoOptions:
             settings.format,
             settings.deinterlace,
             settings.keep_audio == "convert",
+            settings.temporal,
         )

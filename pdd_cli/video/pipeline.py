@@ -40,6 +40,7 @@ from pdd_cli.video.frames import RECORD, FrameFolder, gives_frames, other_stream
 from pdd_cli.video.images import ImageSequenceReader, frame_files, is_image_sequence, read_image_clip
 from pdd_cli.video.options import VideoOptions
 from pdd_cli.video.still import open_still, plan_still, write_still
+from pdd_cli.video.temporal import WARM_UP, TemporalMean, bytes_needed
 
 PART_FRAMES = 96
 """Number of frames of a part, the most that is lost when a run is interrupted."""
@@ -120,12 +121,15 @@ def run_videos(
             if gives_frames(job):
                 frames = _plan_frames(job, upscaler, options, timed=False)
                 folder = FrameFolder(parts, job.target, frames.clip, key, options.frame_format, output, digest)
-                result = _write_frames(job, frames, upscaler, folder, on_tile)
+                result = _write_frames(job, frames, upscaler, folder, on_tile, temporal=options.temporal)
                 yield replace(result, seconds=time.perf_counter() - started)
                 continue
             plan = _plan(job, digest, upscaler, output, options, timed=False)
             _check_memory(plan, upscaler)
-            result = _upscale(job, plan, upscaler, _Parts(parts, job.target, plan, key), key, output, manifest, on_tile)
+            unfinished = _Parts(parts, job.target, plan, key)
+            result = _upscale(
+                job, plan, upscaler, unfinished, key, output, manifest, on_tile, temporal=options.temporal
+            )
         except ResourceError:
             raise
         except Exception as error:
@@ -199,6 +203,7 @@ def _plan(job: Job, digest: str, upscaler: Upscaler, output: Output, options: Vi
         )
     # Measured at 1920x1080: 4.2 bytes a pixel and frame for 8 bits (x264), 5.5 for 10 (x265).
     upscaler.reserved = _HELD_FRAMES * width * height * (5 if codec.bits == 8 else 6)
+    upscaler.reserved += bytes_needed(width, height) if options.temporal else 0
     estimate = upscaler.estimate(ImageSpec(*clip.upright, 3, bits=16), streamed=False, timed=timed)
     made = ""
     if output.provenance is not None and not output.strip:
@@ -335,9 +340,11 @@ def _upscale(
     output: Output,
     manifest: Manifest | None,
     on_tile: OnTile,
+    *,
+    temporal: bool,
 ) -> Result:
-    clip = plan.clip
-    reader = (ImageSequenceReader if clip.index < 0 else FrameReader)(clip, skip=parts.frames)
+    clip, first = plan.clip, parts.frames
+    reader = (ImageSequenceReader if clip.index < 0 else FrameReader)(clip, skip=_first_read(first, temporal))
     frames = iter(reader)
     try:
         computed = _compute(
@@ -347,6 +354,8 @@ def _upscale(
             lambda time, pixels: parts.add(time, _rotate_back(pixels, plan)),
             parts.finish,
             on_tile,
+            first=first,
+            temporal=temporal,
         )
     except PddError as error:
         if isinstance(error, ResourceError):
@@ -385,10 +394,24 @@ def _compute(
     add: Callable[[int, Array], None],
     finish: Callable[[], None],
     on_tile: OnTile,
+    *,
+    first: int,
+    temporal: bool,
 ) -> _ComputedFrames:
-    """Upscale the frames. `add` takes the time and the upright pixels of each, in a thread; `finish` follows there."""
+    """Upscale the frames. `add` takes the time and the upright pixels of each, in a thread; `finish` follows there.
+
+    `first`: the number of the first frame for `add`; those before it are only averaged with it, if `temporal` is set.
+    """
     computed = _ComputedFrames(clip, upscaler)
+    mean = TemporalMean() if temporal else None
     done = 0
+
+    def put(number: int, frame: Frame, upscaled: Array) -> None:
+        if mean is not None and frame.pixels is not None:
+            upscaled = mean.add(clip.part(frame.pixels), upscaled)
+        if number >= first:
+            add(frame.time, upscaled)
+
     with _Worker("decode") as decoder, _Worker("encode") as encoder:
         batch_size = upscaler.batch(*clip.upright)
         ahead = deque(decoder.submit(next, frames, None) for _ in range(_DECODE_AHEAD + batch_size - 1))
@@ -401,10 +424,10 @@ def _compute(
 
         decoded = upcoming()
         while some := list(itertools.islice(decoded, batch_size)):
-            shown = [(frame.time, frame.pixels) for frame in some if frame.pixels is not None]
-            found = computed.upscale([pixels for _, pixels in shown])
-            for (time_shown, _), upscaled in zip(shown, found, strict=True):
-                waiting.append(encoder.submit(add, time_shown, upscaled))
+            shown = [(number, frame) for number, frame in enumerate(some, done) if frame.pixels is not None]
+            found = computed.upscale([frame.pixels for _, frame in shown if frame.pixels is not None])
+            for (number, frame), upscaled in zip(shown, found, strict=True):
+                waiting.append(encoder.submit(put, number, frame, upscaled))
                 while len(waiting) > _ENCODE_BEHIND + batch_size - 1:
                     waiting.popleft().result()
             done += len(some)
@@ -437,6 +460,7 @@ def _plan_frames(job: Job, upscaler: Upscaler, options: VideoOptions, *, timed: 
     clip = read_clip(job.source, most_pixels=upscaler.most_pixels, options=options)
     size = upscaler.output_size(*clip.upright)
     check_size(Path(f"x.{options.frame_format}"), *size)
+    upscaler.reserved = bytes_needed(*size) if options.temporal else 0
     estimate = upscaler.estimate(ImageSpec(*clip.upright, 3, bits=16), streamed=False, timed=timed)
     upscaler.check_memory(estimate.memory)
     notes, left_out = list(clip.notes), other_streams(clip)
@@ -451,13 +475,15 @@ def _plan_frames(job: Job, upscaler: Upscaler, options: VideoOptions, *, timed: 
     return _FramesPlan(clip, size, tuple(notes), (*lost, *left_out), estimate.memory, estimate.seconds)
 
 
-def _write_frames(job: Job, plan: _FramesPlan, upscaler: Upscaler, folder: FrameFolder, on_tile: OnTile) -> Result:
+def _write_frames(
+    job: Job, plan: _FramesPlan, upscaler: Upscaler, folder: FrameFolder, on_tile: OnTile, *, temporal: bool
+) -> Result:
     """Upscale a video into a folder of frames. Finished frames stay if it is interrupted."""
-    clip = plan.clip
-    reader = FrameReader(clip, skip=folder.frames)
+    clip, first = plan.clip, folder.frames
+    reader = FrameReader(clip, skip=_first_read(first, temporal))
     frames = iter(reader)
     try:
-        computed = _compute(clip, upscaler, frames, folder.add, folder.finish, on_tile)
+        computed = _compute(clip, upscaler, frames, folder.add, folder.finish, on_tile, first=first, temporal=temporal)
     except ResourceError:
         raise
     except PddError:
@@ -517,6 +543,11 @@ class _ComputedFrames:
         if found and before is not None:
             self._latest = before, found[-1]
         return found
+
+
+def _first_read(first: int, temporal: bool) -> int:
+    """The number of the first frame to decode, so that those from `first` on can be computed."""
+    return max(0, first - WARM_UP) if temporal else first
 
 
 def _swap_if_rotated(size: tuple[int, int], clip: Clip) -> tuple[int, int]:
