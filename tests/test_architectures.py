@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from spandrel import ImageModelDescriptor, ModelLoader
 from torch import Tensor, nn
 
 from benchmarks.architectures.__main__ import as_table
-from benchmarks.architectures.networks import random_state
+from benchmarks.architectures.networks import NETWORKS, random_state
 from pdd_cli.adaptation.preview import upscale_image
 from pdd_cli.adaptation.trainable import check_trainable, training_mode
 from pdd_cli.engines.select import open_engine
@@ -21,6 +22,7 @@ from pdd_cli.engines.torch_engine import TorchEngine
 from pdd_cli.errors import InputError
 from pdd_cli.exporting.formats import try_forms
 from pdd_cli.models.loading import SRModel, model_from_state
+from pdd_cli.models.onnx_graph import write_onnx
 from pdd_cli.runtime import Runtime, to_channels_last
 from tests.helpers.networks import CPU
 
@@ -29,8 +31,9 @@ def spandrels(name: str) -> ImageModelDescriptor:
     return ModelLoader().load_from_state_dict(random_state(name))
 
 
-# A noise map is added (DRUNet); the output is a tuple (MMRealSR), or in -1..1 (MixDehazeNet); images are square.
-@pytest.mark.parametrize("name", ["DRUNet", "MMRealSR", "MixDehazeNet", "IPT", "Uformer"])
+# A noise map is added (DRUNet); the output is a tuple (MMRealSR), or in -1..1 (MixDehazeNet); images are square; the
+# network overwrites its input (RCAN), or fails with batches (SeemoRe).
+@pytest.mark.parametrize("name", ["DRUNet", "MMRealSR", "MixDehazeNet", "IPT", "Uformer", "RCAN", "SeemoRe"])
 def test_images_are_those_of_spandrel(name: str) -> None:
     model, theirs = model_from_state(random_state(name), origin="test"), spandrels(name)
     assert (model.in_channels, model.out_channels, model.scale) == (3, 3, theirs.scale)
@@ -38,12 +41,50 @@ def test_images_are_those_of_spandrel(name: str) -> None:
     to_channels_last(model.module, torch.device("cpu"))  # as engines and training do
     right, bottom = theirs.size_requirements.get_padding(53, 37)
     assert model.padding(37, 53) == (bottom, right)
+    before = lr.clone()
     with torch.inference_mode():
         found = model.upscale(lr).clamp(0, 1)
+    assert torch.equal(lr, before)
     for one, image in zip(found, lr, strict=True):
         expected = theirs(F.pad(image[None], (0, right, 0, bottom), mode="replicate"))[0]
         assert expected.std() > 1e-3
         assert torch.allclose(one, expected[:, : 37 * model.scale, : 53 * model.scale], atol=1e-4)
+
+
+def test_an_image_is_always_upscaled_to_the_same() -> None:
+    model = model_from_state(random_state("AuraSR"), origin="test")  # which adds noise to its input
+    lr, seed = torch.rand(1, 3, 16, 16), torch.get_rng_state()
+    with torch.inference_mode():
+        assert torch.equal(model.upscale(lr), model.upscale(lr))
+    assert torch.equal(torch.get_rng_state(), seed)
+
+
+@pytest.mark.slow
+def test_a_prefix_of_the_keys_may_belong_to_the_network() -> None:
+    # `read_state` removes `model.`, which wrappers add, from the keys of LaMa.
+    with torch.device("meta"):
+        shapes = NETWORKS["LaMa"]().state_dict()
+    state = {key.removeprefix("model."): torch.zeros(tensor.shape) for key, tensor in shapes.items()}
+    with pytest.raises(InputError, match=r"x\.pth: a LaMa model for Inpainting, not for super-resolution"):
+        model_from_state(state, origin="x.pth")
+
+
+class _Optional(nn.Module):
+    """A network with an optional argument, as that of RealCUGAN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, image: Tensor, alpha: float = 1) -> Tensor:
+        return self.conv(image) * alpha  # type: ignore[no-any-return]
+
+
+def test_a_graph_has_one_input(tmp_path: Path) -> None:
+    model = SRModel(module=_Optional(), scale=1, in_channels=3, out_channels=3, architecture="Optional")
+    write_onnx(tmp_path / "x.onnx", model, {})
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
+    assert [one.name for one in session.get_inputs()] == ["lr"]
 
 
 def test_the_keys_are_those_of_the_file() -> None:

@@ -205,6 +205,11 @@ def test_files_are_not_replaced(pdd: Pdd) -> None:
     assert (done.code, "model.pth was not written by pdd" in done.err) == (2, True)
     assert Path("model.pth").read_text() == "mine"
     assert not Path("model.onnx").exists()
+    Path("model.pth").rename("mine.pth")
+    Path("model.pth").symlink_to("elsewhere.pth")
+    done = pdd("export", "model.safetensors", "--to", "pth", "--overwrite")
+    assert (done.code, "model.pth is a link to a file that doesn't exist" in done.err) == (2, True)
+    assert Path("model.pth").is_symlink()
     before = Path("model.safetensors").read_bytes()
     done = pdd("export", "model.safetensors", "--to", "safetensors", "--overwrite")
     assert (done.code, "is the file to export" in done.err) == (2, True)

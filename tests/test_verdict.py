@@ -14,6 +14,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from pdd_cli.adaptation.judge import Judgement, decide, held_out_indices, judge_crops, measure
+from pdd_cli.errors import InputError
 from pdd_cli.models.loading import SRModel, interpolated
 from pdd_cli.runtime import Runtime
 
@@ -173,3 +174,10 @@ def test_interpolation_is_linear() -> None:
 def test_a_model_that_gives_nan_is_not_judged() -> None:
     with pytest.raises(ValueError, match="finite"):
         measure(model(shift=float("nan")), images(), CPU)
+
+
+def test_an_output_that_is_not_finite_is_an_error() -> None:
+    sr = np.full((64, 64, 3), np.nan, np.float32)
+    with pytest.raises(InputError, match="not finite") as raised:
+        judge_crops([(np.zeros((16, 16, 3), np.uint8), sr)])
+    assert "--precision fp32" in raised.value.hint

@@ -27,6 +27,7 @@ from torch import Tensor
 from pdd_cli.adaptation.preview import center_crop, to_rgb8, upscale_image
 from pdd_cli.adaptation.validation import Pairs, ValidationScores
 from pdd_cli.data.datasets import RGB, laplacian
+from pdd_cli.errors import InputError
 from pdd_cli.iqa.consistency import colour_drift, downscale_consistency
 from pdd_cli.models.loading import SRModel, interpolated
 from pdd_cli.runtime import Runtime
@@ -236,7 +237,7 @@ def held_out_indices(count: int, fraction: float) -> tuple[int, ...]:
 def measure(model: SRModel, images: Sequence[RGB], runtime: Runtime) -> Judgement:
     """Upscale the centre of each image with `model` and measure it. With fewer images, larger crops are used.
 
-    Raises ValueError if an output is not finite.
+    Raises InputError if an output is not finite.
     """
     images = images[:_MAX_IMAGES]
     side = math.isqrt(_MAX_PIXELS // len(images))
@@ -247,12 +248,15 @@ def measure(model: SRModel, images: Sequence[RGB], runtime: Runtime) -> Judgemen
 def judge_crops(crops: Iterable[tuple[RGB, NDArray[np.float32]]]) -> Judgement:
     """Measure pairs of LR (h, w, 3), 8-bit, and SR (h*scale, w*scale, 3), 0..1.
 
-    Raises ValueError if an SR image is not finite.
+    Raises InputError if an SR image is not finite.
     """
     measured = []
     for lr, sr in crops:
         if not np.isfinite(sr).all():
-            raise ValueError("the model gives values that are not finite")
+            raise InputError(
+                "the model gives values that are not finite (NaN or infinity)",
+                "Its weights are damaged or diverged, or their values are beyond the precision: try --precision fp32.",
+            )
         small = lr.astype(np.float32) / 255
         flat = _flat_mask(lr)
         detail, scale = laplacian(to_rgb8(sr)), sr.shape[0] // lr.shape[0]

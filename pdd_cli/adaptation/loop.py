@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +34,7 @@ _SAVE_SECONDS = 180  # maximum time between checkpoints
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step of a run. `losses` are unweighted; those that were off in this step are absent."""
+    """One step of a run. `losses` are unweighted; those that were off, or not finite, in this step are absent."""
 
     step: int  # counted from 1
     losses: dict[str, float]
@@ -99,7 +100,8 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
             event = _monitor(run, result)
 
             # log
-            report = StepReport(done, result.losses, learning_rate, time.perf_counter() - started, event)
+            losses = {name: value for name, value in result.losses.items() if math.isfinite(value)}
+            report = StepReport(done, losses, learning_rate, time.perf_counter() - started, event)
             if first:
                 _log(run, report, tensorboard)
             if state.step < done:  # rolled back

@@ -153,7 +153,10 @@ def judge_weights(run: Run, path: Path) -> tuple[Conclusion, dict[str, Any]]:
     if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in expected.items()}:
         raise InputError(f"--judge {path}: not weights of the network of this run", "Name a file of this run.")
     with memory_errors(run.config):
-        conclusion = run.judge.conclude(state)
+        try:
+            conclusion = run.judge.conclude(state)
+        except InputError as error:
+            raise InputError(f"--judge {path}: {error.message}", error.hint) from error
     return conclusion, {"weights": path, **_verdict_document(run, conclusion)}
 
 

@@ -34,6 +34,10 @@ def is_own(form: ExportForm, file: Path) -> bool:
 
 def check_target(form: ExportForm, file: Path, sources: list[Path], *, overwrite: bool) -> None:
     """Raise InputError if `file` exists, unless it may be replaced: with `overwrite`, an own file that is no source."""
+    if file.is_symlink() and not file.exists():
+        raise InputError(
+            f"{file} is a link to a file that doesn't exist; it is not replaced", "Delete the link yourself."
+        )
     if not file.exists():
         return
     if file.is_dir():

@@ -87,7 +87,10 @@ def model_from_state(state: Mapping[str, Tensor], *, origin: str, card: Card | N
     from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
 
     try:
-        model = ModelLoader().load_from_state_dict(dict(state))
+        try:
+            model = ModelLoader().load_from_state_dict(dict(state))
+        except UnsupportedModelError:  # `read_state` removes a prefix that is part of the names of some networks
+            model = ModelLoader().load_from_state_dict({f"model.{key}": tensor for key, tensor in state.items()})
     except UnsupportedModelError:
         raise InputError(f"{origin}: not an architecture that pdd or spandrel {_spandrel_version()} knows") from None
     except Exception as error:
@@ -109,6 +112,11 @@ def model_from_state(state: Mapping[str, Tensor], *, origin: str, card: Card | N
     )
 
 
+# Networks that spandrel calls directly, although they compute one image correctly and not a batch (SeemoRe), change
+# their input (RCAN), or draw random numbers (AuraSR).
+_NOT_DIRECTLY = {"SeemoRe", "RCAN", "AuraSR"}
+
+
 def _images_to_images(model: ImageModelDescriptor[nn.Module]) -> nn.Module:
     """The network of `model` as a module from images to images.
 
@@ -116,7 +124,8 @@ def _images_to_images(model: ImageModelDescriptor[nn.Module]) -> nn.Module:
     function of network and image.
     """
     call = model._call_fn
-    if call.__module__.endswith(".__helpers.model_descriptor"):  # spandrel's default: the network itself
+    is_default = call.__module__.endswith(".__helpers.model_descriptor")  # the network itself
+    if is_default and model.architecture.id not in _NOT_DIRECTLY:
         network: nn.Module = model.model
         return network
     return _Adapted(model.model, call, contiguous_only=model.architecture.id == "IPT")
@@ -125,6 +134,7 @@ def _images_to_images(model: ImageModelDescriptor[nn.Module]) -> nn.Module:
 class _Adapted(nn.Module):
     """`network` called by `call(network, image)`, which takes batches of one image. The state is that of `network`.
 
+    The input is not changed, and except in training the same input always gives the same output.
     `contiguous_only`: the network fails with tensors that are channels-last (`runtime.to_channels_last`).
     """
 
@@ -137,11 +147,16 @@ class _Adapted(nn.Module):
         self._call = call
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.contiguous_only:
-            images = images.contiguous()
-        if len(images) == 1:
-            return self._call(self.network, images)
-        return torch.cat([self._call(self.network, image) for image in images.split(1)])
+        layout = torch.contiguous_format if self.contiguous_only else torch.preserve_format
+        sr = [self._one(image.clone(memory_format=layout)) for image in images.split(1)]
+        return sr[0] if len(sr) == 1 else torch.cat(sr)
+
+    def _one(self, image: Tensor) -> Tensor:
+        if self.training or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+            return self._call(self.network, image)
+        with torch.random.fork_rng([image.device] if image.is_cuda else []):
+            torch.manual_seed(0)
+            return self._call(self.network, image)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.network.state_dict(*args, **kwargs)

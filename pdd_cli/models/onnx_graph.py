@@ -28,7 +28,10 @@ LR_SIDES = ((32, 33), (33, 32), (17, 70), (70, 17), (64, 48))  # height, width o
 
 
 class _AnySize(nn.Module):
-    """The model for any size: it pads the right and bottom by replication to a multiple, and crops the output."""
+    """The model for any size: it pads the right and bottom by replication to a multiple, and crops the output.
+
+    It has one input. PyTorch would make inputs of the network's optional arguments, too.
+    """
 
     def __init__(self, model: SRModel) -> None:
         super().__init__()
@@ -36,8 +39,11 @@ class _AnySize(nn.Module):
         self._model = model
 
     def forward(self, lr: Tensor) -> Tensor:
-        height, width = lr.shape[2], lr.shape[3]
         multiple, scale = self._model.size_multiple, self._model.scale
+        if multiple == 1:
+            whole: Tensor = self.module(lr)
+            return whole
+        height, width = lr.shape[2], lr.shape[3]
         padded = F.pad(lr, (0, -width % multiple, 0, -height % multiple), mode="replicate")
         sr: Tensor = self.module(padded)
         return sr[:, :, : height * scale, : width * scale]
@@ -65,12 +71,11 @@ def graph_here(model: SRModel, metadata: str) -> bytes:
     import onnx
 
     model.module.eval().cpu()
-    module = _AnySize(model) if model.size_multiple > 1 else model.module
     axes = {2: "height", 3: "width"}
     written = io.BytesIO()
     with _export_errors(model.architecture), _quiet():
         torch.onnx.export(
-            module,
+            _AnySize(model),
             (_examples(model)[0],),
             written,  # type: ignore[arg-type]
             input_names=["lr"],
