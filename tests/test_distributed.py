@@ -23,7 +23,7 @@ from pdd_cli.errors import InputError
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.ranks import SINGLE_PROCESS, Ranks
 from tests.helpers import distributed_worker
-from tests.helpers.commands import Hold
+from tests.helpers.commands import Hold, environment
 
 pytestmark = pytest.mark.slow
 
@@ -53,17 +53,17 @@ def ground(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def torchrun(*command: str | Path, folder: Path) -> subprocess.Popen[str]:
     path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
-    environment = {**os.environ, "PDD_HOME": str(folder / "home"), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    more = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.Popen(
-        [*launcher, *map(str, command)], cwd=folder, env=environment,
+        [*launcher, *map(str, command)], cwd=folder, env=environment(folder) | more,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
     try:
-        return process.communicate(timeout=300)
+        return process.communicate(timeout=500)
     finally:
         process.terminate()  # where it hangs; torchrun ends its children
 

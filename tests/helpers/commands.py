@@ -69,8 +69,9 @@ def _machine_code() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("PDD_HOME", folder)
         for emitter in (Emitter, TrainingEmitter):
-            if (compiled := kernel.__wrapped__(emitter)) is not None:
-                compiled.address("run")
+            for compiled in kernel.__wrapped__(emitter), kernel(emitter):  # this process's own, too, if it has none yet
+                if compiled is not None:
+                    compiled.address("run")
         return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*.kernel")}
 
 
