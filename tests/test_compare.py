@@ -150,3 +150,19 @@ def test_evaluate_takes_strengths_too(place) -> None:
     failed = place("evaluate", "--lr-dir", "lr", "--weights", "plain,mine@1.5", "--metrics", "entropy")
     assert failed.code == 2
     assert "the strength 1.5 is not within 0 and 1" in failed.err
+
+
+def test_evaluate_takes_the_switches_of_upscale(place) -> None:
+    Path("lr").mkdir()
+    Image.fromarray(photo(20, 24)).save("lr/a.png")
+    switches = ("--tta", "--mix", 0.25, "--color-correction", "wavelet", "--strength", 0.5, "--precision", "fp32")
+    found = place("evaluate", "--lr-dir", "lr", "--weights", "mine,mine@1", "--metrics", "entropy", *switches)
+    assert found.code == 0, found.err
+    for name, strength in (("mine@0.5", 0.5), ("mine@1", 1)):
+        more = ("--strength", strength, "--weights", "mine", "--overwrite")
+        assert place("upscale", "lr/a.png", "made.png", *switches, *more).code == 0
+        assert np.array_equal(np.asarray(Image.open(f"upscaled/{name}/a.png")), np.asarray(Image.open("made.png")))
+    failed = place("evaluate", "--lr-dir", "lr", "--weights", "plain", "--metrics", "entropy", "--denoise", 0.5)
+    assert (failed.code, "--denoise needs a pair of models" in failed.err) == (2, True)
+    failed = place("evaluate", "lr", "--tta")
+    assert (failed.code, "--tta is for the images of --weights" in failed.err) == (2, True)

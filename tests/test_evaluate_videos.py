@@ -34,7 +34,10 @@ def test_two_videos_frame_by_frame(tmp_path: Path) -> None:
     assert "5 of 5 frames" in err
     main = document["images"]
     assert isinstance(main, list)
-    assert [Path(image["image"]).name for image in main] == [f"{number:08d}.png" for number in range(1, 6)]
+    assert [(image["image"], image["reference"], image["frame"]) for image in main] == [
+        (str(good), str(truth), number) for number in range(1, 6)
+    ]
+    assert {image["baselines"]["b.mkv"]["image"] for image in main} == {str(bad)}
     for image, ours, theirs in zip(main, frames_of(good), frames_of(truth), strict=True):
         expected = psnr(*(frame.to_ndarray(format="rgb24") for frame in (ours, theirs)))
         assert image["scores"]["psnr"] == pytest.approx(expected, abs=0.01)
@@ -47,11 +50,10 @@ def test_long_videos_are_sampled_alike(tmp_path: Path, monkeypatch: pytest.Monke
     code, document, err = evaluate(good, "--gt-dir", truth, "--metrics", "psnr")
     assert code == 0, err
     assert "3 of 8 frames of each video are scored: one in 3" in err
-    assert [Path(image["image"]).name for image in document["images"]] == [
-        "00000001.png",
-        "00000004.png",
-        "00000007.png",
-    ]
+    assert [image["frame"] for image in document["images"]] == [1, 4, 7]
+    assert evaluate(good, "--gt-dir", truth, "--metrics", "psnr", "--output", tmp_path / "scores.csv")[0] == 0
+    rows = (tmp_path / "scores.csv").read_text().splitlines()
+    assert rows[2].startswith(f'"{good}, frame 4","{truth}, frame 4",,')
 
 
 def test_videos_of_other_frames_are_not_compared(tmp_path: Path) -> None:

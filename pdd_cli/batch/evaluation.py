@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
+from pdd_cli.batch.loading import check_denoise
 from pdd_cli.batch.plan import check_collisions
 from pdd_cli.batch.run import run
 from pdd_cli.batch.video_frames import with_frames
@@ -24,7 +25,7 @@ from pdd_cli.iqa.run import Evaluation, score_inputs
 from pdd_cli.observer import Observer
 from pdd_cli.reporting.evaluation import check_format
 from pdd_cli.runtime import choose_runtime
-from pdd_cli.settings.evaluate import EvaluateConfig
+from pdd_cli.settings.evaluate import SWITCHES, EvaluateConfig
 from pdd_cli.settings.upscale import UpscaleConfig
 from pdd_cli.system import cpu_name, usable_cpus
 from pdd_cli.upscaling.jobs import Job
@@ -47,10 +48,10 @@ def evaluate(settings: EvaluateConfig, observer: Observer = Observer(), *, comma
     if settings.output is not None:
         check_format(settings.output)
     metric_infos(settings.metrics)
-    settings = with_frames(settings, observer.say)
+    settings, videos = with_frames(settings, observer.say)
     runtime = choose_runtime(settings.metric_device)
     if settings.weights:
-        choose_inference(settings.engine, settings.device, "auto")
+        choose_inference(settings.engine, settings.device, settings.precision)
         inputs = _upscale_sets(settings, observer)
     else:
         inputs = gather(
@@ -68,7 +69,7 @@ def evaluate(settings: EvaluateConfig, observer: Observer = Observer(), *, comma
         versions=versions("torch", "torchvision", "pyiqa", "numpy", "pillow"),
         weights={one.name: _weights_of(one) for one in evaluation.report.sets},
     )
-    return replace(evaluation, report=replace(evaluation.report, origin=origin))
+    return replace(evaluation, report=replace(evaluation.report, origin=origin, videos=videos))
 
 
 def _weights_of(scored: ScoredSet) -> list[str]:
@@ -97,23 +98,15 @@ def _upscale_sets(settings: EvaluateConfig, observer: Observer) -> Inputs:
     """Upscale the LR images with each of --weights. The last weights are the main set, the others its baselines."""
     dataset = _dataset(settings) or folders_as_dataset(settings.lr_dir or Path(), settings.gt_dir)
     planned = _plan_jobs(settings, dataset)
+    for upscaling, _ in planned.values():
+        check_denoise(upscaling)
     with observer.fetching() as on_event:
         find = partial(ensure, store=Store.default(), offline=settings.offline, on_event=on_event)
-        for weights, _ in map(split_strength, settings.weights):
-            find(weights)
+        for upscaling, _ in planned.values():
+            find(upscaling.weights)
     outputs: dict[str, dict[Path, Path]] = {}
     problems = list(dataset.problems)
-    for (name, jobs), (weights, strength) in zip(planned.items(), map(split_strength, settings.weights), strict=True):
-        upscaling = UpscaleConfig(
-            input=tuple(job.source for job in jobs),
-            output=str(settings.upscaled_dir / name),
-            weights=weights,
-            strength=strength,
-            engine=settings.engine,
-            device=settings.device,
-            offline=settings.offline,
-            overwrite=True,  # existing images may come from earlier weights of the same name
-        )
+    for name, (upscaling, jobs) in planned.items():
         outcome = run(upscaling, jobs=jobs, observer=observer)
         if outcome.stopped is not None:
             raise outcome.stopped
@@ -127,11 +120,15 @@ def _upscale_sets(settings: EvaluateConfig, observer: Observer) -> Inputs:
     return Inputs((main, *others), problems=tuple(problems))
 
 
-def _plan_jobs(settings: EvaluateConfig, dataset: Dataset) -> dict[str, list[Job]]:
-    """The jobs for each of --weights, with a folder for each. Raises InputError if they would replace images."""
-    planned = {}
+def _plan_jobs(settings: EvaluateConfig, dataset: Dataset) -> dict[str, tuple[UpscaleConfig, list[Job]]]:
+    """The settings and jobs for each of --weights, with a folder for each.
+
+    Raises InputError if they would replace images.
+    """
+    planned: dict[str, tuple[UpscaleConfig, list[Job]]] = {}
     for given in settings.weights:
         weights, strength = split_strength(given)
+        strength = settings.strength if strength is None else strength
         name = Path(weights).stem if Path(weights).suffix else weights
         if weights.startswith(HUB_PREFIX):
             name = re.sub(r"[/@]", "-", weights.removeprefix(HUB_PREFIX))
@@ -142,9 +139,21 @@ def _plan_jobs(settings: EvaluateConfig, dataset: Dataset) -> dict[str, list[Job
                 f"--weights {','.join(settings.weights)}: two files are named {name}", "Rename one of the files."
             )
         folder = settings.upscaled_dir / name
-        planned[name] = [Job(lr, folder / png) for lr, png in _png_names(dataset).items()]
+        jobs = [Job(lr, folder / png) for lr, png in _png_names(dataset).items()]
+        upscaling = UpscaleConfig(
+            input=tuple(job.source for job in jobs),
+            output=str(folder),
+            weights=weights,
+            engine=settings.engine,
+            device=settings.device,
+            precision=settings.precision,
+            offline=settings.offline,
+            overwrite=True,  # existing images may come from earlier weights of the same name
+            **{**settings.model_dump(include=set(SWITCHES)), "strength": strength},
+        )
+        planned[name] = upscaling, jobs
     check_collisions(
-        [job for jobs in planned.values() for job in jobs], dataset.hr.values(), "Choose another --upscaled-dir."
+        [job for _, jobs in planned.values() for job in jobs], dataset.hr.values(), "Choose another --upscaled-dir."
     )
     return planned
 

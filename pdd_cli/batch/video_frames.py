@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pdd_cli.errors import InputError
@@ -18,8 +18,8 @@ from pdd_cli.video.decode import FrameReader, is_video, read_clip
 _MOST = 300
 
 
-def with_frames(settings: EvaluateConfig, say: Callable[[str], None]) -> EvaluateConfig:
-    """`settings` in which a folder of frames, as PNG files, stands for each video.
+def with_frames(settings: EvaluateConfig, say: Callable[[str], None]) -> tuple[EvaluateConfig, Mapping[Path, Path]]:
+    """`settings` in which a folder of frames, as PNG files, stands for each video; and the videos by these folders.
 
     The folders are removed when the process ends. Of a video with more than 300 frames, every second, third and so on
     is taken, of all videos the same ones.
@@ -29,7 +29,7 @@ def with_frames(settings: EvaluateConfig, say: Callable[[str], None]) -> Evaluat
     named = [settings.sr_dir, settings.gt_dir, settings.lr_dir, *settings.baseline]
     videos = [path for path in named if path is not None and is_video(path) and path.is_file()]
     if not videos:
-        return settings
+        return settings, {}
     folder = Path(tempfile.mkdtemp(prefix="pdd-frames-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     every = -(-read_clip(videos[0], most_pixels=MOST_PIXELS).frames // _MOST) or 1
@@ -47,7 +47,8 @@ def with_frames(settings: EvaluateConfig, say: Callable[[str], None]) -> Evaluat
         name: folders.get(path, path) for name in ("sr_dir", "gt_dir", "lr_dir") if (path := getattr(settings, name))
     }
     baseline = tuple(folders.get(path, path) for path in settings.baseline)
-    return settings.model_copy(update={**changes, "baseline": baseline})
+    of_folder = {frames: video for video, frames in folders.items()}
+    return settings.model_copy(update={**changes, "baseline": baseline}), of_folder
 
 
 def _write_frames(video: Path, target: Path, every: int) -> list[float]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from pdd_cli.iqa.compare import Comparison, compare, in_words
@@ -50,7 +51,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class Report:
-    """One evaluation: all scores, and what they were computed with. `baselines` are what `main` is compared with."""
+    """One evaluation: all scores, and what they were computed with. `baselines` are what `main` is compared with.
+
+    `videos`: by the folder of their frames, which are files named by their numbers.
+    """
 
     metrics: Sequence[MetricInfo]
     main: ScoredSet
@@ -60,6 +64,7 @@ class Report:
     failures: Sequence[str] = ()  # that do not concern one image: files without a partner, metrics of a whole set
     luma: Luma = "full"  # of `LUMA_METRICS`
     origin: Origin | None = None
+    videos: Mapping[Path, Path] = field(default_factory=dict)
 
     @property
     def sets(self) -> list[ScoredSet]:
@@ -183,9 +188,9 @@ class Report:
             "images": [
                 {
                     "name": name,
-                    **_as_values(scores),
+                    **self._as_values(scores),
                     "baselines": {
-                        baseline.name: _as_values(baseline.images[name])
+                        baseline.name: self._as_values(baseline.images[name])
                         for baseline in self.baselines
                         if name in baseline.images
                     },
@@ -193,6 +198,27 @@ class Report:
                 for name, scores in self.main.images.items()
             ],
         }
+
+    def _as_values(self, scores: ImageScores) -> dict[str, Any]:
+        item = scores.item
+        paths = {"image": item.image, "reference": item.reference, "lr": item.lr}
+        frames = [int(path.stem) for path in paths.values() if path is not None and path.parent in self.videos]
+        return {
+            **{key: str(self._source(path)) if path else None for key, path in paths.items()},
+            **({"frame": frames[0]} if frames else {}),
+            "scores": scores.values,
+            "problems": scores.problems,
+        }
+
+    def _source(self, path: Path) -> Path:
+        """The file itself, or the video of which it is a frame."""
+        return self.videos.get(path.parent, path)
+
+    def _in_words(self, path: Path | None) -> str:
+        if path is None:
+            return ""
+        source = self._source(path)
+        return str(path) if source is path else f"{source}, frame {int(path.stem)}"
 
     def as_csv(self) -> str:
         """One row for each image; columns: the metrics, the baselines' scores, the differences. The means are below.
@@ -210,7 +236,7 @@ class Report:
         for name, scores in self.main.images.items():
             theirs = [baseline.images.get(name) for baseline in self.baselines]
             writer.writerow([
-                scores.item.image, scores.item.reference or "", scores.item.lr or "",
+                *map(self._in_words, (scores.item.image, scores.item.reference, scores.item.lr)),
                 *(one.values.get(metric, "") if one else "" for one in (scores, *theirs) for metric in names),
                 *(one.differences.get(name, "") for one in compared),
             ])  # fmt: skip
@@ -228,14 +254,3 @@ class Report:
         writer.writerows(["not scored", line] for line in self.unscored)
         writer.writerow(["about", " ".join([self.about, *(f"{line}." for line in self.origin_lines)])])
         return text.getvalue()
-
-
-def _as_values(scores: ImageScores) -> dict[str, Any]:
-    item = scores.item
-    return {
-        "image": str(item.image),
-        "reference": str(item.reference) if item.reference else None,
-        "lr": str(item.lr) if item.lr else None,
-        "scores": scores.values,
-        "problems": scores.problems,
-    }

@@ -84,3 +84,35 @@ Precision = Annotated[
     Option("Computing"),
 ]
 Offline = Annotated[bool, Field(description="Never use the network."), Option("Computing")]
+
+# The switches at inference.
+Strength = Annotated[
+    Fraction | None,
+    Field(description="Strength of adapted weights, from 0 (their base) to 1 (fully adapted)."),
+    Option("Model", default="as recommended in their card"),
+]
+Denoise = Annotated[
+    Fraction | None,
+    Field(description="Only --weights realesr-general: from 0 (keep the noise) to 1 (remove it)."),
+    Option("Model", default="1"),
+]
+ColorCorrection = Annotated[
+    Literal["none", "mean-std", "low-frequency", "wavelet"],
+    Field(description="Transfer the colours of the input to the output."),
+    Option("Model"),
+]
+Tta = Annotated[
+    bool,
+    Field(description="Mean of 8 flips and transposes: fewer artefacts, softer, 8 times the work."),
+    Option("Model", flags=("--tta",)),
+]
+Mix = Annotated[
+    Fraction,
+    Field(description="Fraction of a plain resize in the output, from 0 to 1."),
+    Option("Model"),
+]
+SnapFlats = Annotated[
+    bool,
+    Field(description="Make nearly white and nearly black flats white and black, as for scanned text."),
+    Option("Model", flags=("--snap-flats",)),
+]

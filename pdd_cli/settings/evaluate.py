@@ -8,7 +8,24 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pdd_cli.gpus import is_pytorch_device
-from pdd_cli.settings.base import INFERENCE_DEVICES, Device, Engine, Offline, Option, Settings
+from pdd_cli.settings.base import (
+    INFERENCE_DEVICES,
+    ColorCorrection,
+    Denoise,
+    Device,
+    Engine,
+    Mix,
+    Offline,
+    Option,
+    Precision,
+    Settings,
+    SnapFlats,
+    Strength,
+    Tta,
+)
+
+SWITCHES = ("strength", "denoise", "color_correction", "tta", "mix", "snap_flats")
+"""The settings of `upscale` that determine the images of --weights."""
 
 PAPER_METRICS = ("psnr", "ssim", "lpips", "dists", "niqe", "musiq")
 
@@ -64,6 +81,12 @@ class EvaluateConfig(Settings):
         Field(description="Folder for the images that --weights makes; one subfolder for each model."),
         Option("Model"),
     ] = Path("upscaled")
+    strength: Strength = None
+    denoise: Denoise = None
+    color_correction: ColorCorrection = "none"
+    tta: Tta = False
+    mix: Mix = 0.0
+    snap_flats: SnapFlats = False
     metrics: Annotated[
         tuple[str, ...],
         Field(
@@ -92,6 +115,7 @@ class EvaluateConfig(Settings):
     ] = None
     engine: Engine = "auto"
     device: Annotated[Device, Field(description=INFERENCE_DEVICES)] = "auto"
+    precision: Precision = "auto"
     offline: Offline = False
 
     @model_validator(mode="before")
@@ -114,8 +138,10 @@ class EvaluateConfig(Settings):
             raise ValueError("--weights makes the images to score: omit SR_DIR and --baseline")
         if self.weights and self.dataset is None and self.lr_dir is None:
             raise ValueError("--weights needs images to upscale: add --lr-dir DIR, or --dataset NAME --root DIR")
-        if self.engine != "auto" and not self.weights:
-            raise ValueError("--engine computes the images of --weights: add it")
+        switches = ("engine", "precision", *SWITCHES)
+        given = [name for name in switches if getattr(self, name) != type(self).model_fields[name].default]
+        if given and not self.weights:
+            raise ValueError(f"--{given[0].replace('_', '-')} is for the images of --weights: add it")
         if len(set(self.weights)) < len(self.weights):
             raise ValueError("--weights names the same weights twice")
         if self.fail_if_worse and not self.baseline and len(self.weights) < 2:

@@ -9,7 +9,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
-from pdd_cli.settings.base import INFERENCE_DEVICES, Device, Engine, Fraction, Offline, Option, Precision, Settings
+from pdd_cli.settings.base import (
+    INFERENCE_DEVICES,
+    ColorCorrection,
+    Denoise,
+    Device,
+    Engine,
+    Mix,
+    Offline,
+    Option,
+    Precision,
+    Settings,
+    SnapFlats,
+    Strength,
+    Tta,
+)
 
 FormatChoice = Literal[
     "keep", "png", "jpg", "webp", "gif", "tiff", "bmp", "tga", "avif", "heic", "jxl", "mp4", "mov", "mkv", "webm"
@@ -137,36 +151,12 @@ class UpscaleConfig(Settings):
         Field(description="The largest output that fits in this box."),
         Option("Size", metavar="WxH"),
     ] = None
-    strength: Annotated[
-        Fraction | None,
-        Field(description="Strength of adapted weights, from 0 (their base) to 1 (fully adapted)."),
-        Option("Model", default="as recommended in their card"),
-    ] = None
-    denoise: Annotated[
-        Fraction | None,
-        Field(description="Only --weights realesr-general: from 0 (keep the noise) to 1 (remove it)."),
-        Option("Model", default="1"),
-    ] = None
-    color_correction: Annotated[
-        Literal["none", "mean-std", "low-frequency", "wavelet"],
-        Field(description="Transfer the colours of the input to the output."),
-        Option("Model"),
-    ] = "none"
-    tta: Annotated[
-        bool,
-        Field(description="Mean of 8 flips and transposes: fewer artefacts, softer, 8 times the work."),
-        Option("Model", flags=("--tta",)),
-    ] = False
-    mix: Annotated[
-        Fraction,
-        Field(description="Fraction of a plain resize in the output, from 0 to 1."),
-        Option("Model"),
-    ] = 0.0
-    snap_flats: Annotated[
-        bool,
-        Field(description="Make nearly white and nearly black flats white and black, as for scanned text."),
-        Option("Model", flags=("--snap-flats",)),
-    ] = False
+    strength: Strength = None
+    denoise: Denoise = None
+    color_correction: ColorCorrection = "none"
+    tta: Tta = False
+    mix: Mix = 0.0
+    snap_flats: SnapFlats = False
     seamless: Annotated[
         Literal["none", "x", "y", "both"],
         Field(description="Axes along which the texture repeats: opposite edges still fit."),
