@@ -117,7 +117,9 @@ class _Folder:
         self.path = path
         self.plan = Plan()
         self._settings = settings
-        self._output = Path(settings.output).resolve()
+        real, output = path.resolve(), Path(settings.output).resolve()
+        inside = output != real and output.is_relative_to(real)
+        self._outputs = path / output.relative_to(real) if inside else None
         self._waiting: dict[Path, tuple[_State, float]] = {}  # since when each file is as it is
         self._taken: dict[Path, _State] = {}
         self._jobs: list[Job] = []  # in the order in which they came
@@ -159,7 +161,7 @@ class _Folder:
         now = time.monotonic()
         before, self._waiting, ready = self._waiting, {}, {}
         for path in found:
-            if self._output != self.path.resolve() and self._output in path.resolve().parents:
+            if self._outputs in path.parents:
                 continue
             state = _state(path)
             if state is None or self._taken.get(path) == state:
