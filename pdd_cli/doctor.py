@@ -174,7 +174,7 @@ def _training() -> Value:
     if runtime.device_type != "cpu":
         return f"torch on {runtime}"
     if not winograd_pays(runtime):
-        return f"torch on {runtime}: winograd is slower in this precision, or has no kernel for this CPU"
+        return f"torch on {runtime}: winograd is slower in this precision, or isn't used on this kind of CPU"
     import torch  # noqa: F401 - loads the OpenMP library that the kernel uses
 
     from pdd_cli.engines.winograd.training import can_accelerate

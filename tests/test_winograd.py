@@ -25,7 +25,7 @@ from spandrel import ModelLoader
 from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 from torch import nn
 
-from pdd_cli.engines.select import choose_engine
+from pdd_cli.engines.select import choose_engine, try_engines
 from pdd_cli.engines.torch_engine import TorchEngine
 from pdd_cli.engines.winograd import inference as winograd
 from pdd_cli.engines.winograd import kernel as winograd_kernel
@@ -182,9 +182,22 @@ def test_auto_takes_it_for_fp32_and_where_bf16_is_no_faster(monkeypatch: pytest.
         assert engine.runtime.precision == ("bf16" if amx else "fp32")
     assert choose_engine(model, BF16, "winograd", free=True).runtime.precision == "fp32"
     assert choose_engine(model, CPU, "torch").name == "torch"
-    monkeypatch.setattr("platform.machine", lambda: "aarch64")  # where it was never run
-    assert choose_engine(model, CPU, "auto").name != "winograd"
-    assert choose_engine(model, CPU, "winograd").name == "winograd"
+
+
+def test_on_arm_auto_takes_it_if_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_from_state(state_of("compact"), origin="compact")
+    seconds = {"winograd": 1.0}
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr("pdd_cli.engines.select._seconds", lambda engine: seconds.get(engine.name, 2.0))
+    for system in ("Darwin", "Linux"):
+        monkeypatch.setattr("platform.system", lambda system=system: system)
+        assert (choose_engine(model, CPU, "auto").name == "winograd") == (system == "Linux")
+        assert choose_engine(model, CPU, "winograd").name == "winograd"
+    seconds["winograd"] = 3.0
+    other = choose_engine(model, CPU, "auto")
+    assert other.name != "winograd"
+    tried = {one.name: one.problem for one in try_engines(model, CPU)}
+    assert tried["winograd"] == f"slower on cpu, fp32 than {other.name} on cpu, fp32"
 
 
 @pytest.mark.parametrize("other", ["another network", "relu", "features", "bf16", "cuda", "old CPU"])

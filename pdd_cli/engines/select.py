@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from pdd_cli.engines.ncnn_engine import NcnnEngine
 from pdd_cli.engines.onnx_engine import OnnxEngine
 from pdd_cli.engines.openvino_engine import OpenVINOEngine, try_openvino
 from pdd_cli.engines.torch_engine import Convert, TorchEngine, agrees_with_torch
-from pdd_cli.engines.winograd import winograd_pays
+from pdd_cli.engines.winograd import winograd_may_pay, winograd_pays
 from pdd_cli.engines.winograd.engine import WinogradEngine
 from pdd_cli.errors import InputError
 from pdd_cli.gpus import has_onnx_gpu_package, onnx_providers, vulkan_devices
@@ -54,7 +54,7 @@ def open_engine(
     """Open the engine that `--engine` names. The caller closes it.
 
     On a CPU, auto is the first of `_candidates` that can compute this model and agrees with PyTorch, else PyTorch.
-    They are compared here, with this model, on noise.
+    They are compared here, with this model, on noise. Those whose speed isn't known from measurements are also timed.
 
     Args:
         load: Loads the model. It is not called if the cache has the converted model.
@@ -65,14 +65,8 @@ def open_engine(
     Raises:
         InputError: the engine that `choice` names can't compute this model or runtime.
     """
-    loaded = functools.cache(load)
     candidates = _candidates(runtime, choice, free=free, anywhere=anywhere)
-    for number, candidate in enumerate(candidates, 1):
-        insist = choice == candidate.kind.name and number == len(candidates)
-        engine = _open(candidate, loaded, weights, insist=insist)
-        if not isinstance(engine, Unfit):
-            return engine
-    return _pytorch(loaded(), runtime)
+    return _first(candidates, functools.cache(load), weights, runtime, choice)
 
 
 @dataclass(frozen=True)
@@ -87,8 +81,9 @@ class Tried:
 def try_engines(model: SRModel, runtime: Runtime) -> list[Tried]:
     """The engines in the order in which auto tries them for `model`, PyTorch last; auto takes the first usable one."""
     tried = []
-    for candidate in _candidates(runtime, "auto", free=True, anywhere=True):
-        engine = _open(candidate, lambda: model, None, insist=False)
+    candidates = _candidates(runtime, "auto", free=True, anywhere=True)
+    for number, candidate in enumerate(candidates, 1):
+        engine = _open(candidate, candidates[number:], lambda: model, None, runtime, insist=False)
         if isinstance(engine, Unfit):
             tried.append(Tried(candidate.kind.name, candidate.runtime, engine.reason))
         else:
@@ -99,11 +94,11 @@ def try_engines(model: SRModel, runtime: Runtime) -> list[Tried]:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """An engine to try on a device. It must also be faster than what auto takes for the runtime `faster_than`."""
+    """An engine to try on a device. If it is `timed`, it must also be faster than the CPU's that follow it."""
 
     kind: _Kind
     runtime: Runtime
-    faster_than: Runtime | None = None
+    timed: bool = False
 
 
 def _candidates(runtime: Runtime, choice: EngineChoice, *, free: bool, anywhere: bool) -> list[_Candidate]:
@@ -125,9 +120,10 @@ def _candidates(runtime: Runtime, choice: EngineChoice, *, free: bool, anywhere:
                 for name in _AUTO_ON_GPUS:
                     kind = NcnnEngine if name == "ncnn" else OnnxEngine
                     places = [place for device in _gpus(name) for place in _precisions(device, runtime, free)]
-                    found += [_Candidate(kind, place, faster_than=runtime) for place in places]
-            if exact.precision == "fp32" and winograd_pays(runtime):
-                found.append(_Candidate(WinogradEngine, exact))
+                    found += [_Candidate(kind, place, timed=True) for place in places]
+            pays = winograd_pays(runtime)
+            if exact.precision == "fp32" and (pays or winograd_may_pay(runtime)):
+                found.append(_Candidate(WinogradEngine, exact, timed=not pays))
             if find_spec("openvino") is not None:
                 found.append(_Candidate(OpenVINOEngine, runtime))
     return found
@@ -156,14 +152,32 @@ def _precisions(device: str, runtime: Runtime, free: bool) -> list[Runtime]:
     return [Runtime(device, runtime.precision)] if runtime.precision in ("fp32", "fp16") else []
 
 
+def _first(
+    candidates: Sequence[_Candidate], load: Callable[[], SRModel], weights: str | None, asked: Runtime, choice: str
+) -> Engine:
+    """Open the first engine that can be used, else PyTorch in the runtime that was `asked` for."""
+    for number, candidate in enumerate(candidates, 1):
+        insist = choice == candidate.kind.name and number == len(candidates)
+        engine = _open(candidate, candidates[number:], load, weights, asked, insist=insist)
+        if not isinstance(engine, Unfit):
+            return engine
+    return _pytorch(load(), asked)
+
+
 def _open(
-    candidate: _Candidate, load: Callable[[], SRModel], weights: str | None, *, insist: bool
+    candidate: _Candidate,
+    rest: Sequence[_Candidate],
+    load: Callable[[], SRModel],
+    weights: str | None,
+    asked: Runtime,
+    *,
+    insist: bool,
 ) -> _Converted | Unfit:
-    """Open an engine that agrees with PyTorch, from the cache if possible.
+    """Open an engine that agrees with PyTorch, from the cache if possible; `rest`: the candidates that follow it.
 
     With `insist` it need not agree; then raises InputError if the engine can't compute the model.
     """
-    kind, runtime, timed = candidate.kind, candidate.runtime, candidate.faster_than is not None
+    kind, runtime, timed = candidate.kind, candidate.runtime, candidate.timed
     if weights is not None:
         known = cache.find(kind.name, weights, runtime, timed=timed)
         if isinstance(known, Usable):
@@ -183,7 +197,12 @@ def _open(
     else:
         if insist and weights is None:
             return engine
-        problem = _problem(engine, model, candidate, weights)
+        agrees = agrees_with_torch(engine, model)
+        problem = "" if agrees else f"{engine.name} and PyTorch give different results for this model"
+        if timed and not problem:
+            others = [other for other in rest if other.runtime.device_type == "cpu"]
+            with contextlib.closing(_first(others, lambda: model, weights, asked, "auto")) as other:
+                problem = _slower(engine, other)
         if not problem:
             if weights is not None:
                 cache.keep(kind.name, weights, runtime, engine.export(), timed=timed)
@@ -207,15 +226,11 @@ def _check_openvino(model: SRModel, runtime: Runtime) -> None:
             raise InputError(f"--engine openvino: {error.message}", "Use --engine torch.") from error
 
 
-def _problem(engine: Engine, model: SRModel, candidate: _Candidate, weights: str | None) -> str:
-    """The reason why `engine` is not used; "" if it can be used."""
-    if not agrees_with_torch(engine, model):
-        return f"{engine.name} and PyTorch give different results for this model"
-    if candidate.faster_than is not None:
-        with contextlib.closing(open_engine(lambda: model, weights, candidate.faster_than, "auto", free=True)) as other:
-            if _seconds(engine) > _seconds(other):
-                return f"slower on {candidate.runtime} than {other.name} on {other.runtime}"
-    return ""
+def _slower(engine: Engine, other: Engine) -> str:
+    """The reason not to use `engine` where `other` is faster, else ""."""
+    if _seconds(engine) <= _seconds(other):
+        return ""
+    return f"slower on {engine.runtime} than {other.name} on {other.runtime}"
 
 
 def _seconds(engine: Engine) -> float:
