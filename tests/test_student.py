@@ -145,10 +145,12 @@ def test_a_student_is_trained_judged_and_described(pdd: Callable[..., Outcome], 
     assert dry["seconds"] > 3 * dry["seconds_per_teacher_crop"] > 0
     assert not Path("runs").exists()
 
-    done = adapt(pdd, ground)
+    done = adapt(pdd, ground, "--keep-checkpoints", "1")
     assert done.code == 0, done.err
     assert "beside its teacher" in done.err
     run = Path("runs") / "realLR"
+    last_weights, best = load_file(*(run / "checkpoints").iterdir()), load_file(run / "best.safetensors")
+    assert all(torch.equal(best[key], tensor) for key, tensor in last_weights.items())
     last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
     assert {"pixel", "perceptual", "teacher", "lattice", "adversarial"} <= set(last)
     assert not {"inter", "intra", "self_ensemble"} & set(last)

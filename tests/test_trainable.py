@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from spandrel import ModelLoader
 from torch import Tensor, nn
 
-from pdd_cli.adaptation.trainable import check_trainable
+from pdd_cli.adaptation.trainable import check_trainable, freeze_first, frozen_blocks_shared
 from pdd_cli.errors import InputError
 from pdd_cli.models.loading import SRModel
+from pdd_cli.models.rrdbnet import rrdbnet_from_state
 from tests.helpers.commands import Outcome, command
 from tests.helpers.networks import CPU, bsrgan_layout, old_layout, rrdbnet, swinir
 
@@ -135,3 +137,43 @@ def test_a_run_names_weights_that_are_not_for_training(
     assert done.code == 2
     assert "two.safetensors: the model has 2 input and 2 output channels" in done.err
     assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["6 blocks", "SwinIR"])
+def test_the_first_parameters_can_stay_as_they_are(pdd: Callable[..., Outcome], ground: Path, name: str) -> None:
+    torch.manual_seed(0)
+    before = {key: value.clone().contiguous() for key, value in BASES[name][0]().items()}
+    torch.save(before, "base.pth")
+    freeze = ("--set", "optimizer.freeze=0.5")
+    done = pdd(*command(ground, "--base", "base.pth", "--export", "pth", *freeze, steps=8)[3:])
+    assert done.code == 0, done.err
+    after = torch.load("runs/realLR/realLR.pth", weights_only=True)["params_ema"]
+    trained = {key for key in before if not torch.equal(before[key], after[key])}
+    parameters = [key for key in before if key.endswith(("weight", "bias", "table"))]  # the others are buffers
+    sizes = [(key in trained, before[key].numel()) for key in parameters]
+    assert sizes == sorted(sizes, key=lambda size: size[0])  # all that stay are first
+    kept = sum(size for changed, size in sizes if not changed) / sum(size for _, size in sizes)
+    assert 0.3 < kept <= 0.5
+
+
+def test_frozen_blocks_are_computed_once_and_give_the_same() -> None:
+    torch.manual_seed(0)
+    specialist = rrdbnet_from_state(rrdbnet(blocks=4))
+    assert specialist is not None
+    generalist = copy.deepcopy(specialist).requires_grad_(False)
+    freeze_first(specialist, 0.6)
+    with torch.no_grad():
+        generalist.body[3].rdb3.conv5.weight.mul_(2)  # as training makes it another network
+    lr, calls = torch.rand(2, 3, 16, 16), []
+    generalist.body[0].register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        expected = generalist(lr)
+        assert calls == [1]
+        for equal, count in ((False, 2), (True, 2)):
+            with frozen_blocks_shared(specialist, generalist, equal):
+                specialist(lr)
+                assert torch.equal(generalist(lr), expected)
+            assert len(calls) == count
+        assert torch.equal(generalist(lr), expected)
+    assert len(calls) == 3

@@ -256,12 +256,16 @@ def _save(run: Run) -> None:
 
 
 def _judge_candidates(run: Run, tensorboard: TensorBoardLog) -> None:
-    """Judge the weights of this step and save the best weights so far."""
+    """Judge the weights of this step and save the best weights so far; of a student those of the last step.
+
+    The score, which knows nothing of the teacher, stops rising long before a student has learnt the teacher's detail.
+    """
     state, folder = run.state, run.folder
     candidates = {"specialist": state.specialist}
     if run.config.generalist.mode == "ema":
         candidates["ema"] = state.generalist
-    best = max((judged["score"] for judged in state.judgements), default=float("-inf"))
+    earlier = [] if run.teacher else [judged["score"] for judged in state.judgements]
+    best = max(earlier, default=float("-inf"))
     best_of_step, module_to_keep = float("-inf"), state.specialist
     for which, module in candidates.items():
         scores = run.judge.evaluate(replace(run.models.base, module=module))

@@ -26,7 +26,7 @@ from pdd_cli.adaptation.sources import Source, read_sources
 from pdd_cli.adaptation.teaching import Teacher
 from pdd_cli.adaptation.tensorboard import check_tensorboard
 from pdd_cli.adaptation.train_step import Models, scheduled_rate
-from pdd_cli.adaptation.trainable import check_channels, check_trainable, training_mode
+from pdd_cli.adaptation.trainable import check_channels, check_trainable, freeze_first, training_mode
 from pdd_cli.adaptation.validation import pairs_to_score, read_pairs
 from pdd_cli.data.datasets import RGB, AlignedPair, CropSampler, downscaled, hr_from_real, images_below, select
 from pdd_cli.data.degradations import Degradation
@@ -362,6 +362,7 @@ def new_state(
     """The state before the first step: the specialist starts from `base`, the discriminator from scratch."""
     torch.manual_seed(config.seed)
     specialist = training_mode(copy.deepcopy(base.module)).requires_grad_(True)
+    freeze_first(specialist, config.optimizer.freeze)
     frozen = copy.deepcopy(generalist.module).eval().requires_grad_(False)
     discriminator: nn.Module = UNetDiscriminator()
     if config.discriminator == "features":

@@ -26,6 +26,7 @@ from pdd_cli.adaptation.losses import (
     self_ensemble_loss,
     undo_flip_or_transpose,
 )
+from pdd_cli.adaptation.trainable import frozen_blocks_shared
 from pdd_cli.data.datasets import Batch
 from pdd_cli.models.discriminator import FeatureDiscriminator
 from pdd_cli.models.features import FeatureNetwork
@@ -75,17 +76,20 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
     finite = True
 
     # predictions
-    with torch.set_grad_enabled(not only_discriminator), runtime.autocast():
-        S = specialist.upscale(batch.lr_s if lr_t is None else torch.cat((batch.lr_s, lr_t))).float()
+    lr = batch.lr_s if lr_t is None else torch.cat((batch.lr_s, lr_t))
+    constants = [batch.hr_s]
+    with frozen_blocks_shared(state.specialist, state.generalist, ema is not None), runtime.autocast():
+        with torch.set_grad_enabled(not only_discriminator):
+            S = specialist.upscale(lr).float()
+        if distilling and not only_discriminator:
+            with torch.no_grad():
+                constants.append(generalist.upscale(lr).float())
     S_s = S[:n]
 
     # specialist: losses and step
     if not only_discriminator:
         D.requires_grad_(False)
         with torch.no_grad(), runtime.autocast():
-            constants = [batch.hr_s]
-            if lr_t is not None:
-                constants.append(generalist.upscale(torch.cat((batch.lr_s, lr_t))).float())
             phi_constant = features(torch.cat(constants), ALL_LAYERS)
         with runtime.autocast():
             phi = features(S, ALL_LAYERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from pdd_cli.errors import InputError
 from pdd_cli.models.loading import SRModel
+from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.runtime import Runtime, is_out_of_memory
 
 _SIDE = 16  # LR pixels of the test image
@@ -29,6 +31,54 @@ def training_mode(network: Network) -> Network:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
     return network
+
+
+def freeze_first(network: nn.Module, fraction: float) -> None:
+    """Exclude the first parameters of `network` from training, as many as are within `fraction` of their number."""
+    left = fraction * sum(parameter.numel() for parameter in network.parameters())
+    for parameter in network.parameters():
+        left -= parameter.numel()
+        if left < 0:
+            return
+        parameter.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def frozen_blocks_shared(specialist: nn.Module, generalist: nn.Module, equal: bool) -> Iterator[None]:
+    """Compute the first frozen blocks of two RRDBNets only once, while the context lasts.
+
+    The specialist computes them, and the generalist, whose next input must be the same, continues after them. Does
+    nothing unless the frozen weights of both are `equal`.
+    """
+    count = 0
+    if equal and isinstance(specialist, RRDBNet):
+        frozen = [not any(parameter.requires_grad for parameter in block.parameters()) for block in specialist.body]
+        count = [*frozen, False].index(False)
+    if not count:
+        yield
+        return
+    assert isinstance(specialist, RRDBNet)
+    assert isinstance(generalist, RRDBNet)
+    found: list[torch.Tensor] = []
+    hook = specialist.body[count - 1].register_forward_hook(lambda module, given, output: found.append(output))
+    whole = generalist.body
+    generalist.body = nn.Sequential(_Output(found), *whole[count:])
+    try:
+        yield
+    finally:
+        hook.remove()
+        generalist.body = whole
+
+
+class _Output(nn.Module):
+    """Returns the last output that was kept, for any input."""
+
+    def __init__(self, kept: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.kept[-1]
 
 
 def check_channels(model: SRModel, reference: str) -> None:

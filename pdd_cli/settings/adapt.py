@@ -162,11 +162,15 @@ class OptimizerSettings(Settings):
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
     # Fractions of the run at which the learning rate is halved. The paper first halves it at 25k of 100k steps.
     halve_at: tuple[Fraction, ...] = (0.35, 0.55, 0.75, 0.9)
+    # Fraction of the specialist's parameters, counted from its input, that keep the values of the base.
+    freeze: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 # The defaults of a student. It moves much farther from its base than an adapted model does, and its steps are short.
 STUDENT_DEFAULTS: dict[str, Any] = {
     "steps": 600,
+    "crop": 32,
+    "early_stopping": False,
     "generalist": {"decay": 0.99},
     "losses": {"adversarial": 0.3},
     "optimizer": {"learning_rate": 4e-4, "halve_at": (0.5, 0.65, 0.75, 0.85, 0.92, 0.97)},
