@@ -188,16 +188,15 @@ def adapt(
     config = settings_from(AdaptConfig, {**settings, **arguments})
     run_name = config.name or default_name(config.lr_dir, observer.say)
     run = start(config, name=run_name, resume=resume, overwrite=overwrite, observer=observer)
-    steps = run.config.steps
-    with observer.progress("steps", steps) as progress:
-        progress.step(0, run.state.step, steps)
+    with observer.progress("steps", run.config.steps) as progress:
+        progress.step(0, run.state.step, run.config.steps)
         for report in train(run, observer.stop_requested):
-            progress.step(0, report.step, steps)
+            progress.step(0, report.step, run.config.steps)
             if report.event:
                 observer.warn(report.event)
     if not run.finished:
         raise Interrupted(
-            f"stopped after step {run.state.step} of {steps}; the state is saved in {run.folder.checkpoint}",
+            f"stopped after step {run.state.step} of {run.config.steps}; the state is saved in {run.folder.checkpoint}",
             f"To continue: {run.resume_command}",
         )
     result = publish(run, Store.default(), observer)

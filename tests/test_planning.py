@@ -3,44 +3,105 @@
 import json
 import math
 import re
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from pdd_cli.adaptation import planning
-from pdd_cli.adaptation.planning import Timing, plan_steps
+from pdd_cli.adaptation import planning, time_limit
+from pdd_cli.adaptation.loop import train
+from pdd_cli.adaptation.run import start
+from pdd_cli.adaptation.time_limit import TimeLimit, Timing, plan_steps
 from pdd_cli.errors import InputError
 from pdd_cli.settings.adapt import AdaptConfig
-from pdd_cli.settings.resolve import resolve
+from pdd_cli.settings.resolve import resolve, settings_from
 from tests.helpers.commands import command
 
 seconds = st.floats(0.001, 100)
 
 
+FINAL = 9  # judgements: verdict and report
+
+
 @given(seconds, seconds, st.floats(1, 1e6), st.sampled_from([None, 1, 50]))
 def test_a_plan_fits_into_the_time_and_uses_it(per_step, per_judgement, budget, judged_every):
-    plan = plan_steps(budget, Timing(per_step, per_judgement), 2, judged_every)
+    plan = plan_steps(budget, Timing(per_step, per_judgement), 2, FINAL, judged_every)
 
     if plan.steps:
         judgements = math.ceil(plan.steps / plan.judged_every)
         assert plan.steps * per_step + judgements * 2 * per_judgement < budget
-        assert plan.seconds < budget + 2 * per_judgement  # the last judgement
+        assert plan.seconds <= budget * (1 + 1e-9)
     if plan.steps > 1000:  # little time is left
         assert plan.seconds > 0.8 * budget
 
 
 def test_a_plan_in_numbers():
     # 9 judgements of 5 s for the verdict and the report; a tenth of 600 s are 6 judgements of two models.
-    plan = plan_steps(600, Timing(2, 5), 2)
+    plan = plan_steps(600, Timing(2, 5), 2, FINAL)
 
     assert plan.steps == (600 - 45 - 60) // 2 == 247
     assert math.ceil(plan.steps / plan.judged_every) == 6
     assert plan.seconds == 247 * 2 + 60 + 45
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def simulated(monkeypatch, minutes, timing, slower):
+    """The seconds that a run takes on a machine that is `slower(time)` times as slow as in the trial steps, its last
+    step, and the planned one."""
+    clock = Clock()
+    monkeypatch.setattr(time_limit, "monotonic", clock)
+    plan = plan_steps(60 * minutes, timing, 2, FINAL)
+    limit = TimeLimit(minutes, 0.0, timing, 2, FINAL)
+    step, last = 0, plan.steps
+    while step < last:
+        seconds = slower(clock.now) * timing.per_step
+        clock.now += seconds
+        step += 1
+        limit.record(seconds)
+        last = limit.last_step(step, last, plan.judged_every)
+        if step % plan.judged_every == 0 or step == last:
+            clock.now += slower(clock.now) * 2 * timing.per_judgement
+    clock.now += slower(clock.now) * FINAL * timing.per_judgement
+    return clock.now, last, plan.steps
+
+
+@hypothesis_settings(deadline=None, max_examples=30)
+@given(
+    st.floats(2, 600),
+    st.floats(0.001, 0.01),
+    st.floats(0.0001, 0.005),
+    st.floats(0, 0.7),
+    st.floats(0.2, 5),
+)
+def test_a_run_keeps_to_its_time_when_the_speed_changes(minutes, step, judgement, at, factor):
+    seconds = 60 * minutes
+    timing = Timing(step * seconds, judgement * seconds)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        taken, last, planned = simulated(
+            monkeypatch, minutes, timing, lambda now: factor if now > at * seconds else 1.0
+        )
+    one_step, judging, final = (factor * value * seconds for value in (step, 2 * judgement, FINAL * judgement))
+    # What can't be avoided: after the change, the steps that show it, a judgement, and the end.
+    soonest = (at + 0.1) * seconds + 12 * max(one_step, step * seconds) + judging + final
+    assert taken <= max(1.035 * seconds, soonest)
+    assert taken >= 0.9 * seconds - 5 * step * seconds - 2 * judging
+    if 0.98 < factor < 1.02:
+        assert last == planned
 
 
 def settings(file="", cli=None, overrides=()):
@@ -74,25 +135,74 @@ def test_what_the_user_sets_wins_over_the_quality(tmp_path, monkeypatch):
         settings(cli={"quality": "poor"})
 
 
-@pytest.mark.slow
-def test_a_planned_run_equals_one_of_as_many_steps(ground, pdd, monkeypatch):
-    arguments = command(ground)[3:]
-    arguments = [*arguments[: arguments.index("--steps")], *arguments[arguments.index("--steps") + 2 :]]
-    measure = planning.measure
+def simulate(monkeypatch, seconds_of):
+    """A machine on which a judgement of a model takes 5 s, and a step the seconds that `seconds_of(step)` gives."""
+    clock = Clock()
+    clock.now = time.monotonic()
+    done = 0
 
-    def measure_slow_machine(run, *, least_seconds=0.0):
-        found = measure(run)
+    def measure(run, *, least_seconds=0.0):
+        found = planning_measure(run)
         assert found.per_step > 0
         assert found.per_judgement > 0
-        return Timing(250.0, 5.0)
+        return Timing(seconds_of(0), 5.0)
 
-    monkeypatch.setattr(planning, "measure", measure_slow_machine)
+    def record(limit, seconds):
+        nonlocal done
+        assert seconds > 0
+        done += 1
+        clock.now += seconds_of(done) if done > 1 else 5 * seconds_of(done)  # with the warm-up, which is not recorded
+        limit_record(limit, seconds_of(done))
+
+    planning_measure, limit_record = planning.measure, TimeLimit.record
+    monkeypatch.setattr(planning, "measure", measure)
+    monkeypatch.setattr(time_limit, "monotonic", clock)
+    monkeypatch.setattr(TimeLimit, "record", record)
+
+
+def without_steps(arguments):
+    at = arguments.index("--steps")
+    return [*arguments[:at], *arguments[at + 2 :]]
+
+
+@pytest.mark.slow
+def test_a_run_on_a_machine_that_becomes_slower_equals_one_that_is_resumed_with_fewer_steps(ground, pdd, monkeypatch):
+    arguments = without_steps(command(ground)[3:])
+    with monkeypatch.context() as patch:
+        simulate(patch, lambda step: 250.0 if step <= 5 else 400.0)
+        planned = pdd(*arguments, "--minutes", "100", "--name", "planned", "--json")
+    assert planned.code == 0, planned.err
+    changes = re.findall(r"(\d+) steps instead of (\d+), to end in time: a step now takes", planned.err)
+    first, last = int(changes[0][1]), int(changes[-1][0])
+    document = json.loads(planned.out)
+    assert document["steps"] == last < first
+    assert document["minutes"]["asked"] == 100
+    stored = yaml.safe_load(Path("runs/planned/config.yaml").read_text())["adapt"]
+    assert (stored["steps"], stored["minutes"]) == (last, None)
+
+    assert len(changes) == 1, changes
+    changed_at = 6 + 10  # the warm-up, five steps as fast as planned, and five slower ones
+    run = start(settings_from(AdaptConfig, {**stored, "steps": first, "name": None}), name="resumed")
+    for _ in train(run, lambda: run.state.step == changed_at):
+        pass
+    resumed = pdd("adapt", "--resume", "--name", "resumed", "--steps", str(last), "--json")
+    assert resumed.code == 0, resumed.err
+    one, other = (load_file(f"runs/{name}/best.safetensors") for name in ("planned", "resumed"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_a_planned_run_equals_one_of_as_many_steps(ground, pdd, monkeypatch):
+    arguments = without_steps(command(ground)[3:])
+    simulate(monkeypatch, lambda step: 250.0)
     planned = pdd(*arguments, "--minutes", "100", "--name", "planned", "--verbose")
     assert planned.code == 0, planned.err
     stored = yaml.safe_load(Path("runs/planned/config.yaml").read_text())["adapt"]
     assert stored["minutes"] is None
     assert 20 <= stored["steps"] <= 24  # 6000 s
     assert f"planned for 100 minutes: {stored['steps']} steps of 2.5e+02 s" in planned.err
+    assert "time: 100 minutes asked, " in planned.err
+    assert "Time: 100 minutes asked, " in Path("runs/planned/report.html").read_text()
     assert f"step {stored['steps']}, " in planned.err  # --verbose
 
     repeated = pdd("adapt", "--config", "runs/planned/config.yaml", "--name", "repeated", "--json")

@@ -201,7 +201,7 @@ def dry_run(
                     settings, weights, runtime, name=name, resume=resuming, overwrite=True, warn=warn, say=say
                 )
                 if settings.minutes is not None:
-                    run = plan_run(run, started=started, say=say)
+                    run = plan_run(run, started=started)
                     found.settings = run.config
             found.run, found.sources = run, run.sources
             with collected():
@@ -225,8 +225,11 @@ def estimate(run: Run, say: Callable[[str], None]) -> Estimate:
             crop_seconds.append(time.perf_counter() - started)
         seconds_per_teacher_crop = min(crop_seconds)
     left, judgements = run.config.steps - run.state.step, _judgements(run)
-    say("evaluating the base, and timing a few training steps, whose results are discarded")
-    timing = measure(run)
+    if run.time_limit:
+        timing = run.time_limit.timing  # just measured
+    else:
+        say("evaluating the base, and timing a few training steps, whose results are discarded")
+        timing = measure(run)
     return Estimate(
         steps=left,
         judgements=judgements,

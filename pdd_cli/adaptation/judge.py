@@ -180,6 +180,12 @@ class Judge:
         """The scores of the base."""
         return self.evaluate(self.base)
 
+    @property
+    def crops(self) -> list[RGB]:
+        """All LR crops that `evaluate` upscales."""
+        on_pairs = (lr for pairs in (self.pairs, self.held_out_pairs) if pairs for lr in pairs.lr)
+        return [*central_crops(self.images), *on_pairs]
+
     def evaluate(self, model: SRModel) -> ModelScores:
         """Score `model` on the held-out images and on the validation pairs."""
         validation = self.pairs.score(model, self.runtime) if self.pairs else None
@@ -239,10 +245,14 @@ def measure(model: SRModel, images: Sequence[RGB], runtime: Runtime) -> Judgemen
 
     Raises InputError if an output is not finite.
     """
+    return judge_crops((lr, upscale_image(model, lr, runtime)) for lr in central_crops(images))
+
+
+def central_crops(images: Sequence[RGB]) -> list[RGB]:
+    """The centres of the images that a judgement measures."""
     images = images[:_MAX_IMAGES]
     side = math.isqrt(_MAX_PIXELS // len(images))
-    crops = [center_crop(image, side) for image in images]
-    return judge_crops((lr, upscale_image(model, lr, runtime)) for lr in crops)
+    return [center_crop(image, side) for image in images]
 
 
 def judge_crops(crops: Iterable[tuple[RGB, NDArray[np.float32]]]) -> Judgement:

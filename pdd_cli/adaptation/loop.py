@@ -20,6 +20,7 @@ from pdd_cli.adaptation.checkpoint import load_checkpoint, save_checkpoint
 from pdd_cli.adaptation.prepare import Run, memory_errors
 from pdd_cli.adaptation.preview import PREVIEW_IMAGES, PREVIEW_SIZE, center_crop, image_grid, to_rgb8, upscale_image
 from pdd_cli.adaptation.tensorboard import TensorBoardLog
+from pdd_cli.adaptation.time_limit import TimeLimit
 from pdd_cli.adaptation.train_step import StepResult, set_learning_rates, train_step
 from pdd_cli.data.datasets import RGB, Batch
 from pdd_cli.errors import InputError, PddError, ResourceError
@@ -67,7 +68,7 @@ def train(run: Run, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
 
 
 def _train(run: Run, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
-    config, state, models, ranks = run.config, run.state, run.models, run.models.ranks
+    state, models, ranks = run.state, run.models, run.models.ranks
     first = ranks.is_first
     if first:
         _open_folder(run)
@@ -76,7 +77,7 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
     base_panels = (
         [to_rgb8(upscale_image(models.base, lr, models.runtime)) for lr in _preview_crops(run)] if first else []
     )
-    tensorboard = TensorBoardLog(run.folder.tensorboard if config.tensorboard and first else None, run.warn)
+    tensorboard = TensorBoardLog(run.folder.tensorboard if run.config.tensorboard and first else None, run.warn)
     with contextlib.closing(tensorboard), batch_source(run) as batches:
         tensorboard.begin(state.step)
         if state.step == 0 and first:
@@ -86,10 +87,10 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
         if not _teach(run, should_stop):
             return
         saved = time.monotonic()
-        while state.step < config.steps:
+        while state.step < run.config.steps:
             # data
             started = time.perf_counter()
-            learning_rate = set_learning_rates(config, state)
+            learning_rate = set_learning_rates(run.config, state)
             batch = batches(state.step).to(models.runtime.device)
 
             # step
@@ -110,9 +111,13 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
             if state.step < done:
                 continue
 
+            # time
+            if run.time_limit:
+                _keep_to_time(run, run.time_limit, report.seconds)
+
             # checkpoint
-            stop, last = ranks.any(should_stop()), state.step == config.steps
-            due = state.step % config.checkpoint_every == 0 and result.finite  # a rollback needs a finite state
+            stop, last = ranks.any(should_stop()), state.step == run.config.steps
+            due = state.step % run.config.checkpoint_every == 0 and result.finite  # a rollback needs a finite state
             if stop or due or last:
                 # No judgement at an interruption: the resumed run must equal an uninterrupted one, and torchrun ends
                 # processes after 30 s.
@@ -129,7 +134,7 @@ def _train(run: Run, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
                 saved = time.monotonic()
 
             # preview
-            if first and (state.step % config.preview_every == 0 or last):
+            if first and (state.step % run.config.preview_every == 0 or last):
                 _write_preview(run, base_panels, tensorboard)
             if stop:
                 return
@@ -219,6 +224,25 @@ def _monitor(run: Run, result: StepResult) -> str:
     return f"step {failed_at}: {problem}; returned to step {state.step} with {factor:g} of the learning rate"
 
 
+def _keep_to_time(run: Run, limit: TimeLimit, seconds: float) -> None:
+    """Change the last step if the speed of the machine has changed. `seconds`: duration of the step just done."""
+    config, state, ranks = run.config, run.state, run.models.ranks
+    if state.step <= state.warmup_steps + config.generalist.warmup_steps:  # these steps are shorter than the others
+        return
+    limit.record(seconds)
+    steps = int(ranks.gather(str(limit.last_step(state.step, config.steps, config.checkpoint_every)))[0])
+    if steps == config.steps:
+        return
+    run.say(f"{steps} steps instead of {config.steps}, to end in time: a step now takes {limit.per_step:.2g} s")
+    run.config = config.model_copy(update={"steps": steps})
+    if ranks.is_first:
+        _write_config(run)
+
+
+def _write_config(run: Run) -> None:
+    write_text(run.folder.config, yaml.safe_dump({"adapt": run.settings}, sort_keys=False))
+
+
 def _open_folder(run: Run) -> None:
     folder = run.folder
     if folder.checkpoint.exists() and not run.resumed:
@@ -226,7 +250,7 @@ def _open_folder(run: Run) -> None:
     with write_errors(folder.path):
         folder.previews.mkdir(parents=True, exist_ok=True)
     remove_leftovers([folder.path, folder.previews])
-    write_text(folder.config, yaml.safe_dump({"adapt": run.settings}, sort_keys=False))
+    _write_config(run)
     _truncate_log(folder.log, run.state.step)
     write_text(folder.judgements, "".join(json.dumps(judged) + "\n" for judged in run.state.judgements))
 

@@ -1,18 +1,19 @@
-"""`--minutes`: plans steps and judgements from the speed of the machine, measured at the start of the run."""
+"""`--minutes`: plans steps and judgements from the speed of the machine, measured at the start (see time_limit)."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from pdd_cli.adaptation.checkpoint import checkpoint_settings
 from pdd_cli.adaptation.folder import RunFolder
 from pdd_cli.adaptation.judge import STRENGTHS
 from pdd_cli.adaptation.loop import batch_source
 from pdd_cli.adaptation.prepare import Run
+from pdd_cli.adaptation.publish import report_crops
+from pdd_cli.adaptation.time_limit import TimeLimit, Timing, plan_steps
 from pdd_cli.adaptation.train_step import set_learning_rates, train_step
 from pdd_cli.errors import InputError
 from pdd_cli.observer import duration
@@ -20,31 +21,11 @@ from pdd_cli.settings.adapt import AdaptConfig
 
 MIN_STEPS = 20  # with fewer, little more than the warm-up is left
 
-_TRIAL_STEPS = 3  # the first one warms up
+_TRIAL_STEPS = 2  # the first one warms up
 _TRIAL_FRACTION = 0.02  # of the time: fast machines do more trial steps
 _MAX_TRIAL_STEPS = 50
-_JUDGING_FRACTION = 0.1  # of the time
-_MAX_JUDGEMENTS = 20
-_STEPS_PER_JUDGEMENT = 10  # at least
+_WARMUP_COST = 0.2  # of a step that trains only the discriminator, as a fraction of the others
 _PLANNED = ("steps", "checkpoint_every", "preview_every")
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Measured seconds; `events`: problems in the trial steps."""
-
-    per_step: float
-    per_judgement: float  # of one model
-    events: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run that fits into a time. `judged_every`: steps between judgements; `seconds`: expected duration."""
-
-    steps: int
-    judged_every: int
-    seconds: float
 
 
 def measure(run: Run, *, least_seconds: float = 0.0) -> Timing:
@@ -52,7 +33,7 @@ def measure(run: Run, *, least_seconds: float = 0.0) -> Timing:
     config, state, runtime = run.config, run.state, run.models.runtime
     started = time.perf_counter()
     if run.models.ranks.is_first:
-        run.judge.evaluate(run.models.base)
+        _ = run.judge.base_scores  # computed once, and needed in any case
     per_judgement = time.perf_counter() - started
 
     # Start with the last step before the distillation: it moves the specialist away from the generalist.
@@ -74,52 +55,33 @@ def measure(run: Run, *, least_seconds: float = 0.0) -> Timing:
     return Timing(sum(steady) / max(len(steady), 1), per_judgement, tuple(events))
 
 
-def plan_steps(seconds: float, timing: Timing, candidates: int, judged_every: int | None = None) -> Plan:
-    """The plan for a run of `seconds`.
+def plan_run(run: Run, *, started: float) -> Run:
+    """`run` with the steps and judgements that fit into `run.config.minutes`, and with this time as a limit.
 
-    Args:
-        seconds: Time for training, judgements and report.
-        timing: The speed of the machine.
-        candidates: Number of models that each judgement evaluates.
-        judged_every: Steps between judgements; None: as often as a tenth of the time allows, at most 20 times.
-    """
-    final = (1 + 2 * len(STRENGTHS)) * timing.per_judgement  # previews, verdict and report
-    left = seconds - final
-    judging = candidates * timing.per_judgement
-    if judged_every is not None:
-        steps = max(0, math.floor(left / (timing.per_step + judging / judged_every)))
-        judgements = math.ceil(steps / judged_every)
-    else:
-        judgements = max(1, min(_MAX_JUDGEMENTS, math.floor(_JUDGING_FRACTION * seconds / max(judging, 1e-9))))
-        steps = max(0, math.floor((left - judgements * judging) / timing.per_step))
-        judgements = max(1, min(judgements, steps // _STEPS_PER_JUDGEMENT))
-        judged_every = max(1, math.ceil(steps / judgements))
-    return Plan(steps, judged_every, steps * timing.per_step + judgements * judging + final)
-
-
-def plan_run(run: Run, *, started: float, say: Callable[[str], None]) -> Run:
-    """`run` with the steps and judgements that fit into `run.config.minutes`.
-
-    The trial steps are done on a copy of the state, so the run equals one with the planned `--steps`. `started`: the
-    `time.monotonic()` from which the minutes count.
+    The trial steps are done on a copy of the state, so the run equals one with the planned `--steps` as long as the
+    plan doesn't change. `started`: the `time.monotonic()` from which the minutes count.
 
     Raises InputError if the time is too short.
     """
-    config, ranks = run.config, run.models.ranks
+    config, ranks, say = run.config, run.models.ranks, run.say
     assert config.minutes is not None
     say(f"measuring the time of a training step, to plan {config.minutes:g} minutes")
     trial = replace(run, state=copy.deepcopy(run.state))
-    timing = measure(trial, least_seconds=_TRIAL_FRACTION * 60 * config.minutes)
-    per_step, per_judgement = (
-        max(map(float, ranks.gather(str(seconds)))) for seconds in (timing.per_step, timing.per_judgement)
+    measured = measure(trial, least_seconds=_TRIAL_FRACTION * 60 * config.minutes)
+    per_step, per_judgement, final = (
+        max(map(float, ranks.gather(str(value))))
+        for value in (measured.per_step, measured.per_judgement, final_judgements(run) if ranks.is_first else 0)
     )
-    timing = Timing(per_step, per_judgement)
-    spent = max(map(float, ranks.gather(str(time.monotonic() - started))))
+    timing = Timing(per_step, per_judgement, measured.events)
+    # Most of the warm-up steps are much shorter.
+    average = replace(timing, per_step=per_step * (1 - (1 - _WARMUP_COST) * config.discriminator_warmup))
     candidates = 2 if config.generalist.mode == "ema" else 1
+    limit = TimeLimit(config.minutes, started, timing, candidates, final)
+    spent = max(map(float, ranks.gather(str(limit.spent))))
     every = None if config.is_default("checkpoint_every") else config.checkpoint_every
-    plan = plan_steps(60 * config.minutes - spent, timing, candidates, every)
+    plan = plan_steps(60 * config.minutes - spent, average, candidates, final, every)
     if plan.steps < MIN_STEPS:
-        least = spent + MIN_STEPS * per_step + (candidates + 1 + 2 * len(STRENGTHS)) * per_judgement
+        least = spent + MIN_STEPS * per_step + (candidates + final) * per_judgement
         raise InputError(
             f"--minutes {config.minutes:g} is too short: on this machine, {MIN_STEPS} steps and the verdict take "
             f"about {duration(least)}",
@@ -127,14 +89,21 @@ def plan_run(run: Run, *, started: float, say: Callable[[str], None]) -> Run:
         )
     say(
         f"planned for {config.minutes:g} minutes: {plan.steps} steps of {per_step:.2g} s, judged every "
-        f"{plan.judged_every} steps; done in about {duration(plan.seconds)}"
+        f"{plan.judged_every}"
     )
     update: dict[str, object] = {"minutes": None, "steps": plan.steps, "checkpoint_every": plan.judged_every}
     if config.is_default("preview_every"):
         update["preview_every"] = plan.judged_every
     planned = config.model_copy(update=update)
     run.state.warmup_steps = planned.discriminator_warmup_steps
-    return replace(run, config=planned)
+    return replace(run, config=planned, time_limit=limit)
+
+
+def final_judgements(run: Run) -> float:
+    """The time of previews, verdict and report, as a multiple of the judgement of one model."""
+    in_report = [lr for _, _, lr, _ in report_crops(run)]
+    judged, shown = (sum(lr.shape[0] * lr.shape[1] for lr in crops) for crops in (run.judge.crops, in_report))
+    return 1 + len(STRENGTHS) + 2 * shown / judged
 
 
 def planned_before(config: AdaptConfig, folder: RunFolder) -> AdaptConfig:

@@ -25,6 +25,7 @@ from pdd_cli.adaptation.resuming import absolute, as_started, check_inputs_are_s
 from pdd_cli.adaptation.sources import Source, read_sources
 from pdd_cli.adaptation.teaching import Teacher
 from pdd_cli.adaptation.tensorboard import check_tensorboard
+from pdd_cli.adaptation.time_limit import TimeLimit
 from pdd_cli.adaptation.train_step import Models, scheduled_rate
 from pdd_cli.adaptation.trainable import check_channels, check_trainable, freeze_first, training_mode
 from pdd_cli.adaptation.validation import pairs_to_score, read_pairs
@@ -70,12 +71,12 @@ class WeightFiles:
     teacher: tuple[Path, ...] = ()  # a student's; and that of the teacher's base, if the two are to be blended
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Run:
     """A run that is ready to train. `loop.train` trains it; `publish` registers the weights and writes the report."""
 
     name: str
-    config: AdaptConfig
+    config: AdaptConfig  # `loop.train` replaces it if `time_limit` changes the last step
     folder: RunFolder
     resumed: bool
     sources: Sequence[Source]
@@ -89,6 +90,7 @@ class Run:
     warn: Callable[[str], None]
     say: Callable[[str], None] = lambda text: None
     teacher: Teacher | None = None  # the run trains a student
+    time_limit: TimeLimit | None = None  # --minutes
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class PublishResult:
 
     def as_document(self, run: Run, losses: Mapping[str, float]) -> dict[str, Any]:
         """For --json; `losses`: those of the last step."""
+        limit = run.time_limit
         return {
             "name": run.name,
             "weights": self.weights and self.weights.path,
@@ -66,6 +67,7 @@ class PublishResult:
             "report": self.report,
             "exported": self.exported,
             "steps": run.state.step,
+            "minutes": limit and {"asked": limit.minutes, "taken": limit.spent / 60},
             "features": run.features_name,
             "losses": losses,
             "verdict": {"keep": self.verdict.keep, "reason": self.verdict.reason, "strength": self.verdict.strength},
@@ -133,6 +135,8 @@ def publish(run: Run, store: Store, observer: Observer) -> PublishResult:
             f"stopped; all {run.state.step} steps are done and saved in {run.folder.path}",
             f"To finish: {run.resume_command}",
         ) from None
+    if run.time_limit:
+        say(f"time: {run.time_limit.describe()}")
     if done.weights is not None and done.verdict.keep is not False:
         strength = f" --strength {done.verdict.strength:g}" if done.verdict.strength < 1 else ""
         reference = run.name if done.weights.path.parent == store.root else done.weights.path
@@ -181,6 +185,7 @@ def write_report(run: Run, conclusion: Conclusion | None) -> Path:
                 "Device": str(run.models.runtime),
                 "Images": f"{run.lr_images} trained on, {run.judged_on} judged on",
                 "Source": run.properties.describe(),
+                **({"Time": run.time_limit.describe()} if run.time_limit else {}),
             },
             settings=run.settings,
             defaults={
@@ -310,10 +315,8 @@ def _verdict_document(run: Run, conclusion: Conclusion) -> dict[str, Any]:
     }
 
 
-def _report_images(run: Run, strength: float) -> list[ReportImage]:
-    """The most detailed crops of held-out images, and the validation pairs, upscaled with the base and `strength`."""
-    base, runtime = run.models.base, run.models.runtime
-    adapted = run.judge.interpolate(read_state(run.folder.best), strength)
+def report_crops(run: Run) -> list[tuple[str, str, RGB, RGB | None]]:
+    """Name, group, LR and HR of the report's images: the most detailed crops of held-out images, and the pairs."""
     crops: list[tuple[str, str, RGB, RGB | None]] = []
     for number, image in enumerate(run.judge.images[:_REPORT_IMAGES] if run.config.real_dir else (), 1):
         x, y, width, height = window(image, side=_REPORT_SIZE)
@@ -323,6 +326,14 @@ def _report_images(run: Run, strength: float) -> list[ReportImage]:
         if pairs:
             with_truth = zip(pairs.names, pairs.lr, pairs.hr, strict=True)
             crops += [(name, group, lr, hr) for name, lr, hr in list(with_truth)[:_REPORT_IMAGES]]
+    return crops
+
+
+def _report_images(run: Run, strength: float) -> list[ReportImage]:
+    """The `report_crops`, upscaled with the base and with the best weights at `strength`."""
+    base, runtime = run.models.base, run.models.runtime
+    adapted = run.judge.interpolate(read_state(run.folder.best), strength)
+    crops = report_crops(run)
     upscaled = ([to_rgb8(upscale_image(model, lr, runtime)) for model in (base, adapted)] for _, _, lr, _ in crops)
     return [
         ReportImage(name, group, lr, by_base, by_adapted, hr)

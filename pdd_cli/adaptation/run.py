@@ -80,7 +80,7 @@ def start(
             name=name, resume=resume, overwrite=overwrite, warn=observer.warn, say=observer.say, ranks=ranks,
         )  # fmt: skip
         if run.config.minutes is not None:
-            run = plan_run(run, started=started, say=observer.say)
+            run = plan_run(run, started=started)
     if ranks.is_first:
         check_disk_space(run, store)
     observer.say(

@@ -25,7 +25,7 @@ class AdaptProgress:
 
     def __init__(self, bars: Bars, console: Console, run: Run, *, verbose: bool) -> None:
         self._bars, self._console, self._run, self._verbose = bars, console, run, verbose
-        self._step, self._steps = run.state.step, run.config.steps
+        self._step = run.state.step
         self._seconds: deque[float] = deque(maxlen=_STEPS)
         self._at = time.monotonic()  # of the last step
         self._judged = len(run.state.judgements)
@@ -37,7 +37,7 @@ class AdaptProgress:
         """Show the step of `report`."""
         self._step, self._at = report.step, time.monotonic()
         self._seconds.append(report.seconds)
-        self._bars.update(self._bar, completed=report.step)
+        self._bars.update(self._bar, completed=report.step, total=self._steps)
         if report.event:
             self._console.warn(report.event)
         if self._verbose:
@@ -48,6 +48,11 @@ class AdaptProgress:
             self._judged = len(judgements)
             step = judgements[-1]["step"]
             self._console.say(f"judged at step {step} of {self._steps}: {self._verdict()}; {self._left()}")
+
+    @property
+    def _steps(self) -> int:
+        """The last step, which --minutes may change."""
+        return self._run.config.steps
 
     def _count(self) -> str:
         return f"step {self._step}/{self._steps}"
