@@ -22,11 +22,12 @@ DEMO := demo
 PDD := PDD_HOME=$(DEMO)/home $(BIN)/pdd
 
 TEST := samples/test
+# A small network: enough steps for a visible gain fit into two minutes on two cores of any kind.
 demo: $(STAMP)  ## adapt a model to one camera, and show the gain on two photographs with ground truth
-	$(PDD) fetch-weights realesrgan
-	$(PDD) adapt --real-dir samples/train --quality quick --features efficientnet-lite0 --name demo \
-	  --runs-dir $(DEMO)/runs --overwrite
-	$(PDD) upscale $(TEST)/lr $(DEMO)/base --scale 2 --format png
+	$(PDD) fetch-weights realesr-animevideo
+	$(PDD) adapt --real-dir samples/train --base realesr-animevideo --features efficientnet-lite0 --minutes 2 \
+	  --set crop=32 --set optimizer.learning_rate=0.0003 --name demo --runs-dir $(DEMO)/runs --overwrite
+	$(PDD) upscale $(TEST)/lr $(DEMO)/base --weights realesr-animevideo --scale 2 --format png
 	$(PDD) upscale $(TEST)/lr $(DEMO)/adapted --weights demo --scale 2 --format png
 	$(PDD) evaluate $(DEMO)/adapted --baseline $(DEMO)/base --gt-dir $(TEST)/hr --lr-dir $(TEST)/lr \
 	  --metrics psnr,ssim --output $(DEMO)/demo.html

@@ -98,10 +98,7 @@ def _default(config: AdaptConfig, store: Store, warn: Callable[[str], None], say
     for image_set in IMAGE_SETS:
         folder = installed_set(image_set, store)
         if folder is not None:
-            say(
-                f"HR images: the installed image set {image_set} (to choose others: --hr-dir FOLDER; "
-                f"to make them from your own images: --hr-dir {OWN_HR})"
-            )
+            say(f"HR images: the installed image set '{image_set.name}' (to choose others: --hr-dir)")
             return HRChoice(folder)
     image_set = next(known for known in IMAGE_SETS if known.name == _FETCHED)
     if config.offline:
