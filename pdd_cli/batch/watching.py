@@ -75,7 +75,8 @@ def watch(
     observer.say(f"watched for {duration(time.monotonic() - started)}")
     for names, why in ((session.unfinished, "interrupted"), (folder.incomplete(), "not complete yet")):
         if names:
-            observer.say(f"{len(names)} {why}, the next call upscales them: {', '.join(map(str, names[:_SHOWN]))}")
+            more = ", …" if len(names) > _SHOWN else ""
+            observer.say(f"{len(names)} {why}, left for the next call: {', '.join(map(str, names[:_SHOWN]))}{more}")
     results = list(session.results.values())
     plan = replace(folder.plan, jobs=list(session.jobs), problems=[*folder.plan.problems, *session.problems])
     outcome = BatchResult(settings, plan, results, loaded, session.seconds, stopped=stopped)
