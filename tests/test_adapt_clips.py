@@ -45,18 +45,24 @@ def test_frames_have_detail_and_differ(tmp_path: Path) -> None:
 def test_a_folder_of_images_and_clips(tmp_path: Path) -> None:
     folder = tmp_path / "real"
     clip(folder / "sub/a.mkv", [photo(48, 64, n) for n in range(3)], 2)
+    clip(folder / "sub_a.mkv", [photo(48, 64, 3)], 2)
     Image.fromarray(photo(40, 40, 9)).save(folder / "still.png")
     (folder / "broken.mp4").write_bytes(b"no video")
     warnings: list[str] = []
     config = AdaptConfig(real_dir=folder)
     images = read_sources(config, 4, warnings.append, lambda text: None)
     (source,) = images.sources
-    assert source.used == len(images.real) == 4
-    assert sorted(name.rsplit("/", 1)[0] for name in source.content) == ["still.png"] + ["sub_a.mkv"] * 3
+    assert source.used == len(images.real) == 5
+    assert sorted(name.rsplit("/", 1)[0] for name in source.content) == ["still.png", *["sub_a.mkv"] * 3, "sub_a.mkv_"]
     assert source.largest == (64, 48)
     assert any("broken.mp4" in text for text in warnings)
     again = read_sources(config, 4, warnings.append, lambda text: None)
     assert again.sources[0].content == source.content  # a resumed run has the same images
+    assert source.frames is not None
+    frames = Path(source.frames.folder.name)
+    assert len(list(frames.rglob("*.png"))) == 4
+    del images, source
+    assert not frames.exists()
     alone = read_sources(AdaptConfig(real_dir=folder / "sub/a.mkv"), 4, warnings.append, lambda text: None)
     assert alone.sources[0].used == 3
 

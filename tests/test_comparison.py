@@ -22,6 +22,7 @@ from pdd_cli.errors import CheckFailed, InputError, PartialFailure
 from pdd_cli.iqa.compare import bootstrap_interval, compare, in_words
 from pdd_cli.iqa.consistency import colour_drift, downscale_consistency, lab
 from pdd_cli.iqa.datasets import DatasetName, find_dataset
+from pdd_cli.iqa.inputs import gather
 from pdd_cli.iqa.metrics import Item, metric_infos, score
 from pdd_cli.iqa.pyiqa_adapter import weights_states
 from pdd_cli.last_run import LastRun, UpscaledPair, save_last_run
@@ -347,11 +348,22 @@ LAYOUTS: dict[DatasetName, tuple[list[str], dict[str, str | None], list[str]]] =
     ),
     "dped": (["iphone/1.png", "iphone/2.jpg"], {"iphone/1.png": None, "iphone/2.jpg": None}, []),
     "videolq": (
-        ["000/00000000.png", "000/00000002.png", "001/00000000.png", "cover.png"],
-        {"000/00000000.png": None, "000/00000002.png": None, "001/00000000.png": None},
-        ["000: frame 00000001 is missing", "cover.png: not in the folder of a clip"],
+        ["000/00000000.png", "000/00000002.png", "001/00000000.png", "001/20261201123000500.png", "cover.png"],
+        {"000/00000000.png": None, "000/00000002.png": None, "001/00000000.png": None,
+         "001/20261201123000500.png": None},
+        ["000: frame 00000001 is missing", "001: frames 00000001 to 20261201123000499 are missing",
+         "cover.png: not in the folder of a clip"],
     ),
 }  # fmt: skip
+
+
+def test_the_names_of_sets_are_distinct(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "x/a (2)", "x/a", "y/a")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "1.png")
+    found = gather(folders[0], baselines=folders[1:])
+    assert [one.name for one in found.sets] == ["a", "a (2)", "a (3)", "a (4)"]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -429,6 +441,7 @@ def test_upscaled_images_never_replace_others(tmp_path: Path, monkeypatch: pytes
         ("gt.safetensors", ".", "would replace an input"),
         ("model.safetensors", "mine", "not made by pdd"),
         ("model.safetensors,other/model.safetensors", "new", "two files are named model"),
+        ("v1.4,v1.5", "new", "no weights are named 'v1.4'"),  # a name isn't cut at its point
     ):
         *_, error = run("evaluate", "--lr-dir", "model", "--gt-dir", "gt", "--weights", weights, "--upscaled-dir",
                         folder, "--metrics", "psnr")  # fmt: skip

@@ -160,6 +160,18 @@ def test_remove_deletes_weights_but_not_the_base_of_others(pdd: Pdd) -> None:
     assert done.code == 0
     assert "MB freed" in done.err
     assert pdd("fetch-weights", "--remove", "kodak").code == 2
+    save_file({"x": torch.zeros(1)}, second.path.with_name("theirs.safetensors"))
+    done = pdd("fetch-weights", "--remove", "second", "theirs")
+    assert (done.code, "theirs.safetensors has no card of pdd" in done.err) == (2, True)
+    assert second.path.exists()
+    assert second.path.with_name("theirs.safetensors").exists()
+
+
+def test_one_name_that_fails_does_not_end_the_others(pdd: Pdd) -> None:
+    done = pdd("fetch-weights", "kodak", "efficientnet-lite0", "--source", "gdrive")
+    assert done.code == 2
+    assert "'kodak' has no source of this kind" in done.err
+    assert "'efficientnet-lite0' has no source of this kind" in done.err
 
 
 def test_the_list_fits_into_80_columns_with_own_models_first(pdd: Pdd) -> None:

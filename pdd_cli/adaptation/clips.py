@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,9 +30,12 @@ _LEAST_TEXTURE = 1.0
 
 @dataclass(frozen=True)
 class ClipFrames:
-    """The images that were made of clips: PNG files below `folder`, in a subfolder for each clip."""
+    """The images that were made of clips: PNG files below `folder`, in a subfolder for each clip.
 
-    folder: Path
+    The folder exists as long as this object.
+    """
+
+    folder: tempfile.TemporaryDirectory[str]
     paths: Sequence[Path]
 
 
@@ -48,23 +49,24 @@ def clips_in(source: Path) -> list[Path]:
 def sample_clips(
     source: Path, clips: Sequence[Path], warn: Callable[[str], None], say: Callable[[str], None]
 ) -> ClipFrames:
-    """Choose frames of the clips and write them to a temporary folder, which is removed when the process ends.
+    """Choose frames of the clips and write them to a temporary folder.
 
     The choice depends only on the clips. A clip that can't be read is reported to `warn` and skipped.
     """
-    folder = Path(tempfile.mkdtemp(prefix="pdd-frames-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = tempfile.TemporaryDirectory(prefix="pdd-frames-", ignore_cleanup_errors=True)
     most = max(_LEAST_PER_CLIP, min(_MOST_PER_CLIP, _MOST // len(clips)))
     paths: list[Path] = []
     for clip in clips:
         name = clip.name if source.is_file() else "_".join(clip.relative_to(source).parts)
+        while (Path(folder.name) / name).exists():  # a_b.mp4 beside a/b.mp4
+            name += "_"
         try:
             chosen = choose_frames(clip, most, warn)
         except InputError as error:
             warn(f"--real-dir: left out: {error.message}")
             continue
         for number, pixels in chosen:
-            path = folder / name / f"{number:08d}.png"
+            path = Path(folder.name) / name / f"{number:08d}.png"
             write_image(path, DecodedImage(pixels))
             paths.append(path)
     say(f"{len(paths)} frames of {len(clips)} videos of --real-dir {source}, chosen by detail, without duplicates")

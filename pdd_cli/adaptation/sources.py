@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pdd_cli.adaptation.aligned_pairs import misaligned, without_partner, wrong_size
-from pdd_cli.adaptation.clips import clips_in, sample_clips
+from pdd_cli.adaptation.clips import ClipFrames, clips_in, sample_clips
 from pdd_cli.adaptation.folder import RunFolder
 from pdd_cli.data.datasets import (
     RGB,
@@ -51,6 +51,7 @@ class Source:
     small: int  # number of images smaller than a crop
     left_out: tuple[str, ...]  # a line for each image or kind of image that is not used
     content: Mapping[str, str]  # relative path → sha256 of the used images
+    frames: ClipFrames | None = None  # of videos; their files exist as long as this object
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,8 +188,9 @@ def _read(
         left_out += of_other_kinds
     else:
         paths, left_out = _without_outputs(selected, folder)
-    if clips:
-        paths += sample_clips(folder, clips, warn, say).paths
+    frames = sample_clips(folder, clips, warn, say) if clips else None
+    if frames is not None:
+        paths += frames.paths
         if not paths:
             raise InputError(f"{option} {folder}: no frame with any detail in its videos", "Name another folder.")
     if not paths:
@@ -220,7 +222,8 @@ def _read(
     small = sum(min(size) < crop for size in by_size)
     if small:
         warn(f"{small} of {len(images)} images of {option} are smaller than a crop of {crop} pixels: mirrored")
-    return images, Source(option, folder, len(images), by_size[0], by_size[-1], small, tuple(left_out), content)
+    sizes_used = (by_size[0], by_size[-1])
+    return images, Source(option, folder, len(images), *sizes_used, small, tuple(left_out), content, frames)
 
 
 def _without_outputs(paths: Sequence[Path], folder: Path) -> tuple[list[Path], list[str]]:

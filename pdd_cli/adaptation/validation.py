@@ -108,8 +108,8 @@ def read_pairs(lr_folder: Path, hr_folder: Path, scale: int, features: FeatureNe
     return Pairs(
         found=len(pairing.pairs),
         names=[small.relative_to(lr_folder).as_posix() for small, _ in chosen],
-        lr=[center_crop(_read(small), _CROP) for small, _ in chosen],
-        hr=[_crop_of_hr(_read(large), scale) for _, large in chosen],
+        lr=[center_crop(read_image(small).to_rgb8(), _CROP) for small, _ in chosen],
+        hr=[_crop_of_hr(read_image(large).to_rgb8(), scale) for _, large in chosen],
         features=features,
         ssim=load_metric("ssim", device="cpu"),
     )
@@ -125,11 +125,6 @@ def pairs_to_score(pairs: Sequence[AlignedPair], scale: int, features: FeatureNe
         features=features,
         ssim=load_metric("ssim", device="cpu"),
     )
-
-
-def _read(path: Path) -> RGB:
-    image = read_image(path)
-    return np.broadcast_to(to_rgb8(image.to_float()), (image.height, image.width, 3))
 
 
 def _crop_of_hr(hr: RGB, scale: int, side: int = _CROP) -> RGB:

@@ -33,7 +33,7 @@ from pdd_cli.upscaling.manifest import NAME, Manifest
 from pdd_cli.upscaling.strength import split_strength
 from pdd_cli.version import versions
 from pdd_cli.weights.fetch import ensure
-from pdd_cli.weights.states import HUB_PREFIX
+from pdd_cli.weights.states import HUB_PREFIX, is_file_reference
 from pdd_cli.weights.store import Store
 
 
@@ -129,7 +129,7 @@ def _plan_jobs(settings: EvaluateConfig, dataset: Dataset) -> dict[str, tuple[Up
     for given in settings.weights:
         weights, strength = split_strength(given)
         strength = settings.strength if strength is None else strength
-        name = Path(weights).stem if Path(weights).suffix else weights
+        name = Path(weights).stem if is_file_reference(weights) else weights
         if weights.startswith(HUB_PREFIX):
             name = re.sub(r"[/@]", "-", weights.removeprefix(HUB_PREFIX))
         if strength is not None:

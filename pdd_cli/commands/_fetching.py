@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pdd_cli.console import Console
-from pdd_cli.errors import DownloadError
+from pdd_cli.errors import PddError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -57,7 +57,7 @@ class Fetched:
     entries: list[Entry] = field(default_factory=list)
     image_sets: list[InstalledSet] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)
-    failures: list[DownloadError] = field(default_factory=list)
+    failures: list[PddError] = field(default_factory=list)
 
     def next_command(self) -> str:
         """A command that uses what was fetched."""
@@ -102,7 +102,7 @@ def fetch_all(
                     known, store=store, source=source, from_path=from_path, offline=offline, overwrite=overwrite,
                     on_event=on_event,
                 )  # fmt: skip
-            except DownloadError as error:
+            except PddError as error:
                 found.failures.append(error)
                 continue
             entry = weights.entry
@@ -115,6 +115,6 @@ def fetch_all(
             try:
                 fetch_metric_weights([name], offline=offline, from_path=from_path, on_event=on_event)
                 found.metrics.append(name)
-            except DownloadError as error:
+            except PddError as error:
                 found.failures.append(error)
     return found

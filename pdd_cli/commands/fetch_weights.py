@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdd_cli.errors import DownloadError, InputError
+from pdd_cli.errors import InputError
 from pdd_cli.options import Call, command
 from pdd_cli.settings.fetch import FetchConfig, FetchFlags
 
@@ -64,7 +64,7 @@ def _fetch_weights(call: Call[FetchConfig, FetchFlags]) -> None:
     fetched = fetch_all(chosen, settings, store, console, overwrite=flags.overwrite)
     console.result(fetched.as_document())
     if failures := fetched.failures:
-        raise DownloadError("\n".join(error.message for error in failures), failures[0].hint)
+        raise type(failures[0])("\n".join(error.message for error in failures), failures[0].hint)
     console.say(f"next: {fetched.next_command()}")
 
 

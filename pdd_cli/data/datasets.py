@@ -206,11 +206,7 @@ def _relative_name(path: Path, folder: Path) -> str:
 
 def _decode(path: Path, data: bytes) -> RGB:
     """The first page of the image file with the content `data`."""
-    image = next(decode_pages(path, data))
-    if image.pixels.dtype != np.uint8:
-        return _as_rgb8(image.to_float())
-    pixels = np.array(image.pixels, np.uint8)
-    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
+    return next(decode_pages(path, data)).to_rgb8()
 
 
 def select(images: Sequence[RGB], indices: Iterable[int]) -> Sequence[RGB]:

@@ -65,6 +65,11 @@ class DecodedImage:
         """The pixels as float32 (H, W, C) in 0..1."""
         return to_float(self.pixels)
 
+    def to_rgb8(self) -> Array:
+        """The pixels as uint8 (H, W, 3): gray is repeated, 16 bits are rounded, alpha is ignored."""
+        pixels = self.pixels if self.bits == 8 else from_float(self.to_float(), 8)
+        return np.array(np.broadcast_to(pixels, (self.height, self.width, 3)))
+
     def alpha_to_float(self) -> npt.NDArray[np.float32] | None:
         """The alpha channel as float32 (H, W) in 0..1, or None."""
         return None if self.alpha is None else to_float(self.alpha)

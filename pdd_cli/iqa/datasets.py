@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -83,9 +84,12 @@ def _videolq(root: Path) -> Dataset:
         if path.stem.isdecimal():
             clips.setdefault(path.parent, []).append(int(path.stem))
     gaps = [
-        f"{clip}: frame {number:08d} is missing"
+        f"{clip}: "
+        + (f"frame {one + 1:08d} is" if other == one + 2 else f"frames {one + 1:08d} to {other - 1:08d} are")
+        + " missing"
         for clip, numbers in clips.items()
-        for number in sorted(set(range(min(numbers), max(numbers))) - set(numbers))
+        for one, other in pairwise(sorted(numbers))
+        if other > one + 1
     ]
     return Dataset(root, tuple(frames), {}, (*outside, *gaps))
 

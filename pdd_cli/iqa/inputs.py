@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -182,10 +183,9 @@ def _label(path: Path) -> str:
 
 def _with_distinct_names(sets: Sequence[ImageSet]) -> tuple[ImageSet, ...]:
     """The same sets, renamed where several have one name."""
-    taken: dict[str, int] = {}
-    distinct = []
+    named: dict[str, ImageSet] = {}
     for one in sets:
-        taken[one.name] = taken.get(one.name, 0) + 1
-        count = taken[one.name]
-        distinct.append(ImageSet(one.name if count == 1 else f"{one.name} ({count})", one.items))
-    return tuple(distinct)
+        names = (one.name if count == 1 else f"{one.name} ({count})" for count in itertools.count(1))
+        name = next(name for name in names if name not in named)
+        named[name] = ImageSet(name, one.items)
+    return tuple(named.values())

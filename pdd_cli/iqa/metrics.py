@@ -223,8 +223,7 @@ def score_set(items: Sequence[Item], info: MetricInfo, metric: Any) -> float:
                 folder.mkdir(exist_ok=True)
                 if path is not None:
                     # pyiqa's own reader does not handle alpha, 16 bits and orientation: 8-bit RGB is written for it.
-                    pixels = (_rgb(read_image(path)) * 255).round().astype(np.uint8)
-                    write_image(folder / f"{index:08}.png", DecodedImage(pixels))
+                    write_image(folder / f"{index:08}.png", DecodedImage(read_image(path).to_rgb8()))
         places = [str(folder) for folder in (folders if info.reference == "full" else folders[:1])]
         try:
             with quiet():

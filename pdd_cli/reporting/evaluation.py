@@ -12,7 +12,7 @@ import numpy as np
 
 from pdd_cli.errors import InputError, PddError
 from pdd_cli.imaging.decode import read_image
-from pdd_cli.imaging.image import Array, DecodedImage
+from pdd_cli.imaging.image import Array
 from pdd_cli.iqa.compare import Comparison
 from pdd_cli.iqa.metrics import Item, MetricInfo
 from pdd_cli.own_files import check_own_file, write_own_file
@@ -217,11 +217,9 @@ def _card(report: Report, name: str, group: str) -> dict[str, Any] | None:
 
 def _read(item: Item) -> Array | None:
     try:
-        image = read_image(item.image)
+        return read_image(item.image).to_rgb8()
     except PddError:
         return None  # already listed among the problems
-    pixels = image.pixels if image.bits == 8 else DecodedImage.from_float(image.to_float()).pixels
-    return np.ascontiguousarray(np.broadcast_to(pixels, (image.height, image.width, 3)))
 
 
 # --- plots ------------------------------------------------------------------------------------------------------

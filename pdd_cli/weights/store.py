@@ -185,7 +185,7 @@ class Store:
         """Delete the entries `names` with their cards. All names are checked first.
 
         Raises InputError for a name that isn't installed or, without `overwrite`, is the base of other entries, and
-        for a file that can't be deleted.
+        for a file that can't be deleted, or that pdd didn't write.
         """
         names = list(dict.fromkeys(names))
         found = []
@@ -194,6 +194,11 @@ class Store:
             if not path.is_file():
                 raise InputError(
                     f"no weights named '{name}' are installed", "pdd fetch-weights --list shows the names."
+                )
+            if read_card(path) is None:
+                raise InputError(
+                    f"{path} has no card of pdd: it is damaged, or pdd didn't write it",
+                    "Nothing was removed. Delete it yourself.",
                 )
             found.append(Removed(name, path, path.stat().st_size))
         users = {name: [other.name for other in self.entries() if other.card.base == name] for name in names}
