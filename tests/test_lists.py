@@ -79,10 +79,16 @@ def test_a_list_selects_among_the_inputs(batch: Callable[..., Outcome]) -> None:
 
 
 def test_a_list_can_be_the_input(batch: Callable[..., Outcome], pdd: Callable[..., Outcome], ground: Path) -> None:
-    options = ("--weights", ground / "base.safetensors", "--engine", "torch", "--json")
+    weights = ground / "base.safetensors"
+    options = ("--weights", weights, "--engine", "torch", "--json")
     Path("list").write_text("in/a.png\nin/sub\nin/gone.png\nin/a.png\nlist\n")
-    done = pdd("upscale", "--from-list", "list", "out", *options)
+    Path("in/sub/pdd.yaml").write_text("upscale: {scale: 3}")
+    done = pdd("upscale", "--from-list", "list", "out", *options, "--model-map", f"sub/*={weights}", "--log", "log")
     assert done.code == 3
+    assert "no input matches" not in done.err
+    sizes = [json.loads(line)["size_out"] for line in Path("log").read_text().splitlines()]
+    assert sizes[1] == [24, 24]
+    assert {json.loads(line)["weights"] for line in Path("log").read_text().splitlines()} == {str(weights)}
     assert "in/gone.png: no such file or folder" in done.err
     document = json.loads(done.out)
     files = {Path(file["output"]).relative_to("out").as_posix(): file["status"] for file in document["files"]}

@@ -83,6 +83,7 @@ def test_other_weights_for_files_that_match(place) -> None:
         ("upscale: {weigths: a}", (), "did you mean weights"),
         ("upscale: {weights: none.pth}", (), "no such weights file: none.pth"),
         ("upscale: {width: 8, scale: 2}", (), "can't be combined"),
+        ("upscale: {normal_map: true}", ("--color-correction", "wavelet"), "in/text/pdd.yaml: settings: --normal-map"),
         ("", ("--model-map", "faces"), "PATTERN=WEIGHTS"),
         ("", ("--model-map", "**=none.pth"), "no such weights file: none.pth"),
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 from pdd_cli.imaging.decode import read_image
 from pdd_cli.imaging.encode import write_images
@@ -19,6 +20,8 @@ from pdd_cli.imaging.image import ImageSpec, ImageStream
 from pdd_cli.imaging.metadata import Metadata
 from pdd_cli.imaging.provenance import Provenance, made_by_pdd, source_of
 from pdd_cli.version import __version__
+from tests.helpers.images import photo
+from tests.helpers.networks import compact
 
 MADE = Provenance("realsr", "ab" * 32, "x4, strength 0.5", "cd" * 32)
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
@@ -171,6 +174,21 @@ def test_imagemagick_reads_it_without_a_warning(tmp_path: Path, suffix: str) -> 
     assert found.stderr == ""
     if suffix in (".png", ".jpg"):
         assert f"pdd {__version__}: upscaled with realsr" in found.stdout
+
+
+@pytest.mark.slow
+def test_a_single_output_that_was_made_otherwise_is_skipped_and_named(pdd) -> None:
+    for number in range(2):
+        Image.fromarray(photo(8, 8, number)).save(f"{number}.png")
+        save_file(compact(2 + number), f"{number}.safetensors")
+    for target in ("out.png", "out.tga", "out.gif"):
+        made = [
+            pdd("upscale", f"{source}.png", target, "--weights", f"{weights}.safetensors")
+            for source, weights in ((0, 0), (0, 0), (1, 0), (0, 1))
+        ]
+        assert [done.code for done in made] == [0] * 4
+        assert ["from another input" in done.err for done in made] == [False, False, True, False]
+        assert ["with other weights" in done.err for done in made] == [False, False, False, True]
 
 
 @pytest.mark.slow

@@ -184,6 +184,23 @@ def test_a_transparent_gif_stays_one(tmp_path: Path, weights: Path) -> None:
     assert frames_of(tmp_path / "out.mp4")[0].to_ndarray(format="rgb24")[40, 60].min() > 250
 
 
+@pytest.mark.parametrize("suffix", [".png", ".gif", ".webp", ".avif", ".mp4"])
+def test_pages_without_times_become_frames_that_are_seen(tmp_path: Path, weights: Path, suffix: str) -> None:
+    pages = [Image.fromarray(frame) for frame in rgb_frames(3)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    document, error = run_upscale(tmp_path / "a.tif", tmp_path / f"b{suffix}", "--weights", weights)
+    assert error is None, document
+    assert document["files"][0]["problem"] == "its frames have no times: each is shown for 0.1 s"
+    if suffix == ".mp4":
+        assert times_of(tmp_path / "b.mp4") == pytest.approx([0, 0.1, 0.2])
+        return
+    with Image.open(tmp_path / f"b{suffix}") as image:
+        for index in range(3):
+            image.seek(index)
+            image.load()
+            assert image.info["duration"] == 100
+
+
 def test_one_image_is_no_animation(tmp_path: Path, weights: Path) -> None:
     Image.fromarray(rgb_frames(1)[0]).save(tmp_path / "a.png")
     document, error = run_upscale(tmp_path / "a.png", tmp_path / "b.mp4", "--weights", weights)

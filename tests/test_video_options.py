@@ -125,6 +125,12 @@ def test_options_of_videos_need_one(tmp_path: Path, weights: Path) -> None:
     _, error = run_upscale(tmp_path / "a.png", tmp_path / "b.png", "--weights", weights, "--crf", "20")
     assert isinstance(error, InputError)
     assert "--crf is for videos" in error.message
+    frames = [Image.fromarray(frame) for frame in rgb_frames(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
+    for option in (["--deinterlace"], ["--preview", "0.1"]):
+        _, error = run_upscale(tmp_path / "a.gif", tmp_path / "b.mp4", "--weights", weights, *option)
+        assert isinstance(error, InputError)
+        assert f"{option[0]} is for videos; {tmp_path / 'a.gif'} is none" in error.message
 
 
 @needs_ffmpeg
@@ -231,6 +237,35 @@ def test_one_frame_as_an_image(tmp_path: Path, weights: Path) -> None:
     assert "--preview 30 is after its end" in document["files"][0]["problem"]
     _, error = run_upscale(source, tmp_path / "x.mp4", "--weights", weights, "--preview", "3")
     assert isinstance(error, InputError)
+
+
+def test_lossless_images_of_a_video_are_not_written_as_jpeg(tmp_path: Path, weights: Path) -> None:
+    source = lossless(tmp_path / "in.mkv", rgb_frames(2))
+    for target, options in (("x.jpg", ["--preview", "0"]), ("folder/", ["--format", "jpg"])):
+        document, error = run_upscale(source, tmp_path / target, "--weights", weights, "--lossless", *options)
+        assert isinstance(error, PartialFailure)
+        assert "can't be written losslessly" in document["files"][0]["problem"]
+    assert not list(tmp_path.rglob("*.jpg"))
+
+
+@needs_ffmpeg
+def test_the_last_frame_of_a_program_stream(tmp_path: Path, weights: Path) -> None:
+    """FFmpeg takes the duration of its video from the last time in it, which frames follow."""
+    source = tmp_path / "in.mpg"
+    made = ["-f", "lavfi", "-i", "testsrc=size=32x24:rate=10:duration=3", "-f", "lavfi", "-i", "sine=duration=3"]
+    subprocess.run(["ffmpeg", "-v", "error", *made, "-c:v", "mpeg2video", "-bf", "2", source], check=True)
+    _, error = run_upscale(source, tmp_path / "a.png", "--weights", weights, "--preview", "2.85")
+    assert error is None
+
+
+@needs_ffmpeg
+def test_transparency_that_the_decoder_drops_is_named(tmp_path: Path, weights: Path) -> None:
+    source = tmp_path / "in.webm"
+    made = ["-f", "lavfi", "-i", "testsrc=size=32x24:rate=10:duration=0.3", "-vf", "format=yuva420p"]
+    subprocess.run(["ffmpeg", "-v", "error", *made, "-c:v", "libvpx-vp9", source], check=True)
+    document, error = run_upscale(source, tmp_path / "out.webm", "--weights", weights, "--dry-run")
+    assert error is None
+    assert document["files"][0]["left_out"] == ["transparency"]
 
 
 def test_equal_frames_are_computed_once(tmp_path: Path, weights: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ def group_jobs(
     Raises InputError for a setting that a folder can't have, or a file or pattern that is wrong.
     """
     roots = [_root(source) for source in settings.input]
+    if not settings.input and jobs:  # a list: the folder that its files have in common
+        roots = [Path(os.path.commonpath([job.source.parent for job in jobs]))]
     patterns = [_parse(text) for text in settings.model_map]
     unused = set(settings.model_map)
     of_folder: dict[Path, Mapping[str, Any]] = {}
@@ -51,11 +54,13 @@ def group_jobs(
         root = next((root for root in roots if root is not None and job.source.is_relative_to(root)), job.source.parent)
         below = job.source.relative_to(root)
         changed: dict[str, Any] = {}
+        origin = ""
         folders = [root / parent for parent in reversed(below.parents)] if root in roots else []
         for folder in folders:  # the nearest last
             if folder not in of_folder:
                 of_folder[folder] = _values(folder / DEFAULT_FILE, fixed)
             own = of_folder[folder]
+            origin = str(folder / DEFAULT_FILE) if own else origin
             if any(name in own for name in _SIZES):
                 changed = {name: value for name, value in changed.items() if name not in _SIZES}
                 changed |= dict.fromkeys(_SIZES)
@@ -68,7 +73,7 @@ def group_jobs(
         if not changed:
             groups.setdefault(settings, []).append(job)
             continue
-        own_settings = settings_from(UpscaleConfig, {**settings.model_dump(exclude_unset=True), **changed})
+        own_settings = settings_from(UpscaleConfig, {**settings.model_dump(exclude_unset=True), **changed}, origin)
         groups.setdefault(own_settings, []).append(job)
     for text in sorted(unused):
         observer.warn(f"--model-map {text}: no input matches")

@@ -36,6 +36,7 @@ from pdd_cli.video.encoders import check_encoder, default_encoder
 from pdd_cli.video.frames import gives_frames
 from pdd_cli.video.options import VideoOptions
 from pdd_cli.video.pipeline import preview_videos, run_videos
+from pdd_cli.weights.sources import file_sha256
 
 # The settings that determine an output. Tiles, engine and precision make no visible difference.
 _RECIPE = {"scale", "width", "height", "long_side", "fit", "color_correction", "quality", "lossless", "strip_metadata"}
@@ -216,14 +217,13 @@ def run(
             batch = _batch(group.settings, group.jobs, folder, loaded, ranks, dry_run=dry_run)
             started = time.perf_counter()
             if dry_run:
-                found = _preview(batch)
+                found = [replace(result, weights=group.settings.weights) for result in _preview(batch)]
                 if loaded.to_fetch and group.settings.weights in loaded.to_fetch:
                     # Tiles, memory and time depend on the model.
                     found = [replace(result, tiles=0, memory=0, seconds=0.0, model_seconds=0.0) for result in found]
             else:
-                found, stopped = _run(batch, settings, observer, on_result)
-            gathered = _gather_results(found, group.jobs, ranks)
-            results += [replace(result, weights=group.settings.weights) for result in gathered]
+                found, stopped = _run(batch, group.settings, observer, on_result)
+            results += _gather_results(found, group.jobs, ranks)
             seconds += time.perf_counter() - started
         if len(groups) > 1 and any(ranks.gather("stopped" if stopped else "")):
             break
@@ -309,9 +309,12 @@ def check_video_options(settings: UpscaleConfig, jobs: Sequence[Job]) -> None:
         raise InputError("--fps is for folders of frames; files have their own times", "Name a folder, or omit --fps.")
     if given and not videos:
         raise InputError(f"--{given[0]} is for videos; there is none among the inputs", "Leave it out.")
-    if settings.preview is not None and len(videos) < len(jobs):
-        other = next(job.source for job in jobs if not is_video(job.source))
-        raise InputError(f"--preview is for videos; {other} is none", "Name the video.")
+    for option, needing in (
+        ("preview", jobs if settings.preview is not None else ()),
+        ("deinterlace", videos if settings.deinterlace else ()),
+    ):
+        if other := next((job.source for job in needing if not is_video(job.source)), None):
+            raise InputError(f"--{option} is for videos; {other} is none", "Leave it out, or name the video.")
     suffixes = sorted({job.target.suffix.lower() for job in videos})
     encoding = [name for name in ("encoder", "crf", "preset") if getattr(settings, name) is not None]
     if encoding and settings.preview is None and any(gives_frames(job) for job in videos):
@@ -335,6 +338,8 @@ def _batch(
     recipe = settings.model_dump(include=_RECIPE)
     recipe |= settings.model_dump(include=_VIDEO_RECIPE | _LATER, exclude_defaults=True)
     recipe["weights"] = loaded.upscalers[0].engine.weights_sha256
+    if settings.audio is not None:
+        recipe["audio"] = file_sha256(settings.audio)
     manifest = None
     if folder is not None:
         if ranks.is_first and not dry_run:
@@ -394,7 +399,7 @@ def _run(
         try:
             # Its threads end before the engines are closed.
             with closing(_results(batch, on_start, progress.step)) as ended:
-                for result in ended:
+                for result in (replace(one, weights=settings.weights) for one in ended):
                     results.append(result)
                     if log is not None:
                         try:

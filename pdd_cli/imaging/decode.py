@@ -293,7 +293,8 @@ def _pillow_pages(data: bytes, most_pixels: int, notes: Notes = ()) -> Iterator[
                 metadata = replace(metadata, lost=(*metadata.lost, "more than 8 bits of an animation"))
             if chunks is not None:
                 icc, more = read_profile(chunks, more)
-            duration = image.info.get("duration") if frames > 1 else None
+            # A frame of a GIF may have none; the pages of an MPO are no animation.
+            duration = image.info.get("duration", None if image.format == "MPO" else 0) if frames > 1 else None
             notes_here = (*notes, *damage, *more)
             yield from_samples(channels, icc, metadata, frames=frames, duration=duration, notes=notes_here)
 

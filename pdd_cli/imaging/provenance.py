@@ -34,6 +34,7 @@ _BLOCK = 1 << 20
 # The digest of the source is at most this many bytes from the seal, also if another program has rewritten the XMP.
 _AROUND = 600
 _SOURCE = re.compile(rb"(?:SourceSHA256(?:=[\"']|>)|source sha256 )([0-9a-f]{64})")
+_WEIGHTS = re.compile(rb"(?:ModelSHA256(?:=[\"']|>)|\(weights sha256 )([0-9a-f]{64})")
 _SOFTWARE_TAG = 0x0131
 _PNG = b"\x89PNG\r\n\x1a\n"
 _ZIP = b"PK\x03\x04"
@@ -192,16 +193,22 @@ def made_by_pdd(path: Path) -> bool:
 
 def source_of(path: Path) -> str | None:
     """The SHA-256 of the input that the file at `path` was upscaled from. None if the file doesn't contain it."""
+    return made_of(path)[0]
+
+
+def made_of(path: Path) -> tuple[str | None, str | None]:
+    """The SHA-256 of the input and of the weights of the output at `path`; None for what it doesn't contain."""
     try:
         with path.open("rb") as file:
             for at in _places(file):
                 file.seek(max(0, at - _AROUND))
-                found = _SOURCE.search(file.read(2 * _AROUND))
-                if found:
-                    return found[1].decode()
+                around = file.read(2 * _AROUND)
+                if source := _SOURCE.search(around):
+                    weights = _WEIGHTS.search(around)
+                    return source[1].decode(), weights[1].decode() if weights else None
     except OSError:
         pass
-    return None
+    return None, None
 
 
 # --- XMP --------------------------------------------------------------------------------------------------------

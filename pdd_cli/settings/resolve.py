@@ -61,12 +61,15 @@ def resolve(
     return _check(model, values, "")
 
 
-def settings_from(model: type[T], options: Mapping[str, object]) -> T:
-    """The settings made from `options` (dotted key → value) and the defaults. Raises InputError as `resolve` does."""
+def settings_from(model: type[T], options: Mapping[str, object], origin: str = "") -> T:
+    """The settings made from `options` (dotted key → value) and the defaults. Raises InputError as `resolve` does.
+
+    `origin`: the file to name in messages.
+    """
     values: dict[str, Any] = {}
     for key, option in options.items():
         _put(values, key, option)
-    return _check(model, values, "")
+    return _check(model, values, origin)
 
 
 def explicit_values(

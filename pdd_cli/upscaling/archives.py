@@ -61,7 +61,7 @@ def run_archives(
         try:
             digest = file_sha256(job.source)
             key = _key(digest, format, manifest)
-            result = skipped(job, key, output, manifest)
+            result = skipped(job, digest, key, output, manifest)
             if result is None:
                 on_start(job)
                 check_name(job.target)
@@ -91,7 +91,8 @@ def preview_archives(
     for job in jobs:
         started = time.perf_counter()
         try:
-            result = skipped(job, _key(file_sha256(job.source), format, manifest), output, manifest)
+            digest = file_sha256(job.source)
+            result = skipped(job, digest, _key(digest, format, manifest), output, manifest)
             if result is None:
                 result = _preview(job, upscaler, format)
         except Exception as error:

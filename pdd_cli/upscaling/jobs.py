@@ -15,7 +15,7 @@ from typing import Literal
 from pdd_cli.errors import InputError, PddError
 from pdd_cli.imaging.encode import Encoding
 from pdd_cli.imaging.formats import check_lossless, check_size
-from pdd_cli.imaging.provenance import Provenance, made_by_pdd
+from pdd_cli.imaging.provenance import Provenance, made_by_pdd, made_of
 from pdd_cli.upscaling.manifest import Manifest
 from pdd_cli.upscaling.processing import Processing
 from pdd_cli.weights.sources import file_sha256
@@ -105,8 +105,11 @@ def provenance_of(
     return Provenance(card.name if card is not None else weights.name, digest, ", ".join(how))
 
 
-def skipped(job: Job, key: str, output: Output, manifest: Manifest | None) -> Result | None:
-    """The result of a job that can be skipped, else None; `key` is the manifest's key of the new output.
+def skipped(job: Job, digest: str, key: str, output: Output, manifest: Manifest | None) -> Result | None:
+    """The result of a job that can be skipped, else None.
+
+    `digest`: SHA-256 of the input; `key`: the manifest's key of the new output. Without a manifest the result says if
+    the output was made from another input or with other weights.
 
     Raises InputError if the output is a file that pdd did not make: no option replaces it.
     """
@@ -117,7 +120,14 @@ def skipped(job: Job, key: str, output: Output, manifest: Manifest | None) -> Re
         return Result(job, "skipped")
     if manifest is None or not manifest.made(job.target):
         check_own(job.target)
-    return None if output.overwrite or state == "stale" else Result(job, "skipped")
+    if output.overwrite or state == "stale":
+        return None
+    source, weights = made_of(job.target)
+    made = output.provenance
+    others = ["from another input"] if source not in (None, digest) else []
+    others += ["with other weights"] if made is not None and made.sha256 and weights not in (None, made.sha256) else []
+    about = f"{job.target} was made {' and '.join(others)}: --overwrite makes it again" if others else ""
+    return Result(job, "skipped", about)
 
 
 _OTHER_OUTPUT = (

@@ -24,6 +24,10 @@ from pdd_cli.upscaling.manifest import Manifest
 from pdd_cli.upscaling.upscaler import OnTile, Upscaler
 from pdd_cli.upscaling.writer import OutputWriter
 
+PAGE_DURATION = 100.0
+"""Milliseconds for which a page without a duration is shown in an animation, as browsers show frames without one."""
+NO_TIMES = "its frames have no times: each is shown for 0.1 s"
+
 # Images that may be waiting to be written.
 _WAITING_IMAGES = 2
 # Encoding threads with a GPU, which computes images faster than one core compresses them.
@@ -76,8 +80,8 @@ def preview_jobs(
     """Predict the results of `run_jobs` from the headers of the images (and, with a manifest, their content)."""
     for job in jobs:
         try:
-            key = manifest.key(sha256(read_bytes(job.source)).hexdigest()) if manifest else ""
-            result = skipped(job, key, output, manifest)
+            digest = sha256(read_bytes(job.source)).hexdigest() if manifest or job.target.exists() else ""
+            result = skipped(job, digest, manifest.key(digest) if manifest else "", output, manifest)
             if result is not None:
                 yield result
                 continue
@@ -124,7 +128,7 @@ def _load(job: Job, upscaler: Upscaler, output: Output, manifest: Manifest | Non
         data = read_bytes(job.source)
         digest = sha256(data).hexdigest()
         key = manifest.key(digest) if manifest else ""
-        result = skipped(job, key, output, manifest)
+        result = skipped(job, digest, key, output, manifest)
         if result is not None:
             return _Loaded(job, result)
         header = probe(job.source, data, most_pixels=upscaler.most_pixels)
@@ -154,6 +158,7 @@ def _compute(
     while True:
         writer = OutputWriter(encoder, partial(_write, loaded, output, manifest))
         image = None
+        notes: dict[str, None] = {}
         done = Result(job, "done")
         try:
             with writer.opened():
@@ -165,11 +170,15 @@ def _compute(
                     if upscaler.processing.normal_map:
                         _check_height(job, image)
                     stream = replace(run.output, metadata=run.output.metadata.stripped) if output.strip else run.output
+                    notes |= dict.fromkeys([*image.notes, *_about_frames(job, image.frames)])
+                    if count > 1 and _needs_time(job, image):
+                        stream = replace(stream, duration=PAGE_DURATION)
+                        notes[NO_TIMES] = None
                     writer.put(stream, count)
                     left = dict.fromkeys((*done.left_out, *_left_out(job, image, stream, count)))
                     done = replace(
                         done,
-                        problem="; ".join([*image.notes, *_about_frames(job, image.frames), *_as_line(left)]),
+                        problem="; ".join([*notes, *_as_line(left)]),
                         left_out=tuple(left),
                         size_in=done.size_in or (image.width, image.height),
                         size_out=done.size_out or (stream.spec.width, stream.spec.height),
@@ -219,6 +228,12 @@ def _finished(job: Job, writer: OutputWriter, started: float, done: Result) -> R
     except Exception as error:
         return failed(job, error, started, done)
     return replace(done, seconds=time.perf_counter() - started)
+
+
+def _needs_time(job: Job, image: DecodedImage) -> bool:
+    """Whether a page without a duration becomes a frame that needs one; AVIF has none of 0."""
+    format = format_of(job.target)
+    return format != "TIFF" and (image.duration is None or (format == "AVIF" and image.duration == 0))
 
 
 def _about_frames(job: Job, frames: int) -> list[str]:

@@ -277,7 +277,8 @@ def read_clip(path: Path, *, most_pixels: int, options: VideoOptions = VideoOpti
         cut_from = options.start if options.preview is None else options.preview
         is_cut = cut_from is not None or options.end is not None
         if is_cut:
-            whole = max(seconds, stream.frames / rate)
+            # The duration of one stream may be too short an estimate, as in MPEG program streams.
+            whole = max(seconds, stream.frames / rate, Fraction(container.duration or 0, 1_000_000))
             first, after = cut_from or Fraction(0), min(options.end or whole, whole) if whole else options.end
             if whole and first >= whole:
                 name = "--start" if options.preview is None else "--preview"
@@ -321,7 +322,8 @@ def read_clip(path: Path, *, most_pixels: int, options: VideoOptions = VideoOpti
             timeless=timeless,
             interlaced=frame.interlaced_frame,
             deinterlace=options.deinterlace,
-            alpha=any(part.is_alpha for part in form.components),
+            # FFmpeg's decoders of VP8 and VP9 drop it.
+            alpha=any(part.is_alpha for part in form.components) or stream.metadata.get("alpha_mode") == "1",
             side=_kinds_of_side_data(frame),
             mastering=_numbers(frame, HDR10[0], "=22i"),
             light=_numbers(frame, HDR10[1], "=2I"),

@@ -144,7 +144,7 @@ def _try_to_open(encoder: str, options: dict[str, str]) -> tuple[str, frozenset[
         context.width = context.height = _TRIAL
         context.pix_fmt = pixel_format(encoder, 8, (2, 2))[0]
         context.time_base, context.framerate = Fraction(1, 25), Fraction(25)
-        context.options = options
+        context.options = {**options, **({"x265-params": "log-level=none"} if encoder == "libx265" else {})}
         log.set_level(log.ERROR)
         with log.Capture() as messages, without_real_time_scheduling():
             context.open()

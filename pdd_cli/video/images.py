@@ -13,13 +13,14 @@ from pdd_cli.errors import InputError
 from pdd_cli.imaging.decode import decode_pages, probe, read_bytes
 from pdd_cli.imaging.find import find_images
 from pdd_cli.imaging.image import Array, DecodedImage, from_float, to_float
+from pdd_cli.upscaling.pipeline import NO_TIMES, PAGE_DURATION
 from pdd_cli.video.decode import LIMITED, Clip, Colours, Frame, open_container
 from pdd_cli.video.options import VideoOptions
 
 # Times of animations are in units of 10 microseconds. A frame of 10 ms or less is shown for 100 ms, as browsers and
 # FFmpeg do.
 _UNIT = Fraction(1, 100_000)
-_SHORTEST, _INSTEAD = 10.0, 100.0
+_SHORTEST = 10.0
 
 _BT709 = 1
 
@@ -69,7 +70,10 @@ def read_image_clip(source: Path, *, most_pixels: int, options: VideoOptions) ->
         if header.frames == 1:
             raise InputError(f"{source}: one image, not an animation, can't become a video", "Name an image as output.")
         size, count, bits, unit = header.size, header.frames, 8, _UNIT
-        durations = [_shown(page) for page in decode_pages(source, read_bytes(source), most_pixels=most_pixels)]
+        durations = []
+        for page in decode_pages(source, read_bytes(source), most_pixels=most_pixels):
+            durations.append(_shown(page))
+            notes += [NO_TIMES] if page.duration is None and not notes else []
         rate = Fraction(1000 * count / sum(durations)).limit_denominator(1001)
     shift = Fraction(0)
     if options.audio is not None:
@@ -133,7 +137,7 @@ def _gap(files: list[Path]) -> str:
 
 def _shown(page: DecodedImage) -> float:
     """Milliseconds for which a frame of an animation is shown."""
-    return _INSTEAD if page.duration is None or page.duration <= _SHORTEST else page.duration
+    return PAGE_DURATION if page.duration is None or page.duration <= _SHORTEST else page.duration
 
 
 class ImageSequenceReader:
@@ -173,7 +177,7 @@ class ImageSequenceReader:
             start, end = (round(Fraction(ms) / 1000 / clip.time_base) for ms in (elapsed, elapsed + _shown(page)))
             yield start, end - start, page
             elapsed += _shown(page)
-            if page.metadata.plays != 1:
+            if page.metadata.plays != 1 and page.duration is not None:
                 self._lost["repetitions"] = None
 
     def _pixels(self, page: DecodedImage) -> Array:

@@ -20,10 +20,9 @@ import numpy as np
 
 from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.files import write_text
-from pdd_cli.imaging.formats import check_size
 from pdd_cli.imaging.image import Array, DecodedImage, ImageSpec
 from pdd_cli.imaging.provenance import sealed_text
-from pdd_cli.upscaling.jobs import Job, Output, Result, check_name, failed, hidden_folder, skipped
+from pdd_cli.upscaling.jobs import Job, Output, Result, check_name, check_target, failed, hidden_folder, skipped
 from pdd_cli.upscaling.manifest import Manifest, key_of
 from pdd_cli.upscaling.upscaler import OnTile, Upscaler
 from pdd_cli.video.decode import (
@@ -115,11 +114,11 @@ def run_videos(
                 continue
             on_start(job)
             if options.preview is not None:
-                still = open_still(job, upscaler, options)
+                still = open_still(job, upscaler, output, options)
                 yield write_still(job, still, upscaler, digest, key, output, manifest, started)
                 continue
             if gives_frames(job):
-                frames = _plan_frames(job, upscaler, options, timed=False)
+                frames = _plan_frames(job, upscaler, output, options, timed=False)
                 folder = FrameFolder(parts, job.target, frames.clip, key, options.frame_format, output, digest)
                 result = _write_frames(job, frames, upscaler, folder, on_tile, temporal=options.temporal)
                 yield replace(result, seconds=time.perf_counter() - started)
@@ -155,11 +154,11 @@ def preview_videos(
             digest = _digest(job.source)
             _, result = _skipped(job, digest, recipe, options, output, manifest)
             if result is None and options.preview is not None:
-                result = plan_still(job, open_still(job, upscaler, options), upscaler)
+                result = plan_still(job, open_still(job, upscaler, output, options), upscaler)
             elif result is None:
                 plan: _Plan | _FramesPlan
                 if gives_frames(job):
-                    plan = _plan_frames(job, upscaler, options, timed=True)
+                    plan = _plan_frames(job, upscaler, output, options, timed=True)
                 else:
                     plan = _plan(job, digest, upscaler, output, options, timed=True)
                     _check_memory(plan, upscaler)
@@ -199,7 +198,8 @@ def _plan(job: Job, digest: str, upscaler: Upscaler, output: Output, options: Vi
         notes.append(f"{width}x{height} is cut to {size[0]}x{size[1]}: its chroma needs even sizes")
     if not 0 < min(size) <= max(size) <= _LONGEST_SIDE:
         raise InputError(
-            f"{job.target}: {codec.name} can't hold {width}x{height} (at most {_LONGEST_SIDE} pixels a side)"
+            f"{job.target}: {codec.name} can't hold {width}x{height} "
+            f"({max(codec.chroma)} to {_LONGEST_SIDE} pixels a side)"
         )
     # Measured at 1920x1080: 4.2 bytes a pixel and frame for 8 bits (x264), 5.5 for 10 (x265).
     upscaler.reserved = _HELD_FRAMES * width * height * (5 if codec.bits == 8 else 6)
@@ -451,15 +451,15 @@ def _skipped(
         key = key_of(digest, {**recipe, "frames": options.frame_format})
         return key, skipped_frames(job, key, overwrite=output.overwrite)
     key = key_of(digest, recipe)
-    return key, skipped(job, key, output, manifest)
+    return key, skipped(job, digest, key, output, manifest)
 
 
-def _plan_frames(job: Job, upscaler: Upscaler, options: VideoOptions, *, timed: bool) -> _FramesPlan:
+def _plan_frames(job: Job, upscaler: Upscaler, output: Output, options: VideoOptions, *, timed: bool) -> _FramesPlan:
     """Plan a folder of frames. Raises InputError if the video can't be processed."""
     check_name(job.target)
     clip = read_clip(job.source, most_pixels=upscaler.most_pixels, options=options)
     size = upscaler.output_size(*clip.upright)
-    check_size(Path(f"x.{options.frame_format}"), *size)
+    check_target(Job(job.source, Path(f"{job.target}.{options.frame_format}")), size, output)
     upscaler.reserved = bytes_needed(*size) if options.temporal else 0
     estimate = upscaler.estimate(ImageSpec(*clip.upright, 3, bits=16), streamed=False, timed=timed)
     upscaler.check_memory(estimate.memory)

@@ -25,7 +25,7 @@ class Still:
     notes: tuple[str, ...]
 
 
-def open_still(job: Job, upscaler: Upscaler, options: VideoOptions) -> Still:
+def open_still(job: Job, upscaler: Upscaler, output: Output, options: VideoOptions) -> Still:
     """The frame that the video of `job` shows at `options.preview`.
 
     Raises InputError if it shows none then, or if the output's format can't hold the image.
@@ -42,7 +42,7 @@ def open_still(job: Job, upscaler: Upscaler, options: VideoOptions) -> Still:
     if clip.interlaced and not clip.deinterlace:
         notes.append("it is interlaced")
     still = Still(DecodedImage(pixels, metadata=frame_metadata(clip)), shown_at, tuple(notes))
-    check_target(job, upscaler.output_size(*clip.upright), output=Output())
+    check_target(job, upscaler.output_size(*clip.upright), output)
     return still
 
 
