@@ -96,6 +96,14 @@ def test_what_imagemagick_does_not_read_of_tga(tmp_path: Path) -> None:
     found = read_image(path)
     assert np.array_equal(found.alpha, (values >> 15) * 255)
     assert np.array_equal(found.pixels[..., 1], np.rint((values >> 5 & 31) / 31 * 255))
+    # Texts: the ID in front of the pixels, and the author and comments of the extension area behind them.
+    assert found.metadata.lost == ("texts of the TGA",)
+    data = path.read_bytes()
+    plain = b"\0" + data[1:18] + data[22:]
+    for author in (b"", b"me"):
+        extension = struct.pack("<H", 495) + author.ljust(493, b"\0")
+        path.write_bytes(plain + extension + struct.pack("<II", len(plain), 0) + b"TRUEVISION-XFILE.\0")
+        assert read_image(path).metadata.lost == (("texts of the TGA",) if author else ())
     # From the right.
     path = tga(tmp_path / "b.tga", 10, 24, origin=0x30)
     data = bytearray(path.read_bytes())

@@ -19,8 +19,11 @@ from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 from pdd_cli.errors import InputError, PartialFailure
 from pdd_cli.imaging.provenance import made_by_pdd
 from pdd_cli.settings.upscale import rate_of
+from pdd_cli.upscaling.jobs import Job
 from pdd_cli.video.frames import FrameFolder
+from pdd_cli.video.pipeline import run_videos
 from tests.helpers.commands import run_upscale
+from tests.helpers.networks import repeating, upscaler
 from tests.test_video import frames_of, packets_of, put_planes, rgb_frames, times_of, twice, write_video
 from tests.test_video_options import decoded_by_ffmpeg, lossless, needs_ffmpeg, probe
 
@@ -272,6 +275,27 @@ def test_a_folder_of_frames_is_replaced_only_if_pdd_made_it(tmp_path: Path, weig
         _, error = run_upscale(source, *options, "--weights", weights, "--format", "png")
         assert isinstance(error, InputError)
         assert words in f"{error.message} {error.hint}"
+
+
+@pytest.mark.parametrize(("target", "appearing"), [("out.mkv", "out.mkv"), ("out", "out/note.txt")])
+def test_what_appears_during_the_work_is_kept(tmp_path: Path, target: str, appearing: str) -> None:
+    source = lossless(tmp_path / "in.mkv", rgb_frames(2))
+
+    def appear(done: int, total: int) -> None:
+        (tmp_path / appearing).parent.mkdir(exist_ok=True)
+        (tmp_path / appearing).write_bytes(b"mine")
+
+    job = Job(source, tmp_path / target)
+    (result,) = run_videos([job], upscaler(repeating(2)), recipe={}, on_tile=appear)
+    assert result.status == "failed"
+    assert "was not made by pdd" in result.problem
+    assert (tmp_path / appearing).read_bytes() == b"mine"
+    # Nothing is lost: when it is gone, the finished frames are used.
+    (tmp_path / appearing).rename(tmp_path / "moved")
+    if target == "out":
+        (tmp_path / "out").rmdir()
+    (result,) = run_videos([job], upscaler(repeating(2)), recipe={})
+    assert (result.status, result.tiles) == ("done", 0)
 
 
 def test_interrupted_frames_are_resumed(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:

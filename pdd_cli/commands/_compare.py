@@ -13,11 +13,20 @@ if TYPE_CHECKING:
     from pdd_cli.options import Call
 
 
+# The settings that a comparison has; it writes no outputs, and each version names its weights.
+_USED = (
+    "input", "output", "tile", "overlap", "scale", "width", "height", "long_side", "fit", "denoise", "color_correction",
+    "tta", "mix", "snap_flats", "normal_map", "crop", "engine", "device", "precision", "max_memory", "offline",
+)  # fmt: skip
+
+
 def compare(call: Call[UpscaleConfig, UpscaleFlags]) -> None:
     """Write the page and the contact sheet, and show the seconds of each version."""
     flags, console = call.flags, call.console
     if flags.dry_run:
         raise InputError("--compare can't be combined with --dry-run", "Leave one of them out.")
+    if other := sorted(call.given() - set(_USED)):
+        raise InputError(f"--compare can't be combined with --{other[0].replace('_', '-')}", "Leave one of them out.")
     # Without an output folder, click takes the only argument for OUTPUT.
     given = (call.options["input"], call.options["output"])
     inputs = [path for value in given if value for path in (value if isinstance(value, tuple) else (value,))]

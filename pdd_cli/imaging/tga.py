@@ -24,6 +24,7 @@ _FOOTER = b"TRUEVISION-XFILE.\0"
 _FOOTER_BYTES = 26
 # Attributes type of the extension area: what the alpha bits mean.
 _ATTRIBUTES_AT = 494
+_TEXTS = slice(2, 367)  # of the extension area: author and comments
 _NO_ALPHA, _PREMULTIPLIED = 0, 4
 
 
@@ -88,7 +89,9 @@ def read(data: bytes, most_pixels: int) -> DecodedImage:
     check_pixels(tga.size, most_pixels)
     map_bytes = -(-tga.colour_bits // 8) * tga.colours
     values = _values(data[tga.start + map_bytes :], tga)
-    attributes = _attributes_type(data)
+    extension = _extension(data)
+    attributes = extension[_ATTRIBUTES_AT] if extension else None
+    texts = data[_HEADER.size : tga.start] + extension[_TEXTS]
     if tga.kind == _MAPPED:
         entries = _samples(_palette(data, tga), tga.colour_bits)
         values = values.view(np.uint8)[..., 0] if tga.bits == 8 else values.view("<u2")[..., 0]
@@ -114,7 +117,7 @@ def read(data: bytes, most_pixels: int) -> DecodedImage:
     if not tga.from_top:
         pixels = pixels[::-1]
     pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
-    return from_samples(pixels, None, Metadata())
+    return from_samples(pixels, None, Metadata(lost=("texts of the TGA",) if texts.strip(b"\0 ") else ()))
 
 
 def _values(data: bytes, tga: _Tga) -> Array:
@@ -149,14 +152,12 @@ def _samples(stored: Array, bits: int) -> Array:
     return np.stack([*fives, ((values >> 15) * 255).astype(np.uint8)], axis=-1)[..., : 3 if bits == 15 else 4]
 
 
-def _attributes_type(data: bytes) -> int | None:
-    """What the extension area of a TGA of version 2 says of alpha; None without one."""
-    if not data.endswith(_FOOTER):
-        return None
+def _extension(data: bytes) -> bytes:
+    """The extension area of a TGA of version 2; empty without one."""
     at = int.from_bytes(data[-_FOOTER_BYTES:][:4], "little")
-    if not at or at + _ATTRIBUTES_AT >= len(data):
-        return None
-    return data[at + _ATTRIBUTES_AT]
+    if not data.endswith(_FOOTER) or not at or at + _ATTRIBUTES_AT >= len(data):
+        return b""
+    return data[at : at + _ATTRIBUTES_AT + 1]
 
 
 def _straight(pixels: Array) -> Array:

@@ -277,13 +277,14 @@ def read_clip(path: Path, *, most_pixels: int, options: VideoOptions = VideoOpti
         cut_from = options.start if options.preview is None else options.preview
         is_cut = cut_from is not None or options.end is not None
         if is_cut:
-            # The duration of one stream may be too short an estimate, as in MPEG program streams.
-            whole = max(seconds, stream.frames / rate, Fraction(container.duration or 0, 1_000_000))
+            whole = max(seconds, stream.frames / rate)
+            # That may be too short an estimate, as in MPEG program streams.
+            longest = max(whole, Fraction(container.duration or 0, 1_000_000)) if whole else whole
             first, after = cut_from or Fraction(0), min(options.end or whole, whole) if whole else options.end
-            if whole and first >= whole:
+            if whole and first >= longest:
                 name = "--start" if options.preview is None else "--preview"
-                raise InputError(f"{path}: {name} {float(first):g} is after its end, at {float(whole):g} seconds")
-            frames = round(((after or first) - first) * rate)
+                raise InputError(f"{path}: {name} {float(first):g} is after its end, at {float(longest):g} seconds")
+            frames = max(1, round(((after or first) - first) * rate))
             until, lasts = 0, Fraction(0)
         notes = []
         if options.deinterlace and not frame.interlaced_frame:

@@ -55,15 +55,23 @@ def skipped_frames(job: Job, key: str, *, overwrite: bool) -> Result | None:
     present = {path.name for path in job.target.iterdir()} if job.target.is_dir() else set()
     if record.get("key") == key and not overwrite and present >= set(files):
         return Result(job, "skipped")
+    _check_own(job.target)
+    return None
+
+
+def _check_own(folder: Path) -> None:
+    """Raise InputError if `folder` holds anything that pdd did not make."""
+    record = _read_record(folder)
+    files: Mapping[str, str] = record.get("files", {})
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     foreign = sorted(present - {RECORD} - set(files))
-    changed = [name for name in sorted(present & set(files)) if file_sha256(job.target / name) != files[name]]
+    changed = [name for name in sorted(present & set(files)) if file_sha256(folder / name) != files[name]]
     if not record or foreign or changed:
         what = f"holds {(foreign + changed)[0]}, which" if foreign + changed else "exists and"
         raise InputError(
-            f"{job.target} {what} was not made by pdd, or was changed since: it is not replaced",
+            f"{folder} {what} was not made by pdd, or was changed since: it is not replaced",
             "Move it away, or name another output.",
         )
-    return None
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -114,6 +122,8 @@ class FrameFolder:
 
     def publish(self, times: Sequence[int], end: int) -> None:
         """Rename the folder to `target`, with a record of it. A `target` that exists must be one of pdd."""
+        if self._target.exists():  # also if it appeared, or was changed, while the frames were computed
+            _check_own(self._target)
         clip = self._clip
         files = {self._path(number).name: file_sha256(self._path(number)) for number in range(len(times))}
         record = {

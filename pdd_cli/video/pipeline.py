@@ -22,7 +22,17 @@ from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.files import write_text
 from pdd_cli.imaging.image import Array, DecodedImage, ImageSpec
 from pdd_cli.imaging.provenance import sealed_text
-from pdd_cli.upscaling.jobs import Job, Output, Result, check_name, check_target, failed, hidden_folder, skipped
+from pdd_cli.upscaling.jobs import (
+    Job,
+    Output,
+    Result,
+    check_name,
+    check_own,
+    check_target,
+    failed,
+    hidden_folder,
+    skipped,
+)
 from pdd_cli.upscaling.manifest import Manifest, key_of
 from pdd_cli.upscaling.upscaler import OnTile, Upscaler
 from pdd_cli.video.decode import (
@@ -368,6 +378,8 @@ def _upscale(
         raise
     finally:
         frames.close()
+    if job.target.exists() and (manifest is None or not manifest.made(job.target)):
+        check_own(job.target)  # it appeared, or was changed, while the frames were computed
     if manifest is not None:
         manifest.record(job.target, key, source=job.source, done=False)
     assemble(clip, plan.codec, plan.target, plan.extras, parts.paths, reader.times, reader.end, length=PART_FRAMES)
