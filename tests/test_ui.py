@@ -76,6 +76,7 @@ def test_only_those_who_know_the_token_are_answered_and_the_port_is_taken(pdd: C
     with _window(Path()) as (host, port, token):
         assert _status(host, port, "/")[0] == 403
         assert _status(host, port, "/?token=wrong")[0] == 403
+        assert _status(host, port, "/?token=%C3%A9")[0] == 403
         assert _status(host, port, f"/?token={token}", Host="evil.example")[0] == 403
         assert _status(host, port, "/_nicegui_ws/socket.io/?EIO=4&transport=polling")[0] == 403
         status, headers = _status(host, port, f"/?token={token}")
@@ -165,6 +166,44 @@ def test_a_killed_process_is_reported_and_replaced(worker: Worker, place: Path) 
     assert _wait(worker, _ended)[-1]["kind"] == "done"
 
 
+def test_a_task_is_cancelled_before_it_has_begun(worker: Worker, place: Path) -> None:
+    arguments = {"source": "photos", "output": "out", "weights": "tiny"}
+    worker.start("upscale", arguments)
+    worker.cancel()
+    event = _wait(worker, _ended)[-1]
+    assert (event["kind"], event["interrupted"]) == ("failed", True)
+    worker.start("upscale", arguments)
+    assert _wait(worker, _ended)[-1]["kind"] == "done"
+
+
+def test_the_page_reads_images_as_pdd_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pdd_cli.ui.page import Session, open_rgb
+
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my photos"
+    folder.mkdir()
+    levels = np.linspace(0, 65535, 120, dtype=np.uint16).reshape(10, 12)
+    Image.fromarray(levels).save(folder / "deep.png")
+    found = np.asarray(open_rgb(folder / "deep.png"))
+    assert np.array_equal(found, np.repeat((levels / 257).round().astype(np.uint8)[..., None], 3, 2))
+    (folder / "torn.tga").write_bytes((folder / "deep.png").read_bytes()[:60])
+    session = Session(adapt_settings={"runs_dir": "elsewhere"})
+    session.choose("my photos")
+    assert [path.name for path in session.images] == ["deep.png", "torn.tga"]
+    assert session.name == "my-photos"
+    assert session.run_folder == Path("elsewhere/my-photos")
+
+
+@pytest.mark.parametrize(("keep", "strength", "chosen"), [(True, 0.5, ("new", 0.5)), (False, 0.0, ("tiny", 1.0))])
+def test_rejected_weights_are_not_chosen(keep: bool, strength: float, chosen: tuple[str, float]) -> None:
+    from pdd_cli.ui.page import Session
+
+    session = Session(base="tiny")
+    result = {"name": "new", "keep": keep, "verdict": "", "reason": "", "strength": strength, "report": ""}
+    session._on_done({"kind": "done", "result": result})
+    assert (session.weights, session.strength) == chosen
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_the_window_in_a_browser(place: Path, tmp_path: Path) -> None:
@@ -208,6 +247,7 @@ def test_the_window_in_a_browser(place: Path, tmp_path: Path) -> None:
         page.get_by_label("Name of the new weights").fill("other")
         page.get_by_label("Minutes").fill("5")
         page.get_by_role("button", name="Adapt", exact=True).click()
+        expect(page.locator(".preview")).to_be_hidden()  # that of the run before
         expect(page.get_by_text(re.compile("[1-9] of [0-9]+ steps"))).to_be_visible()
         page.get_by_role("button", name="Cancel").click()
         expect(page.get_by_text("stopped", exact=True)).to_be_visible()

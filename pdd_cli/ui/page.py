@@ -14,13 +14,16 @@ from typing import Any
 import numpy as np
 from nicegui import app, events, ui
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from starlette.responses import FileResponse, Response
 
 import pdd_cli
+from pdd_cli.errors import PddError
+from pdd_cli.imaging.decode import read_image
+from pdd_cli.imaging.find import find_images
 from pdd_cli.ui.worker import Event, Task, Worker
+from pdd_cli.weights.store import valid_name_from
 
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".avif", ".heic", ".jxl"}
 _CROP = 96  # LR pixels on each side of the compared crop
 _ZOOM = 448  # CSS pixels of the compared crop
 _BASE = "realesrgan"
@@ -66,8 +69,8 @@ class Session:
 
     @property
     def run_folder(self) -> Path:
-        """The folder of the run: `runs/NAME` in the current folder, as for `pdd adapt`."""
-        return Path("runs") / self.name
+        """The folder of the run: `runs/NAME` in the current folder, or in the `runs_dir` of the configuration file."""
+        return Path(self.adapt_settings.get("runs_dir", "runs")) / self.name
 
     def choose(self, folder: str) -> None:
         """Use this folder of LR images."""
@@ -76,7 +79,7 @@ class Session:
         self.note = f"{len(self.images)} images" if self.images else f"{path}: no images found"
         self.image, self.center = (self.images[0].name if self.images else ""), None
         if self.images:
-            self.name = path.resolve().name
+            self.name = valid_name_from(path.resolve().name)
             self.output = str(path.resolve().with_name(f"{path.resolve().name}-upscaled"))
 
     def start(self, task: Task, arguments: Mapping[str, Any]) -> None:
@@ -186,7 +189,9 @@ class Session:
             self.fraction, self.report = 1.0, result["report"]
             self.verdict = f"{result['verdict']}: {result['reason']}"
             if result["name"]:
-                self.weights, self.strength = result["name"], result["strength"]
+                rejected = result["keep"] is False  # then strength is 0, which is the base
+                self.weights = self.base if rejected else result["name"]
+                self.strength = 1.0 if rejected else result["strength"]
         elif "images" in result:
             base, adapted = (Image.fromarray(image) for image in result["images"])
             self.compared = base, adapted
@@ -195,7 +200,7 @@ class Session:
 
     def _on_failed(self, event: Event) -> None:
         self.status = "stopped" if event["interrupted"] else "failed"
-        self.problem = " ".join(filter(None, [event["message"], event["hint"]]))
+        self.problem = _sentences(event["message"], event["hint"])
         self.resumable = (self.run_folder / "checkpoint.pt").exists()
 
     def show(self) -> None:
@@ -211,15 +216,14 @@ class Session:
 def images_in(folder: Path) -> list[Path]:
     """The images directly in a folder; none if it can't be read."""
     try:
-        return sorted(path for path in folder.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file())
-    except OSError:
+        return find_images(folder, recursive=False)
+    except PddError:
         return []
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """An image as it is displayed, in 8-bit RGB."""
-    with Image.open(path) as opened:
-        return ImageOps.exif_transpose(opened).convert("RGB")
+    """An image as pdd reads it, in 8-bit RGB. Raises InputError if it can't be read."""
+    return Image.fromarray(read_image(path).to_rgb8())
 
 
 def _corner(picture: Image.Image, left: int, top: int) -> tuple[int, int]:
@@ -352,7 +356,8 @@ class _Page:
         if not session.images:
             ui.notify("Choose a folder with images first.", type="warning")
             return
-        action()
+        with _errors_shown(session):
+            action()
 
     def _refresh(self) -> None:
         session = self._session
@@ -367,8 +372,10 @@ class _Page:
             self._image.set_options([path.name for path in session.images], value=session.image)
             with _errors_shown(session):
                 self._whole.set_source(open_rgb(session._path(session.image)))
-        if self._changed("preview", session.preview) and session.preview:
-            self._preview.set_source(Image.open(session.preview).convert("RGB"))
+        if self._changed("preview", session.preview):
+            self._preview.set_visibility(session.preview is not None)
+            if session.preview is not None:
+                self._preview.set_source(Image.open(session.preview).convert("RGB"))
         if self._changed("compared", session.compared) and session.compared:
             self._slider.set_content(_divider(*session.compared))
         if self._changed("idle", session.idle) and session.idle:
@@ -388,10 +395,8 @@ class _Page:
 
 def _thumbnail(path: Path) -> None:
     try:
-        with Image.open(path) as opened:
-            opened.draft("RGB", (192, 192))
-            small = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError):
+        small = open_rgb(path)
+    except PddError:
         ui.label(f"{path.name} can't be read").classes("text-sm")
         return
     small.thumbnail((192, 192))
@@ -403,8 +408,12 @@ def _errors_shown(session: Session) -> Iterator[None]:
     """An image that can't be read is shown as the problem of the session."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        session.problem = f"{session.image}: can't be read ({error})"
+    except PddError as error:
+        session.status, session.problem = "failed", _sentences(error.message, error.hint)
+
+
+def _sentences(message: str, hint: str) -> str:
+    return ". ".join(filter(None, [message.rstrip("."), hint]))
 
 
 def _divider(before: Image.Image, after: Image.Image) -> str:
@@ -457,6 +466,7 @@ def _folders(folder: Path) -> Sequence[Path]:
 
 
 _CSS = """
+.body--dark .text-negative { color: #ff8a80 !important; }
 .compare { position: relative; --at: 50%; }
 .compare img { width: 100%; display: block; image-rendering: pixelated; }
 .compare img.after { position: absolute; inset: 0; clip-path: inset(0 0 0 var(--at)); }

@@ -39,8 +39,8 @@ class TokenGuard:
         host = headers.get("host", "").rsplit(":", 1)[0]
         from_address = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("token", [""])[0]
         cookie = SimpleCookie(headers.get("cookie", "")).get(_COOKIE)
-        known = [from_address, cookie.value if cookie else ""]
-        if host not in _HOST_NAMES or not any(secrets.compare_digest(self._token, given) for given in known):
+        known = [one.encode() for one in (from_address, cookie.value if cookie else "")]
+        if host not in _HOST_NAMES or not any(secrets.compare_digest(self._token.encode(), one) for one in known):
             await _refuse(scope, send)
             return
 

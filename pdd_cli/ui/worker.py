@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.connection import Connection
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pdd_cli import Observer, PddError, Progress
@@ -59,6 +60,8 @@ class Worker:
                 self.stop()
             if event["kind"] in ("done", "failed"):
                 self.task = None
+            if event.get("interrupted"):
+                self.stop()  # a library that was interrupted while it was imported can't be used any more
             yield event
 
     def cancel(self) -> None:
@@ -145,16 +148,19 @@ def _failed(message: str, hint: str = "", *, interrupted: bool = False) -> Event
 
 def _serve(connection: Connection) -> None:
     """Do the tasks that arrive, until the other end closes."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sending = threading.Lock()
-    reporter: _Reporter | None = None
-    running: Task | None = None
-    arrived = threading.Condition()
+    arrived = threading.Condition()  # guards the next three
     queue: list[tuple[Task, dict[str, Any]]] = []
+    running: Task | None = None
+    reporter: _Reporter | None = None
 
     def send(event: Event) -> None:
         with sending:
             connection.send(event)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if running is not None:  # else it came after the end of the task
+            raise KeyboardInterrupt
 
     def listen() -> None:
         while True:
@@ -162,37 +168,40 @@ def _serve(connection: Connection) -> None:
                 received = connection.recv()
             except (EOFError, OSError):  # the window is closed
                 os._exit(0)
-            if received != "cancel":
-                with arrived:
+            with arrived:
+                not_begun = received == "cancel" and bool(queue)
+                if not_begun:
+                    queue.clear()
+                elif received != "cancel":
                     queue.append(received)
                     arrived.notify()
-            elif running == "adapt" and reporter is not None:
-                reporter.stopping.set()
-            elif running is not None:
-                _interrupt_main_thread()
+                elif running == "adapt" and reporter is not None:
+                    reporter.stopping.set()
+                elif running is not None:
+                    _interrupt_main_thread()
+            if not_begun:
+                send(_failed("interrupted", interrupted=True))
 
+    signal.signal(signal.SIGINT, interrupt)
     threading.Thread(target=listen, daemon=True, name="listener").start()
     while True:
         try:
-            with arrived:
-                while not queue:
-                    arrived.wait()
-                task, arguments = queue.pop(0)
-            reporter = _Reporter(send)
-            running = task
-            result = _TASKS[task](arguments, reporter)
-            running = None
-            send({"kind": "done", "result": result})
-        except KeyboardInterrupt:
-            if running is not None:  # otherwise it came after the end of the task
+            try:
+                with arrived:
+                    while not queue:
+                        arrived.wait()
+                    task, arguments = queue.pop(0)
+                    reporter, running = _Reporter(send), task
+                event: Event = {"kind": "done", "result": _TASKS[task](arguments, reporter)}
+            finally:
                 running = None
-                send(_failed("interrupted", interrupted=True))
+        except KeyboardInterrupt:
+            event = _failed("interrupted", interrupted=True)
         except PddError as error:
-            running = None
-            send(_failed(error.message, error.hint, interrupted=error.exit_code == 130))
+            event = _failed(error.message, error.hint, interrupted=error.exit_code == 130)
         except Exception as error:
-            running = None
-            send(_failed(f"a bug in pdd: {type(error).__name__}: {error}", "Please report it."))
+            event = _failed(f"a bug in pdd: {type(error).__name__}: {error}", "Please report it.")
+        send(event)
 
 
 def _interrupt_main_thread() -> None:
