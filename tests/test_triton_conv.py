@@ -28,15 +28,17 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("triton")
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "rrdbnet": lambda: RRDBNet(blocks=2, features=32, growth=32),
+    "rrdbnet": lambda: RRDBNet(blocks=1, features=32, growth=32),
     "rrdbnet-x2": lambda: RRDBNet(blocks=1, features=32, growth=32, unshuffle=2),
     "compact": lambda: SRVGGNetCompact(num_feat=64, num_conv=3),
     "compact-x2": lambda: SRVGGNetCompact(num_feat=24, num_conv=2, upscale=2),
     # Nothing for tensor cores.
     "narrow": lambda: RRDBNet(blocks=1, features=8, growth=8),
 }
-# The second has two images, the third is the first again: maps are kept from call to call.
-IMAGES = {"9x14": (1, 3, 9, 14), "6x4": (2, 3, 6, 4), "again": (1, 3, 9, 14)}
+# The second has two images, the third is the first again: maps are kept from call to call. Four times as high and wide,
+# an image takes several programs, the last one partly. Networks whose names end with -x2, which differ from others in
+# their scale only, compute the first.
+IMAGES = {"5x7": (1, 3, 5, 7), "4x2": (2, 3, 4, 2), "again": (1, 3, 5, 7)}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             elif value.ndim == 1:  # of PReLU: each channel another slope
                 value.uniform_(0, 0.5)
         torch.save(state, folder / f"{name}.pt")
-    subprocess.run([sys.executable, "-m", "tests.helpers.triton_conv_worker", str(folder)], check=True, timeout=300)
+    subprocess.run([sys.executable, "-m", "tests.helpers.triton_conv_worker", str(folder)], check=True)
     return folder
 
 
@@ -64,14 +66,19 @@ def test_the_kernels_compute_what_spandrels_network_does(computed: Path, name: s
         assert not found.files
         return
     model = ModelLoader().load_from_state_dict(torch.load(computed / f"{name}.pt", weights_only=True))
-    for size, lr in np.load(computed / "lr.npz").items():
+    images, sizes = np.load(computed / "lr.npz"), list(IMAGES)
+    if name.endswith("-x2"):
+        sizes = sizes[:1]
+    else:
+        assert psnr(found["fp16 5x7"], found["fp32 5x7"], float(found["fp32 5x7"].std())) > 50
+    for size in sizes:
+        lr = images[size]
         height, width = lr.shape[2:]
         padded = F.pad(torch.from_numpy(lr), (0, width % 2, 0, height % 2), mode="replicate")
         with torch.inference_mode():
             expected = model.model.eval()(padded if name == "rrdbnet-x2" else torch.from_numpy(lr)).numpy()
         expected = expected[..., : height * model.scale, : width * model.scale]
         np.testing.assert_allclose(found[f"fp32 {size}"], expected, atol=1e-5 * np.abs(expected).max())
-    assert psnr(found["fp16 9x14"], found["fp32 9x14"], float(found["fp32 9x14"].std())) > 50
 
 
 class Card:
