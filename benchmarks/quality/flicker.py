@@ -20,6 +20,7 @@ import av
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 SIZE, SCALE = (384, 256), 4
 MARGIN = 9  # pixels around the moving part that count as neither
@@ -29,8 +30,8 @@ Frames = NDArray[np.float32]
 
 def truth(still: Path, moving: Path, frames: int, pan: float) -> tuple[Frames, Frames]:
     """The clip, (n, h, w, 3) in 0..255, and the opacity of its moving part, (n, h, w)."""
-    background = cv2.imread(str(still)).astype(np.float32)
-    part = cv2.imread(str(moving)).astype(np.float32)[100:200, 100:220]
+    background, part = (np.asarray(Image.open(path).convert("RGB"), np.float32) for path in (still, moving))
+    part = part[100:200, 100:220]
     clip, masks = [], []
     for time in range(frames):
         place = np.array([[1, 0, -40 - pan * time], [0, 1, -40 - 0.4 * pan * time]], np.float32)
@@ -39,7 +40,7 @@ def truth(still: Path, moving: Path, frames: int, pan: float) -> tuple[Frames, F
         mask = cv2.warpAffine(np.ones(part.shape[:2], np.float32), place, SIZE)
         clip.append(behind * (1 - mask[..., None]) + cv2.warpAffine(part, place, SIZE))
         masks.append(mask)
-    return np.clip(clip, 0, 255)[..., ::-1].astype(np.float32), np.asarray(masks)
+    return np.clip(clip, 0, 255).astype(np.float32), np.asarray(masks)
 
 
 def write(path: Path, clip: Frames, crf: int, noise: float) -> None:
