@@ -169,7 +169,7 @@ def without_steps(arguments):
 def trained(config, name, *, until=None, resume=False, say=None):
     """A run, trained to its last step, or interrupted after the step `until`."""
     observer = Observer()
-    observer.say = say or observer.say
+    observer.say = say or observer.say  # type: ignore[method-assign]
     run = start(config, name=name, resume=resume, observer=observer)
     for _ in train(run, lambda: run.state.step == until):
         pass

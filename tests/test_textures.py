@@ -106,10 +106,10 @@ def test_what_imagemagick_does_not_read_of_tga(tmp_path: Path) -> None:
         assert read_image(path).metadata.lost == (("texts of the TGA",) if author else ())
     # From the right.
     path = tga(tmp_path / "b.tga", 10, 24, origin=0x30)
-    data = bytearray(path.read_bytes())
+    reversed_ = bytearray(path.read_bytes())
     right = read_image(path).pixels
-    data[17] = 0x20
-    path.write_bytes(data)
+    reversed_[17] = 0x20
+    path.write_bytes(reversed_)
     assert np.array_equal(right, read_image(path).pixels[:, ::-1])
     # Indices of 16 bits.
     path = tga(tmp_path / "c.tga", 1, 16, origin=0x20)
@@ -267,9 +267,9 @@ def test_signed_values_of_dds(tmp_path: Path) -> None:
         assert tuple(read_image(path).interleaved[0, 0]) == wanted
     path.write_bytes(dds(struct.pack("<h", -32767) * 16 + struct.pack("<h", 32767) * 16, dxgi=58))
     assert np.unique(read_image(path).pixels).tolist() == [0, 65535]
-    head = bytearray(dds(struct.pack("<2b", -127, 127) * 32, masks=(0xFF, 0xFF00, 0), bits=16))
-    struct.pack_into("<I", head, 80, 0x80000)  # DirectX 8's V8U8
-    path.write_bytes(head)
+    signed = bytearray(dds(struct.pack("<2b", -127, 127) * 32, masks=(0xFF, 0xFF00, 0), bits=16))
+    struct.pack_into("<I", signed, 80, 0x80000)  # DirectX 8's V8U8
+    path.write_bytes(signed)
     assert tuple(read_image(path).interleaved[0, 0]) == (0, 255, 0)
 
 

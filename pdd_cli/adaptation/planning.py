@@ -103,7 +103,7 @@ def final_judgements(run: Run) -> float:
     """The time of previews, verdict and report, as a multiple of the judgement of one model."""
     in_report = [lr for _, _, lr, _ in report_crops(run)]
     judged, shown = (sum(lr.shape[0] * lr.shape[1] for lr in crops) for crops in (run.judge.crops, in_report))
-    return 1 + len(STRENGTHS) + 2 * shown / judged
+    return float(1 + len(STRENGTHS) + 2 * shown / judged)
 
 
 def planned_before(config: AdaptConfig, folder: RunFolder) -> AdaptConfig:

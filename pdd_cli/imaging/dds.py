@@ -167,11 +167,11 @@ def _from_blocks(data: bytes, dds: _Dds) -> Array:
     if name == "BC5S":  # Pillow adds 128; -127 to 127 are -1 to 1, and so is -128
         pixels = np.rint((np.maximum(pixels, 1) - 1.0) * (255 / 254)).astype(np.uint8)
         if dds.blocks == "BC4S":
-            return pixels[..., 0]
+            return np.asarray(pixels[..., 0])
         pixels[..., 2] = 0  # as of BC5: it isn't stored
     # These say of each block whether it has alpha.
     is_opaque = dds.blocks in ("BC1", "BC7") and (pixels[..., 3] == 255).all()
-    return pixels[..., :3] if is_opaque else pixels
+    return np.asarray(pixels[..., :3] if is_opaque else pixels)
 
 
 def _masked(data: bytes, dds: _Dds) -> Array:

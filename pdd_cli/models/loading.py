@@ -152,7 +152,7 @@ class _Adapted(nn.Module):
         return sr[0] if len(sr) == 1 else torch.cat(sr)
 
     def _one(self, image: Tensor) -> Tensor:
-        if self.training or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        if self.training or torch.jit.is_tracing():  # type: ignore[no-untyped-call,attr-defined]
             return self._call(self.network, image)
         with torch.random.fork_rng([image.device] if image.is_cuda else []):
             torch.manual_seed(0)

@@ -85,4 +85,4 @@ def _difference(one: Array, other: Array) -> Array:
     import cv2
 
     squared: Array = ((one - other) ** 2).mean(axis=2)
-    return cv2.boxFilter(squared, -1, (_SIDE, _SIDE))
+    return np.asarray(cv2.boxFilter(squared, -1, (_SIDE, _SIDE)))
