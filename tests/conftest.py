@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,9 @@ from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.system import is_real_time
 from tests.helpers.commands import Outcome, invoke
 from tests.helpers.networks import efficientnet_state
+
+hypothesis.settings.register_profile("pdd", deadline=None)  # on a busy machine any example may take long
+hypothesis.settings.load_profile("pdd")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

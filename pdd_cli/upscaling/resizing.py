@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,8 @@ FloatArray = npt.NDArray[np.float32]
 _RADIUS = 3
 # Output rows that are resampled at once.
 _ROWS = 256
+# Values that are converted at once.
+_CACHED = 1 << 16
 # Resampling may enlarge by this factor before another pass of the model, many times the work, is worth it.
 _STRETCH = 1.1
 
@@ -109,9 +111,10 @@ def resize_row_chunks(
             first += len(held.pop(0))
         slab = np.concatenate(held) if len(held) > 1 else held[0]
         held = [slab]
-        from_row, to_row = above + start * step - first, min(above + end * step - first, len(slab))
-        box = (left, from_row, left + source[0], to_row)
-        rows = np.stack([_resample(slab[..., c], (target[0], end - start), box) for c in range(slab.shape[2])], axis=-1)
+        # Only the rows that these need: Pillow copies all that it is given.
+        part = slab[keep - first : min(math.ceil(above + end * step) + margin, total) - first]
+        box = (left, above + start * step - keep, left + source[0], min(above + end * step - keep, len(part)))
+        rows = np.stack([_resample(part[..., c], (target[0], end - start), box) for c in range(part.shape[2])], axis=-1)
         np.clip(rows, 0, 1, out=rows)
         if reduces:
             rows[..., colours] = from_linear(rows[..., colours])
@@ -139,9 +142,34 @@ def _resample(plane: FloatArray, size: tuple[int, int], box: tuple[float, float,
 
 def to_linear(encoded: FloatArray) -> FloatArray:
     """Decode sRGB values in 0..1 to linear light (IEC 61966-2-1)."""
-    return np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4).astype(np.float32)
+
+    def decode(values: FloatArray) -> FloatArray:
+        curve = _power((np.maximum(values, 0.04045) + 0.055) / 1.055, 2.4)
+        return np.where(values <= 0.04045, values / 12.92, curve)
+
+    return _in_chunks(decode, encoded)
 
 
 def from_linear(linear: FloatArray) -> FloatArray:
     """Encode linear light in 0..1 as sRGB, the inverse of `to_linear`."""
-    return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055).astype(np.float32)
+
+    def encode(values: FloatArray) -> FloatArray:
+        curve = 1.055 * _power(np.maximum(values, 0.0031308), 1 / 2.4) - 0.055
+        return np.where(values <= 0.0031308, values * 12.92, curve)
+
+    return _in_chunks(encode, linear)
+
+
+def _power(values: FloatArray, exponent: float) -> FloatArray:
+    """Positive values to a power. NumPy computes these two functions several values at a time, its power doesn't."""
+    found: FloatArray = np.exp(np.log(values) * exponent)
+    return found
+
+
+def _in_chunks(curve: Callable[[FloatArray], FloatArray], values: FloatArray) -> FloatArray:
+    """Apply `curve` to rows that fit the CPU's cache."""
+    found = np.empty(values.shape, np.float32)
+    rows = max(1, _CACHED // max(1, values[:1].size))
+    for start in range(0, len(values), rows):
+        found[start : start + rows] = curve(values[start : start + rows])
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -367,12 +368,12 @@ class UpscaleStream:
         factor = self._upscaler.scale ** len(plan.passes)
         row_chunks = self._resized(row_chunks, picture, spec, factor)
         if self._upscaler.correction != "none" or processing.needs_whole:
-            sr = np.concatenate(list(row_chunks))
+            sr = _joined(row_chunks, (spec.height, spec.width))
             if self._upscaler.correction != "none":
                 sr = self._corrected(sr, picture, colours, opaque)
             if processing.mix:
                 plain = self._resized(iter([to_float(whole_source)]), picture, spec, 1)
-                sr = (1 - processing.mix) * sr.clip(0, 1) + processing.mix * np.concatenate(list(plain))
+                sr = (1 - processing.mix) * sr.clip(0, 1) + processing.mix * _joined(plain, sr.shape[:2])
             if processing.snap_flats:
                 sr = snap_flats(sr, colours.shape[2])
             row_chunks = iter([sr.astype(np.float32, copy=False)])
@@ -423,15 +424,18 @@ class UpscaleStream:
         return sr
 
     def _pass(self, source: Array, plan: TilePlan, gray: bool) -> Iterator[FloatArray]:
-        """One pass of the model over (h, w, C), C = 1 (gray) or 3 and alpha: chunks of rows, w*scale wide, float."""
+        """One pass of the model over (h, w, C), C = 1 (gray) or 3 and alpha: chunks of rows, w*scale wide, float.
+
+        A chunk is overwritten when the next one is read.
+        """
         height, width = source.shape[:2]
         scale = self._upscaler.scale
         if len(plan) == 1:
             yield self._tile(source, plan.tile_size, gray)[: height * scale, : width * scale]
             return
-        padded_width = plan.columns[-1].stop
-        top = 0  # the output row of the first row in `held`
-        held = np.zeros((0, padded_width * scale, source.shape[2]), np.float32)
+        # One array for the rows of a row of tiles: fresh memory for each costs more than the sums in it.
+        held = np.empty((plan.tile_size[0] * scale, plan.columns[-1].stop * scale, source.shape[2]), np.float32)
+        top = stop = 0  # the range of output rows in `held`
         row: Span | None = None
         for next_row, column, down, across in plan.tiles(scale):
             if next_row != row:
@@ -440,14 +444,14 @@ class UpscaleStream:
                 final = row.start * scale + int(np.argmax(down > 0))
                 if final > top:
                     yield held[: final - top, : width * scale]
-                    held, top = held[final - top :], final
-                grown = np.zeros((row.stop * scale - top, *held.shape[1:]), np.float32)
-                grown[: len(held)] = held
-                held = grown
+                    held[: stop - final] = held[final - top : stop - top]
+                    top = final
+                held[stop - top : row.stop * scale - top] = 0
+                stop = row.stop * scale
             tile = self._tile(source[row.at(1), column.at(1)], plan.tile_size, gray)
             _weigh(tile, down, across)
             counted = slice(max(top - row.start * scale, 0), None)
-            held[row.start * scale + (counted.start or 0) - top :, column.at(scale)] += tile[counted]
+            held[row.start * scale + (counted.start or 0) - top : stop - top, column.at(scale)] += tile[counted]
         yield held[: height * scale - top, : width * scale]
 
     def _tile(self, source: Array, size: tuple[int, int], gray: bool) -> FloatArray:
@@ -492,6 +496,17 @@ class UpscaleStream:
             if not np.isfinite(sr).all():
                 raise PddError("the model's output is not finite, even in fp32: its weights are damaged")
         return sr
+
+
+def _joined(row_chunks: Iterator[FloatArray], size: tuple[int, int]) -> FloatArray:
+    """All rows of an image of (height, width)."""
+    first = next(row_chunks)
+    whole = np.empty((*size, first.shape[2]), np.float32)
+    row = 0
+    for rows in itertools.chain([first], row_chunks):
+        whole[row : row + len(rows)] = rows
+        row += len(rows)
+    return whole
 
 
 def _is_opaque(alpha: Array) -> bool:
