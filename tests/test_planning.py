@@ -203,8 +203,9 @@ def test_a_run_that_becomes_slower_equals_one_that_is_resumed_with_fewer_steps(g
 @pytest.mark.slow
 def test_a_planned_run_equals_one_of_as_many_steps(ground, pdd, monkeypatch):
     arguments = without_steps(command(ground)[3:])
-    simulate(monkeypatch, lambda step: 250.0)
-    planned = pdd(*arguments, "--minutes", "100", "--name", "planned", "--verbose")
+    with monkeypatch.context() as patch:
+        simulate(patch, lambda step: 250.0)
+        planned = pdd(*arguments, "--minutes", "100", "--name", "planned", "--verbose")
     assert planned.code == 0, planned.err
     stored = yaml.safe_load(Path("runs/planned/config.yaml").read_text())["adapt"]
     assert stored["minutes"] is None
@@ -225,7 +226,9 @@ def test_a_planned_run_equals_one_of_as_many_steps(ground, pdd, monkeypatch):
     assert resumed.code == 0, resumed.err
     assert f"--minutes is for new runs: this one continues to step {stored['steps']}" in resumed.err
 
-    short = pdd(*arguments, "--minutes", "1", "--name", "short")
+    with monkeypatch.context() as patch:
+        simulate(patch, lambda step: 250.0)
+        short = pdd(*arguments, "--minutes", "1", "--name", "short")
     assert short.code == 2
     # 20 steps of 250 s, a judgement, and what was spent before
     assert re.search(
