@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -160,7 +161,7 @@ def from_linear(linear: FloatArray) -> FloatArray:
     return _in_chunks(encode, linear)
 
 
-def _power(values: FloatArray, exponent: float) -> FloatArray:
+def _power(values: npt.NDArray[np.floating[Any]], exponent: float) -> FloatArray:
     """Positive values to a power. NumPy computes these two functions several values at a time, its power doesn't."""
     found: FloatArray = np.exp(np.log(values) * exponent)
     return found
