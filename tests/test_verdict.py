@@ -172,7 +172,7 @@ def test_interpolation_is_linear() -> None:
 
 
 def test_a_model_that_gives_nan_is_not_judged() -> None:
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(InputError, match="finite"):
         measure(model(shift=float("nan")), images(), CPU)
 
 

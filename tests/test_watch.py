@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def test_what_appears_is_upscaled_until_ctrl_c(pdd: Callable[..., Outcome], grou
     lists = ("--log", "log.jsonl", "--failed-list", "failed.txt", "--checksums", "SHA256SUMS", "--json")
     process = subprocess.Popen(
         [sys.executable, *hold.command, "upscale", "in", "in/out", "--watch", *options, *lists],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": hold.path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_for(Path("in/out/a.png"), process)
     part = Path("in/sub/b.png")
