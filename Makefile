@@ -26,7 +26,7 @@ TEST := samples/test
 demo: $(STAMP)  ## adapt a model to one camera, and show the gain on two photographs with ground truth
 	$(PDD) fetch-weights realesr-animevideo
 	$(PDD) adapt --real-dir samples/train --base realesr-animevideo --features efficientnet-lite0 --minutes 2 \
-	  --set crop=32 --set optimizer.learning_rate=0.0003 --name demo --runs-dir $(DEMO)/runs --overwrite
+	  --set crop=32 --set losses.adversarial=0.3 --name demo --runs-dir $(DEMO)/runs --overwrite
 	$(PDD) upscale $(TEST)/lr $(DEMO)/base --weights realesr-animevideo --scale 2 --format png
 	$(PDD) upscale $(TEST)/lr $(DEMO)/adapted --weights demo --scale 2 --format png
 	$(PDD) evaluate $(DEMO)/adapted --baseline $(DEMO)/base --gt-dir $(TEST)/hr --lr-dir $(TEST)/lr \

@@ -30,6 +30,7 @@ _WINDOW = 8  # number of steps of the monitored mean loss
 _MAX_RISE = 3.0  # maximum ratio of that mean to its minimum
 _MAX_SKIPPED = 3  # steps in a row
 _MAX_ROLLBACKS = 4
+_CHANGE_SAID = 0.1  # a last step that changes by a smaller fraction isn't worth a line
 _SAVE_SECONDS = 180  # maximum time between checkpoints
 
 
@@ -233,7 +234,9 @@ def _keep_to_time(run: Run, limit: TimeLimit, seconds: float) -> None:
     steps = int(ranks.gather(str(limit.last_step(state.step, config.steps, config.checkpoint_every)))[0])
     if steps == config.steps:
         return
-    run.say(f"{steps} steps instead of {config.steps}, to end in time: a step now takes {limit.per_step:.2g} s")
+    if abs(steps - limit.announced) > _CHANGE_SAID * limit.announced:
+        run.say(f"{steps} steps instead of {limit.announced}, to end in time: a step now takes {limit.per_step:.2g} s")
+        limit.announced = steps
     run.config = config.model_copy(update={"steps": steps})
     if ranks.is_first:
         _write_config(run)

@@ -80,6 +80,7 @@ def plan_run(run: Run, *, started: float) -> Run:
     spent = max(map(float, ranks.gather(str(limit.spent))))
     every = None if config.is_default("checkpoint_every") else config.checkpoint_every
     plan = plan_steps(60 * config.minutes - spent, average, candidates, final, every)
+    limit.announced = plan.steps
     if plan.steps < MIN_STEPS:
         least = spent + MIN_STEPS * per_step + (candidates + final) * per_judgement
         raise InputError(

@@ -70,6 +70,7 @@ class TimeLimit:
         self.minutes, self.timing, self._started = minutes, timing, started
         self._candidates, self._final = candidates, final
         self.per_step = timing.per_step  # now
+        self.announced = 0  # the last step as the user was told
         self._recent: list[float] = []
 
     @property
