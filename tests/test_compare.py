@@ -124,6 +124,7 @@ def test_files_of_others_are_not_replaced(place) -> None:
         (["photo.png", "--compare", "plain,bicubic", "--crop", "20x20+290+0"], "not inside the image"),
         (["photo.png", "--compare", "plain,bicubic", "--crop", "20"], "crop: '20' is not allowed"),
         (["photo.png", "--compare", "plain,bicubic", "--dry-run"], "--dry-run"),
+        (["photo.png", "--compare", "plain,bicubic", "--watch"], "--watch"),
         (["photo.png", "--compare", "plain,bicubic", "--log", "x.jsonl"], "can't be combined with --log"),
         (["photo.png", "--compare", "plain,bicubic", "--set", "weights=plain"], "can't be combined with --weights"),
         (["photo.png", "out.png", "--crop", "20x20+0+0"], "--crop is for videos"),

@@ -140,7 +140,6 @@ class _Batch:
     recipe: dict[str, object]
     manifest: Manifest | None
     format: FormatChoice
-    weights: str
 
     @property
     def images(self) -> list[Job]:
@@ -356,9 +355,7 @@ def _batch(
         provenance=loaded.provenance,
     )
     options = VideoOptions.of(settings)
-    return _Batch(
-        partition(jobs, ranks), loaded.upscalers, output, options, recipe, manifest, settings.format, settings.weights
-    )
+    return _Batch(partition(jobs, ranks), loaded.upscalers, output, options, recipe, manifest, settings.format)
 
 
 def _preview(batch: _Batch) -> list[Result]:
@@ -437,8 +434,7 @@ def _results(
         run_videos, recipe=batch.recipe, options=batch.options, output=batch.output, manifest=batch.manifest
     )
     for runner, jobs in ((run_images, batch.images), (run_packed, batch.archives), (run_clips, batch.videos)):
-        for result in run_on_devices(runner, jobs, batch.upscalers, on_start=on_start, on_tile=on_tile):
-            yield replace(result, weights=batch.weights)
+        yield from run_on_devices(runner, jobs, batch.upscalers, on_start=on_start, on_tile=on_tile)
 
 
 def _gather_results(results: Sequence[Result], jobs: Sequence[Job], ranks: Ranks) -> list[Result]:

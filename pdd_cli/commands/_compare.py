@@ -23,8 +23,9 @@ _USED = (
 def compare(call: Call[UpscaleConfig, UpscaleFlags]) -> None:
     """Write the page and the contact sheet, and show the seconds of each version."""
     flags, console = call.flags, call.console
-    if flags.dry_run:
-        raise InputError("--compare can't be combined with --dry-run", "Leave one of them out.")
+    for option, is_given in (("dry-run", flags.dry_run), ("watch", flags.watch)):
+        if is_given:
+            raise InputError(f"--compare can't be combined with --{option}", "Leave one of them out.")
     if other := sorted(call.given() - set(_USED)):
         raise InputError(f"--compare can't be combined with --{other[0].replace('_', '-')}", "Leave one of them out.")
     # Without an output folder, click takes the only argument for OUTPUT.
