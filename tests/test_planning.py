@@ -34,12 +34,12 @@ FINAL = 9  # judgements: verdict and report
 def test_a_plan_fits_into_the_time_and_uses_it(per_step, per_judgement, budget, judged_every):
     plan = plan_steps(budget, Timing(per_step, per_judgement), 2, FINAL, judged_every)
 
+    judgements = math.ceil(plan.steps / plan.judged_every)
+    planned = plan.steps * per_step + (2 * judgements + FINAL) * per_judgement
     if plan.steps:
-        judgements = math.ceil(plan.steps / plan.judged_every)
-        assert plan.steps * per_step + judgements * 2 * per_judgement < budget
-        assert plan.seconds <= budget * (1 + 1e-9)
+        assert planned <= budget * (1 + 1e-9)
     if plan.steps > 1000:  # little time is left
-        assert plan.seconds > 0.8 * budget
+        assert planned > 0.8 * budget
 
 
 def test_a_plan_in_numbers():
@@ -48,7 +48,6 @@ def test_a_plan_in_numbers():
 
     assert plan.steps == (600 - 45 - 60) // 2 == 247
     assert math.ceil(plan.steps / plan.judged_every) == 6
-    assert plan.seconds == 247 * 2 + 60 + 45
 
 
 class Clock:

@@ -26,11 +26,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that fits into a time. `judged_every`: steps between judgements; `seconds`: expected duration."""
+    """A run that fits into a time. `judged_every`: steps between judgements."""
 
     steps: int
     judged_every: int
-    seconds: float
 
 
 def plan_steps(seconds: float, timing: Timing, candidates: int, final: float, judged_every: int | None = None) -> Plan:
@@ -47,13 +46,12 @@ def plan_steps(seconds: float, timing: Timing, candidates: int, final: float, ju
     judging = candidates * timing.per_judgement
     if judged_every is not None:  # the last step is always judged
         steps = max(0, math.floor((left - judging) / (timing.per_step + judging / judged_every)))
-        judgements = math.ceil(steps / judged_every)
     else:
         judgements = max(1, min(_MAX_JUDGEMENTS, math.floor(_JUDGING_FRACTION * seconds / max(judging, 1e-9))))
         steps = max(0, math.floor((left - judgements * judging) / timing.per_step))
         judgements = max(1, min(judgements, steps // _STEPS_PER_JUDGEMENT))
         judged_every = max(1, math.ceil(steps / judgements))
-    return Plan(steps, judged_every, seconds - left + steps * timing.per_step + judgements * judging)
+    return Plan(steps, judged_every)
 
 
 class TimeLimit:
