@@ -200,6 +200,16 @@ def test_a_teacher_that_cannot_teach_is_named(pdd: Callable[..., Outcome], groun
     assert not Path("runs").exists()
 
 
+def test_progress_shows_the_judgement_of_the_weights_that_are_kept(ground: Path, tmp_path: Path) -> None:
+    judgements = [(3, "specialist", 2.0), (6, "specialist", 0.5), (6, "ema", 0.75)]
+    for case, kept in (("ema", "so far better (+2.0 dB)"), ("student", "so far better (+0.8 dB)")):
+        settings = {**distributed_worker.COMMON, **distributed_worker.CASES[case]}
+        run = distributed_worker.prepare(ground, tmp_path / case, "run", SINGLE_PROCESS, **settings)
+        assert run.verdict_so_far == f"first judged at step {run.config.steps}"
+        run.state.judgements += [{"step": step, "which": which, "score": score} for step, which, score in judgements]
+        assert run.verdict_so_far == kept
+
+
 @pytest.mark.slow
 def test_a_stopped_run_ends_with_the_same_weights(ground: Path, tmp_path: Path) -> None:
     settings = {**distributed_worker.COMMON, **distributed_worker.CASES["student"]}

@@ -38,7 +38,7 @@ class RunFolder:
 
     @property
     def best(self) -> Path:
-        """The weights with the best judgement so far."""
+        """The weights with the best judgement so far; those of the last judgement if the run trains a student."""
         return self.path / "best.safetensors"
 
     @property

@@ -148,11 +148,14 @@ class Run:
 
     @property
     def verdict_so_far(self) -> str:
-        """The best judgement so far, in a few words."""
-        if not self.state.judgements:
+        """The judgement of the weights that would be kept now, in a few words: the best one, of a student the last."""
+        judgements = self.state.judgements
+        if not judgements:
             first = min(self.config.checkpoint_every, self.config.steps)
             return f"first judged at step {first}"
-        return f"so far {describe_score(max(judged['score'] for judged in self.state.judgements))}"
+        if self.teacher:
+            judgements = [judged for judged in judgements if judged["step"] == judgements[-1]["step"]]
+        return f"so far {describe_score(max(judged['score'] for judged in judgements))}"
 
     @property
     def resume_command(self) -> str:
