@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -694,6 +697,53 @@ def test_code_in_a_metric_file_is_never_run(
     code, _, err, _ = run("fetch-weights", "--metrics", "brisque")
     assert code == 4, err
     assert not (tmp_path / "danger").exists()
+
+
+class Copy:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (shutil.copyfile, ("published.pth", "danger"))
+
+
+@pytest.mark.parametrize(
+    ("zipped", "more", "code"),
+    [
+        (True, {"args": argparse.Namespace(epochs=3, root=Path("data")), "copy": Copy()}, 0),  # ignored
+        (True, {"danger": Danger()}, 4),
+        (False, {}, 0),
+        (False, {"danger": Danger()}, 4),
+    ],
+)
+def test_a_checksum_in_the_name_lets_no_code_run(
+    hub: Path,
+    tmp_path: Path,
+    published: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    zipped: bool,
+    more: dict[str, object],
+    code: int,
+) -> None:
+    from pyiqa.archs import cnniqa_arch
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    network = cnniqa_arch.CNNIQA(pretrained=None).eval()
+    content = {"params": network.state_dict(), "best": np.float64(0.5), **more}
+    torch.save(content, "published.pth", _use_new_zipfile_serialization=zipped)
+    data = Path("published.pth").read_bytes()
+    name = f"CNNIQA-{hashlib.sha256(data).hexdigest()[:8]}.pth"
+    published.files[f"/chaofengc/IQA-PyTorch-Weights/resolve/main/{name}"] = data
+    monkeypatch.setitem(cnniqa_arch.default_model_urls, "koniq10k", cnniqa_arch.get_url_from_name(name))
+    save(tmp_path / "sr/a.png", photo(120, 120))
+    found, document, err = evaluate(tmp_path / "sr", "--metrics", "cnniqa")
+    assert found == code, err
+    assert not Path("danger").exists()
+    if code == 0:
+        lr = torch.from_numpy(np.array(Image.open("sr/a.png"))).permute(2, 0, 1)[None] / 255
+        scores = document["images"][0]["scores"]  # type: ignore[index]
+        assert scores["cnniqa"] == pytest.approx(network(lr).item(), rel=1e-4)
+    else:
+        assert "Weights only load failed" in err
+        assert not (hub / name).exists()
 
 
 def test_a_place_for_metric_files_that_cannot_be_written_is_named(

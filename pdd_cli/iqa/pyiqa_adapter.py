@@ -16,6 +16,7 @@ import re
 import shutil
 import socket
 import warnings
+import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -251,7 +252,9 @@ class _MetricFiles:
     def replacing_downloads(self) -> Iterator[None]:
         """Replaces the functions by which torch.hub and pyiqa look for a file and download it.
 
-        `torch.load` then loads tensors only, unless the file's name holds a checksum, which has been verified.
+        `torch.load` then runs no code of the file: it loads tensors, and from files whose name holds a checksum, which
+        has been verified, also objects of other kinds, as `_Ignored` in their place. Such files are checkpoints of a
+        training that hold more than the weights.
         """
         import pyiqa.utils.download_util
         import torch
@@ -259,9 +262,11 @@ class _MetricFiles:
         load = torch.load
 
         def without_code(file: Any, *args: Any, **options: Any) -> Any:
-            is_known = isinstance(file, str | Path) and _checksum(Path(file)) is not None
-            with torch.serialization.safe_globals(_numpy_types()):
-                return load(file, *args, **{**options, "weights_only": not is_known})
+            with torch.serialization.safe_globals(_numpy_types()), contextlib.ExitStack() as stack:
+                if isinstance(file, str | Path) and _checksum(Path(file)) is not None and zipfile.is_zipfile(file):
+                    others = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+                    stack.enter_context(torch.serialization.safe_globals([(_Ignored, name) for name in others]))
+                return load(file, *args, **{**options, "weights_only": True})
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(_replaced(torch, "load", without_code))
@@ -394,6 +399,19 @@ def _numpy_types() -> list[Any]:
         for core in ("core", "_core")  # before and from NumPy 2
     ]
     return [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}, *named]
+
+
+class _Ignored:
+    """Stands for an object of a checkpoint whose class or function isn't loaded, so that none of its code runs."""
+
+    def __new__(cls, *args: Any) -> _Ignored:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 class _OsWithExists:
