@@ -22,12 +22,21 @@ _TEMPORARY = ".pdd-tmp-"
 _RENAME_SECONDS = 0.1  # a writer releases its lock just before it renames the file
 
 
+BeforeRename = Callable[[Path], None]
+"""Is called with a finished temporary file just before it gets its name. If it raises, that name is left alone."""
+
+
+def no_check(temporary: Path) -> None:
+    """The `BeforeRename` for files in folders of pdd."""
+
+
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, before_rename: BeforeRename = no_check) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; when the block succeeds, rename it to `path` after an fsync.
 
-    If the block raises, the temporary file is removed and `path` is unchanged. The temporary name starts with a dot and
-    keeps the suffix, because some writers choose the format by the suffix.
+    If the block or `before_rename` raises, the temporary file is removed and `path` is unchanged. `before_rename` is
+    the place to check that `path` may be replaced: minutes may have passed since the work began. The temporary name
+    starts with a dot and keeps the suffix, because some writers choose the format by the suffix.
 
     Raises ResourceError if the disk is full, InputError if the folder can't be written.
     """
@@ -43,6 +52,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
                     os.fsync(written.fileno())
             # The file is closed here: Windows can't rename an open file.
             temporary.chmod(0o666 & ~_umask())
+            before_rename(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

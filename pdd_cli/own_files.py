@@ -44,7 +44,7 @@ def write_own_file(path: Path, content: str | bytes, option: str) -> None:
         key = _key(path)
         records[key] = [*records.get(key, [])[-1:], _digest(data)]
         write_text(home() / _RECORD, json.dumps(records, indent=1))
-    with atomic_write(path) as temporary:
+    with atomic_write(path, lambda temporary: check_own_file(path, option)) as temporary:
         temporary.write_bytes(data)
 
 

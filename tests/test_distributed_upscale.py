@@ -188,12 +188,18 @@ def test_parts_of_a_manifest_become_one(tmp_path: Path) -> None:
     recipe = {"weights": "x"}
     for name in "abc":
         write_image(tmp_path / f"{name}.png", picture(2, 2))
+
+    def record(manifest: Manifest, name: str, digest: str) -> None:
+        target = tmp_path / f"{name}.png"
+        manifest.record(target, manifest.key(digest), source=tmp_path / name, written=target)
+        manifest.finish(target)
+
     alone = Manifest(tmp_path, recipe)
     for name in "ab":
-        alone.record(tmp_path / f"{name}.png", alone.key("old"), source=tmp_path / name, done=True)
+        record(alone, name, "old")
     for part, name in enumerate("bc"):
         manifest = Manifest(tmp_path, recipe, part=part)
-        manifest.record(tmp_path / f"{name}.png", manifest.key("new"), source=tmp_path / name, done=True)
+        record(manifest, name, "new")
     with (tmp_path / ".pdd-manifest.1.jsonl").open("a") as file:  # power failed
         file.write('{"output": "a.p')
 

@@ -24,7 +24,7 @@ from pdd_cli.observer import Observer
 from pdd_cli.ranks import SINGLE_PROCESS
 from pdd_cli.reporting.comparison import Panel, comparison_page, contact_sheet
 from pdd_cli.settings.upscale import UpscaleConfig
-from pdd_cli.upscaling.jobs import Job, check_own
+from pdd_cli.upscaling.jobs import APPEARED, Job, check_own
 from pdd_cli.upscaling.resizing import SizeRequest
 from pdd_cli.upscaling.strength import split_strength
 from pdd_cli.upscaling.upscaler import Upscaler
@@ -295,8 +295,13 @@ def _write(result: Comparison) -> None:
     names = ", ".join(version.name for version in result.versions)
     made = Provenance(names, "", f"comparison of {result.crop}", file_sha256(result.source))
     sheet = DecodedImage(contact_sheet(f"{result.source.name}, {result.crop}", panels))
-    write_images(result.sheet, [ImageStream(sheet.spec, [sheet.pixels])], provenance=made)
-    with atomic_write(result.page) as temporary:
+    write_images(
+        result.sheet,
+        [ImageStream(sheet.spec, [sheet.pixels])],
+        provenance=made,
+        before_rename=lambda temporary: check_own(result.sheet, APPEARED),
+    )
+    with atomic_write(result.page, lambda temporary: check_own(result.page, APPEARED)) as temporary:
         temporary.write_text(
             comparison_page(result.source.name, str(result.crop), panels, made), encoding="utf-8", errors="replace"
         )

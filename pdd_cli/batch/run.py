@@ -400,6 +400,7 @@ def _run(
                     results.append(result)
                     if log is not None:
                         try:
+                            check_log(log)
                             append_line(log, _log_line(result))
                         except PddError as error:
                             observer.warn(f"{error.message}. The log ends here; the batch continues.")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pdd_cli.errors import InputError
 from pdd_cli.exporting.names import paths_of
-from pdd_cli.files import atomic_write, write_text
+from pdd_cli.files import BeforeRename, atomic_write, no_check, write_text
 from pdd_cli.models.loading import SRModel, model_from_state
 from pdd_cli.models.onnx_graph import LR_SIDES, OPSET, psnr, write_onnx
 from pdd_cli.settings.base import ExportForm
@@ -63,8 +63,10 @@ def try_forms(forms: Sequence[ExportForm], model: SRModel, option: str) -> None:
                 raise InputError(f"{option} onnx: {error.message.removeprefix(f'{trial}: ')}", error.hint) from error
 
 
-def write(form: ExportForm, path: Path, model: SRModel) -> list[Path]:
-    """Write `model` to the files `paths_of(form, path)`, each atomically, and return them.
+def write(form: ExportForm, path: Path, model: SRModel, before_rename: BeforeRename = no_check) -> list[Path]:
+    """Write `model` to the files `paths_of(form, path)` by `atomic_write`, and return them.
+
+    `before_rename` is called once: the two files of ncnn are renamed one right after the other.
 
     `model` must be freshly loaded from a file, because the faster layers that training inserts can't be traced. Its
     card becomes part of a safetensors file and of an ONNX graph.
@@ -75,14 +77,14 @@ def write(form: ExportForm, path: Path, model: SRModel) -> list[Path]:
     card = model.card or card_of(model, path.stem, "unknown")
     match form:
         case "pth":
-            _write_pth(path, model)
+            _write_pth(path, model, before_rename)
         case "safetensors":
-            write_weights(path, card, _state(model))
+            write_weights(path, card, _state(model), before_rename)
         case "onnx":
             metadata = {"architecture": model.architecture, "scale": str(model.scale), "licence": card.licence}
-            write_onnx(path, model, {**metadata, "opset": str(OPSET), CARD_KEY: card.as_json()})
+            write_onnx(path, model, {**metadata, "opset": str(OPSET), CARD_KEY: card.as_json()}, before_rename)
         case "ncnn":
-            _write_ncnn(path, model)
+            _write_ncnn(path, model, before_rename)
     return paths_of(form, path)
 
 
@@ -123,20 +125,20 @@ def _wiring(model: SRModel) -> Wiring | None:
     return wiring_of(model.module.state_dict())
 
 
-def _write_pth(path: Path, model: SRModel) -> None:
+def _write_pth(path: Path, model: SRModel, before_rename: BeforeRename) -> None:
     """Write `params` and `params_ema`, which Real-ESRGAN's scripts, chaiNNer and spandrel read.
 
     Both hold the same weights, because some programs read one and some the other.
     """
     state = _state(model)
     with (
-        atomic_write(path) as temporary,
+        atomic_write(path, before_rename) as temporary,
         temporary.open("wb") as file,
     ):  # a file, because torch hides the OSError of a path
         torch.save({"params": state, "params_ema": state}, file)
 
 
-def _write_ncnn(path: Path, model: SRModel) -> None:
+def _write_ncnn(path: Path, model: SRModel, before_rename: BeforeRename) -> None:
     """Write the `.bin`, then the `.param`, and compare their weights, read back, with those of the model."""
     check_architecture(["ncnn"], model, "--to")
     wiring = _wiring(model)
@@ -155,6 +157,6 @@ def _write_ncnn(path: Path, model: SRModel) -> None:
             "the files were not written",
             "Choose another form, such as pth or onnx.",
         )
-    with atomic_write(weights) as temporary:
+    with atomic_write(weights, before_rename) as temporary:
         temporary.write_bytes(data)
     write_text(text, param)

@@ -123,11 +123,15 @@ def _write_all(
 ) -> ExportResult:
     """Write each form; a failure, of whatever kind, is that form's."""
     result = ExportResult(model, strength)
+
+    def check(form: ExportForm, path: Path, temporary: Path | None = None) -> None:
+        for file in paths_of(form, path):
+            check_target(form, file, files_of(source), overwrite=overwrite)
+
     for form, path in targets.items():
         try:
-            for file in paths_of(form, path):
-                check_target(form, file, files_of(source), overwrite=overwrite)
-            result.files[form] = write(form, path, model)
+            check(form, path)
+            result.files[form] = write(form, path, model, partial(check, form, path))
         except PddError as error:
             result.failures.append(error)
             continue

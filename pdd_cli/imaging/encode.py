@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from pdd_cli.errors import InputError, PddError
-from pdd_cli.files import atomic_write
+from pdd_cli.files import BeforeRename, atomic_write, no_check
 from pdd_cli.imaging import tga
 from pdd_cli.imaging.formats import check_size, format_of, keeps_frames, load_plugin, stored_spec
 from pdd_cli.imaging.gif import write_gif
@@ -59,11 +59,13 @@ def write_images(
     count: int = 1,
     encoding: Encoding = Encoding(),
     provenance: Provenance | None = None,
+    before_rename: BeforeRename = no_check,
 ) -> None:
     """Write `count` images as one file of the suffix's format, whole or not at all.
 
     The rows of a stream are read before the next stream. What the format can't hold is reduced:
     16 bits to 8, alpha to a white background, several images to the first. `provenance` is written to the metadata.
+    `before_rename` is that of `atomic_write`.
 
     Raises InputError if the format can't hold the size, PddError if rows or images are missing in the finished file.
     """
@@ -74,7 +76,7 @@ def write_images(
         streams = (replace(stream, metadata=_stamped(stream.metadata, provenance)) for stream in streams)
     counted = _Counted(_fitted(path, stream) for stream in streams)
     streams = iter(counted)
-    with atomic_write(path) as temporary:
+    with atomic_write(path, before_rename) as temporary:
         if format == "TIFF":
             write_tiff(temporary, streams)
         elif format == "PNG":

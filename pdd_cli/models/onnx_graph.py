@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pdd_cli.errors import InputError, PddError
-from pdd_cli.files import atomic_write
+from pdd_cli.files import BeforeRename, atomic_write, no_check
 from pdd_cli.models.isolation import may_crash, run_apart
 from pdd_cli.models.loading import SRModel
 from pdd_cli.system import silenced
@@ -90,14 +90,14 @@ def graph_here(model: SRModel, metadata: str) -> bytes:
         return bytes(graph.SerializeToString())
 
 
-def write_onnx(path: Path, model: SRModel, metadata: Mapping[str, str]) -> None:
-    """Write `onnx_graph` to a file, and compare it with PyTorch.
+def write_onnx(path: Path, model: SRModel, metadata: Mapping[str, str], before_rename: BeforeRename = no_check) -> None:
+    """Write `onnx_graph` to a file by `atomic_write`, and compare it with PyTorch.
 
     Raises InputError if the graph can't be made or doesn't compute the same as the model; it is not written then.
     """
     import onnxruntime
 
-    with atomic_write(path) as temporary:
+    with atomic_write(path, before_rename) as temporary:
         try:
             temporary.write_bytes(onnx_graph(model, metadata))
             for lr in _examples(model):

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from pdd_cli.errors import InputError, ResourceError
-from pdd_cli.files import atomic_write, write_errors
+from pdd_cli.files import BeforeRename, atomic_write, write_errors
 from pdd_cli.imaging.decode import probe
 from pdd_cli.imaging.formats import FORMATS, READ_ONLY, STREAMED, format_of
 from pdd_cli.imaging.provenance import seal, sealed_text
-from pdd_cli.upscaling.jobs import Abandoned, Job, Output, Result, check_name, failed, hidden_folder, skipped
+from pdd_cli.upscaling.jobs import Abandoned, Job, Output, Result, check_name, failed, hidden_folder, recorded, skipped
 from pdd_cli.upscaling.manifest import Manifest
 from pdd_cli.upscaling.pipeline import run_jobs
 from pdd_cli.upscaling.upscaler import OnTile, Upscaler
@@ -65,11 +65,8 @@ def run_archives(
             if result is None:
                 on_start(job)
                 check_name(job.target)
-                if manifest is not None:
-                    manifest.record(job.target, key, source=job.source, done=False)
-                result = _upscale(job, digest, upscaler, recipe, format, output, on_tile)
-                if manifest is not None:
-                    manifest.record(job.target, key, source=job.source, done=True)
+                with recorded(job, key, manifest) as before_rename:
+                    result = _upscale(job, digest, upscaler, recipe, format, output, on_tile, before_rename)
                 result = replace(result, seconds=time.perf_counter() - started)
         except (Abandoned, ResourceError):
             raise
@@ -221,12 +218,13 @@ def _upscale(
     format: str,
     output: Output,
     on_tile: OnTile,
+    before_rename: BeforeRename,
 ) -> Result:
     work = hidden_folder(job.target, "pages")
     if output.overwrite:
         shutil.rmtree(work, ignore_errors=True)
     try:
-        made, notes = _upscale_pages(job, digest, upscaler, recipe, format, output, on_tile, work)
+        made, notes = _upscale_pages(job, digest, upscaler, recipe, format, output, on_tile, before_rename, work)
     except _ArchiveError:
         shutil.rmtree(work, ignore_errors=True)  # it would fail there again
         raise
@@ -256,6 +254,7 @@ def _upscale_pages(
     format: str,
     output: Output,
     on_tile: OnTile,
+    before_rename: BeforeRename,
     work: Path,
 ) -> tuple[Mapping[int, Result], list[str]]:
     """Upscale the pages into the folder `work` and write the archive. Returns the results by number, and notes."""
@@ -280,7 +279,7 @@ def _upscale_pages(
             made[page_jobs[result.job].number] = result
         if all(result.status == "failed" for result in made.values()):
             return made, []
-        return made, _write(job, digest, archive, pages, made, output)
+        return made, _write(job, digest, archive, pages, made, output, before_rename)
 
 
 def _page_job(page: _Page, work: Path) -> Job:
@@ -296,11 +295,12 @@ def _write(
     pages: Sequence[_Page],
     made: Mapping[int, Result],
     output: Output,
+    before_rename: BeforeRename,
 ) -> list[str]:
     """Write the archive with the same members in the same order. Returns notes."""
     notes = []
     by_number = {page.number: page for page in pages}
-    with atomic_write(job.target) as temporary:
+    with atomic_write(job.target, before_rename) as temporary:
         with zipfile.ZipFile(temporary, "w", strict_timestamps=False) as written:
             for number, member in enumerate(archive.infolist()):
                 page, result = by_number.get(number), made.get(number)

@@ -7,12 +7,14 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from pdd_cli.errors import InputError, PddError
+from pdd_cli.files import BeforeRename
 from pdd_cli.imaging.encode import Encoding
 from pdd_cli.imaging.formats import check_lossless, check_size
 from pdd_cli.imaging.provenance import Provenance, made_by_pdd, made_of
@@ -118,8 +120,7 @@ def skipped(job: Job, digest: str, key: str, output: Output, manifest: Manifest 
     state = manifest.state(job.target, key) if manifest else "foreign"
     if state == "current" and not output.overwrite:
         return Result(job, "skipped")
-    if manifest is None or not manifest.made(job.target):
-        check_own(job.target)
+    check_own(job.target, manifest=manifest)
     if output.overwrite or state == "stale":
         return None
     source, weights = made_of(job.target)
@@ -130,15 +131,34 @@ def skipped(job: Job, digest: str, key: str, output: Output, manifest: Manifest 
     return Result(job, "skipped", about)
 
 
+APPEARED = "It appeared or changed during the work. Move it away, and run the same command again."
 _OTHER_OUTPUT = (
     "Move it away, or name another output. For several inputs name a folder last: pdd upscale *.jpg upscaled/"
 )
 
 
-def check_own(target: Path, hint: str = _OTHER_OUTPUT) -> None:
-    """Raise InputError if `target` exists and pdd did not make it."""
-    if target.exists() and not made_by_pdd(target):
-        raise InputError(f"{target} exists and was not made by pdd, or was changed since: it is not replaced", hint)
+def check_own(target: Path, hint: str = _OTHER_OUTPUT, *, manifest: Manifest | None = None) -> None:
+    """Raise InputError if `target` exists and pdd did not make it, according to its metadata or to the manifest."""
+    if not target.exists() or (manifest.made(target) if manifest is not None else made_by_pdd(target)):
+        return
+    raise InputError(f"{target} exists and was not made by pdd, or was changed since: it is not replaced", hint)
+
+
+@contextmanager
+def recorded(job: Job, key: str, manifest: Manifest | None) -> Iterator[BeforeRename]:
+    """The context in which the output of `job` is written and recorded. It yields the check before the rename.
+
+    The check raises InputError if another program has written or changed the output since the job began.
+    """
+
+    def before_rename(temporary: Path) -> None:
+        check_own(job.target, APPEARED, manifest=manifest)
+        if manifest is not None:
+            manifest.record(job.target, key, source=job.source, written=temporary)
+
+    yield before_rename
+    if manifest is not None:
+        manifest.finish(job.target)
 
 
 def check_target(job: Job, size: tuple[int, int], output: Output) -> None:

@@ -28,7 +28,8 @@ State = Literal["current", "stale", "missing", "foreign"]
 class _Record:
     """The `key` of an output; until it is `done` the file may be from an earlier run.
 
-    `about`: the record of the last finished output; empty in a manifest of an earlier version.
+    `about`: how it was made; empty in a manifest of an earlier version. Until it is done, `earlier_sha256` in it lists
+    the outputs that the file may still be.
     """
 
     key: str
@@ -55,7 +56,7 @@ def recorded(folder: Path) -> set[Path]:
 
 
 class Manifest:
-    """The records of the outputs in one folder, as lines of JSON, appended when an output is started and finished.
+    """The records of the outputs in one folder, as lines of JSON, appended before and after an output gets its name.
 
     `recipe`: the weights and settings that determine an output together with its input. `provenance` is the readable
     form of it. `part`: the number of this process if several write to the folder. Each appends to its own file, because
@@ -94,27 +95,37 @@ class Manifest:
         return key_of(digest, self._recipe)
 
     def state(self, target: Path, key: str) -> State:
-        """The state of the output `target` for `key`; `foreign`: pdd did not make it, or it was changed since."""
+        """The state of the output `target` for `key`; `foreign`: not recorded, or changed since."""
         if not target.exists():
             return "missing"
         record = self._records.get(self._name(target))
         if record is not None and record.done and record.key == key:
             return "current"
-        return "stale" if self.made(target) else "foreign"
+        return "stale" if record is not None and self.made(target) else "foreign"
 
     def made(self, target: Path) -> bool:
-        """Whether a recorded run made the file `target`, and nothing has changed it since."""
-        record = self._records.get(self._name(target))
-        if record is None:
-            return False
-        known = record.about.get("output_sha256")
-        # The last condition: a run ended after writing the file and before recording it.
-        return known is None or known == file_sha256(target) or made_by_pdd(target)
+        """Whether pdd made the file `target`, and nothing has changed it since."""
+        known = self._digests(self._name(target))
+        return bool(known and file_sha256(target) in known) or made_by_pdd(target)
 
-    def record(self, target: Path, key: str, *, source: Path, done: bool) -> None:
-        """Record that `target` is started or done. Raises InputError or ResourceError if that can't be written."""
+    def record(self, target: Path, key: str, *, source: Path, written: Path) -> None:
+        """Record that the finished file `written` is about to replace `target`; `finish` follows.
+
+        Raises InputError or ResourceError if that can't be written.
+        """
         name = self._name(target)
-        record = _Record(key, done, self._about(target, source, key) if done else self._known(name))
+        # If pdd is killed between the two, the old file and the new one are both known.
+        about = {**self._about(written, source, key), "earlier_sha256": self._digests(name)}
+        self._append(name, _Record(key, done=False, about=about))
+
+    def finish(self, target: Path) -> None:
+        """Record that `target` is done. Raises as `record` does."""
+        name = self._name(target)
+        record = self._records[name]
+        about = {key: value for key, value in record.about.items() if key != "earlier_sha256"}
+        self._append(name, _Record(record.key, done=True, about=about))
+
+    def _append(self, name: str, record: _Record) -> None:
         with self._lock, write_errors(self._path):
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab") as file:
@@ -123,16 +134,20 @@ class Manifest:
                 os.fsync(file.fileno())
             self._records[name] = record
 
-    def _known(self, name: str) -> Mapping[str, object]:
+    def _digests(self, name: str) -> list[str]:
+        """The SHA-256 of each output of this name that pdd may have left."""
         record = self._records.get(name)
-        return record.about if record is not None else {}
+        about = record.about if record is not None else {}
+        earlier = about.get("earlier_sha256")
+        known = [about.get("output_sha256"), *(earlier if isinstance(earlier, list) else [])]
+        return [str(digest) for digest in known if digest]
 
-    def _about(self, target: Path, source: Path, key: str) -> dict[str, object]:
+    def _about(self, written: Path, source: Path, key: str) -> dict[str, object]:
         made = self._provenance
         return {
             "input": source.absolute(),
             "input_sha256": key.partition("-")[0],
-            "output_sha256": file_sha256(target),
+            "output_sha256": file_sha256(written),
             "weights": made.model if made else None,
             "weights_sha256": made.sha256 if made else None,
             "how": made.how if made else None,

@@ -19,7 +19,7 @@ from pdd_cli.imaging.encode import left_out, write_images
 from pdd_cli.imaging.formats import STREAMED, format_of, keeps_frames, stored_spec
 from pdd_cli.imaging.image import DecodedImage, ImageStream
 from pdd_cli.runtime import usable_cpus
-from pdd_cli.upscaling.jobs import Abandoned, Job, Output, Result, check_target, failed, skipped
+from pdd_cli.upscaling.jobs import Abandoned, Job, Output, Result, check_target, failed, recorded, skipped
 from pdd_cli.upscaling.manifest import Manifest
 from pdd_cli.upscaling.upscaler import OnTile, Upscaler
 from pdd_cli.upscaling.writer import OutputWriter
@@ -205,15 +205,18 @@ def _write(
     loaded: _Loaded, output: Output, manifest: Manifest | None, images: Iterator[ImageStream], count: int
 ) -> None:
     """Write one output and its record. Runs in the encoding thread."""
-    target = loaded.job.target
     made = None
     if output.provenance is not None and not output.strip:
         made = replace(output.provenance, source_sha256=loaded.digest)
-    if manifest is not None:
-        manifest.record(target, loaded.key, source=loaded.job.source, done=False)
-    write_images(target, images, count=count, encoding=output.encoding, provenance=made)
-    if manifest is not None:
-        manifest.record(target, loaded.key, source=loaded.job.source, done=True)
+    with recorded(loaded.job, loaded.key, manifest) as before_rename:
+        write_images(
+            loaded.job.target,
+            images,
+            count=count,
+            encoding=output.encoding,
+            provenance=made,
+            before_rename=before_rename,
+        )
 
 
 def _settled(result: Result) -> Callable[[], Result]:

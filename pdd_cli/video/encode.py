@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pdd_cli.errors import InputError, PddError
-from pdd_cli.files import atomic_write
+from pdd_cli.files import BeforeRename, atomic_write
 from pdd_cli.imaging.encode import Encoding
 from pdd_cli.imaging.image import Array, from_float, to_float
 from pdd_cli.imaging.provenance import seal
@@ -296,8 +296,9 @@ def assemble(
     end: int,
     *,
     length: int,
+    before_rename: BeforeRename,
 ) -> None:
-    """Write `target` atomically from the encoded parts and the other streams of the clip's file.
+    """Write `target` by `atomic_write` from the encoded parts and the other streams of the clip's file.
 
     `times` of all frames and the `end` of the last one are in the clip's time base. Each part has `length` frames; the
     last one may have fewer.
@@ -305,7 +306,7 @@ def assemble(
     with (
         _open_streams(clip) as source,
         open_container(parts[0]) as first,
-        atomic_write(target.path) as temporary,
+        atomic_write(target.path, before_rename) as temporary,
         _ffmpeg_errors(target.path),
     ):
         encoded = first.streams.video[0]

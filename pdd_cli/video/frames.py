@@ -14,7 +14,7 @@ from pdd_cli.files import write_errors, write_text
 from pdd_cli.imaging.encode import write_images
 from pdd_cli.imaging.image import Array, DecodedImage, ImageStream, from_float, to_float
 from pdd_cli.imaging.metadata import Metadata
-from pdd_cli.upscaling.jobs import Job, Output, Result
+from pdd_cli.upscaling.jobs import APPEARED, Job, Output, Result
 from pdd_cli.video.decode import CONTAINERS, Clip, codec_name_of, describe_streams, is_video, open_container
 from pdd_cli.weights.sources import file_sha256
 
@@ -59,18 +59,19 @@ def skipped_frames(job: Job, key: str, *, overwrite: bool) -> Result | None:
     return None
 
 
-def _check_own(folder: Path) -> None:
+def _check_own(folder: Path, hint: str = "Move it away, or name another output.") -> None:
     """Raise InputError if `folder` holds anything that pdd did not make."""
     record = _read_record(folder)
     files: Mapping[str, str] = record.get("files", {})
-    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    foreign = sorted(present - {RECORD} - set(files))
-    changed = [name for name in sorted(present & set(files)) if file_sha256(folder / name) != files[name]]
+    expected = [name for name in sorted(files) if (folder / name).is_file()]
+    changed = [name for name in expected if file_sha256(folder / name) != files[name]]
+    # Listed last: the checksums of many files take time.
+    foreign = sorted({path.name for path in folder.iterdir()} - {RECORD, *files}) if folder.is_dir() else []
     if not record or foreign or changed:
         what = f"holds {(foreign + changed)[0]}, which" if foreign + changed else "exists and"
         raise InputError(
             f"{folder} {what} was not made by pdd, or was changed since: it is not replaced",
-            "Move it away, or name another output.",
+            hint,
         )
 
 
@@ -122,8 +123,6 @@ class FrameFolder:
 
     def publish(self, times: Sequence[int], end: int) -> None:
         """Rename the folder to `target`, with a record of it. A `target` that exists must be one of pdd."""
-        if self._target.exists():  # also if it appeared, or was changed, while the frames were computed
-            _check_own(self._target)
         clip = self._clip
         files = {self._path(number).name: file_sha256(self._path(number)) for number in range(len(times))}
         record = {
@@ -135,11 +134,14 @@ class FrameFolder:
             "files": files,
         }
         write_text(self._parts / RECORD, json.dumps(record))
-        (self._parts / "made-by").unlink()
         with write_errors(self._target):
             self._target.parent.mkdir(parents=True, exist_ok=True)
             old = self._parts.with_suffix(".old")
-            if self._target.exists():
+            replaced = self._target.exists()
+            if replaced:  # also if it appeared, or was changed, while the frames were computed
+                _check_own(self._target, APPEARED)
+            (self._parts / "made-by").unlink()
+            if replaced:
                 self._target.replace(old)
             self._parts.replace(self._target)
             shutil.rmtree(old, ignore_errors=True)

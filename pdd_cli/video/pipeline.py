@@ -27,10 +27,10 @@ from pdd_cli.upscaling.jobs import (
     Output,
     Result,
     check_name,
-    check_own,
     check_target,
     failed,
     hidden_folder,
+    recorded,
     skipped,
 )
 from pdd_cli.upscaling.manifest import Manifest, key_of
@@ -378,13 +378,11 @@ def _upscale(
         raise
     finally:
         frames.close()
-    if job.target.exists() and (manifest is None or not manifest.made(job.target)):
-        check_own(job.target)  # it appeared, or was changed, while the frames were computed
-    if manifest is not None:
-        manifest.record(job.target, key, source=job.source, done=False)
-    assemble(clip, plan.codec, plan.target, plan.extras, parts.paths, reader.times, reader.end, length=PART_FRAMES)
-    if manifest is not None:
-        manifest.record(job.target, key, source=job.source, done=True)
+    with recorded(job, key, manifest) as before_rename:
+        assemble(
+            clip, plan.codec, plan.target, plan.extras, parts.paths, reader.times, reader.end,
+            length=PART_FRAMES, before_rename=before_rename,
+        )  # fmt: skip
     parts.remove()
     return Result(
         job,

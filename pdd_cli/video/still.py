@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from pdd_cli.imaging.encode import write_images
 from pdd_cli.imaging.image import DecodedImage, ImageStream, from_float, to_float
-from pdd_cli.upscaling.jobs import Job, Output, Result, check_target
+from pdd_cli.upscaling.jobs import Job, Output, Result, check_target, recorded
 from pdd_cli.upscaling.manifest import Manifest
 from pdd_cli.upscaling.upscaler import Upscaler
 from pdd_cli.video.decode import read_clip, read_still
@@ -82,12 +82,9 @@ def write_still(
     if output.provenance is not None and not output.strip:
         how = f"{output.provenance.how}, the frame at {float(still.time):.3f} s"
         made = replace(output.provenance, source_sha256=digest, how=how)
-    if manifest is not None:
-        manifest.record(job.target, key, source=job.source, done=False)
     stream = ImageStream(picture.spec, [picture.interleaved], picture.metadata)
-    write_images(job.target, [stream], encoding=output.encoding, provenance=made)
-    if manifest is not None:
-        manifest.record(job.target, key, source=job.source, done=True)
+    with recorded(job, key, manifest) as before_rename:
+        write_images(job.target, [stream], encoding=output.encoding, provenance=made, before_rename=before_rename)
     source = still.picture
     return Result(
         job,

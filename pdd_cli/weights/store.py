@@ -20,7 +20,7 @@ import platformdirs
 from pydantic import BaseModel, ConfigDict
 
 from pdd_cli.errors import InputError
-from pdd_cli.files import atomic_write, locked, write_errors
+from pdd_cli.files import BeforeRename, atomic_write, locked, no_check, write_errors
 from pdd_cli.version import __version__
 from pdd_cli.weights.states import SUFFIXES, state_sha256
 
@@ -215,8 +215,8 @@ class Store:
         return found
 
 
-def write_weights(path: Path, card: Card, state: Mapping[str, Tensor]) -> Card:
-    """Write `state` atomically as a safetensors file with `card`, which is completed and returned."""
+def write_weights(path: Path, card: Card, state: Mapping[str, Tensor], before_rename: BeforeRename = no_check) -> Card:
+    """Write `state` by `atomic_write` as a safetensors file with `card`, which is completed and returned."""
     from safetensors.torch import save_file
 
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
@@ -231,7 +231,7 @@ def write_weights(path: Path, card: Card, state: Mapping[str, Tensor]) -> Card:
     metadata = {"format": "pt", "architecture": card.architecture, "licence": card.licence, CARD_KEY: card.as_json()}
     if card.scale is not None:
         metadata["scale"] = str(card.scale)
-    with atomic_write(path) as temporary:
+    with atomic_write(path, before_rename) as temporary:
         save_file(tensors, temporary, metadata=metadata)
     return card
 
