@@ -189,9 +189,30 @@ def test_the_page_reads_images_as_pdd_does(tmp_path: Path, monkeypatch: pytest.M
     (folder / "torn.tga").write_bytes((folder / "deep.png").read_bytes()[:60])
     session = Session(adapt_settings={"runs_dir": "elsewhere"})
     session.choose("my photos")
-    assert [path.name for path in session.images] == ["deep.png", "torn.tga"]
+    assert list(session.images) == ["deep.png", "torn.tga"]
     assert session.name == "my-photos"
     assert session.run_folder == Path("elsewhere/my-photos")
+
+
+def test_the_page_takes_folders_of_subfolders_and_videos(tmp_path: Path) -> None:
+    from pdd_cli.ui.page import Session
+
+    for name in ("one/a.png", "two/a.png", "two/clip.mp4", "comics/c.cbz", "two/notes.txt", ".hidden/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    levels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    Image.fromarray(levels).save(tmp_path / "two/a.png")
+    session = Session()
+    session.choose(str(tmp_path))
+    assert session.note == "1 comic, 2 images, 1 video"
+    assert list(session.images) == ["one/a.png", "two/a.png"]
+    session.image = "two/a.png"
+    assert np.array_equal(session.crop(), levels)
+    (tmp_path / "two/a.png").unlink()
+    session.choose(str(tmp_path / "two"))
+    assert (session.note, session.image, session.name) == ("1 video", "", "two")
+    session.choose(str(tmp_path / "three"))
+    assert session.note == f"{tmp_path / 'three'}: no images or videos found"
 
 
 @pytest.mark.parametrize(("keep", "strength", "chosen"), [(True, 0.5, ("new", 0.5)), (False, 0.0, ("tiny", 1.0))])
@@ -238,7 +259,7 @@ def test_the_window_in_a_browser(place: Path, tmp_path: Path) -> None:
 
         page.get_by_role("tab", name="Upscale").click()
         page.get_by_role("button", name="Upscale", exact=True).click()
-        expect(page.get_by_text("3 images in")).to_be_visible()
+        expect(page.get_by_text("3 files in")).to_be_visible()
         page.screenshot(path=tmp_path / "upscale.png")
 
         page.set_viewport_size({"width": 390, "height": 800})

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ from PIL import Image
 from starlette.responses import FileResponse, Response
 
 import pdd_cli
+from pdd_cli.batch.plan import find_inputs
 from pdd_cli.errors import PddError
 from pdd_cli.imaging.decode import read_image
-from pdd_cli.imaging.find import find_images
+from pdd_cli.imaging.find import is_image
 from pdd_cli.ui.worker import Event, Task, Worker
+from pdd_cli.video.decode import is_video
 from pdd_cli.weights.store import valid_name_from
 
 _CROP = 96  # LR pixels on each side of the compared crop
@@ -36,7 +40,8 @@ class Session:
 
     worker: Worker = field(default_factory=Worker)
     folder: str = ""
-    images: list[Path] = field(default_factory=list)
+    inputs: list[Path] = field(default_factory=list)  # images, videos and comics below the folder
+    images: dict[str, Path] = field(default_factory=dict)  # those of `inputs`, by path relative to the folder
     note: str = "Choose the folder with your images."
     name: str = ""
     base: str = _BASE
@@ -73,12 +78,13 @@ class Session:
         return Path(self.adapt_settings.get("runs_dir", "runs")) / self.name
 
     def choose(self, folder: str) -> None:
-        """Use this folder of LR images."""
+        """Use the LR images and videos in this folder and below."""
         path = Path(folder).expanduser()
-        self.folder, self.images = str(path), images_in(path)
-        self.note = f"{len(self.images)} images" if self.images else f"{path}: no images found"
-        self.image, self.center = (self.images[0].name if self.images else ""), None
-        if self.images:
+        self.folder, self.inputs = str(path), inputs_in(path)
+        self.images = {found.relative_to(path).as_posix(): found for found in self.inputs if is_image(found)}
+        self.note = _counted(self.inputs) or f"{path}: no images or videos found"
+        self.image, self.center = next(iter(self.images), ""), None
+        if self.inputs:
             self.name = valid_name_from(path.resolve().name)
             self.output = str(path.resolve().with_name(f"{path.resolve().name}-upscaled"))
 
@@ -137,14 +143,11 @@ class Session:
 
     def crop(self) -> NDArray[np.uint8]:
         """The part of the LR image around the chosen point, or the middle, as (h, w, 3) in 0..255."""
-        picture = open_rgb(self._path(self.image))
+        picture = open_rgb(self.images[self.image])
         x, y = self.center or (picture.width // 2, picture.height // 2)
         left = max(0, min(x - _CROP // 2, picture.width - _CROP))
         top = max(0, min(y - _CROP // 2, picture.height - _CROP))
         return np.asarray(picture.crop((left, top, *_corner(picture, left, top))))
-
-    def _path(self, name: str) -> Path:
-        return next(path for path in self.images if path.name == name)
 
     def update(self) -> None:
         """Take what the working process has reported since the last call."""
@@ -213,12 +216,18 @@ class Session:
         return FileResponse(self.report) if self.report else Response("There is no report yet.", 404)
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The images directly in a folder; none if it can't be read."""
+def inputs_in(folder: Path, *, recursive: bool = True) -> list[Path]:
+    """The images, videos and comics in a folder, as `pdd upscale` finds them; none if it can't be read."""
     try:
-        return find_images(folder, recursive=False)
+        return find_inputs(folder, recursive=recursive)[0]
     except PddError:
         return []
+
+
+def _counted(inputs: Sequence[Path]) -> str:
+    """The number of inputs of each kind, in words; "" if there are none."""
+    kinds = Counter("image" if is_image(path) else "video" if is_video(path) else "comic" for path in inputs)
+    return ", ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in sorted(kinds.items()))
 
 
 def open_rgb(path: Path) -> Image.Image:
@@ -317,7 +326,7 @@ class _Page:
             self._upscale_weights = self._select("Weights", "weights")
             ui.button("Upscale", on_click=lambda: self._try(session.upscale)).bind_enabled_from(session, "idle")
         ui.label().bind_text_from(
-            session, "outputs", lambda outputs: f"{len(outputs)} images in {session.output}" if outputs else ""
+            session, "outputs", lambda outputs: f"{len(outputs)} files in {session.output}" if outputs else ""
         ).mark("outputs")
 
     def _select(self, label: str, attribute: str) -> ui.select:
@@ -353,7 +362,7 @@ class _Page:
         session = self._session
         if not session.idle:
             return
-        if not session.images:
+        if not (session.images if action == session.compare else session.inputs):
             ui.notify("Choose a folder with images first.", type="warning")
             return
         with _errors_shown(session):
@@ -362,16 +371,16 @@ class _Page:
     def _refresh(self) -> None:
         session = self._session
         session.update()
-        if self._changed("images", tuple(session.images)):
+        if self._changed("images", tuple(session.images.values())):
             self._thumbnails.clear()
             with self._thumbnails:
-                for path in session.images[:8]:
-                    _thumbnail(path)
+                for name, path in islice(session.images.items(), 8):
+                    _thumbnail(name, path)
             self._shown.pop("image", None)
-        if self._changed("image", session.image) and session.image:
-            self._image.set_options([path.name for path in session.images], value=session.image)
+        if self._changed("image", session.image):
+            self._image.set_options(list(session.images), value=session.image or None)
             with _errors_shown(session):
-                self._whole.set_source(open_rgb(session._path(session.image)))
+                self._whole.set_source(open_rgb(session.images[session.image]) if session.image else "")
         if self._changed("preview", session.preview):
             self._preview.set_visibility(session.preview is not None)
             if session.preview is not None:
@@ -393,14 +402,14 @@ class _Page:
         return True
 
 
-def _thumbnail(path: Path) -> None:
+def _thumbnail(name: str, path: Path) -> None:
     try:
         small = open_rgb(path)
     except PddError:
-        ui.label(f"{path.name} can't be read").classes("text-sm")
+        ui.label(f"{name} can't be read").classes("text-sm")
         return
     small.thumbnail((192, 192))
-    ui.image(small).classes("w-24").tooltip(path.name)
+    ui.image(small).classes("w-24").tooltip(name)
 
 
 @contextmanager
@@ -452,7 +461,8 @@ async def _choose_folder(start: str) -> str | None:
         with listing:
             for path, name in ((folder.parent, ".."), *((path, path.name) for path in _folders(folder))):
                 ui.button(name, icon="folder", on_click=lambda path=path: go(path)).props("flat no-caps align=left")
-            ui.label(f"{len(images_in(folder))} images here").classes("text-sm p-2")
+            here = _counted(inputs_in(folder, recursive=False)) or "no images or videos"
+            ui.label(f"{here} directly in this folder").classes("text-sm p-2")
 
     go(current.resolve())
     return await dialog  # type: ignore[no-any-return]
