@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
+import weakref
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from safetensors.torch import save_file
 from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 
 from pdd_cli.errors import InputError, PartialFailure
+from pdd_cli.imaging.encode import write_image, write_images
+from pdd_cli.imaging.image import DecodedImage, ImageStream
 from pdd_cli.imaging.provenance import made_by_pdd
 from pdd_cli.settings.upscale import rate_of
 from pdd_cli.upscaling.jobs import Job
@@ -185,6 +190,46 @@ def test_a_transparent_gif_stays_one(tmp_path: Path, weights: Path) -> None:
     document, error = run_upscale(source, tmp_path / "out.mp4", "--weights", weights)
     assert "transparency (laid on white)" in document["files"][0]["left_out"]
     assert frames_of(tmp_path / "out.mp4")[0].to_ndarray(format="rgb24")[40, 60].min() > 250
+
+
+def test_a_gif_is_written_frame_by_frame(tmp_path: Path) -> None:
+    frames = [frame for frame in flat_frames(4) for _ in range(2)]  # each one is followed by an equal one
+    alive: list[weakref.ref[np.ndarray]] = []
+    most = 0
+
+    def streams() -> Iterator[ImageStream]:
+        nonlocal most
+        for frame in frames:
+            picture = DecodedImage(frame.copy())
+            alive.append(weakref.ref(picture.pixels))
+            yield ImageStream(picture.spec, [picture.pixels], picture.metadata, duration=33.3)
+            del picture
+            most = max(most, sum(one() is not None for one in alive))
+
+    write_images(tmp_path / "a.gif", streams(), count=len(frames))
+    assert most <= 1
+    durations = [30, 40, 30, 30, 40, 30, 30, 40]  # in hundredths, without a sum of errors
+    with Image.open(tmp_path / "a.gif") as made:
+        for index, frame in enumerate(frames):
+            made.seek(index)
+            assert made.info["duration"] == durations[index]
+            np.testing.assert_array_equal(np.asarray(made.convert("RGB")), frame)
+    for decoded, frame in zip(frames_of(tmp_path / "a.gif"), frames, strict=True):
+        np.testing.assert_array_equal(decoded.to_ndarray(format="rgb24"), frame)
+    ends = [0, *itertools.accumulate(durations)]
+    assert times_of(tmp_path / "a.gif") == [Fraction(end, 1000) for end in ends[:-1]]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gif"]
+
+
+def test_black_pixels_of_a_transparent_gif_are_seen(tmp_path: Path) -> None:
+    # Many colours: black is not one of the palette, and the transparent entry must not be the nearest.
+    colours = np.random.default_rng(0).integers(40, 256, (64, 64, 3), np.uint8)
+    colours[20, 30] = 0
+    alpha = np.full((64, 64), 255, np.uint8)
+    alpha[:8] = 0
+    write_image(tmp_path / "a.gif", DecodedImage(colours, alpha))
+    with Image.open(tmp_path / "a.gif") as made:
+        np.testing.assert_array_equal(np.asarray(made.convert("RGBA"))[..., 3], alpha)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".gif", ".webp", ".avif", ".mp4"])
