@@ -24,7 +24,7 @@ from pdd_cli.models.loading import SRModel
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.ranks import SINGLE_PROCESS
 from pdd_cli.runtime import Runtime
-from pdd_cli.settings.adapt import AdaptConfig
+from pdd_cli.settings.adapt import STUDENT_DEFAULTS, AdaptConfig
 from pdd_cli.weights.states import state_sha256
 from pdd_cli.weights.store import Card, Store
 from tests.helpers import distributed_worker
@@ -181,6 +181,44 @@ def test_a_student_is_trained_judged_and_described(pdd: Callable[..., Outcome], 
     Path(run / "mine.txt").write_text("kept")
     assert adapt(pdd, ground, "--overwrite").code == 0
     assert len(list(run.iterdir())) == before + 1
+
+
+@pytest.mark.slow
+def test_one_command_trains_a_model_and_its_student(
+    pdd: Callable[..., Outcome], ground: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STUDENT_DEFAULTS, "steps", 7)
+    few = ground / "few"  # too few images to judge, so that the teacher is not rejected
+    few.mkdir()
+    for path in sorted((ground / "realLR").iterdir())[:2]:
+        shutil.copy(path, few)
+    small = str(ground / "other.safetensors")
+
+    def both(*more: str) -> Outcome:
+        options = ("--real-dir", str(few), "--student", small, *more)
+        return pdd(*command(ground, *options, steps=6)[3:], "--json")
+
+    done = both()
+    assert done.code == 0, done.err
+    documents = json.loads(done.out)
+    assert (documents["name"], documents["student"]["name"]) == ("few", "few-student")
+    card = Store.default().get("few-student").card
+    teacher = load_file(Store.default().path("few"))
+    assert (card.adapted["teacher"], card.adapted["teacher_sha256"]) == ("few", state_sha256(teacher))
+    assert card.base_sha256 == state_sha256(load_file(small))
+    for words, more in {
+        "already trains a student": ("--teacher", "big", "--overwrite"),
+        "no weights are named 'nobody'": ("--student", "nobody", "--overwrite"),
+        "'few-student' already exist": ("--name", "few", "--runs-dir", "elsewhere"),
+    }.items():
+        failed = both(*more)
+        assert failed.code == 2, words
+        assert words in failed.err
+
+    rejected = both("--real-dir", str(ground / "realLR"))
+    assert rejected.code == 0, rejected.err
+    assert "no student is trained" in rejected.err
+    assert "student" not in json.loads(rejected.out)
 
 
 @pytest.mark.slow

@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pdd_cli.console import Console
 from pdd_cli.errors import InputError, Interrupted
 from pdd_cli.options import Call, command
 from pdd_cli.ranks import Ranks
 from pdd_cli.settings.adapt import AdaptConfig, AdaptFlags
+
+if TYPE_CHECKING:
+    from pdd_cli.adaptation.prepare import Run
+    from pdd_cli.adaptation.publish import PublishResult
+    from pdd_cli.weights.store import Store
+
+
+# What a student has in common with the run of its teacher.
+_SHARED_WITH_STUDENT = {
+    "real_dir", "dataset", "root", "hr_dir", "runs_dir", "seed", "features", "held_out", "export", "device",
+    "precision", "offline",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A run that is finished and published."""
+
+    run: Run
+    result: PublishResult
+    losses: dict[str, float]  # of the last step
+
+    @property
+    def document(self) -> dict[str, Any]:
+        return self.result.as_document(self.run, self.losses)
 
 
 def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
@@ -19,14 +49,17 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
       pdd adapt --real-dir ./realLR
       pdd adapt --real-dir ./realLR --hr-dir ./photos --name mine --minutes 30
       pdd adapt --pairs-lr ./lr --pairs-hr ./hr --name mine
+      pdd adapt --real-dir ./realLR --student realesr-animevideo
     """
-    from pdd_cli.adaptation.folder import find_run
+    from pdd_cli.adaptation.folder import RunFolder, find_run
     from pdd_cli.commands._dry_run_table import dry_run_table
 
     console = call.console
-    resume, overwrite = call.flags.resume, call.flags.overwrite
+    resume, overwrite, student_base = call.flags.resume, call.flags.overwrite, call.flags.student
     if call.flags.judge is not None and not resume:
         raise InputError("--judge FILE judges weights of a run", "Name the run: add --resume --name NAME.")
+    if call.flags.judge is not None and student_base is not None:
+        raise InputError("--judge FILE trains nothing: omit --student")
     if resume:
         folder = find_run(call.explicit_values())
         settings = call.settings(
@@ -37,13 +70,7 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
         settings = call.settings()
 
     from pdd_cli.adaptation import estimate
-    from pdd_cli.adaptation.loop import train
     from pdd_cli.adaptation.prepare import default_name
-    from pdd_cli.adaptation.publish import judge_weights, publish, write_report
-    from pdd_cli.adaptation.run import start
-    from pdd_cli.commands._adapt_progress import adapt_progress
-    from pdd_cli.commands._observer import ConsoleObserver
-    from pdd_cli.interruption import Interruption
     from pdd_cli.runtime import keep_freed_memory
     from pdd_cli.weights.store import Store
 
@@ -62,20 +89,82 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
             raise found.problems[0]
         return
     ranks = Ranks.from_environment()
-    observer = ConsoleObserver(console)
-    run = start(settings, name=run_name, resume=resume, overwrite=overwrite, ranks=ranks, observer=observer)
+    if student_base is None:
+        _finish(console, _train(call, settings, run_name, store, ranks, resume=resume))
+        return
+    student = _student_of(settings, run_name, student_base)
+    again = resume and RunFolder(student.runs_dir / str(student.name)).checkpoint.exists()
+    _check_student(console, student, store, ranks, resume=again, replace=resume or overwrite)
+    trained = _train(call, settings, run_name, store, ranks, resume=resume)
+    if trained is None:
+        return
+    result = trained.result
+    if result.weights is None or result.failures or result.verdict.keep is False:
+        console.warn(f"no student is trained, because '{run_name}' is not better than {settings.base}")
+        _finish(console, trained)
+        return
+    _finish(console, trained, _train(call, student, str(student.name), store, ranks, resume=again))
 
-    if call.flags.judge is not None:
-        conclusion, document = judge_weights(run, call.flags.judge)
+
+def _student_of(settings: AdaptConfig, teacher: str, base: str) -> AdaptConfig:
+    """The settings of --student: the images and the machine of its teacher's run, otherwise defaults."""
+    if settings.teacher is not None:
+        raise InputError(f"--student {base}: with --teacher {settings.teacher} the run already trains a student")
+    if settings.real_dir is None:
+        raise InputError("--student needs --real-dir: it learns from the adapted model's images of it")
+    shared = settings.model_dump(include=_SHARED_WITH_STUDENT, exclude_unset=True)
+    return AdaptConfig(**shared, base=base, teacher=teacher, name=f"{teacher}-student")
+
+
+def _check_student(
+    console: Console, student: AdaptConfig, store: Store, ranks: Ranks, *, resume: bool, replace: bool
+) -> None:
+    """What would fail only after the training of its teacher: names, folders and the download of its base."""
+    from pdd_cli.adaptation.folder import RunFolder
+    from pdd_cli.adaptation.prepare import check_folder, check_name
+    from pdd_cli.commands._observer import ConsoleObserver
+    from pdd_cli.weights.fetch import ensure
+
+    if ranks.size > 1:
+        raise InputError("--student trains with one process", "With torchrun, train it afterwards: --teacher NAME.")
+    name = str(student.name)
+    check_name(name, store, replace=replace)
+    check_folder(RunFolder(student.runs_dir / name), student, resume=resume, overwrite=replace)
+    with ConsoleObserver(console).fetching() as on_event:
+        ensure(student.base, store=store, offline=student.offline, on_event=on_event)
+
+
+def _train(
+    call: Call[AdaptConfig, AdaptFlags], settings: AdaptConfig, name: str, store: Store, ranks: Ranks, *, resume: bool
+) -> _Trained | None:
+    """Train and publish the run `name`. None: there is nothing to publish, or another process does it.
+
+    Raises Interrupted if it was stopped before its last step.
+    """
+    from pdd_cli.adaptation.loop import train
+    from pdd_cli.adaptation.publish import judge_weights, publish, write_report
+    from pdd_cli.adaptation.run import start
+    from pdd_cli.commands._adapt_progress import adapt_progress
+    from pdd_cli.commands._observer import ConsoleObserver
+    from pdd_cli.interruption import Interruption
+
+    console, flags = call.console, call.flags
+    observer = ConsoleObserver(console)
+    run = start(settings, name=name, resume=resume, overwrite=flags.overwrite, ranks=ranks, observer=observer)
+
+    if flags.judge is not None:
+        conclusion, document = judge_weights(run, flags.judge)
         console.say(f"verdict: {conclusion.verdict.label}. {conclusion.verdict.reason}")
         console.say(conclusion.describe_validation() or "(--val-lr and --val-hr add scores with ground truth)")
         console.result(document)
-        return
+        return None
+    student = "" if flags.student is None or settings.teacher else f" --student {shlex.quote(flags.student)}"
+    again = run.resume_command + student
     interruption = Interruption(
         on_first=lambda: console.say("stopping after this step; press Ctrl-C again to stop at once"),
-        on_second=lambda: console.leave(f"stopped at once. To continue from the last checkpoint: {run.resume_command}"),
+        on_second=lambda: console.leave(f"stopped at once. To continue from the last checkpoint: {again}"),
     )
-    with adapt_progress(console, run, verbose=call.flags.verbose) as progress, interruption:
+    with adapt_progress(console, run, verbose=flags.verbose) as progress, interruption:
         losses: dict[str, float] = {}
         for report in train(run, interruption.requested):
             losses = report.losses
@@ -87,16 +176,21 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
             write_report(run, None)
         raise Interrupted(
             f"stopped after step {run.state.step} of {run.config.steps}; the state is saved in {run.folder.checkpoint}",
-            f"To continue: {run.resume_command}",
+            f"To continue: {again}",
         )
-    if not ranks.is_first:
+    return _Trained(run, publish(run, store, observer), losses) if ranks.is_first else None
+
+
+def _finish(console: Console, trained: _Trained | None, student: _Trained | None = None) -> None:
+    """Print the JSON document, and raise the failures of publishing."""
+    if trained is None:
         return
-    done = publish(run, store, observer)
-    console.result(done.as_document(run, losses))
-    for error in done.failures[1:]:
-        console.fail(error)
-    if failure := done.failure(run):
-        raise failure
+    console.result({**trained.document, **({"student": student.document} if student else {})})
+    for one in (trained, student) if student else (trained,):
+        for error in one.result.failures[1:]:
+            console.fail(error)
+        if failure := one.result.failure(one.run):
+            raise failure
 
 
 adapt = command(AdaptConfig, "adapt", AdaptFlags, _adapt)

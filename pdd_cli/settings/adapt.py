@@ -444,6 +444,11 @@ class AdaptFlags(Settings):
         Field(description="With --resume: judge these weights, such as a kept checkpoint, and don't train."),
         Option("Run", metavar="FILE"),
     ] = None
+    student: Annotated[
+        str | None,
+        Field(description="Then train this small base with the result as its teacher: NAME-student."),
+        Option("Run", metavar="NAME|FILE"),
+    ] = None
     verbose: Annotated[bool, Field(description="Print the losses of each step."), Option("Run")] = False
     dry_run: Annotated[
         bool, Field(description="Check everything and estimate time, memory and disk; write nothing."), Option("Run")
