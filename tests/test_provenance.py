@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from pdd_cli.imaging.provenance import Provenance, made_by_pdd, source_of
 from pdd_cli.version import __version__
 from tests.helpers.images import photo
 from tests.helpers.networks import compact
+from tests.test_video import rgb_frames
+from tests.test_video_options import lossless
 
 MADE = Provenance("realsr", "ab" * 32, "x4, strength 0.5", "cd" * 32)
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
@@ -189,6 +192,32 @@ def test_a_single_output_that_was_made_otherwise_is_skipped_and_named(pdd) -> No
         assert [done.code for done in made] == [0] * 4
         assert ["from another input" in done.err for done in made] == [False, False, True, False]
         assert ["with other weights" in done.err for done in made] == [False, False, False, True]
+
+
+@pytest.mark.slow
+def test_a_single_output_that_was_made_with_other_settings_says_which(pdd) -> None:
+    save_file(compact(2), "m.safetensors")
+    Image.fromarray(photo(8, 8)).save("a.png")
+    with zipfile.ZipFile("a.cbz", "w") as archive:
+        archive.write("a.png")
+    lossless(Path("a.mkv"), rgb_frames(3))
+    cases = [
+        ("a.png", "out.png", ("--tta", "--scale", "3"), "--scale 3 --tta"),
+        ("a.png", "out.bmp", ("--width", "20"), "--width 20"),
+        ("a.cbz", "out.cbz", ("--format", "webp", "--mix", "0.5"), "--mix 0.5 --format webp"),
+        ("a.mkv", "out.mkv", ("--end", "0.05"), "--end 0.05"),
+    ]
+    for source, target, options, text in cases:
+        command = ("upscale", source, target, "--weights", "m.safetensors", "--engine", "torch", "--json")
+
+        def note(*more: str, command: tuple[str, ...] = command) -> str:
+            return json.loads(pdd(*command, *more).out)["files"][0]["problem"]
+
+        assert "settings" not in note() + note()  # made, then skipped
+        again = f"{target} was made with other settings ({{}}): --overwrite makes it again"
+        assert note(*options) == again.format(f"then: defaults; now: {text}")
+        assert "settings" not in note(*options, "--overwrite")
+        assert note() == again.format(f"then: {text}; now: defaults")
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -20,6 +20,7 @@ from pdd_cli.batch.plan import Plan, manifest_folder, plan_jobs
 from pdd_cli.errors import InputError, Interrupted, PartialFailure, PddError, ResourceError
 from pdd_cli.files import append_line, check_log, remove_leftovers
 from pdd_cli.imaging.encode import Encoding
+from pdd_cli.imaging.provenance import DEFAULTS
 from pdd_cli.last_run import LastRun, UpscaledPair, save_last_run
 from pdd_cli.observer import Observer
 from pdd_cli.own_files import check_own_file, write_own_file
@@ -352,10 +353,22 @@ def _batch(
         Encoding(settings.quality, settings.lossless),
         overwrite=settings.overwrite,
         strip=settings.strip_metadata,
-        provenance=loaded.provenance,
+        provenance=replace(loaded.provenance, options=_options(settings, recipe, loaded.strength)),
     )
     options = VideoOptions.of(settings)
     return _Batch(partition(jobs, ranks), loaded.upscalers, output, options, recipe, manifest, settings.format)
+
+
+def _options(settings: UpscaleConfig, recipe: Mapping[str, object], strength: float) -> str:
+    """The settings that determine an output besides its input and the weights, as options on the command line."""
+    values = settings.model_dump(include=_RECIPE | _VIDEO_RECIPE | _LATER | {"denoise"}, exclude_defaults=True)
+    if settings.audio is not None:
+        values["audio"] = f"sha256:{str(recipe['audio'])[:8]}"
+    if strength != 1:
+        values["strength"] = strength
+    given = [(f"--{name.replace('_', '-')}", value) for name, value in values.items()]
+    texts = [name if value is True else f"{name} {value}".removesuffix(".0") for name, value in given]
+    return " ".join(sorted(texts)) or DEFAULTS
 
 
 def _preview(batch: _Batch) -> list[Result]:

@@ -26,15 +26,18 @@ from pdd_cli.imaging.xmp import serialised
 from pdd_cli.version import __version__
 
 SOFTWARE = f"pdd {__version__}"
+DEFAULTS = "defaults"
+"""`Provenance.options` if none is given."""
 
 _SEAL = b"pdd-seal-"
 _DIGITS = 64
 _UNSEALED = "0" * _DIGITS
 _BLOCK = 1 << 20
 # The digest of the source is at most this many bytes from the seal, also if another program has rewritten the XMP.
-_AROUND = 600
+_AROUND = 1000
 _SOURCE = re.compile(rb"(?:SourceSHA256(?:=[\"']|>)|source sha256 )([0-9a-f]{64})")
 _WEIGHTS = re.compile(rb"(?:ModelSHA256(?:=[\"']|>)|\(weights sha256 )([0-9a-f]{64})")
+_OPTIONS = re.compile(rb":Options(?:=[\"']|>)([^\"'<]*)|; options (.{,500}?); source sha256 ")
 _SOFTWARE_TAG = 0x0131
 _PNG = b"\x89PNG\r\n\x1a\n"
 _ZIP = b"PK\x03\x04"
@@ -66,12 +69,14 @@ class Provenance:
         sha256: SHA-256 of the weights file.
         how: The settings, as text.
         source_sha256: SHA-256 of the input file.
+        options: The options that determine the output, as on the command line, in ASCII; "" if unknown.
     """
 
     model: str
     sha256: str
     how: str = ""
     source_sha256: str = ""
+    options: str = ""
 
     def __str__(self) -> str:
         how = f", {self.how}" if self.how else ""
@@ -80,7 +85,8 @@ class Provenance:
 
 def sealed_text(made: Provenance) -> str:
     """The record as one line, for files and containers that hold plain text. Call `seal` when the file is complete."""
-    return f"{made}; source sha256 {made.source_sha256}; {_SEAL.decode()}{_UNSEALED}"
+    options = f"; options {made.options}" if made.options else ""
+    return f"{made}{options}; source sha256 {made.source_sha256}; {_SEAL.decode()}{_UNSEALED}"
 
 
 def stamped_exif(exif: bytes | None, made: Provenance) -> tuple[bytes, str | None]:
@@ -120,6 +126,7 @@ def stamped_xmp(xmp: bytes | None, made: Provenance, software: str | None) -> by
         "pdd:Model": made.model,
         "pdd:ModelSHA256": made.sha256,
         "pdd:Settings": made.how,
+        **({"pdd:Options": made.options} if made.options else {}),
         "pdd:SourceSHA256": made.source_sha256,
         "pdd:Seal": f"{_SEAL.decode()}{_UNSEALED}",
     }
@@ -193,22 +200,38 @@ def made_by_pdd(path: Path) -> bool:
 
 def source_of(path: Path) -> str | None:
     """The SHA-256 of the input that the file at `path` was upscaled from. None if the file doesn't contain it."""
-    return made_of(path)[0]
+    return made_of(path).source
 
 
-def made_of(path: Path) -> tuple[str | None, str | None]:
-    """The SHA-256 of the input and of the weights of the output at `path`; None for what it doesn't contain."""
+@dataclass(frozen=True)
+class Origin:
+    """The SHA-256 of the input and of the weights of an output, and its options; None for what it doesn't contain."""
+
+    source: str | None = None
+    weights: str | None = None
+    options: str | None = None
+
+
+def made_of(path: Path) -> Origin:
+    """What the output at `path` says of its origin."""
     try:
         with path.open("rb") as file:
             for at in _places(file):
-                file.seek(max(0, at - _AROUND))
+                start = max(0, at - _AROUND)
+                file.seek(start)
                 around = file.read(2 * _AROUND)
-                if source := _SOURCE.search(around):
-                    weights = _WEIGHTS.search(around)
-                    return source[1].decode(), weights[1].decode() if weights else None
+                if source := _nearest(_SOURCE, around, at - start):
+                    weights, options = (_nearest(pattern, around, at - start) for pattern in (_WEIGHTS, _OPTIONS))
+                    return Origin(source, weights, options)
     except OSError:
         pass
-    return None, None
+    return Origin()
+
+
+def _nearest(pattern: re.Pattern[bytes], data: bytes, at: int) -> str | None:
+    """The group of the match that is nearest to `at`: pages of an archive, just before its comment, have others."""
+    found = min(pattern.finditer(data), key=lambda match: abs(match.start() - at), default=None)
+    return found[found.lastindex or 0].decode(errors="replace") if found else None
 
 
 # --- XMP --------------------------------------------------------------------------------------------------------

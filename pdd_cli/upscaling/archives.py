@@ -17,7 +17,7 @@ from pdd_cli.errors import InputError, ResourceError
 from pdd_cli.files import BeforeRename, atomic_write, write_errors
 from pdd_cli.imaging.decode import probe
 from pdd_cli.imaging.formats import FORMATS, READ_ONLY, STREAMED, format_of
-from pdd_cli.imaging.provenance import seal, sealed_text
+from pdd_cli.imaging.provenance import DEFAULTS, seal, sealed_text
 from pdd_cli.upscaling.jobs import Abandoned, Job, Output, Result, check_name, failed, hidden_folder, recorded, skipped
 from pdd_cli.upscaling.manifest import Manifest
 from pdd_cli.upscaling.pipeline import run_jobs
@@ -56,6 +56,7 @@ def run_archives(
     videos is not for them.
     """
     format = _of_pages(format)
+    output = _with_format(output, format)
     for job in jobs:
         started = time.perf_counter()
         try:
@@ -85,6 +86,7 @@ def preview_archives(
 ) -> Iterator[Result]:
     """Predict the results of `run_archives` from the headers of the pages."""
     format = _of_pages(format)
+    output = _with_format(output, format)
     for job in jobs:
         started = time.perf_counter()
         try:
@@ -99,6 +101,15 @@ def preview_archives(
 
 def _of_pages(format: str) -> str:
     return format if f".{format}" in FORMATS else "keep"
+
+
+def _with_format(output: Output, format: str) -> Output:
+    """`output` with the format of the pages among the options, for the name of an archive doesn't tell it."""
+    made = output.provenance
+    if made is None or format == "keep":
+        return output
+    options = f"{made.options.removeprefix(DEFAULTS)} --format {format}".strip()
+    return replace(output, provenance=replace(made, options=options))
 
 
 def _key(digest: str, format: str, manifest: Manifest | None) -> str:

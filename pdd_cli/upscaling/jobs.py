@@ -111,7 +111,7 @@ def skipped(job: Job, digest: str, key: str, output: Output, manifest: Manifest 
     """The result of a job that can be skipped, else None.
 
     `digest`: SHA-256 of the input; `key`: the manifest's key of the new output. Without a manifest the result says if
-    the output was made from another input or with other weights.
+    the output was made from another input, or with other weights or settings.
 
     Raises InputError if the output is a file that pdd did not make: no option replaces it.
     """
@@ -123,10 +123,12 @@ def skipped(job: Job, digest: str, key: str, output: Output, manifest: Manifest 
     check_own(job.target, manifest=manifest)
     if output.overwrite or state == "stale":
         return None
-    source, weights = made_of(job.target)
-    made = output.provenance
-    others = ["from another input"] if source not in (None, digest) else []
-    others += ["with other weights"] if made is not None and made.sha256 and weights not in (None, made.sha256) else []
+    before, made = made_of(job.target), output.provenance
+    others = ["from another input"] if before.source not in (None, digest) else []
+    if made is not None and made.sha256:  # else a dry run with weights that aren't installed
+        others += ["with other weights"] if before.weights not in (None, made.sha256) else []
+        if made.options and before.options not in (None, made.options):
+            others.append(f"with other settings (then: {before.options}; now: {made.options})")
     about = f"{job.target} was made {' and '.join(others)}: --overwrite makes it again" if others else ""
     return Result(job, "skipped", about)
 
