@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load, save
+from safetensors.torch import load, save, save_file
 from spandrel import ModelLoader
 
 from pdd_cli.models.loading import interpolated, state_sha256
@@ -56,6 +56,7 @@ def install(runs: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         run = runs / "mine"
         run.mkdir(parents=True)
         (run / "config.yaml").write_text("adapt: {real_dir: /home/someone/photos}")
+        save_file(mine, run / "best.safetensors")
         scores = {"consistency": 30.0, "drift": 0.5, "texture": 2.0, "grain": 1.0}
         found = [{"strength": strength, "score": strength, **scores} for strength in (0.5, 1.0)]
         (run / "verdict.json").write_text(json.dumps({"keep": True, "base": scores, "adapted": found}))
@@ -126,6 +127,25 @@ def test_what_is_uploaded_comes_back(pdd: Pdd, hub: Hub, tmp_path: Path) -> None
     newest = repo.commits[-1][1]
     assert torch.equal(load(newest["mine.safetensors"])["body.0.weight"], mine["body.0.weight"])
     assert "comparison.png" not in newest["README.md"].decode()
+
+
+@pytest.mark.usefixtures("login")
+@pytest.mark.parametrize("present", ["other weights", "damaged", "nothing"])
+def test_pictures_of_another_run_are_not_uploaded(pdd: Pdd, hub: Hub, tmp_path: Path, present: str) -> None:
+    # The card is another's and names a folder of this machine.
+    base, _ = install(tmp_path / "runs")
+    weights = tmp_path / "runs/mine/best.safetensors"
+    weights.unlink()
+    if present == "other weights":
+        save_file(base, weights)
+    elif present == "damaged":
+        weights.write_bytes(b"{}")
+    done = pdd("export", "mine", "--to", "hub", "--repo", "someone/photos-2x")
+    assert done.code == 0, done.err
+    assert f"the model card has no pictures and no scores: {weights} doesn't contain these weights" in done.err
+    files = hub.repos["someone/photos-2x"].commits[-1][1]
+    assert "comparison.png" not in files
+    assert "| base | 0.000 |" not in files["README.md"].decode()
 
 
 @pytest.mark.usefixtures("login")

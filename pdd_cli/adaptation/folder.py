@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from pdd_cli.errors import InputError
-from pdd_cli.exporting.hub_upload import COMPARISON
+from pdd_cli.exporting.hub_upload import BEST, COMPARISON
 from pdd_cli.exporting.names import SUFFIXES, default_path, paths_of
 from pdd_cli.exporting.ownership import is_own
 from pdd_cli.files import write_errors
@@ -39,7 +39,7 @@ class RunFolder:
     @property
     def best(self) -> Path:
         """The weights with the best judgement so far; those of the last judgement if the run trains a student."""
-        return self.path / "best.safetensors"
+        return self.path / BEST
 
     @property
     def teacher_crops(self) -> Path:

@@ -18,9 +18,11 @@ from pdd_cli.observer import Observer
 from pdd_cli.version import __version__
 from pdd_cli.weights.hub import failure
 from pdd_cli.weights.sources import file_sha256
-from pdd_cli.weights.states import HUB_PREFIX
+from pdd_cli.weights.states import HUB_PREFIX, read_state, state_sha256
 from pdd_cli.weights.store import read_card
 
+BEST = "best.safetensors"
+"""The weights in a run's folder."""
 COMPARISON = "comparison.png"
 """The picture of LR images, upscaled with base and adapted weights, in a run's folder and in the repository."""
 
@@ -142,7 +144,7 @@ def _stage(model: SRModel, source: Path, folder: Path, repo: str, *, pictures: b
         described.append(CardFile(graph.name, "ONNX graph for images of any size, RGB in 0..1", file_sha256(graph)))
     except InputError as error:
         observer.warn(f"no ONNX graph is uploaded: {error.message.replace(f'{folder}/', '')}")
-    run, verdict = _run_folder(source), None
+    run, verdict = _run_folder(source, observer), None
     if run is not None:
         with contextlib.suppress(OSError, ValueError):
             verdict = json.loads((run / "verdict.json").read_text(encoding="utf-8"))
@@ -161,14 +163,23 @@ def _stage(model: SRModel, source: Path, folder: Path, repo: str, *, pictures: b
     return ["README.md", *(file.name for file in described), *([picture] if picture else [])]
 
 
-def _run_folder(source: Path) -> Path | None:
-    """The folder of the run that made the weights at `source`, by its card; None if there is none."""
+def _run_folder(source: Path, observer: Observer) -> Path | None:
+    """The folder of the run that made the weights at `source`, by its card; None if there is none.
+
+    A card may be another's, and name any folder of this machine: the weights in the folder must be these.
+    """
     card = read_card(source)
     settings: Any = (card.adapted or {}).get("settings") if card is not None else None
     if card is None or not isinstance(settings, dict) or not isinstance(settings.get("runs_dir"), str):
         return None
     folder = Path(settings["runs_dir"]) / str(settings.get("name") or card.name)
-    return folder if folder.is_absolute() and (folder / "config.yaml").is_file() else None
+    if not folder.is_absolute() or not (folder / "config.yaml").is_file():
+        return None
+    with contextlib.suppress(PddError, OSError):
+        if state_sha256(read_state(folder / BEST)) == state_sha256(read_state(source)):
+            return folder
+    observer.warn(f"the model card has no pictures and no scores: {folder / BEST} doesn't contain these weights")
+    return None
 
 
 def _copy_pixels(picture: Path, target: Path) -> None:
