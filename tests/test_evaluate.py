@@ -35,7 +35,7 @@ from pdd_cli.imaging.image import DecodedImage
 from pdd_cli.iqa import metrics as metrics_module
 from pdd_cli.iqa.metrics import Item, metric_infos, score
 from pdd_cli.iqa.pairing import pair, plain_stem
-from pdd_cli.iqa.report import Report, ScoredSet
+from pdd_cli.iqa.report import Origin, Report, ScoredSet
 from pdd_cli.last_run import LastRun, UpscaledPair, save_last_run
 from pdd_cli.reporting.evaluation import write_report
 from pdd_cli.weights import sources
@@ -43,6 +43,7 @@ from tests.helpers.commands import evaluate, run
 from tests.helpers.images import DATA, needs_data, photo, pixels, psnr, save
 from tests.helpers.server import Server, serving
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RNG = np.random.default_rng(0)
 pytestmark = pytest.mark.usefixtures("hub")
 
@@ -457,6 +458,28 @@ def test_names_that_are_not_utf_8_are_in_the_report(tmp_path: Path, suffix: str)
         assert {image["name"] for image in json.loads(text)["images"]} == set(names)  # as they are on the disk
     for part in ("caf\\udce9.png", "日本.png"):
         assert part in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_the_page_is_no_wider_than_a_phone(tmp_path: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    name = "x" * 200
+    metrics = {info: pyiqa.create_metric(info.name, device="cpu") for info in metric_infos(["psnr", "ssim"])}
+    item = Item(save(tmp_path / "sr/a.png", photo()), save(tmp_path / "gt/a.png", photo(seed=1)))
+    scored = [ScoredSet(f"{name}{n}", {name: next(score([item], metrics))}) for n in range(2)]
+    origin = Origin("2026", f"pdd evaluate {name}", name, {name: "1"}, {name: [name]})
+    write_report(
+        tmp_path / "page.html", Report(list(metrics), scored[0], scored[1:], 0, {name: name}, [name], origin=origin)
+    )
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 900})
+        page.goto((tmp_path / "page.html").as_uri())
+        page.wait_for_selector(".card canvas")
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        browser.close()
 
 
 def test_a_missing_package_is_named_and_loses_no_other_score(
