@@ -291,6 +291,19 @@ def test_the_list_of_metrics_says_whose_weights_are_here(hub: Path) -> None:
     assert (here["lpips"], here["lpips-vgg"], here["niqe"]) == ("here", "not here", "not here")
 
 
+def test_the_report_says_what_the_crop_applies_to(sets: Path, tmp_path: Path) -> None:
+    arguments = ("evaluate", sets / "good", "--gt-dir", sets / "gt", "--lr-dir", sets / "lr", "--metrics", "psnr")
+    code, _, err, _ = run(*arguments, "--crop-border", 4, "--output", tmp_path / "a.json")
+    assert code == 0, err
+    assert "4 pixels left out at each side (by downscale_consistency, colour_drift: none)." in " ".join(err.split())
+    metrics = json.loads((tmp_path / "a.json").read_text())["metrics"]
+    assert {metric["name"]: metric["crop_border"] for metric in metrics} == {
+        "psnr": 4,
+        "downscale_consistency": 0,
+        "colour_drift": 0,
+    }
+
+
 @pytest.mark.slow
 def test_metrics_of_whole_sets_are_pyiqas(sets: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The real network; its published weights can't be had from a package index, so random ones.
@@ -309,15 +322,17 @@ def test_metrics_of_whole_sets_are_pyiqas(sets: Path, hub: Path, monkeypatch: py
         for index in range(3, 8):
             (sets / folder / f"{index}.png").unlink()
     code, document, err = evaluate(sets / "good", "--baseline", sets / "poor", "--metrics", "inception_score,entropy",
-                                   "--offline")  # fmt: skip
+                                   "--offline", "--crop-border", 8)  # fmt: skip
     assert code == 0, err
+    for path in [*(sets / "good").iterdir(), *(sets / "poor").iterdir()]:
+        Image.open(path).crop((8, 8, 72, 56)).save(path)
     direct = pyiqa.create_metric("inception_score", device="cpu")
     expected = {
         name: direct(str(sets / name), num_workers=0, verbose=False)["inception_score_mean"]
         for name in ("good", "poor")
     }
     metric = document["metrics"][0]  # type: ignore[index]
-    assert metric["of"] == "set"
+    assert (metric["of"], metric["crop_border"]) == ("set", 8)
     assert metric["mean"] == pytest.approx(expected["good"], rel=1e-6)
     assert metric["baselines"]["poor"] == pytest.approx(expected["poor"], rel=1e-6)
 

@@ -211,8 +211,11 @@ def score(
             torch.set_num_threads(threads)
 
 
-def score_set(items: Sequence[Item], info: MetricInfo, metric: Any) -> float:
-    """The score of the whole set by a metric `of_sets`. Raises PddError where it can't be computed."""
+def score_set(items: Sequence[Item], info: MetricInfo, metric: Any, *, crop_border: int = 0) -> float:
+    """The score of the whole set by a metric `of_sets`, without `crop_border` pixels at each side of the images.
+
+    Raises PddError where it can't be computed.
+    """
     if info.reference == "full":
         items = [item for item in items if item.reference]
     what = f"{info.name} of the {len(items)} images"
@@ -223,7 +226,8 @@ def score_set(items: Sequence[Item], info: MetricInfo, metric: Any) -> float:
                 folder.mkdir(exist_ok=True)
                 if path is not None:
                     # pyiqa's own reader does not handle alpha, 16 bits and orientation: 8-bit RGB is written for it.
-                    write_image(folder / f"{index:08}.png", DecodedImage(read_image(path).to_rgb8()))
+                    inner = _without_border(read_image(path).to_rgb8(), crop_border, path)
+                    write_image(folder / f"{index:08}.png", DecodedImage(inner))
         places = [str(folder) for folder in (folders if info.reference == "full" else folders[:1])]
         try:
             with quiet():
@@ -301,11 +305,15 @@ def _rgb(picture: DecodedImage) -> Array:
 
 def _cropped(pixels: Array, border: int, path: Path) -> Tensor:
     """(1, 3, H, W) in 0..1."""
+    inner = _without_border(pixels, border, path)
+    return torch.from_numpy(np.ascontiguousarray(inner.transpose(2, 0, 1)))[None]
+
+
+def _without_border(pixels: Array, border: int, path: Path) -> Array:
     height, width = pixels.shape[:2]
     if 2 * border >= min(height, width):
         raise InputError(f"{path}: nothing is left of it after --crop-border {border}")
-    inner = pixels[border : height - border, border : width - border]
-    return torch.from_numpy(np.ascontiguousarray(inner.transpose(2, 0, 1)))[None]
+    return np.ascontiguousarray(pixels[border : height - border, border : width - border])
 
 
 class _SmallestSizes:

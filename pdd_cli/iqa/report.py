@@ -108,7 +108,9 @@ class Report:
         ranges = "; ".join(
             f"{metric.name}: {metric.better} is better, range {metric.value_range or '?'}" for metric in self.metrics
         )
+        whole = [metric.name for metric in self.metrics if metric.reference == "lr"] if self.crop_border else []
         cropped = f"{self.crop_border} pixels left out at each side"
+        cropped += f" (by {', '.join(whole)}: none)" if whole else ""
         on_luma = [metric.name for metric in self.metrics if metric.name in LUMA_METRICS]
         of_luma = "0 to 255 (full range)" if self.luma == "full" else "16 to 235 (as MATLAB's rgb2ycbcr)"
         luma = f" Luma of {', '.join(on_luma)}: {of_luma}." if on_luma else ""
@@ -157,6 +159,7 @@ class Report:
                     "name": metric.name,
                     "reference": metric.reference,
                     "of": "set" if metric.of_sets else "image",
+                    "crop_border": 0 if metric.reference == "lr" else self.crop_border,
                     "better": metric.better,
                     "range": metric.value_range,
                     "unit": metric.unit,

@@ -179,7 +179,7 @@ def _score(
     for info, metric in loaded.items():
         if info.of_sets and len(scored) == len(items):
             try:
-                set_scores[info.name] = score_set(items, info, metric)
+                set_scores[info.name] = score_set(items, info, metric, crop_border=crop_border)
             except PddError as error:
                 failures.append(f"{images.name}: {error.message}")
     return ScoredSet(images.name, dict(zip(images.items, scored, strict=False)), set_scores)
