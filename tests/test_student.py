@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -18,6 +20,7 @@ from torch import nn
 from pdd_cli.adaptation.loop import train
 from pdd_cli.adaptation.losses import lattice_loss
 from pdd_cli.adaptation.teaching import Teacher
+from pdd_cli.adaptation.train_step import _shifted_window
 from pdd_cli.data.datasets import CropSampler
 from pdd_cli.data.degradations import Degradation
 from pdd_cli.models.loading import SRModel
@@ -96,16 +99,43 @@ class _Counted(nn.Module):
         return self.module(images)
 
 
-def test_the_lattice_loss_is_the_mean_error_of_each_place_in_an_lr_pixel() -> None:
+def test_the_lattice_loss_is_the_error_of_each_place_in_an_lr_pixel_beyond_their_mean() -> None:
     rng = np.random.default_rng(0)
     error = rng.normal(0, 0.1, (2, 3, 64, 32)).astype(np.float32)
     places = error.reshape(2, 3, 2, 8, 4, 1, 8, 4).mean((3, 6))
+    places -= places.mean((3, 5), keepdims=True)
     target = torch.rand(2, 3, 64, 32)
     found = float(lattice_loss(target + torch.from_numpy(error), target, 4))
     assert found == pytest.approx(np.abs(places).mean(), rel=1e-3)
-    dots = torch.zeros(4, 4)
-    dots[1, 2] = 0.16
-    assert float(lattice_loss(target + dots.repeat(16, 8), target, 4)) == pytest.approx(0.01, rel=1e-3)
+    assert float(lattice_loss(target + 0.1, target, 4)) == pytest.approx(0, abs=1e-6)  # a wrong colour is no pattern
+
+
+def test_in_imitation_steps_the_student_learns_only_the_pixels_of_the_teacher(ground: Path, tmp_path: Path) -> None:
+    settings = {**distributed_worker.COMMON, **distributed_worker.CASES["student"], "imitation": 0.5}
+    run = distributed_worker.prepare(ground, tmp_path, "run", SINGLE_PROCESS, **settings)
+    alone = copy.deepcopy(run.state.specialist)
+    discriminator = copy.deepcopy(run.state.discriminator.state_dict())
+    optimizer = torch.optim.Adam(alone.parameters(), run.config.optimizer.learning_rate, run.config.optimizer.betas)
+    steps = train(run, lambda: False)
+    for report in itertools.islice(steps, 2):
+        lr, sr = run.teacher.draw(report.step - 1, 8, 0)
+        loss = (alone(lr) - sr).abs().mean()
+        assert report.losses == {"teacher": pytest.approx(loss.item(), rel=1e-4)}
+        optimizer.zero_grad()
+        (run.config.losses.teacher * loss).backward()
+        optimizer.step()
+    for ours, plain in zip(run.state.specialist.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-5)
+    assert all(torch.equal(run.state.discriminator.state_dict()[key], value) for key, value in discriminator.items())
+    assert {"perceptual", "pixel"} <= set(list(steps)[-1].losses)
+
+
+def test_features_see_every_place_in_an_lr_pixel_over_the_steps() -> None:
+    windows = [_shifted_window(128, step, 4) for step in range(16)]
+    assert {(rows.start, columns.start) for _, rows, columns in windows} == set(itertools.product(range(4), repeat=2))
+    assert all(rows.stop - rows.start == columns.stop - columns.start == 112 for _, rows, columns in windows)
+    assert _shifted_window(16, 5, 4) == (..., slice(0, 16), slice(0, 16))
+    assert all(window[1].stop <= 64 for window in (_shifted_window(64, step, 2) for step in range(4)))
 
 
 def test_a_teacher_changes_defaults_and_nothing_that_is_set() -> None:

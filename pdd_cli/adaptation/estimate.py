@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pdd_cli.adaptation.folder import RunFolder
 from pdd_cli.adaptation.hr_images import HRChoice, choose_hr
 from pdd_cli.adaptation.judge import STRENGTHS
-from pdd_cli.adaptation.planning import measure, plan_run, planned_before
+from pdd_cli.adaptation.planning import measure, plan_run, planned_before, time_imitation
 from pdd_cli.adaptation.prepare import Run, check_folder, check_name, memory_errors, prepare_run, weight_files
 from pdd_cli.adaptation.preview import PREVIEW_IMAGES, PREVIEW_SIZE
 from pdd_cli.adaptation.sources import Source, read_sources
@@ -46,11 +46,14 @@ class Estimate:
     events: tuple[str, ...]  # problems in the trial steps
     teacher_crops: int = 0  # to be computed before the first step
     seconds_per_teacher_crop: float = 0.0
+    imitation_steps: int = 0  # of `steps`
+    seconds_per_imitation_step: float = 0.0
 
     @property
     def seconds(self) -> float:
-        steps = self.steps * self.seconds_per_step + self.judgements * self.seconds_per_judgement
-        return steps + self.teacher_crops * self.seconds_per_teacher_crop
+        steps = (self.steps - self.imitation_steps) * self.seconds_per_step
+        steps += self.imitation_steps * self.seconds_per_imitation_step
+        return steps + self.judgements * self.seconds_per_judgement + self.teacher_crops * self.seconds_per_teacher_crop
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ class DryRun:
                     "seconds_per_judgement": estimate.seconds_per_judgement,
                     "teacher_crops": estimate.teacher_crops,
                     "seconds_per_teacher_crop": estimate.seconds_per_teacher_crop,
+                    "imitation_steps": estimate.imitation_steps,
+                    "seconds_per_imitation_step": estimate.seconds_per_imitation_step,
                     "seconds": estimate.seconds,
                     "memory": estimate.memory,
                 }
@@ -225,6 +230,8 @@ def estimate(run: Run, say: Callable[[str], None]) -> Estimate:
             crop_seconds.append(time.perf_counter() - started)
         seconds_per_teacher_crop = min(crop_seconds)
     left, judgements = run.config.steps - run.state.step, _judgements(run)
+    imitation_steps = max(0, run.config.imitation_steps - run.state.step)
+    seconds_per_imitation_step = time_imitation(run) if imitation_steps else 0.0
     if run.time_limit:
         timing = run.time_limit.timing  # just measured
     else:
@@ -240,6 +247,8 @@ def estimate(run: Run, say: Callable[[str], None]) -> Estimate:
         events=timing.events,
         teacher_crops=teacher_crops,
         seconds_per_teacher_crop=seconds_per_teacher_crop,
+        imitation_steps=imitation_steps,
+        seconds_per_imitation_step=seconds_per_imitation_step,
     )
 
 

@@ -26,6 +26,7 @@ from pdd_cli.data.datasets import RGB, Batch
 from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.files import append_line, atomic_write, remove_leftovers, write_errors, write_text
 
+_IMITATION_CROPS = 4  # per crop of another step; they need no features, so such a step is still a fraction of the work
 _WINDOW = 8  # number of steps of the monitored mean loss
 _MAX_RISE = 3.0  # maximum ratio of that mean to its minimum
 _MAX_SKIPPED = 3  # steps in a row
@@ -162,6 +163,10 @@ def batch_source(run: Run) -> Iterator[Callable[[int], Batch]]:
     n = ranks.per_rank(run.config.batch_size)
 
     def draw(step: int) -> Batch:
+        if run.teacher is not None and step < run.config.imitation_steps:
+            count = n * _IMITATION_CROPS
+            lr_t, sr_t = run.teacher.draw(step, count, ranks.rank * count)
+            return Batch(lr_t[:0], sr_t[:0], lr_t, sr_t)
         batch = run.sampler.batch(step, n, ranks.rank * n)
         if run.teacher is None:
             return batch

@@ -99,11 +99,13 @@ def consistency_loss(S_t: Tensor, lr_t: Tensor, scale: int) -> Tensor:
 def lattice_loss(sr: Tensor, target: Tensor, scale: int) -> Tensor:
     """The part of the error that repeats with every LR pixel, as networks that end in a pixel shuffle leave it.
 
-    The error of each of the scale² pixels of an LR pixel is averaged over neighbourhoods of 8x8 LR pixels: errors of
-    texture cancel out, a pattern of dots doesn't. L1 of the means. Shapes: (N, C, h*scale, w*scale).
+    The error of each of the scale² pixels of an LR pixel is averaged over neighbourhoods of 8x8 LR pixels, and the mean
+    over the scale² pixels is subtracted: errors of texture and of colour cancel out, a pattern of dots doesn't. L1 of
+    what is left. Shapes: (N, C, h*scale, w*scale).
     """
     phases = F.pixel_unshuffle(sr.float() - target.float(), scale)
-    return F.avg_pool2d(phases, min(8, *phases.shape[-2:])).abs().mean()
+    means = F.avg_pool2d(phases, min(8, *phases.shape[-2:])).unflatten(1, (-1, scale**2))
+    return (means - means.mean(2, keepdim=True)).abs().mean()
 
 
 def self_ensemble_loss(S_t: Tensor, base_t: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from pdd_cli.adaptation.checkpoint import checkpoint_settings
@@ -15,6 +16,7 @@ from pdd_cli.adaptation.prepare import Run
 from pdd_cli.adaptation.publish import report_crops
 from pdd_cli.adaptation.time_limit import TimeLimit, Timing, plan_steps
 from pdd_cli.adaptation.train_step import set_learning_rates, train_step
+from pdd_cli.data.datasets import Batch
 from pdd_cli.errors import InputError
 from pdd_cli.observer import duration
 from pdd_cli.settings.adapt import AdaptConfig
@@ -30,7 +32,7 @@ _PLANNED = ("steps", "checkpoint_every", "preview_every")
 
 def measure(run: Run, *, least_seconds: float = 0.0) -> Timing:
     """Evaluate the base and do a few training steps, for at least so long. This changes `run.state`."""
-    config, state, runtime = run.config, run.state, run.models.runtime
+    config, state = run.config, run.state
     started = time.perf_counter()
     if run.models.ranks.is_first:
         _ = run.judge.base_scores  # computed once, and needed in any case
@@ -45,14 +47,27 @@ def measure(run: Run, *, least_seconds: float = 0.0) -> Timing:
     events: list[str] = []
     with batch_source(run) as batches:
         while state.step < last and (len(seconds) < _TRIAL_STEPS or sum(seconds[1:]) < least_seconds):
-            started = time.perf_counter()
-            set_learning_rates(config, state)
-            result = train_step(state, batches(state.step).to(runtime.device), run.models, run.loss_weights)
-            seconds.append(time.perf_counter() - started)
-            if not result.finite:
+            taken, finite = _timed_step(run, batches)
+            seconds.append(taken)
+            if not finite:
                 events.append(f"step {state.step}: the loss is not finite")
     steady = seconds[1:] or seconds
     return Timing(sum(steady) / max(len(steady), 1), per_judgement, tuple(events))
+
+
+def time_imitation(run: Run) -> float:
+    """The time of one of a student's next steps, which are steps of imitation. This changes `run.state`."""
+    with batch_source(run) as batches:
+        return min(_timed_step(run, batches)[0] for _ in range(_TRIAL_STEPS))
+
+
+def _timed_step(run: Run, batches: Callable[[int], Batch]) -> tuple[float, bool]:
+    """Do a training step; returns its time, and whether its losses are finite."""
+    started = time.perf_counter()
+    set_learning_rates(run.config, run.state)
+    batch = batches(run.state.step).to(run.models.runtime.device)
+    result = train_step(run.state, batch, run.models, run.loss_weights)
+    return time.perf_counter() - started, result.finite
 
 
 def plan_run(run: Run, *, started: float) -> Run:

@@ -44,7 +44,7 @@ class Teacher:
     @property
     def side(self) -> int:
         """The side of a crop that is kept, in LR pixels."""
-        return 2 * self.sampler.crop
+        return 4 * self.sampler.crop
 
     @property
     def total_bytes(self) -> int:

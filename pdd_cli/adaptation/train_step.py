@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import EllipsisType
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,8 @@ from pdd_cli.ranks import Ranks
 from pdd_cli.runtime import Runtime
 from pdd_cli.settings.adapt import AdaptConfig, EmaGeneralist, LossWeights, StaticGeneralist
 
+_FEATURE_MULTIPLE = 16  # pixels: four poolings of the feature network
+
 
 @dataclass(frozen=True, eq=False)
 class Models:
@@ -63,6 +66,8 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
     gradients are those of the whole batch and identical in all processes.
     """
     if batch.lr_t is not None and batch.sr_t is not None:
+        if not len(batch.lr_s):
+            return _imitation_step(state, batch.lr_t, batch.sr_t, models, weights)
         return _student_step(state, batch, batch.lr_t, batch.sr_t, models, weights)
     runtime, ranks, features = models.runtime, models.ranks, models.features
     specialist = replace(models.base, module=state.specialist)
@@ -148,6 +153,18 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
     return _result(losses, finite, ranks)
 
 
+def _imitation_step(state: TrainState, lr_t: Tensor, sr_t: Tensor, models: Models, weights: LossWeights) -> StepResult:
+    """One of a student's first steps, which train it on nothing but the pixels of the teacher's SR."""
+    with models.runtime.autocast():
+        S_t = replace(models.base, module=state.specialist).upscale(lr_t).float()
+    loss = F.l1_loss(S_t, sr_t)
+    finite = _update(state.optimizer, weights.teacher * loss, models.ranks)
+    if finite and isinstance(models.distillation, EmaGeneralist):
+        ema_update(state.generalist, state.specialist, models.distillation.decay)
+    state.step += 1
+    return _result({"teacher": loss}, finite, models.ranks)
+
+
 def _student_step(
     state: TrainState, batch: Batch, lr_t: Tensor, sr_t: Tensor, models: Models, weights: LossWeights
 ) -> StepResult:
@@ -166,10 +183,11 @@ def _student_step(
     D.requires_grad_(False)
     with runtime.autocast():
         S = student.upscale(torch.cat((batch.lr_s, lr_t))).float()
-        phi = features(S, STUDENT_LAYERS)
+        seen = _shifted_window(S.shape[-1], state.step, student.scale)
+        phi = features(S[seen], STUDENT_LAYERS)
         with torch.no_grad():
-            phi_target = features(target, STUDENT_LAYERS)
-        logits = _logits(D, S, phi) if adversarial else []
+            phi_target = features(target[seen], STUDENT_LAYERS)
+        logits = _logits(D, S[seen], phi) if adversarial else []
     losses["pixel"] = pixel_loss(S[:n], batch.hr_s)
     losses["perceptual"] = perceptual_loss(phi, phi_target)
     losses["feature_distance"] = feature_distance_loss(phi, phi_target)
@@ -186,7 +204,7 @@ def _student_step(
     D.requires_grad_(True)
     with runtime.autocast():
         both = {layer: torch.cat((phi_target[layer], phi[layer].detach())) for layer in STUDENT_LAYERS}
-        logits = _logits(D, torch.cat((target, S.detach())), both)
+        logits = _logits(D, torch.cat((target[seen], S[seen].detach())), both)
     losses["discriminator_real"] = adversarial_loss([one[: 2 * n] for one in logits], real=True)
     losses["discriminator_fake"] = adversarial_loss([one[2 * n :] for one in logits], real=False)
     if finite:
@@ -198,6 +216,17 @@ def _student_step(
         ema_update(state.generalist, state.specialist, models.distillation.decay)
     state.step += 1
     return _result(losses, finite, ranks)
+
+
+def _shifted_window(side: int, step: int, scale: int) -> tuple[EllipsisType, slice, slice]:
+    """The part of square crops with this side that the features see: it starts at another pixel in each step.
+
+    Otherwise the poolings of the features would always meet the pixels of an LR pixel at the same places, and not see a
+    pattern that repeats with every LR pixel.
+    """
+    length = max((side - scale + 1) // _FEATURE_MULTIPLE * _FEATURE_MULTIPLE, min(side, _FEATURE_MULTIPLE))
+    y, x = (min(offset, side - length) for offset in (step % scale, step // scale % scale))
+    return ..., slice(y, y + length), slice(x, x + length)
 
 
 def _result(losses: dict[str, Tensor], finite: bool, ranks: Ranks) -> StepResult:

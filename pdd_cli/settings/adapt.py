@@ -277,7 +277,10 @@ class AdaptConfig(Settings):
     crop_candidates: PositiveInt = 8
     crop_texture: NonNegative = 30.0
     # With a teacher: number of crops of the real images that the teacher upscales before the training.
-    teacher_crops: PositiveInt = 64
+    teacher_crops: PositiveInt = 32
+    # With a teacher: fraction of the run, at its start, in which the student learns only the pixels of its SR. These
+    # steps take a fraction of the time of the others.
+    imitation: Annotated[float, Field(ge=0, lt=1)] = 0.0
     seed: Annotated[int, Field(ge=0, description="Seed of crops and initial weights."), Option("Training")] = 0
     features: FeatureSettings = FeatureSettings()
     synthetic: SyntheticSettings = SyntheticSettings()
@@ -415,8 +418,13 @@ class AdaptConfig(Settings):
 
     @property
     def discriminator_warmup_steps(self) -> int:
-        """Number of steps at the start in which only the discriminator is trained."""
-        return round(self.discriminator_warmup * self.steps)
+        """Number of steps before the adversarial losses: the discriminator's warm-up, and a student's imitation."""
+        return self.imitation_steps + round(self.discriminator_warmup * (self.steps - self.imitation_steps))
+
+    @property
+    def imitation_steps(self) -> int:
+        """Number of steps at the start in which a student learns only the pixels of its teacher's SR."""
+        return round(self.imitation * self.steps) if self.teacher else 0
 
 
 def _with_defaults(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

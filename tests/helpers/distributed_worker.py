@@ -31,7 +31,14 @@ CASES: dict[str, dict[str, object]] = {
     "ema": {"generalist": EMA, "discriminator": "features"},
     "ema_unet": {"generalist": EMA, "discriminator": "unet", "steps": 4, "batch_size": 2},
     "static": {"generalist": {"mode": "static", "weights": "other", "warmup_steps": 0}, "discriminator": "features"},
-    "student": {"generalist": EMA, "teacher": "other", "teacher_crops": 3, "steps": 4, "batch_size": 2},
+    "student": {
+        "generalist": EMA,
+        "teacher": "other",
+        "teacher_crops": 3,
+        "imitation": 0.25,
+        "steps": 4,
+        "batch_size": 2,
+    },
     "disturbed": {"generalist": EMA, "steps": 12, "checkpoint_every": 4},
 }
 
