@@ -26,7 +26,9 @@ from pdd_cli.data.datasets import RGB, Batch
 from pdd_cli.errors import InputError, PddError, ResourceError
 from pdd_cli.files import append_line, atomic_write, remove_leftovers, write_errors, write_text
 
-_IMITATION_CROPS = 4  # per crop of another step; they need no features, so such a step is still a fraction of the work
+# Crops of a student's step, as a multiple of the batch size. Imitation needs no features: more crops, and less work.
+_TEACHER_CROPS = 2
+_IMITATION_CROPS = 4
 _WINDOW = 8  # number of steps of the monitored mean loss
 _MAX_RISE = 3.0  # maximum ratio of that mean to its minimum
 _MAX_SKIPPED = 3  # steps in a row
@@ -163,15 +165,11 @@ def batch_source(run: Run) -> Iterator[Callable[[int], Batch]]:
     n = ranks.per_rank(run.config.batch_size)
 
     def draw(step: int) -> Batch:
-        if run.teacher is not None and step < run.config.imitation_steps:
-            count = n * _IMITATION_CROPS
-            lr_t, sr_t = run.teacher.draw(step, count, ranks.rank * count)
-            return Batch(lr_t[:0], sr_t[:0], lr_t, sr_t)
-        batch = run.sampler.batch(step, n, ranks.rank * n)
         if run.teacher is None:
-            return batch
-        lr_t, sr_t = run.teacher.draw(step, n, ranks.rank * n)
-        return replace(batch, lr_t=lr_t, sr_t=sr_t)
+            return run.sampler.batch(step, n, ranks.rank * n)
+        count = n * (_IMITATION_CROPS if step < run.config.imitation_steps else _TEACHER_CROPS)
+        lr_t, sr_t = run.teacher.draw(step, count, ranks.rank * count)
+        return Batch(lr_t[:0], sr_t[:0], lr_t, sr_t)
 
     if run.models.runtime.device_type == "cpu":  # its cores are busy anyway; prefetching makes a step 10 % slower
         yield draw
@@ -206,8 +204,9 @@ def _monitor(run: Run, result: StepResult) -> str:
     """Check the losses of this step and return to the checkpoint if they diverge. The result describes the event."""
     state, losses, monitor = run.state, result.losses, run.state.monitor
     monitor.skipped = 0 if result.finite else monitor.skipped + 1
-    if result.finite and "pixel" in losses:
-        monitor.recent = [*monitor.recent[1 - _WINDOW :], losses["pixel"] + losses["perceptual"]]
+    if result.finite and "perceptual" in losses:
+        pixels = losses["teacher" if run.teacher else "pixel"]
+        monitor.recent = [*monitor.recent[1 - _WINDOW :], pixels + losses["perceptual"]]
     mean = sum(monitor.recent) / _WINDOW if len(monitor.recent) == _WINDOW else None
     spiked = mean is not None and mean > _MAX_RISE * monitor.best
     if mean is not None:

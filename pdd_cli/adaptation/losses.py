@@ -105,7 +105,8 @@ def lattice_loss(sr: Tensor, target: Tensor, scale: int) -> Tensor:
     """
     phases = F.pixel_unshuffle(sr.float() - target.float(), scale)
     means = F.avg_pool2d(phases, min(8, *phases.shape[-2:])).unflatten(1, (-1, scale**2))
-    return (means - means.mean(2, keepdim=True)).abs().mean()
+    pattern: Tensor = means - means.mean(2, keepdim=True)
+    return pattern.abs().mean()
 
 
 def self_ensemble_loss(S_t: Tensor, base_t: Tensor) -> Tensor:

@@ -118,6 +118,8 @@ class Run:
     @property
     def hr_from(self) -> str:
         """The origin of the HR images."""
+        if self.config.teacher is not None:
+            return f"the teacher {self.config.teacher}"
         if self.config.real_dir is None:
             return "the pairs"
         return self._synthetic_hr_from + (" and the pairs" if self.sampler.pairs else "")
@@ -249,7 +251,7 @@ def prepare_run(
     scales = config.synthetic.hr_scales
     # From noisy images the model would learn to add noise.
     own_share = config.synthetic.own_share if hr and not properties.noisy else 0.0
-    if properties.noisy and not hr and config.real_dir is not None:
+    if properties.noisy and not hr and config.real_dir is not None and config.teacher is None:
         warn(
             "HR images made from noisy images teach the model to add noise: give sharp photographs instead "
             "(--hr-dir FOLDER, or --hr-dir photos to download some)"
@@ -325,7 +327,7 @@ def prepare_run(
         resumed=resume,
         sources=images.sources,
         properties=properties,
-        models=Models(base, generalist, features, config.generalist, runtime, ranks),
+        models=Models(base, generalist, features, config.generalist, runtime, ranks, config.imitation_steps),
         features_name=weights.feature_network,
         sampler=sampler,
         judge=replace(judge, teacher=teacher.model) if teacher else judge,

@@ -49,6 +49,7 @@ class Models:
     distillation: EmaGeneralist | StaticGeneralist
     runtime: Runtime
     ranks: Ranks
+    imitation_steps: int = 0  # of a student
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,8 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
     gradients are those of the whole batch and identical in all processes.
     """
     if batch.lr_t is not None and batch.sr_t is not None:
-        if not len(batch.lr_s):
-            return _imitation_step(state, batch.lr_t, batch.sr_t, models, weights)
-        return _student_step(state, batch, batch.lr_t, batch.sr_t, models, weights)
+        step = _imitation_step if state.step < models.imitation_steps else _student_step
+        return step(state, batch.lr_t, batch.sr_t, models, weights)
     runtime, ranks, features = models.runtime, models.ranks, models.features
     specialist = replace(models.base, module=state.specialist)
     generalist = replace(models.generalist, module=state.generalist)
@@ -165,35 +165,27 @@ def _imitation_step(state: TrainState, lr_t: Tensor, sr_t: Tensor, models: Model
     return _result({"teacher": loss}, finite, models.ranks)
 
 
-def _student_step(
-    state: TrainState, batch: Batch, lr_t: Tensor, sr_t: Tensor, models: Models, weights: LossWeights
-) -> StepResult:
-    """One step of a student: supervised by the HR of the synthetic crops and by the teacher's SR of the real ones.
-
-    Both are targets of the same losses. The discriminator learns them as real.
-    """
-    runtime, ranks, features, D = models.runtime, models.ranks, models.features, state.discriminator
+def _student_step(state: TrainState, lr_t: Tensor, sr_t: Tensor, models: Models, weights: LossWeights) -> StepResult:
+    """One step of a student: the teacher's SR of the real crops is its target, and real for the discriminator."""
+    runtime, ranks, features, D, n = models.runtime, models.ranks, models.features, state.discriminator, len(lr_t)
     student = replace(models.base, module=state.specialist)
-    n = len(batch.lr_s)
     adversarial = state.step >= state.warmup_steps
-    target = torch.cat((batch.hr_s, sr_t))
     losses: dict[str, Tensor] = {}
 
     # student
     D.requires_grad_(False)
     with runtime.autocast():
-        S = student.upscale(torch.cat((batch.lr_s, lr_t))).float()
-        seen = _shifted_window(S.shape[-1], state.step, student.scale)
-        phi = features(S[seen], STUDENT_LAYERS)
+        S_t = student.upscale(lr_t).float()
+        seen = _shifted_window(S_t.shape[-1], state.step, student.scale)
+        phi = features(S_t[seen], STUDENT_LAYERS)
         with torch.no_grad():
-            phi_target = features(target[seen], STUDENT_LAYERS)
-        logits = _logits(D, S[seen], phi) if adversarial else []
-    losses["pixel"] = pixel_loss(S[:n], batch.hr_s)
+            phi_target = features(sr_t[seen], STUDENT_LAYERS)
+        logits = _logits(D, S_t[seen], phi) if adversarial else []
     losses["perceptual"] = perceptual_loss(phi, phi_target)
     losses["feature_distance"] = feature_distance_loss(phi, phi_target)
-    losses["teacher"] = F.l1_loss(S[n:], sr_t)
-    losses["lattice"] = lattice_loss(S, target, student.scale)
-    losses["consistency"] = consistency_loss(S[n:], lr_t, student.scale)
+    losses["teacher"] = F.l1_loss(S_t, sr_t)
+    losses["lattice"] = lattice_loss(S_t, sr_t, student.scale)
+    losses["consistency"] = consistency_loss(S_t, lr_t, student.scale)
     if adversarial:
         losses["adversarial"] = adversarial_loss(logits, real=True)
     total = sum(getattr(weights, name) * loss for name, loss in losses.items())
@@ -204,9 +196,9 @@ def _student_step(
     D.requires_grad_(True)
     with runtime.autocast():
         both = {layer: torch.cat((phi_target[layer], phi[layer].detach())) for layer in STUDENT_LAYERS}
-        logits = _logits(D, torch.cat((target[seen], S[seen].detach())), both)
-    losses["discriminator_real"] = adversarial_loss([one[: 2 * n] for one in logits], real=True)
-    losses["discriminator_fake"] = adversarial_loss([one[2 * n :] for one in logits], real=False)
+        logits = _logits(D, torch.cat((sr_t[seen], S_t[seen].detach())), both)
+    losses["discriminator_real"] = adversarial_loss([one[:n] for one in logits], real=True)
+    losses["discriminator_fake"] = adversarial_loss([one[n:] for one in logits], real=False)
     if finite:
         total = losses["discriminator_real"] + losses["discriminator_fake"]
         finite = _update(state.discriminator_optimizer, total, ranks)
