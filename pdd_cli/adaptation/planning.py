@@ -39,7 +39,8 @@ def measure(run: Run, *, least_seconds: float = 0.0) -> Timing:
     per_judgement = time.perf_counter() - started
 
     # Start with the last step before the distillation: it moves the specialist away from the generalist.
-    state.step = max(state.step, state.warmup_steps + config.generalist.warmup_steps - 1)
+    distillation = 0 if run.teacher else config.generalist.warmup_steps
+    state.step = max(state.step, state.warmup_steps + distillation - 1)
     last = config.steps if config.minutes is None else state.step + _MAX_TRIAL_STEPS
     if run.models.ranks.size > 1:
         least_seconds = 0.0  # all processes must do the same number of steps

@@ -398,10 +398,11 @@ class AdaptConfig(Settings):
     @model_validator(mode="after")
     def _warmup_leaves_steps(self) -> AdaptConfig:
         # A run that is not longer than the warm-up would never use the distillation losses.
-        if self.steps <= self.discriminator_warmup_steps + self.generalist.warmup_steps:
+        distillation = 0 if self.teacher else self.generalist.warmup_steps
+        if self.steps <= self.discriminator_warmup_steps + distillation:
             raise ValueError(
                 f"steps {self.steps} leaves nothing after the warm-up of "
-                f"{self.discriminator_warmup_steps} + {self.generalist.warmup_steps} steps"
+                f"{self.discriminator_warmup_steps} + {distillation} steps"
             )
         return self
 
