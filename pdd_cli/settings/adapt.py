@@ -259,7 +259,7 @@ class AdaptConfig(Settings):
     ] = "good"
     steps: Annotated[
         PositiveInt,
-        Field(description="Training steps; --quality changes the default, and --teacher makes it 600."),
+        Field(description="Training steps; --quality changes the default, and --teacher makes it 700."),
         Option("Training"),
     ] = 100
     minutes: Annotated[
