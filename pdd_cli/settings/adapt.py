@@ -168,13 +168,13 @@ class OptimizerSettings(Settings):
 
 # The defaults of a student. It moves much farther from its base than an adapted model does, and its steps are short.
 STUDENT_DEFAULTS: dict[str, Any] = {
-    "steps": 700,
-    "imitation": 0.5,
+    "steps": 1100,
+    "imitation": 0.55,
     "crop": 32,
     "early_stopping": False,
     "generalist": {"decay": 0.99},
     "losses": {"adversarial": 0.3},
-    "optimizer": {"learning_rate": 5e-4, "halve_at": (0.3, 0.42, 0.65, 0.78, 0.88, 0.95)},
+    "optimizer": {"learning_rate": 5e-4, "halve_at": (0.35, 0.8, 0.88, 0.94)},
 }
 
 Quality = Literal["quick", "good", "best"]
@@ -259,7 +259,7 @@ class AdaptConfig(Settings):
     ] = "good"
     steps: Annotated[
         PositiveInt,
-        Field(description="Training steps; --quality changes the default, and --teacher makes it 700."),
+        Field(description="Training steps; --quality changes the default, and --teacher makes it 1100."),
         Option("Training"),
     ] = 100
     minutes: Annotated[
