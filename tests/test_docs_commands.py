@@ -38,6 +38,7 @@ NOT_RUN = {
     "pdd fetch-weights --metrics niqe,lpips": "downloads",
     "pdd fetch-weights bsrgan --from BSRGAN.pth": "needs the published file: its checksum is compared",
     "pdd adapt --real-dir ./realLR --minutes": "takes the time that it names",
+    "pdd adapt --real-dir ./realLR --student": "trains for long; tests/test_student.py a shorter one",
     "pdd export realLR --to hub": "uploads; tests/test_hub_upload.py does, to a server on localhost",
     "pdd upscale in out --weights hf:": "downloads; tests/test_hub_upload.py does, from a server on localhost",
     "pdd fetch-weights --info hf:": "downloads; tests/test_hub_upload.py does, from a server on localhost",

@@ -116,20 +116,23 @@ def test_the_time_left_follows_from_pixels_not_files():
     assert re.fullmatch(r"0\.05 MP/s  60 s left", line)
 
 
-@pytest.mark.parametrize("verbose", [False, True])
-def test_the_progress_of_adapt_fits_80_columns(verbose):
+@pytest.mark.parametrize(("verbose", "imitation"), [(False, 0), (True, 0), (False, 9500)])
+def test_the_progress_of_adapt_fits_80_columns(verbose, imitation):
     terminal = Terminal()
     so_far = f"so far {describe_score(-10.25)}"
     assert so_far == "so far worse (-10.2 dB)"
     state = SimpleNamespace(step=9000, judgements=[])
-    training = SimpleNamespace(state=state, config=SimpleNamespace(steps=10000), verdict_so_far=so_far)
+    training = SimpleNamespace(
+        state=state, config=SimpleNamespace(steps=10000, imitation_steps=imitation), verdict_so_far=so_far
+    )
 
     with adapt_progress(terminal, training, verbose=verbose) as progress:
         progress.update(StepReport(9001, {"inter": 0.25, "pixel": 0.125}, 1e-4, 30.0))
 
     bar = next(line for line in terminal.lines if "9001/10000" in line)
     assert len(bar) <= 80
-    assert re.fullmatch(rf"adapt .* step 9001/10000 8 h \d+ min left {re.escape(so_far)}", re.sub(" +", " ", bar))
+    left = "imitation" if imitation else r"8 h \d+ min left"
+    assert re.fullmatch(rf"adapt .* step 9001/10000 {left} {re.escape(so_far)}", re.sub(" +", " ", bar))
     losses = [line for line in terminal.lines if "inter 0.250  pixel 0.125" in line]
     assert bool(losses) == verbose
 
