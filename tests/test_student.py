@@ -265,6 +265,9 @@ def test_a_teacher_that_cannot_teach_is_named(pdd: Callable[..., Outcome], groun
     static = adapt(pdd, ground, "--mode", "static", "--generalist", str(ground / "other.safetensors"))
     assert static.code == 2
     assert "--teacher and --mode static" in static.err
+    pairs = adapt(pdd, ground, "--pairs-lr", str(ground / "realLR"), "--pairs-hr", str(ground / "hr"))
+    assert pairs.code == 2
+    assert "--teacher and --pairs-lr" in pairs.err
     assert not Path("runs").exists()
 
 

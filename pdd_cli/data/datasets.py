@@ -27,7 +27,10 @@ _GRAY_TOLERANCE = 3  # 8-bit levels; JPEG files of gray images in colour
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The crops of one step, fp32 in 0..1. Elements with the same index belong together."""
+    """The crops of one step, fp32 in 0..1. Elements with the same index belong together.
+
+    With a teacher there are only `lr_t` and `sr_t`; `lr_s` and `hr_s` are empty.
+    """
 
     lr_s: Tensor  # (N, 3, crop, crop): LR with ground truth, synthetic or from aligned pairs
     hr_s: Tensor  # (N, 3, crop*scale, crop*scale): its HR

@@ -344,6 +344,11 @@ class AdaptConfig(Settings):
             raise ValueError("--minutes plans the steps, so --steps can't be given, too")
         if not values.get("teacher"):
             return _with_defaults(values, PRESETS.get(str(values.get("quality")), {}))
+        if values.get("pairs_lr") is not None:
+            raise ValueError(
+                "--teacher and --pairs-lr can't be combined: a student learns only from its teacher's images "
+                "(to see scores with ground truth: --val-lr, --val-hr)"
+            )
         if _generalist_mode(values.get("generalist", {})) == "static":
             raise ValueError("--teacher and --mode static can't be combined: a student has no second model beside it")
         if values.get("minutes") is not None:
