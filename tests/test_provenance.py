@@ -24,7 +24,7 @@ from pdd_cli.version import __version__
 from tests.helpers.images import photo
 from tests.helpers.networks import compact
 from tests.test_video import rgb_frames
-from tests.test_video_options import lossless
+from tests.test_video_options import lossless, needs_ffmpeg
 
 MADE = Provenance("realsr", "ab" * 32, "x4, strength 0.5", "cd" * 32)
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
@@ -90,6 +90,24 @@ def test_exiftool_reads_it(tmp_path: Path, suffix: str) -> None:
     assert tags["XMP-xmpMM:History"][-1]["Parameters"] == text
     assert tags["XMP-dc:Title"] == "Möwe"
     assert not [key for key in tags if "Warning" in key]
+
+
+@needs_exiftool
+@needs_ffmpeg
+def test_a_gif_holds_xmp_where_exiftool_and_ffmpeg_expect_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.gif"
+    Image.fromarray(PIXELS).save(path, save_all=True, append_images=[Image.fromarray(255 - PIXELS)])
+    subprocess.run(["exiftool", "-q", "-XMP-dc:Title=Möwe", "-XMP-xmp:Rating=4", path], check=True)
+    tags = exiftool(write(tmp_path / "b.gif", read_image(path).metadata, pages=2))
+    assert tags["XMP-dc:Title"] == "Möwe"
+    assert tags["XMP-xmp:Rating"] == 4
+    assert tags["XMP-xmpMM:History"][-1]["SoftwareAgent"] == f"pdd {__version__}"
+    assert not [key for key in tags if "Warning" in key]
+    decoded = subprocess.run(
+        ["ffmpeg", "-v", "warning", "-i", tmp_path / "b.gif", "-f", "framecrc", "-"], capture_output=True, text=True
+    )
+    assert decoded.stderr == ""
+    assert len([line for line in decoded.stdout.splitlines() if not line.startswith("#")]) == 2
 
 
 def test_xmp_keeps_all_else_and_states_each_thing_once(tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from pdd_cli.errors import InputError, package_load_error
-from pdd_cli.imaging import dds, png, tga, tiff
+from pdd_cli.imaging import dds, gif, jxl, png, tga, tiff
 from pdd_cli.imaging.bmp import bit_fields, decode_bit_fields
 from pdd_cli.imaging.formats import load_plugin
 from pdd_cli.imaging.heif import decode_avif, decode_heif, is_deep, lost_of_heif, read_cicp
 from pdd_cli.imaging.image import MOST_PIXELS, Array, DecodedImage, Header, ImageSpec, check_pixels, from_samples
-from pdd_cli.imaging.jxl import is_jxl, size_of, xmp_of
+from pdd_cli.imaging.jxl import is_jxl, size_of
 from pdd_cli.imaging.metadata import (
     EXIF_IFD,
     GPS_IFD,
@@ -364,7 +364,8 @@ def _metadata(
 ) -> tuple[Metadata, Notes]:
     info = image.info
     kept, lost, notes = true_exif(exif, size)
-    packet, gone = true_xmp(xmp_of(data) or info.get("xmp"), orientation, size)
+    packet = gif.xmp_of(data) if image.format == "GIF" else jxl.xmp_of(data) or info.get("xmp")
+    packet, gone = true_xmp(packet, orientation, size)
     comment = info.get("comment")
     metadata = Metadata(
         exif=kept,

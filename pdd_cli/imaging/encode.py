@@ -25,7 +25,6 @@ from pdd_cli.imaging.png import write_png
 from pdd_cli.imaging.provenance import (
     Provenance,
     append_to_bmp,
-    append_to_gif,
     seal,
     sealed_text,
     stamped_exif,
@@ -95,8 +94,6 @@ def write_images(
         if provenance is not None:
             if format == "BMP":
                 append_to_bmp(temporary, provenance)
-            elif format == "GIF":
-                append_to_gif(temporary, provenance)
             seal(temporary)
 
 

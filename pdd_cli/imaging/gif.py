@@ -20,6 +20,10 @@ from pdd_cli.imaging.metadata import Metadata
 _COLOURS = 255
 # Pixels of all frames from which the palette is chosen.
 _SAMPLED = 1 << 18
+# An XMP packet stands in an application extension, whole and not in blocks. Of what follows it, each byte is the
+# distance to the end: a program that expects blocks, and takes any byte of the packet for a length, arrives there, too.
+_XMP = b"!\xff\x0bXMP DataXMP"
+_AFTER_XMP = b"\x01" + bytes(range(255, -1, -1)) + b"\x00"
 
 
 def write_gif(path: Path, streams: Iterable[ImageStream], to_srgb: Callable[[Image.Image, bytes], Image.Image]) -> None:
@@ -51,6 +55,13 @@ def write_gif(path: Path, streams: Iterable[ImageStream], to_srgb: Callable[[Ima
         durations = [after - before for before, after in itertools.pairwise(marks)] if len(ends) > 1 else []
         frames = (_next(kept, (first.spec.height, first.spec.width, 4)) for _ in ends)
         _write_frames(file, frames, colours.palette(), durations, first.metadata, transparent=has_clear)
+
+
+def xmp_of(data: bytes) -> bytes | None:
+    """The XMP packet of a GIF; None if it has none."""
+    start = data.find(_XMP) + len(_XMP)
+    end = data.find(_AFTER_XMP, start)
+    return data[start:end] if len(_XMP) <= start < end else None
 
 
 def _write_frames(
@@ -89,6 +100,8 @@ def _write_frames(
             if metadata.comment:
                 general["comment"] = metadata.comment
             file.writelines(GifImagePlugin.getheader(image, info=general)[0])
+            if metadata.xmp:
+                file.write(_XMP + metadata.xmp + _AFTER_XMP)
         else:
             before = _COLOURS if transparent else shown  # transparent frames are cleared before the next
             # Without a change one pixel is written, so that the frame keeps its time.

@@ -45,7 +45,7 @@ _HOLDS = {
     "TIFF": {"icc", "exif", "xmp", "dpi", "iptc", "geo"},
     "WEBP": {"icc", "exif", "xmp", "plays"},
     "AVIF": {"icc", "exif", "xmp"},
-    "GIF": {"comment", "plays"},
+    "GIF": {"xmp", "comment", "plays"},
     "HEIF": {"icc", "exif", "xmp", "cicp"},
     "JXL": {"exif", "xmp"},
     "BMP": {"dpi"},

@@ -157,12 +157,6 @@ def append_to_bmp(path: Path, made: Provenance) -> None:
         file.write(struct.pack("<I", size))
 
 
-def append_to_gif(path: Path, made: Provenance) -> None:
-    """Append the record to a GIF file, after its end mark, where programs ignore it."""
-    with path.open("ab") as file:
-        file.write(sealed_text(made).encode(errors="replace"))
-
-
 def seal(path: Path) -> None:
     """Write the SHA-256 of the file into its placeholder. A file without a placeholder is unchanged."""
     with path.open("rb+") as file:
