@@ -149,7 +149,7 @@ class LossWeights(Settings):
     self_ensemble: NonNegative = 15.0
     adversarial_on_target: bool = True
     # With a teacher: the student's SR of the real crops must equal the teacher's, pixel by pixel.
-    teacher: NonNegative = 10.0
+    teacher: NonNegative = 3.0
     # With a teacher: no pattern that repeats with every LR pixel.
     lattice: NonNegative = 100.0
 
@@ -173,7 +173,7 @@ STUDENT_DEFAULTS: dict[str, Any] = {
     "crop": 32,
     "early_stopping": False,
     "generalist": {"decay": 0.99},
-    "losses": {"adversarial": 0.3},
+    "losses": {"adversarial": 1.0},
     "optimizer": {"learning_rate": 5e-4, "halve_at": (0.35, 0.8, 0.88, 0.94)},
 }
 
