@@ -722,6 +722,20 @@ def test_code_in_a_metric_file_is_never_run(
     assert not (tmp_path / "danger").exists()
 
 
+def test_a_metric_that_is_a_program_from_a_hub_is_refused(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    program = hub.parent / "facebookresearch_dinov2_main/hubconf.py"  # as torch.hub keeps it
+    program.parent.mkdir(parents=True)
+    program.write_text("open('danger', 'w')\n")
+    save(tmp_path / "sr/a.png", photo(32, 32))
+    code, _, err = evaluate(tmp_path / "sr", "--metrics", "fid_dinov2", "--gt-dir", "sr")
+    assert code == 2
+    assert "downloads a program" in err
+    assert not Path("danger").exists()
+
+
 class Copy:
     def __reduce__(self) -> tuple[object, ...]:
         return (shutil.copyfile, ("published.pth", "danger"))

@@ -268,8 +268,15 @@ class _MetricFiles:
                     stack.enter_context(torch.serialization.safe_globals([(_Ignored, name) for name in others]))
                 return load(file, *args, **{**options, "weights_only": True})
 
+        def refuse_code(*args: Any, **options: Any) -> Any:
+            raise InputError(
+                f"metric {self._metric} downloads a program and runs it, which pdd doesn't do",
+                "Choose another metric.",
+            )
+
         with contextlib.ExitStack() as stack:
             stack.enter_context(_replaced(torch, "load", without_code))
+            stack.enter_context(_replaced(torch.hub, "load", refuse_code))
             for module in (torch.hub, pyiqa.utils.download_util):
                 stack.enter_context(_replaced(module, "download_url_to_file", self._download))
                 stack.enter_context(_replaced(module, "os", _OsWithExists(self._is_usable)))
