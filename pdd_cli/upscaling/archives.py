@@ -57,6 +57,7 @@ def run_archives(
     """
     format = _of_pages(format)
     output = _with_format(output, format)
+    run = _Run(upscaler, recipe, format, output, on_tile)
     for job in jobs:
         started = time.perf_counter()
         try:
@@ -67,7 +68,7 @@ def run_archives(
                 on_start(job)
                 check_name(job.target)
                 with recorded(job, key, manifest) as before_rename:
-                    result = _upscale(job, digest, upscaler, recipe, format, output, on_tile, before_rename)
+                    result = _upscale(job, digest, run, before_rename)
                 result = replace(result, seconds=time.perf_counter() - started)
         except (Abandoned, ResourceError):
             raise
@@ -137,6 +138,17 @@ def _preview(job: Job, upscaler: Upscaler, format: str) -> Result:
         job, "planned", "; ".join(about), tiles=tiles, seconds=seconds, model_seconds=seconds, memory=memory,
         frames=len(pages),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is the same for all archives: the arguments of `run_archives`."""
+
+    upscaler: Upscaler
+    recipe: Mapping[str, object]
+    format: str
+    output: Output
+    on_tile: OnTile
 
 
 @dataclass(frozen=True)
@@ -221,21 +233,12 @@ def _pages(archive: zipfile.ZipFile, path: Path, format: str) -> list[_Page]:
     return pages
 
 
-def _upscale(
-    job: Job,
-    digest: str,
-    upscaler: Upscaler,
-    recipe: Mapping[str, object],
-    format: str,
-    output: Output,
-    on_tile: OnTile,
-    before_rename: BeforeRename,
-) -> Result:
+def _upscale(job: Job, digest: str, run: _Run, before_rename: BeforeRename) -> Result:
     work = hidden_folder(job.target, "pages")
-    if output.overwrite:
+    if run.output.overwrite:
         shutil.rmtree(work, ignore_errors=True)
     try:
-        made, notes = _upscale_pages(job, digest, upscaler, recipe, format, output, on_tile, before_rename, work)
+        made, notes = _upscale_pages(job, digest, run, before_rename, work)
     except _ArchiveError:
         shutil.rmtree(work, ignore_errors=True)  # it would fail there again
         raise
@@ -258,19 +261,11 @@ def _upscale(
 
 
 def _upscale_pages(
-    job: Job,
-    digest: str,
-    upscaler: Upscaler,
-    recipe: Mapping[str, object],
-    format: str,
-    output: Output,
-    on_tile: OnTile,
-    before_rename: BeforeRename,
-    work: Path,
+    job: Job, digest: str, run: _Run, before_rename: BeforeRename, work: Path
 ) -> tuple[Mapping[int, Result], list[str]]:
     """Upscale the pages into the folder `work` and write the archive. Returns the results by number, and notes."""
     with _opened(job.source) as archive:
-        pages = _pages(archive, job.source, format)
+        pages = _pages(archive, job.source, run.format)
         with write_errors(job.target):
             work.mkdir(parents=True, exist_ok=True)
         page_jobs = {_page_job(page, work): page for page in pages}
@@ -282,15 +277,15 @@ def _upscale_pages(
                 yield page_job
 
         # The output of the archive may be overwritten; its pages are those of this run or of one that was interrupted.
-        own = replace(output, overwrite=False)
+        own = replace(run.output, overwrite=False)
         made: dict[int, Result] = {}
-        pages_manifest = Manifest(work, recipe, provenance=output.provenance)
-        for result in run_jobs(unpacked(), upscaler, output=own, manifest=pages_manifest, on_tile=on_tile):
+        manifest = Manifest(work, run.recipe, provenance=own.provenance)
+        for result in run_jobs(unpacked(), run.upscaler, output=own, manifest=manifest, on_tile=run.on_tile):
             result.job.source.unlink(missing_ok=True)
             made[page_jobs[result.job].number] = result
         if all(result.status == "failed" for result in made.values()):
             return made, []
-        return made, _write(job, digest, archive, pages, made, output, before_rename)
+        return made, _write(job, digest, archive, pages, made, run.output, before_rename)
 
 
 def _page_job(page: _Page, work: Path) -> Job:
