@@ -22,7 +22,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from benchmarks.robustness.fuzz import handmade
 from pdd_cli.errors import InputError, PddError
-from pdd_cli.imaging import png
+from pdd_cli.imaging import png, tiff
 from pdd_cli.imaging.decode import decode_pages, image_size, read_image
 from pdd_cli.imaging.encode import Encoding, write_image, write_images
 from pdd_cli.imaging.find import find_images
@@ -474,6 +474,19 @@ def test_pages_of_a_tiff(tmp_path: Path, bits: int) -> None:
     with tifffile.TiffFile(tmp_path / "b.tif") as file:
         for page, expected in zip(file.pages, pages, strict=True):
             np.testing.assert_array_equal(page.asarray(), expected)
+
+
+def test_pages_that_need_more_than_4_gib_together_become_a_big_tiff(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = DecodedImage(random_pixels(20, 30, 3))
+    monkeypatch.setattr(tiff, "_BIG_TIFF", 2 * picture.pixels.nbytes)
+    for count, is_big in ((1, False), (2, False), (3, True)):
+        streams = [ImageStream(picture.spec, [picture.pixels]) for _ in range(count)]
+        write_images(tmp_path / "a.tif", streams, count=count)
+        with tifffile.TiffFile(tmp_path / "a.tif") as file:
+            assert (file.is_bigtiff, len(file.pages)) == (is_big, count)
+            np.testing.assert_array_equal(file.pages[count - 1].asarray(), picture.pixels)
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp"])

@@ -138,3 +138,15 @@ def test_a_disk_that_is_full_for_the_manifest_ends_the_run(pdd, ground: Path, tm
         assert read_image(path).width == 160
     assert pdd(*command).code == 0
     assert len(list(out.glob("[0-9].png"))) == 3
+
+
+def test_names_with_other_line_ends_of_unicode_are_recorded(pdd, ground: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "in"
+    photos.mkdir()
+    for number, name in enumerate(("a\u2028b.png", "c\x85d.png", "e\x1cf.png")):
+        (photos / name).write_bytes((ground / f"realLR/{number}.png").read_bytes())
+    # Without metadata, only the manifest tells that pdd made them.
+    command = ("upscale", photos, tmp_path / "out", "--weights", ground / "base.safetensors", "--strip-metadata")
+    assert pdd(*command).code == 0
+    assert json.loads(pdd(*command, "--json").out)["skipped"] == 3
+    assert pdd(*command, "--scale", 2).code == 0

@@ -58,15 +58,21 @@ def test_what_moves_and_cuts_is_unchanged_and_equal_frames_stay_equal(tmp_path: 
     np.testing.assert_array_equal(found[11], found[9])
 
 
-def test_a_resumed_run_gives_the_same(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = lossless(tmp_path / "in.mkv", noisy(photo(24, 32), 12, 2))
+@pytest.mark.parametrize("copies", [1, 4])  # as many times each frame is shown
+def test_a_resumed_run_gives_the_same(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, copies: int
+) -> None:
+    different = noisy(photo(24, 32), 12 if copies == 1 else 7, 2)
+    frames = [frame for frame in different for _ in range(copies)]
+    first = 10 if copies == 1 else 22  # the third time that its frame is shown
+    source = lossless(tmp_path / "in.mkv", frames)
     options = ["--weights", weights, "--format", "png", "--temporal"]
     document, error = run_upscale(source, tmp_path / "whole/", *options)
     assert error is None, document
     add = FrameFolder.add
 
     def interrupted(folder: FrameFolder, time: int, pixels: np.ndarray) -> None:
-        if folder.frames == 10:
+        if folder.frames == first:
             raise KeyboardInterrupt
         add(folder, time, pixels)
 
@@ -76,8 +82,8 @@ def test_a_resumed_run_gives_the_same(tmp_path: Path, weights: Path, monkeypatch
     assert not (tmp_path / "out/in").exists()
     document, error = run_upscale(source, tmp_path / "out/", *options)
     assert error is None, document
-    assert document["files"][0]["tiles"] == 10  # 8 of them again
-    for number in range(1, 13):
+    assert document["files"][0]["tiles"] == 5 + (2 if copies == 1 else 1)  # five of them again
+    for number in range(1, len(frames) + 1):
         one, other = (np.asarray(Image.open(tmp_path / f"{folder}/in/{number:08d}.png")) for folder in ("whole", "out"))
         np.testing.assert_array_equal(one, other)
 

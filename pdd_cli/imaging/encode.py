@@ -77,7 +77,7 @@ def write_images(
     streams = iter(counted)
     with atomic_write(path, before_rename) as temporary:
         if format == "TIFF":
-            write_tiff(temporary, streams)
+            write_tiff(temporary, streams, count)
         elif format == "PNG":
             with temporary.open("wb") as file:
                 write_png(file, streams, count)

@@ -327,8 +327,8 @@ _TILE = 256
 _BIG_TIFF = 3_900_000_000
 
 
-def write_tiff(path: Path, streams: Iterable[ImageStream]) -> None:
-    """Write each of `streams` as a page of a TIFF at `path`: tiled, with Deflate compression, row by row of tiles."""
+def write_tiff(path: Path, streams: Iterable[ImageStream], count: int = 1) -> None:
+    """Write each of the `count` streams as a page of a TIFF at `path`: tiled, with Deflate compression, streamed."""
     import tifffile
 
     pointers: list[dict[int, dict[int, Any]]] = []
@@ -336,8 +336,9 @@ def write_tiff(path: Path, streams: Iterable[ImageStream]) -> None:
     try:
         for stream in streams:
             spec, metadata = stream.spec, stream.metadata
-            # A classic TIFF holds at most 4 GiB. Larger files are BigTIFF, which not every program reads.
-            writer = writer or tifffile.TiffWriter(path, byteorder="<", bigtiff=spec.bytes > _BIG_TIFF)
+            # A classic TIFF holds at most 4 GiB. Larger files are BigTIFF, which not every program reads. That is decided
+            # at the first page; the others are taken to have its size.
+            writer = writer or tifffile.TiffWriter(path, byteorder="<", bigtiff=count * spec.bytes > _BIG_TIFF)
             tags, folders = _tags(metadata)
             shape = (spec.height, spec.width, spec.samples)
             writer.write(

@@ -196,11 +196,11 @@ class Manifest:
             return
         except OSError as error:
             raise InputError(f"can't read {path}: {error.strerror or error}") from error
-        lines = data.decode("utf-8", "surrogateescape").splitlines()
-        self._lines += len(lines)
+        self._lines += data.count(b"\n")
         # The next line would be appended to one that is cut short.
         self._cut = self._cut or (bool(data) and not data.endswith(b"\n"))
-        for line in lines:
+        # Not splitlines(): a name may contain other line ends of Unicode, which JSON doesn't escape.
+        for line in data.decode("utf-8", "surrogateescape").split("\n"):
             try:
                 values = json.loads(line)
                 name, key, done = str(values.pop("output")), str(values.pop("key")), bool(values.pop("done"))

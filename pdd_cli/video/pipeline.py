@@ -354,7 +354,7 @@ def _upscale(
     temporal: bool,
 ) -> Result:
     clip, first = plan.clip, parts.frames
-    reader = (ImageSequenceReader if clip.index < 0 else FrameReader)(clip, skip=_first_read(first, temporal))
+    reader = (ImageSequenceReader if clip.index < 0 else FrameReader)(clip, skip=0 if temporal else first)
     frames = iter(reader)
     try:
         computed = _compute(
@@ -410,11 +410,11 @@ def _compute(
 ) -> _ComputedFrames:
     """Upscale the frames. `add` takes the time and the upright pixels of each, in a thread; `finish` follows there.
 
-    `first`: the number of the first frame for `add`; those before it are only averaged with it, if `temporal` is set.
+    `first`: the number of the first frame for `add`; those before it have no pixels, or are only averaged with it, if
+    `temporal` is set.
     """
     computed = _ComputedFrames(clip, upscaler)
     mean = TemporalMean() if temporal else None
-    done = 0
 
     def put(number: int, frame: Frame, upscaled: Array) -> None:
         if mean is not None and frame.pixels is not None:
@@ -432,15 +432,17 @@ def _compute(
                 ahead.append(decoder.submit(next, frames, None))
                 yield frame
 
-        decoded = upcoming()
+        decoded: Iterator[tuple[int, Frame]] = enumerate(upcoming())
+        if temporal:
+            decoded = _with_warm_up(decoded, first)
         while some := list(itertools.islice(decoded, batch_size)):
-            shown = [(number, frame) for number, frame in enumerate(some, done) if frame.pixels is not None]
+            shown = [(number, frame) for number, frame in some if frame.pixels is not None]
             found = computed.upscale([frame.pixels for _, frame in shown if frame.pixels is not None])
             for (number, frame), upscaled in zip(shown, found, strict=True):
                 waiting.append(encoder.submit(put, number, frame, upscaled))
                 while len(waiting) > _ENCODE_BEHIND + batch_size - 1:
                     waiting.popleft().result()
-            done += len(some)
+            done = some[-1][0] + 1
             on_tile(done, max(clip.frames, done))
         for future in waiting:
             future.result()
@@ -490,7 +492,7 @@ def _write_frames(
 ) -> Result:
     """Upscale a video into a folder of frames. Finished frames stay if it is interrupted."""
     clip, first = plan.clip, folder.frames
-    reader = FrameReader(clip, skip=_first_read(first, temporal))
+    reader = FrameReader(clip, skip=0 if temporal else first)
     frames = iter(reader)
     try:
         computed = _compute(clip, upscaler, frames, folder.add, folder.finish, on_tile, first=first, temporal=temporal)
@@ -555,9 +557,16 @@ class _ComputedFrames:
         return found
 
 
-def _first_read(first: int, temporal: bool) -> int:
-    """The number of the first frame to decode, so that those from `first` on can be computed."""
-    return max(0, first - WARM_UP) if temporal else first
+def _with_warm_up(numbered: Iterator[tuple[int, Frame]], first: int) -> Iterator[tuple[int, Frame]]:
+    """The frames from the number `first` on, after the last `WARM_UP` before them that differ from their predecessor."""
+    before: deque[tuple[int, Frame]] = deque(maxlen=WARM_UP)
+    for number, frame in numbered:
+        if number >= first:
+            yield from before
+            before.clear()
+            yield number, frame
+        elif not before or not np.array_equal(frame.pixels, before[-1][1].pixels):
+            before.append((number, frame))
 
 
 def _swap_if_rotated(size: tuple[int, int], clip: Clip) -> tuple[int, int]:

@@ -12,8 +12,9 @@ from pdd_cli.imaging.image import Array
 FRAMES = 4
 """Number of frames before each one that its mean includes, at most. Equal frames count once."""
 
-WARM_UP = 8
-"""Number of frames that a resumed run computes again, so that its first mean includes those before it."""
+WARM_UP = FRAMES + 1
+"""Number of different frames that a resumed run computes again: the last one before it may be shown once more, with a
+mean that includes `FRAMES` before that."""
 
 # Frames are compared in squares of this many pixels a side.
 _SIDE = 5
