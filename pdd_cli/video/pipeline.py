@@ -558,7 +558,7 @@ class _ComputedFrames:
 
 
 def _with_warm_up(numbered: Iterator[tuple[int, Frame]], first: int) -> Iterator[tuple[int, Frame]]:
-    """The frames from the number `first` on, after the last `WARM_UP` before them that differ from their predecessor."""
+    """The frames from the number `first` on, after the last `WARM_UP` before it that differ from the one before."""
     before: deque[tuple[int, Frame]] = deque(maxlen=WARM_UP)
     for number, frame in numbered:
         if number >= first:
