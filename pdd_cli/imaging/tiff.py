@@ -336,8 +336,8 @@ def write_tiff(path: Path, streams: Iterable[ImageStream], count: int = 1) -> No
     try:
         for stream in streams:
             spec, metadata = stream.spec, stream.metadata
-            # A classic TIFF holds at most 4 GiB. Larger files are BigTIFF, which not every program reads. The first page
-            # decides; the others are taken to have its size.
+            # A classic TIFF holds at most 4 GiB. Larger files are BigTIFF, which not every program reads. The
+            # first page decides; the others are taken to have its size.
             writer = writer or tifffile.TiffWriter(path, byteorder="<", bigtiff=count * spec.bytes > _BIG_TIFF)
             tags, folders = _tags(metadata)
             shape = (spec.height, spec.width, spec.samples)
