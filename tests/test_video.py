@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -26,8 +28,9 @@ from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 from pdd_cli.batch.devices import partition
 from pdd_cli.batch.plan import plan_jobs
 from pdd_cli.engines.torch_engine import TorchEngine
-from pdd_cli.errors import InputError, PartialFailure, PddError
+from pdd_cli.errors import InputError, PartialFailure, PddError, ResourceError
 from pdd_cli.imaging.encode import Encoding
+from pdd_cli.imaging.image import DecodedImage
 from pdd_cli.imaging.provenance import made_by_pdd, source_of
 from pdd_cli.last_run import read_last_run
 from pdd_cli.models.loading import load_sr_model
@@ -35,8 +38,9 @@ from pdd_cli.ranks import Ranks
 from pdd_cli.runtime import Runtime
 from pdd_cli.upscaling.jobs import Job, Output
 from pdd_cli.upscaling.manifest import NAME as MANIFEST
-from pdd_cli.upscaling.upscaler import Upscaler
+from pdd_cli.upscaling.upscaler import Upscaler, UpscaleResult
 from pdd_cli.video import decode as clips
+from pdd_cli.video import pipeline
 from pdd_cli.video.pipeline import PART_FRAMES, run_videos
 from pdd_cli.video.yuv import Coding, from_rgb, to_rgb
 from tests.helpers.commands import Hold, run_upscale
@@ -794,6 +798,40 @@ def test_an_interrupted_run_ends_well_and_continues(tmp_path: Path, weights: Pat
     assert document["files"][0]["tiles"] <= count - PART_FRAMES
     assert len(frames_of(tmp_path / "out.mkv")) == count
     assert not list(tmp_path.glob(".pdd-*"))
+
+
+@pytest.mark.parametrize("form", ["mkv", "png"])
+@pytest.mark.parametrize("lacking", ["memory", "disk"])
+def test_finished_frames_stay_if_the_machine_fails(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, form: str, lacking: str
+) -> None:
+    monkeypatch.setattr(pipeline, "PART_FRAMES", 4)
+    source = write_video(tmp_path / "in.mkv", rgb_frames(10))
+    command = [source, tmp_path / "out/", "--weights", weights, "--format", form]
+    rename, upscale, calls = Path.replace, Upscaler.upscale_all, itertools.count(1)
+
+    def renamed(path: Path, target: Path) -> Path:
+        if target.name in ("000001.mkv", "00000007.png"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    def upscaled(upscaler: Upscaler, pictures: Sequence[DecodedImage]) -> list[UpscaleResult]:
+        if next(calls) > 8:
+            raise ResourceError("out of memory even with tiles of 64 pixels")
+        return upscale(upscaler, pictures)
+
+    with monkeypatch.context() as failing:
+        if lacking == "disk":
+            failing.setattr(Path, "replace", renamed)
+        else:
+            failing.setattr(Upscaler, "upscale_all", upscaled)
+        document, _ = run_upscale(*command)
+    assert document["failed"] == 1
+    document, error = run_upscale(*command)
+    assert error is None, document
+    assert document["files"][0]["frames"] == 10
+    assert document["files"][0]["tiles"] <= 6
+    assert not list(tmp_path.rglob(".pdd-*.parts"))
 
 
 def test_a_surprise_is_the_job_s_own(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:

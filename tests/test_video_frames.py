@@ -294,6 +294,14 @@ def test_frames_of_a_video_are_those_of_ffmpeg_and_go_back(tmp_path: Path, weigh
     assert len(packets_of(tmp_path / "back.mkv", "audio")) == len(packets_of(source, "audio"))
 
 
+def test_a_name_with_two_suffixes_of_videos_becomes_a_folder_of_frames(tmp_path: Path, weights: Path) -> None:
+    source = lossless(tmp_path / "holiday.mov.mkv", rgb_frames(2))
+    document, error = run_upscale(source, tmp_path / "out/", "--weights", weights, "--format", "png")
+    assert error is None, document
+    folder = tmp_path / "out/holiday.mov_frames"
+    assert sorted(path.name for path in folder.glob("*.png")) == ["00000001.png", "00000002.png"]
+
+
 def test_a_folder_of_frames_is_replaced_only_if_pdd_made_it(tmp_path: Path, weights: Path) -> None:
     source = lossless(tmp_path / "in.mkv", rgb_frames(2))
     command = [source, tmp_path / "out/", "--weights", weights, "--format", "png"]

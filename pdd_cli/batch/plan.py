@@ -322,7 +322,9 @@ def _target_of_file(source: Path, output: str, naming: _Naming) -> Path:
                 "Name a folder, or use --preview TIME for one frame.",
             )
         format_of(Path(f"x.{format}"))
-        return path / (source.stem + naming.suffix)
+        name = source.stem + naming.suffix
+        # The folder of holiday.mov.mp4 would have the name of a video.
+        return path / (f"{name}_frames" if is_video(name) else name)
     check = check_video_name if to_video else format_of
     if format != "keep" and not naming.applies(source):
         raise InputError(f"--format {format} can't be used for {source}", "Omit it, or name another format.")

@@ -368,7 +368,7 @@ def _upscale(
             temporal=temporal,
         )
     except PddError as error:
-        if isinstance(error, ResourceError):
+        if _is_of_machine(error):
             parts.abandon()
         else:
             parts.remove()  # it would fail there again
@@ -496,10 +496,9 @@ def _write_frames(
     frames = iter(reader)
     try:
         computed = _compute(clip, upscaler, frames, folder.add, folder.finish, on_tile, first=first, temporal=temporal)
-    except ResourceError:
-        raise
-    except PddError:
-        folder.remove()  # it would fail there again
+    except PddError as error:
+        if not _is_of_machine(error):
+            folder.remove()  # it would fail there again
         raise
     finally:
         frames.close()
@@ -557,15 +556,22 @@ class _ComputedFrames:
         return found
 
 
+def _is_of_machine(error: PddError) -> bool:
+    """Whether memory, a disk or a network share failed, and not the video: then another run may succeed."""
+    return isinstance(error, ResourceError) or isinstance(error.__cause__, ResourceError | OSError)
+
+
 def _with_warm_up(numbered: Iterator[tuple[int, Frame]], first: int) -> Iterator[tuple[int, Frame]]:
     """The frames from the number `first` on, after the last `WARM_UP` before it that differ from the one before."""
     before: deque[tuple[int, Frame]] = deque(maxlen=WARM_UP)
+    latest: Array | None = None
     for number, frame in numbered:
         if number >= first:
             yield from before
             before.clear()
             yield number, frame
-        elif not before or not np.array_equal(frame.pixels, before[-1][1].pixels):
+        elif frame.pixels is not None and (latest is None or not np.array_equal(frame.pixels, latest)):
+            latest = frame.pixels
             before.append((number, frame))
 
 
