@@ -100,7 +100,7 @@ def test_a_list_can_be_the_input(batch: Callable[..., Outcome], pdd: Callable[..
     assert "no image or video is listed" in found.err
     assert "in/gone.png" in found.err
     found = pdd("upscale", "--output", "x", *options)
-    assert "give INPUT, or --from-list FILE" in found.err
+    assert "give INPUT or --from-list FILE" in found.err
 
 
 def test_lists_of_every_system(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_what_ncnn_cannot_do_is_named(pdd: Pdd, ground: Path, monkeypatch: pytes
     done = pdd(*command(ground)[3:], "--device", "vulkan:0")
     assert (done.code, "PyTorch can't use it" in done.err) == (2, True), done.err
     done = pdd("evaluate", ground / "hr", "--metrics", "entropy", "--engine", "ncnn")
-    assert (done.code, "add it" in done.err) == (2, True), done.err
+    assert (done.code, "add --weights" in done.err) == (2, True), done.err
     monkeypatch.setattr(ncnn_engine, "find_spec", lambda name: None)
     done = pdd("upscale", "lr.png", "sr.png", "--weights", "model.safetensors", "--engine", "ncnn")
     assert (done.code, "pip install 'pdd-cli[vulkan]'" in done.err) == (2, True), done.err

@@ -118,7 +118,7 @@ def test_the_source_of_higher_precedence_counts(tmp_path, monkeypatch):
     assert settings("minutes: 20", {}, ["steps=300"]).minutes is None
     assert settings("minutes: 20", {"steps": 50}, ["steps=300"]).steps == 50
     for given_twice in ({"cli": {"steps": 50, "minutes": 5.0}}, {"file": "steps: 50, minutes: 5"}):
-        with pytest.raises(InputError, match="--minutes plans the steps"):
+        with pytest.raises(InputError, match="--minutes plans the number of steps"):
             settings(**given_twice)
 
 

@@ -26,7 +26,7 @@ class EmaGeneralist(Settings):
 
     mode: Annotated[
         Literal["ema"],
-        Field(description="Generalist: moving average of the specialist, or a second, frozen model."),
+        Field(description="Generalist: ema (moving average of the specialist) or static (a second, frozen model)."),
         Option("Method", flags=("--mode",)),
     ] = "ema"
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
@@ -40,7 +40,7 @@ class StaticGeneralist(Settings):
     mode: Literal["static"]
     weights: Annotated[
         str,
-        Field(description="The frozen model of --mode static: NAME or FILE."),
+        Field(description="Frozen model for --mode static: NAME or FILE."),
         Option("Method", flags=("--generalist",)),
     ]
     warmup_steps: Annotated[int, Field(ge=0)] = 5
@@ -61,7 +61,7 @@ class FeatureSettings(Settings):
     # auto: vgg19, else vgg16, else (with a warning) efficientnet-lite0, whichever is available first.
     network: Annotated[
         Literal["auto", "vgg19", "vgg16", "efficientnet-lite0"],
-        Field(description="Feature network for the distances; auto: the first that is available."),
+        Field(description="Feature network for the distances; auto: the first available one."),
         Option("Method", flags=("--features",)),
     ] = "auto"
     weights: Annotated[
@@ -73,7 +73,7 @@ class FeatureSettings(Settings):
     @model_validator(mode="after")
     def _weights_name_their_network(self) -> FeatureSettings:
         if self.weights is not None and self.network == "auto":
-            raise ValueError(f"weights {self.weights} also need the name of their network (--features vgg19)")
+            raise ValueError(f"--feature-weights {self.weights}: also give the network (--features vgg19)")
         return self
 
 
@@ -193,13 +193,13 @@ class AdaptConfig(Settings):
 
     real_dir: Annotated[
         Path | None,
-        Field(description="Folder of real LR images or videos from one source, searched recursively; or a video."),
+        Field(description="Folder of real LR images or videos from one source (with subfolders), or one video."),
         Option("Input"),
     ] = None
     # A published data set in place of `real_dir`, which is then its `root`.
     dataset: Annotated[
         Literal["realsr", "drealsr", "ntire20", "dped"] | None,
-        Field(description="Adapt to the LR training images of this data set, as published, from --root."),
+        Field(description="Adapt to the LR training images of this published data set, in the folder --root."),
         Option("Input"),
     ] = None
     root: Annotated[
@@ -210,12 +210,12 @@ class AdaptConfig(Settings):
     # Aligned pairs for supervised training, beside the real images or alone.
     pairs_lr: Annotated[
         Path | None,
-        Field(description="LR images with ground truth from the same source: supervised training on them."),
+        Field(description="LR images with ground truth from the same source, for supervised training."),
         Option("Input", metavar="DIR"),
     ] = None
     pairs_hr: Annotated[
         Path | None,
-        Field(description="Ground truth of --pairs-lr, aligned with it and paired by name."),
+        Field(description="Ground truth of --pairs-lr, aligned and paired by name."),
         Option("Input", metavar="DIR"),
     ] = None
     # Fraction of the crops with ground truth that come from the pairs; the others are synthetic.
@@ -227,16 +227,16 @@ class AdaptConfig(Settings):
     ] = "realesrgan"
     teacher: Annotated[
         str | None,
-        Field(description="Large adapted model from which a small --base learns (a student): NAME or FILE."),
+        Field(description="Large adapted model that a small --base, the student, learns from: NAME or FILE."),
         Option("Input"),
     ] = None
     hr_dir: Annotated[
         Path | None,
         Field(
             description="Sharp HR photographs for the synthetic domain: a folder, an image set (div2k-valid, kodak, "
-            "photos), or own: made from the real images."
+            "photos), or own (made from the real images)."
         ),
-        Option("Input", metavar="DIR|NAME", default="an image set, with the real images"),
+        Option("Input", metavar="DIR|NAME", default="an image set and the real images"),
     ] = None
     generalist: Generalist = EmaGeneralist()
     name: Annotated[
@@ -252,24 +252,24 @@ class AdaptConfig(Settings):
     quality: Annotated[
         Quality,
         Field(
-            description="quick: 30 steps, a first impression in a third of the time of good; good: 100 steps; "
-            "best: 200 steps of twice as many crops, four times the time."
+            description="quick: 30 steps, for a first impression, a third of the time of good; good: 100 steps; "
+            "best: 200 steps with twice as many crops, four times the time of good."
         ),
         Option("Training"),
     ] = "good"
     steps: Annotated[
         PositiveInt,
-        Field(description="Training steps; --quality changes the default, and --teacher makes it 1100."),
+        Field(description="Training steps; --quality changes the default; with --teacher the default is 1100."),
         Option("Training"),
     ] = 100
     minutes: Annotated[
         Positive | None,
-        Field(description="Time for the whole run without downloads; the steps are planned for this machine."),
+        Field(description="Time for the whole run, without downloads; the number of steps is planned accordingly."),
         Option("Training", metavar="N"),
     ] = None
     batch_size: Annotated[
         PositiveInt,
-        Field(description="Number of synthetic crops, and of real crops, per step, over all processes."),
+        Field(description="Number of synthetic crops per step, and also of real crops, over all processes."),
         Option("Training"),
     ] = 4
     crop: Annotated[int, Field(ge=16, multiple_of=4)] = 48
@@ -282,7 +282,7 @@ class AdaptConfig(Settings):
     # With a teacher: fraction of the run, at its start, in which the student learns only the pixels of its SR. These
     # steps take a fraction of the time of the others.
     imitation: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    seed: Annotated[int, Field(ge=0, description="Seed of crops and initial weights."), Option("Training")] = 0
+    seed: Annotated[int, Field(ge=0, description="Seed for the crops and initial weights."), Option("Training")] = 0
     features: FeatureSettings = FeatureSettings()
     synthetic: SyntheticSettings = SyntheticSettings()
     losses: LossWeights = LossWeights()
@@ -298,7 +298,7 @@ class AdaptConfig(Settings):
     # Validation pairs from the same source. Their scores are reported; they influence neither training nor selection.
     val_lr: Annotated[
         Path | None,
-        Field(description="LR images of validation pairs; their scores are reported and influence nothing."),
+        Field(description="LR images of validation pairs, whose scores are reported but don't affect the result."),
         Option("Input"),
     ] = None
     val_hr: Annotated[
@@ -309,14 +309,14 @@ class AdaptConfig(Settings):
     # Files for other programs, in addition to the entry in the store.
     export: Annotated[
         tuple[ExportForm, ...],
-        Field(description="Also write the weights for other programs; pth is the format of BasicSR."),
+        Field(description="Also write the weights in these formats for other programs; pth: BasicSR's format."),
         Option("Output", comma_separated=True),
     ] = ()
     checkpoint_every: PositiveInt = 50
     # The better of specialist and moving average at each judgement.
     keep_checkpoints: Annotated[
         Annotated[int, Field(ge=0)],
-        Field(description="Keep the weights of the last N judgements, to use or judge them."),
+        Field(description="Keep the weights of the last N judgements, for use or for --judge."),
         Option("Training", metavar="N"),
     ] = 0
     preview_every: PositiveInt = 50
@@ -341,7 +341,7 @@ class AdaptConfig(Settings):
         if not isinstance(values, dict):
             return values
         if values.get("minutes") is not None and values.get("steps") is not None:
-            raise ValueError("--minutes plans the steps, so --steps can't be given, too")
+            raise ValueError("--minutes and --steps can't be combined: --minutes plans the number of steps")
         if not values.get("teacher"):
             return _with_defaults(values, PRESETS.get(str(values.get("quality")), {}))
         if values.get("pairs_lr") is not None:
@@ -350,11 +350,11 @@ class AdaptConfig(Settings):
                 "(to see scores with ground truth: --val-lr, --val-hr)"
             )
         if _generalist_mode(values.get("generalist", {})) == "static":
-            raise ValueError("--teacher and --mode static can't be combined: a student has no second model beside it")
+            raise ValueError("--teacher and --mode static can't be combined: a student is trained without a generalist")
         if values.get("minutes") is not None:
             raise ValueError("--teacher and --minutes can't be combined: give --steps")
         if values.get("quality", "good") != "good" and "steps" not in values:
-            raise ValueError("--quality sets no steps for a student: with --teacher, give --steps")
+            raise ValueError("--quality can't be combined with --teacher: give --steps")
         return _with_defaults(values, STUDENT_DEFAULTS)
 
     @model_validator(mode="after")
@@ -390,7 +390,7 @@ class AdaptConfig(Settings):
         if self.generalist.mode == "static":
             raise ValueError("--mode static has no effect without --real-dir: training on pairs alone is supervised")
         if self.teacher is not None:
-            raise ValueError("--teacher needs --real-dir: the student learns from the teacher's images of it")
+            raise ValueError("--teacher needs --real-dir: the student learns from the teacher's SR of these images")
         return self
 
     @model_validator(mode="after")
@@ -406,7 +406,7 @@ class AdaptConfig(Settings):
         distillation = 0 if self.teacher else self.generalist.warmup_steps
         if self.steps <= self.discriminator_warmup_steps + distillation:
             raise ValueError(
-                f"steps {self.steps} leaves nothing after the warm-up of "
+                f"--steps {self.steps} is too few: no step is left after the warm-up of "
                 f"{self.discriminator_warmup_steps} + {distillation} steps"
             )
         return self
@@ -448,20 +448,16 @@ def _with_defaults(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str
 class AdaptFlags(Settings):
     """Flags of one call, which can't be set in a file."""
 
-    resume: Annotated[bool, Field(description="Continue the run of this name from its checkpoint."), Option("Run")] = (
-        False
-    )
-    overwrite: Annotated[bool, Field(description="Replace an earlier run and weights of this name."), Option("Run")] = (
-        False
-    )
+    resume: Annotated[bool, Field(description="Continue the run --name from its checkpoint."), Option("Run")] = False
+    overwrite: Annotated[bool, Field(description="Replace a run and weights of the same name."), Option("Run")] = False
     judge: Annotated[
         Path | None,
-        Field(description="With --resume: judge these weights, such as a kept checkpoint, and don't train."),
+        Field(description="With --resume: only judge these weights, such as a kept checkpoint; don't train."),
         Option("Run", metavar="FILE"),
     ] = None
     student: Annotated[
         str | None,
-        Field(description="Then train this small base with the result as its teacher: NAME-student."),
+        Field(description="Afterwards also train this small base, with the result as its teacher, as NAME-student."),
         Option("Run", metavar="NAME|FILE"),
     ] = None
     verbose: Annotated[bool, Field(description="Print the losses of each step."), Option("Run")] = False

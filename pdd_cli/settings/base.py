@@ -74,7 +74,7 @@ Device = Annotated[str, Field(description="auto, cpu, cuda, cuda:N or mps."), Op
 EngineChoice = Literal["auto", "torch", "openvino", "winograd", "ncnn", "onnx"]
 Engine = Annotated[
     EngineChoice,
-    Field(description="Inference engine; auto: the fastest that agrees with PyTorch."),
+    Field(description="Inference engine; auto: the fastest one that agrees with PyTorch."),
     Option("Computing"),
 ]
 INFERENCE_DEVICES = "auto, cpu, cuda, cuda:N, mps, vulkan:N, directml, coreml, rocm, tensorrt."
@@ -93,7 +93,7 @@ Strength = Annotated[
 ]
 Denoise = Annotated[
     Fraction | None,
-    Field(description="Only --weights realesr-general: from 0 (keep the noise) to 1 (remove it)."),
+    Field(description="For --weights realesr-general only: from 0 (keep the noise) to 1 (remove it)."),
     Option("Model", default="1"),
 ]
 ColorCorrection = Annotated[
@@ -103,16 +103,16 @@ ColorCorrection = Annotated[
 ]
 Tta = Annotated[
     bool,
-    Field(description="Mean of 8 flips and transposes: fewer artefacts, softer, 8 times the work."),
+    Field(description="Average over 8 flips and transposes: fewer artefacts, but softer; takes 8 times as long."),
     Option("Model", flags=("--tta",)),
 ]
 Mix = Annotated[
     Fraction,
-    Field(description="Fraction of a plain resize in the output, from 0 to 1."),
+    Field(description="Fraction of a plain resize to blend into the output, from 0 to 1."),
     Option("Model"),
 ]
 SnapFlats = Annotated[
     bool,
-    Field(description="Make nearly white and nearly black flats white and black, as for scanned text."),
+    Field(description="Make nearly white and nearly black flat areas pure white and black, for scanned text."),
     Option("Model", flags=("--snap-flats",)),
 ]

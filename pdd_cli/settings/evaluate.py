@@ -35,7 +35,7 @@ class EvaluateConfig(Settings):
 
     sr_dir: Annotated[
         Path | None,
-        Field(description="Image, video or folder of images to score."),
+        Field(description="Image, video or folder to score."),
         Option("Input", argument=True, metavar="SR_DIR", default="the outputs of the last `pdd upscale`"),
     ] = None
     gt_dir: Annotated[
@@ -45,12 +45,12 @@ class EvaluateConfig(Settings):
     ] = None
     lr_dir: Annotated[
         Path | None,
-        Field(description="The LR inputs: image or folder. Adds downscale consistency and colour drift."),
+        Field(description="LR inputs: image, video or folder. Adds downscale consistency and colour drift."),
         Option("Input"),
     ] = None
     baseline: Annotated[
         tuple[Path, ...],
-        Field(description="Other SR images of the same inputs, for comparison; may be given several times."),
+        Field(description="Other SR images of the same inputs to compare with; repeatable."),
         Option("Comparison"),
     ] = ()
     fail_if_worse: Annotated[
@@ -60,7 +60,7 @@ class EvaluateConfig(Settings):
     ] = ()
     dataset: Annotated[
         Literal["realsr", "drealsr", "ntire20", "dped", "videolq"] | None,
-        Field(description="Read the LR and HR images of this data set, as published, from --root."),
+        Field(description="Use the LR and HR images of this published data set, in the folder --root."),
         Option("Input"),
     ] = None
     root: Annotated[
@@ -71,14 +71,14 @@ class EvaluateConfig(Settings):
     weights: Annotated[
         tuple[str, ...],
         Field(
-            description="Upscale the LR images (--lr-dir or --dataset) with each of these, NAME or NAME@STRENGTH, "
-            "then score; the last one is compared with the others."
+            description="Upscale the LR images (--lr-dir or --dataset) with each of these (NAME or NAME@STRENGTH) and "
+            "score the results; the last one is compared with the others."
         ),
         Option("Model", flags=("--weights", "-n"), comma_separated=True),
     ] = ()
     upscaled_dir: Annotated[
         Path,
-        Field(description="Folder for the images that --weights makes; one subfolder for each model."),
+        Field(description="Folder for the images that --weights makes, with one subfolder per model."),
         Option("Model"),
     ] = Path("upscaled")
     strength: Strength = None
@@ -91,8 +91,8 @@ class EvaluateConfig(Settings):
         tuple[str, ...],
         Field(
             min_length=1,
-            description="pyiqa metrics, for example niqe,psnr,lpips; `list` prints all; paper: "
-            "psnr,ssim,lpips,dists,niqe,musiq at --crop-border 4.",
+            description="Metrics of pyiqa, for example niqe,psnr,lpips; list: show all; paper: "
+            "psnr,ssim,lpips,dists,niqe,musiq with --crop-border 4.",
         ),
         Option("Metrics", comma_separated=True),
     ] = ("niqe",)
@@ -104,13 +104,13 @@ class EvaluateConfig(Settings):
     luma: Annotated[
         Literal["full", "matlab"],
         Field(
-            description="Luma of psnry, ssim, ms_ssim and cw_ssim: full (0..255), or matlab (16..235, as in papers)."
+            description="Luma range of psnry, ssim, ms_ssim, cw_ssim: full (0..255) or matlab (16..235, as in papers)."
         ),
         Option("Metrics"),
     ] = "full"
     output: Annotated[
         Path | None,
-        Field(description="Write the report: a web page (.html), all scores (.csv, .json), or a table (.md, .tex)."),
+        Field(description="Write a report: a web page (.html), all scores (.csv, .json) or a table (.md, .tex)."),
         Option("Output", flags=("--output", "-o")),
     ] = None
     engine: Engine = "auto"
@@ -141,7 +141,7 @@ class EvaluateConfig(Settings):
         switches = ("engine", "precision", *SWITCHES)
         given = [name for name in switches if getattr(self, name) != type(self).model_fields[name].default]
         if given and not self.weights:
-            raise ValueError(f"--{given[0].replace('_', '-')} is for the images of --weights: add it")
+            raise ValueError(f"--{given[0].replace('_', '-')} applies to the images of --weights: add --weights NAME")
         if len(set(self.weights)) < len(self.weights):
             raise ValueError("--weights names the same weights twice")
         if self.fail_if_worse and not self.baseline and len(self.weights) < 2:

@@ -14,30 +14,28 @@ class ExportConfig(Settings):
 
     weights: Annotated[
         str,
-        Field(description="The model: NAME or FILE."),
+        Field(description="The model: NAME, FILE or hf:USER/NAME."),
         Option("Model", argument=True, metavar="WEIGHTS"),
     ]
     output: Annotated[
         str | None,
-        Field(description="Folder for the files, or a file if there is one form."),
+        Field(description="Folder for the files, or a file name for a single format."),
         Option("Output", argument=True, metavar="OUT", default="the current folder"),
     ] = None
     to: Annotated[
         tuple[ExportForm | Literal["hub"], ...],
-        Field(description="Forms to write; pth is that of BasicSR, hub uploads to the Hugging Face Hub."),
-        Option("Output", comma_separated=True, default="the form of OUT's suffix"),
+        Field(description="Formats to write; pth: BasicSR's format; hub: upload to the Hugging Face Hub."),
+        Option("Output", comma_separated=True, default="the suffix of OUT"),
     ] = ()
     repo: Annotated[
         str | None,
-        Field(description="Repository for --to hub; it is created if there is none."),
+        Field(description="Repository for --to hub; it is created if it doesn't exist."),
         Option("Hugging Face Hub", metavar="USER/NAME"),
     ] = None
-    private: Annotated[
-        bool, Field(description="Create the repository as a private one."), Option("Hugging Face Hub")
-    ] = False
+    private: Annotated[bool, Field(description="Make a new repository private."), Option("Hugging Face Hub")] = False
     pictures: Annotated[
         bool,
-        Field(description="Show crops of the run's images in the model card, before and after."),
+        Field(description="Show crops of the run's images, before and after, in the model card."),
         Option("Hugging Face Hub", flags=("--pictures/--no-pictures",), default="pictures"),
     ] = True
     strength: Annotated[

@@ -15,12 +15,12 @@ class FetchConfig(Settings):
 
     names: Annotated[
         tuple[str, ...],
-        Field(description="Weights or image sets, as listed by --list; with --info also files and hf:USER/NAME."),
+        Field(description="Weights or image sets, as shown by --list; with --info also files and hf:USER/NAME."),
         Option("Weights", argument=True, metavar="NAME"),
     ] = ()
     metrics: Annotated[
         tuple[str, ...],
-        Field(description="Fetch the files that these metrics of `pdd evaluate` need: niqe,lpips"),
+        Field(description="Fetch the files for these metrics of `pdd evaluate`, such as niqe,lpips."),
         Option("Weights", comma_separated=True),
     ] = ()
     source: Annotated[
@@ -30,7 +30,7 @@ class FetchConfig(Settings):
     ] = "auto"
     from_path: Annotated[
         Path | None,
-        Field(description="Install from this file, or the folder that contains it; a model file under any free name."),
+        Field(description="Install from this file or the folder that contains it; a model file under any unused name."),
         Option("Source", flags=("--from",)),
     ] = None
     offline: Offline = False
@@ -44,19 +44,19 @@ class FetchFlags(Settings):
         Field(description="Fetch this feature network of `pdd adapt`."),
         Option("Weights"),
     ] = None
-    all: Annotated[bool, Field(description="Fetch all weights on the list."), Option("Weights")] = False
+    all: Annotated[bool, Field(description="Fetch all weights of --list."), Option("Weights")] = False
     list: Annotated[
-        bool, Field(description="List weights and image sets, and which are installed."), Option("Weights")
+        bool, Field(description="List weights and image sets, and whether they are installed."), Option("Weights")
     ] = False
     info: Annotated[
-        bool, Field(description="Describe the weights NAME, or a file: origin, verdict, licence."), Option("Weights")
+        bool, Field(description="Describe the weights NAME or a file: origin, verdict, licence."), Option("Weights")
     ] = False
     remove: Annotated[bool, Field(description="Delete the installed weights NAME."), Option("Weights")] = False
     overwrite: Annotated[
         bool,
         Field(
-            description="Fetch again what is installed; the old version is kept if that fails. "
-            "With --remove: also the base of other weights."
+            description="Fetch installed files again; the old version is kept if that fails. "
+            "With --remove: also remove weights that are the base of others."
         ),
         Option("Weights"),
     ] = False

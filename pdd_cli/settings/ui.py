@@ -14,7 +14,7 @@ class UiConfig(Settings):
 
     port: Annotated[
         int,
-        Field(ge=0, le=65535, description="Port on this computer; 0: any free one."),
+        Field(ge=0, le=65535, description="Port on this computer; 0: any free port."),
         Option("Run"),
     ] = 0
 

@@ -75,7 +75,7 @@ Time = Annotated[str, BeforeValidator(str), AfterValidator(_checked_time)]
 
 def _any_input(inputs: tuple[Path, ...], others: ValidationInfo) -> tuple[Path, ...]:
     if not inputs and others.data.get("from_list") is None:
-        raise ValueError("missing; give INPUT, or --from-list FILE")
+        raise ValueError("missing; give INPUT or --from-list FILE")
     return inputs
 
 
@@ -85,8 +85,8 @@ class UpscaleConfig(Settings):
     from_list: Annotated[
         Path | None,
         Field(
-            description="The inputs, or with INPUT those of its files that are named, in a list: one a line, or "
-            "NUL-separated; - is stdin."
+            description="Upscale the files in this list (with INPUT: only those of its files). One per line, or "
+            "separated by NUL; - reads stdin."
         ),
         Option("Input", metavar="FILE"),
     ] = None
@@ -96,13 +96,13 @@ class UpscaleConfig(Settings):
         AfterValidator(_any_input),
         Field(
             validate_default=True,
-            description="Images, videos, folders of them, or patterns in quotes ('in/**/*.png').",
+            description="Images, videos, folders or quoted patterns ('in/**/*.png').",
         ),
         Option("Input", argument=True, metavar="INPUT", checked_later=True),
     ] = ()
     output: Annotated[
         str,  # a Path would lose the trailing slash, which marks a folder
-        Field(description="Folder for the outputs, or a file if there is one input."),
+        Field(description="Folder for the outputs, or a file name for a single input."),
         Option("Output", argument=True, metavar="OUTPUT", checked_later=True),
     ]
     weights: Annotated[
@@ -112,12 +112,12 @@ class UpscaleConfig(Settings):
     ] = "realesrgan"
     model_map: Annotated[
         tuple[str, ...],
-        Field(description="Other weights for the files that match, such as 'faces/**=realLR'; several times."),
+        Field(description="Other weights for matching files, such as 'faces/**=realLR'; repeatable."),
         Option("Model", metavar="PATTERN=NAME"),
     ] = ()
     tile: Annotated[
         Literal["auto"] | Annotated[int, Field(ge=0)],
-        Field(description="Longest side of a tile in LR pixels; 0: the whole image; auto: by memory."),
+        Field(description="Longest side of a tile in LR pixels; 0: no tiles; auto: as the free memory allows."),
         Option("Computing", metavar="N"),
     ] = "auto"
     overlap: Annotated[
@@ -159,17 +159,17 @@ class UpscaleConfig(Settings):
     snap_flats: SnapFlats = False
     seamless: Annotated[
         Literal["none", "x", "y", "both"],
-        Field(description="Axes along which the texture repeats: opposite edges still fit."),
+        Field(description="Axes along which the texture repeats, so that opposite edges still fit."),
         Option("Textures"),
     ] = "none"
     normal_map: Annotated[
         bool,
-        Field(description="The images are normal maps: vectors get length 1 again, no colour management."),
+        Field(description="The images are normal maps: vectors are normalised, colours are not converted."),
         Option("Textures", flags=("--normal-map",)),
     ] = False
     format: Annotated[
         FormatChoice,
-        Field(description="Format of the outputs: images or videos; keep: the input's."),
+        Field(description="Format of the outputs (images or videos); keep: the input's format."),
         Option("Output"),
     ] = "keep"
     quality: Annotated[
@@ -184,12 +184,12 @@ class UpscaleConfig(Settings):
     ] = False
     strip_metadata: Annotated[
         bool,
-        Field(description="Keep no EXIF, XMP, text, dpi or tags; only the colour profile."),
+        Field(description="Drop EXIF, XMP, text, dpi and tags; keep only the colour profile."),
         Option("Output"),
     ] = False
     suffix: Annotated[
         str,
-        Field(description="Text to append to the name of each output."),
+        Field(description="Text that is appended to the name of each output."),
         Option("Output", default="none"),
     ] = ""
     recursive: Annotated[
@@ -199,7 +199,7 @@ class UpscaleConfig(Settings):
     ] = True
     overwrite: Annotated[
         bool,
-        Field(description="Replace outputs of pdd; other files are never replaced."),
+        Field(description="Replace existing outputs of pdd; other files are never replaced."),
         Option("Output", flags=("--overwrite/--skip-existing",), default="skip"),
     ] = False
     log: Annotated[
@@ -219,65 +219,65 @@ class UpscaleConfig(Settings):
     ] = None
     start: Annotated[
         Time | None,
-        Field(description="Upscale a video from this time on: seconds or HH:MM:SS.mmm."),
+        Field(description="Start of the part of a video to upscale: seconds or HH:MM:SS.mmm."),
         Option("Video", metavar="TIME"),
     ] = None
     end: Annotated[
         Time | None,
-        Field(description="Upscale a video up to this time."),
+        Field(description="End of the part of a video to upscale."),
         Option("Video", metavar="TIME"),
     ] = None
     crop: Annotated[
         Annotated[str, Field(pattern=r"^[1-9]\d{0,6}x[1-9]\d{0,6}\+\d{1,7}\+\d{1,7}$")] | None,
         Field(
-            description="Only this part of each frame of a video, or of the image that --compare shows: width, height, "
-            "left, top in pixels of the input."
+            description="Part of each video frame, or of the image for --compare, to upscale: width, height, "
+            "left and top in pixels of the input."
         ),
         Option("Video", metavar="WxH+X+Y"),
     ] = None
     preview: Annotated[
         Time | None,
-        Field(description="Upscale only the frame that a video shows at this time, as PNG or the format of OUTPUT."),
+        Field(description="Upscale only the video frame at this time, as PNG or in the format of OUTPUT."),
         Option("Video", metavar="TIME"),
     ] = None
     deinterlace: Annotated[
         bool,
-        Field(description="Deinterlace a video (bwdif): each frame is made of its two fields."),
+        Field(description="Deinterlace a video (bwdif); the frame rate stays the same."),
         Option("Video"),
     ] = False
     temporal: Annotated[
         bool,
-        Field(description="Less flicker in a video: mean over up to 5 frames where the scene is still."),
+        Field(description="Reduce flicker in a video: average up to 5 frames where the scene is still."),
         Option("Video", flags=("--temporal",)),
     ] = False
     keep_audio: Annotated[
         Literal["copy", "convert"],
-        Field(description="Audio that the container can't hold: copy fails, convert encodes it (AAC, Opus, FLAC)."),
+        Field(description="Audio that the container can't hold: copy fails, convert re-encodes (AAC, Opus, FLAC)."),
         Option("Video"),
     ] = "copy"
     fps: Annotated[
         Rate | None,
-        Field(description="Make a video of the images in the folder INPUT, at this many frames per second."),
+        Field(description="Make a video of the images in the folder INPUT, with this number of frames per second."),
         Option("Video", metavar="RATE"),
     ] = None
     audio: Annotated[
         Path | None,
-        Field(description="Take the audio for a folder of frames, or an animation, from this file."),
+        Field(description="File to take the audio from, for a folder of frames or an animation."),
         Option("Video", metavar="FILE"),
     ] = None
     encoder: Annotated[
         Annotated[str, Field(pattern=r"^[\w-]+$")] | None,
-        Field(description="FFmpeg's name of the encoder, such as libx265, libsvtav1 or h264_nvenc."),
-        Option("Video", metavar="NAME", default="by format and bits"),
+        Field(description="FFmpeg's name of the video encoder, such as libx265, libsvtav1 or h264_nvenc."),
+        Option("Video", metavar="NAME", default="depends on format and bit depth"),
     ] = None
     crf: Annotated[
         Annotated[int, Field(ge=0, le=63)] | None,
-        Field(description="Constant rate factor of the encoder; lower is better and larger."),
-        Option("Video", default="by --quality"),
+        Field(description="Constant rate factor of the encoder; lower means better quality and larger files."),
+        Option("Video", default="from --quality"),
     ] = None
     preset: Annotated[
         Annotated[str, BeforeValidator(str), Field(pattern=r"^[\w-]+$")] | None,
-        Field(description="Preset of the encoder: slow and fast of x264 and x265, 0 to 13 of SVT-AV1."),
+        Field(description="Preset of the encoder, such as slow or fast for x264 and x265, 0 to 13 for SVT-AV1."),
         Option("Video", metavar="NAME", default="the encoder's"),
     ] = None
     engine: Engine = "auto"
@@ -312,7 +312,8 @@ class UpscaleConfig(Settings):
         if self.lossless and encoding:
             raise ValueError(f"--lossless and --{encoding[0]} can't be combined: lossless videos are FFV1")
         if self.preview is not None and (encoding + range_options):
-            raise ValueError(f"--preview and --{(encoding + range_options)[0]} can't be combined: it makes an image")
+            other = (encoding + range_options)[0]
+            raise ValueError(f"--preview and --{other} can't be combined: --preview makes an image")
         if self.end is not None and seconds_of(self.end) <= seconds_of(self.start or "0"):
             raise ValueError(f"--end {self.end} is not after --start {self.start or 0}")
         return self
@@ -328,22 +329,22 @@ class UpscaleConfig(Settings):
 class UpscaleFlags(Settings):
     """Flags of one call, which can't be set in a file."""
 
-    dry_run: Annotated[bool, Field(description="Show what would be done, and do nothing."), Option("Output")] = False
+    dry_run: Annotated[bool, Field(description="Show what would be done; write nothing."), Option("Output")] = False
     watch: Annotated[
         bool,
-        Field(description="Keep upscaling what appears in the folder INPUT, until Ctrl-C."),
+        Field(description="Watch the folder INPUT and upscale new files, until Ctrl-C."),
         Option("Input", flags=("--watch",)),
     ] = False
     compare: Annotated[
         tuple[str, ...],
         Field(
-            description="Show one image by several versions, before a batch: NAME, NAME@STRENGTH, FILE, bicubic, "
-            "lanczos, nearest."
+            description="Compare versions of one image before a batch: NAME, NAME@STRENGTH, FILE, bicubic, "
+            "lanczos or nearest."
         ),
         Option("Comparison", comma_separated=True),
     ] = ()
     page: Annotated[
         Path,
-        Field(description="The page of --compare; a contact sheet (.png) is written beside it."),
+        Field(description="Page that --compare writes; a contact sheet (.png) is written beside it."),
         Option("Comparison", flags=("--output", "-o")),
     ] = Path("compare.html")
