@@ -121,10 +121,8 @@ def test_the_progress_of_adapt_fits_80_columns(verbose, imitation):
     terminal = Terminal()
     so_far = f"so far {describe_score(-10.25)}"
     assert so_far == "so far worse (-10.2 dB)"
-    state = SimpleNamespace(step=9000, judgements=[])
-    training = SimpleNamespace(
-        state=state, config=SimpleNamespace(steps=10000, imitation_steps=imitation), verdict_so_far=so_far
-    )
+    state = SimpleNamespace(step=9000, imitation_steps=imitation, judgements=[])
+    training = SimpleNamespace(state=state, config=SimpleNamespace(steps=10000), verdict_so_far=so_far)
 
     with adapt_progress(terminal, training, verbose=verbose) as progress:
         progress.update(StepReport(9001, {"inter": 0.25, "pixel": 0.125}, 1e-4, 30.0))

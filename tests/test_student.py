@@ -236,14 +236,29 @@ def test_one_command_trains_a_model_and_its_student(
     teacher = load_file(Store.default().path("few"))
     assert (card.adapted["teacher"], card.adapted["teacher_sha256"]) == ("few", state_sha256(teacher))
     assert card.base_sha256 == state_sha256(load_file(small))
+    shutil.copy(Store.default().path("few-student"), Store.default().path("new-student"))
     for words, more in {
         "already trains a student": ("--teacher", "big", "--overwrite"),
         "no weights are named 'nobody'": ("--student", "nobody", "--overwrite"),
-        "'few-student' already exist": ("--name", "few", "--runs-dir", "elsewhere"),
+        "'new-student' already exist": ("--name", "new"),
     }.items():
         failed = both(*more)
         assert failed.code == 2, words
         assert words in failed.err
+    assert not Path("runs/new").exists()
+
+    # A longer run of the teacher makes another teacher: its student begins anew, and only on request.
+    refused = both("--resume", "--steps", "9")
+    assert refused.code == 2
+    assert "'few-student' already exist" in refused.err
+    assert len(Path("runs/few/log.jsonl").read_text().splitlines()) == 6
+    longer = both("--resume", "--steps", "9", "--overwrite")
+    assert longer.code == 0, longer.err
+    assert (json.loads(longer.out)["steps"], json.loads(longer.out)["student"]["steps"]) == (9, 7)
+    adapted = Store.default().get("few-student").card.adapted
+    assert adapted["teacher_sha256"] == state_sha256(load_file(Store.default().path("few"))) != state_sha256(teacher)
+    dry = both("--dry-run", "--overwrite")
+    assert "without its student" in dry.err
 
     rejected = both("--real-dir", str(ground / "realLR"))
     assert rejected.code == 0, rejected.err
@@ -279,6 +294,17 @@ def test_progress_shows_the_judgement_of_the_weights_that_are_kept(ground: Path,
         assert run.verdict_so_far == f"first judged at step {run.config.steps}"
         run.state.judgements += [{"step": step, "which": which, "score": score} for step, which, score in judgements]
         assert run.verdict_so_far == kept
+
+
+@pytest.mark.slow
+def test_a_run_that_is_extended_does_not_imitate_again(ground: Path, tmp_path: Path) -> None:
+    settings = {**distributed_worker.COMMON, **distributed_worker.CASES["student"]}
+    list(train(distributed_worker.prepare(ground, tmp_path, "run", SINGLE_PROCESS, **settings), lambda: False))
+    longer = {**settings, "steps": 32}  # a quarter would be 8
+    run = distributed_worker.prepare(ground, tmp_path, "run", SINGLE_PROCESS, resume=True, **longer)
+    report = next(train(run, lambda: False))
+    assert (report.step, run.state.imitation_steps) == (5, 1)
+    assert {"perceptual", "adversarial"} <= set(report.losses)
 
 
 @pytest.mark.slow

@@ -39,7 +39,9 @@ class TrainState:
     discriminator: nn.Module
     optimizer: torch.optim.Optimizer
     discriminator_optimizer: torch.optim.Optimizer
-    warmup_steps: int  # initial steps in which only the discriminator is trained; constant if the run is extended
+    # Initial steps that are different. Their numbers stay when the run is extended.
+    warmup_steps: int  # only the discriminator is trained; or, of a student, all steps without adversarial losses
+    imitation_steps: int = 0  # of a student, which learns only the pixels of its teacher's SR
     step: int = 0  # steps done
     monitor: DivergenceMonitor = field(default_factory=DivergenceMonitor)
     judgements: list[dict[str, Any]] = field(default_factory=list)  # step, which weights, score, measured values
@@ -51,6 +53,7 @@ def save_checkpoint(path: Path, state: TrainState, settings: dict[str, Any], inp
         "version": _VERSION,
         "step": state.step,
         "warmup_steps": state.warmup_steps,
+        "imitation_steps": state.imitation_steps,
         "inputs": inputs,
         "guard": asdict(state.monitor),
         "judgements": state.judgements,
@@ -90,6 +93,7 @@ def load_checkpoint(path: Path, state: TrainState, ranks: Ranks = SINGLE_PROCESS
         state.step = content["step"]
         saved = content["settings"]  # a file without `warmup_steps` belongs to a run that was never extended
         state.warmup_steps = content.get("warmup_steps", round(saved["discriminator_warmup"] * saved["steps"]))
+        state.imitation_steps = content.get("imitation_steps", round(saved.get("imitation", 0) * saved["steps"]))
         state.monitor = DivergenceMonitor(**content["guard"])
         state.judgements = content["judgements"] if "judgements" in content else _older_judgements(path, state.step)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:

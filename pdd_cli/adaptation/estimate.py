@@ -230,7 +230,7 @@ def estimate(run: Run, say: Callable[[str], None]) -> Estimate:
             crop_seconds.append(time.perf_counter() - started)
         seconds_per_teacher_crop = min(crop_seconds)
     left, judgements = run.config.steps - run.state.step, _judgements(run)
-    imitation_steps = max(0, run.config.imitation_steps - run.state.step)
+    imitation_steps = max(0, run.state.imitation_steps - run.state.step)
     seconds_per_imitation_step = time_imitation(run) if imitation_steps else 0.0
     if run.time_limit:
         timing = run.time_limit.timing  # just measured

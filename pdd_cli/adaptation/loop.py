@@ -167,7 +167,7 @@ def batch_source(run: Run) -> Iterator[Callable[[int], Batch]]:
     def draw(step: int) -> Batch:
         if run.teacher is None:
             return run.sampler.batch(step, n, ranks.rank * n)
-        count = n * (_IMITATION_CROPS if step < run.config.imitation_steps else _TEACHER_CROPS)
+        count = n * (_IMITATION_CROPS if step < run.state.imitation_steps else _TEACHER_CROPS)
         lr_t, sr_t = run.teacher.draw(step, count, ranks.rank * count)
         return Batch(lr_t[:0], sr_t[:0], lr_t, sr_t)
 

@@ -327,7 +327,7 @@ def prepare_run(
         resumed=resume,
         sources=images.sources,
         properties=properties,
-        models=Models(base, generalist, features, config.generalist, runtime, ranks, config.imitation_steps),
+        models=Models(base, generalist, features, config.generalist, runtime, ranks),
         features_name=weights.feature_network,
         sampler=sampler,
         judge=replace(judge, teacher=teacher.model) if teacher else judge,
@@ -390,6 +390,7 @@ def new_state(
             discriminator.parameters(), rates.discriminator_learning_rate, betas, fused=True
         ),
         warmup_steps=config.discriminator_warmup_steps,
+        imitation_steps=config.imitation_steps,
     )
 
 

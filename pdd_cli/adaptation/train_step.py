@@ -49,7 +49,6 @@ class Models:
     distillation: EmaGeneralist | StaticGeneralist
     runtime: Runtime
     ranks: Ranks
-    imitation_steps: int = 0  # of a student
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def train_step(state: TrainState, batch: Batch, models: Models, weights: LossWei
     gradients are those of the whole batch and identical in all processes.
     """
     if batch.lr_t is not None and batch.sr_t is not None:
-        step = _imitation_step if state.step < models.imitation_steps else _student_step
+        step = _imitation_step if state.step < state.imitation_steps else _student_step
         return step(state, batch.lr_t, batch.sr_t, models, weights)
     runtime, ranks, features = models.runtime, models.ranks, models.features
     specialist = replace(models.base, module=state.specialist)

@@ -60,7 +60,7 @@ class AdaptProgress:
     def _left(self) -> str:
         if not self._seconds or self._step >= self._steps:
             return ""
-        if self._step < self._run.config.imitation_steps:
+        if self._step < self._run.state.imitation_steps:
             return "imitation"  # in shorter steps than the others
         left = (self._steps - self._step) * sum(self._seconds) / len(self._seconds) - (time.monotonic() - self._at)
         return f"{duration(max(left, 0))} left"

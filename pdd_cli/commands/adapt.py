@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pdd_cli.console import Console
-from pdd_cli.errors import InputError, Interrupted
+from pdd_cli.errors import InputError, Interrupted, PddError
 from pdd_cli.options import Call, command
 from pdd_cli.ranks import Ranks
 from pdd_cli.settings.adapt import AdaptConfig, AdaptFlags
@@ -77,6 +77,9 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
     store = Store.default()
     run_name = settings.name or default_name(settings.lr_dir, console.say)
     if call.flags.dry_run:
+        if student_base is not None:
+            _student_of(settings, run_name, student_base, Ranks.from_environment())
+            console.say(f"the estimate is that of '{run_name}' alone, without its student")
         keep_freed_memory()  # as in the run, so that the estimate is right
         found = estimate.dry_run(
             settings, store, name=run_name, resume=resume, overwrite=overwrite, say=console.say, warn=console.warn
@@ -89,25 +92,35 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
             raise found.problems[0]
         return
     ranks = Ranks.from_environment()
-    if student_base is None:
-        _finish(console, _train(call, settings, run_name, store, ranks, resume=resume))
-        return
-    student = _student_of(settings, run_name, student_base)
-    again = resume and RunFolder(student.runs_dir / str(student.name)).checkpoint.exists()
-    _check_student(console, student, store, ranks, resume=again, replace=resume or overwrite)
-    trained = _train(call, settings, run_name, store, ranks, resume=resume)
-    if trained is None:
+    student = None if student_base is None else _student_of(settings, run_name, student_base, ranks)
+    run = _start(call, settings, run_name, ranks, resume=resume)
+    again = False
+    if student is not None:
+        # The student of a teacher that still changes starts anew.
+        again = resume and run.finished and RunFolder(student.runs_dir / str(student.name)).checkpoint.exists()
+        _check_student(console, student, store, resume=again, overwrite=overwrite)
+    trained = _train(call, run, store)
+    if student is None or trained is None:
+        _finish(console, trained)
         return
     result = trained.result
     if result.weights is None or result.failures or result.verdict.keep is False:
-        console.warn(f"no student is trained, because '{run_name}' is not better than {settings.base}")
+        because = f"is not better than {settings.base}" if result.verdict.keep is False else "is not finished"
+        console.warn(f"no student is trained, because '{run_name}' {because}")
         _finish(console, trained)
         return
-    _finish(console, trained, _train(call, student, str(student.name), store, ranks, resume=again))
+    try:
+        second = _train(call, _start(call, student, str(student.name), ranks, resume=again), store)
+    except PddError:
+        _finish(console, trained)  # its weights are registered
+        raise
+    _finish(console, trained, second)
 
 
-def _student_of(settings: AdaptConfig, teacher: str, base: str) -> AdaptConfig:
+def _student_of(settings: AdaptConfig, teacher: str, base: str, ranks: Ranks) -> AdaptConfig:
     """The settings of --student: the images and the machine of its teacher's run, otherwise defaults."""
+    if ranks.size > 1:
+        raise InputError("--student trains with one process", "With torchrun, train it afterwards: --teacher NAME.")
     if settings.teacher is not None:
         raise InputError(f"--student {base}: with --teacher {settings.teacher} the run already trains a student")
     if settings.real_dir is None:
@@ -116,50 +129,50 @@ def _student_of(settings: AdaptConfig, teacher: str, base: str) -> AdaptConfig:
     return AdaptConfig(**shared, base=base, teacher=teacher, name=f"{teacher}-student")
 
 
-def _check_student(
-    console: Console, student: AdaptConfig, store: Store, ranks: Ranks, *, resume: bool, replace: bool
-) -> None:
+def _check_student(console: Console, student: AdaptConfig, store: Store, *, resume: bool, overwrite: bool) -> None:
     """What would fail only after the training of its teacher: names, folders and the download of its base."""
     from pdd_cli.adaptation.folder import RunFolder
     from pdd_cli.adaptation.prepare import check_folder, check_name
     from pdd_cli.commands._observer import ConsoleObserver
     from pdd_cli.weights.fetch import ensure
 
-    if ranks.size > 1:
-        raise InputError("--student trains with one process", "With torchrun, train it afterwards: --teacher NAME.")
     name = str(student.name)
-    check_name(name, store, replace=replace)
-    check_folder(RunFolder(student.runs_dir / name), student, resume=resume, overwrite=replace)
+    check_name(name, store, replace=resume or overwrite)
+    check_folder(RunFolder(student.runs_dir / name), student, resume=resume, overwrite=overwrite)
     with ConsoleObserver(console).fetching() as on_event:
         ensure(student.base, store=store, offline=student.offline, on_event=on_event)
 
 
-def _train(
-    call: Call[AdaptConfig, AdaptFlags], settings: AdaptConfig, name: str, store: Store, ranks: Ranks, *, resume: bool
-) -> _Trained | None:
-    """Train and publish the run `name`. None: there is nothing to publish, or another process does it.
+def _start(call: Call[AdaptConfig, AdaptFlags], settings: AdaptConfig, name: str, ranks: Ranks, *, resume: bool) -> Run:
+    """Prepare the run `name`."""
+    from pdd_cli.adaptation.run import start
+    from pdd_cli.commands._observer import ConsoleObserver
+
+    observer = ConsoleObserver(call.console)
+    return start(settings, name=name, resume=resume, overwrite=call.flags.overwrite, ranks=ranks, observer=observer)
+
+
+def _train(call: Call[AdaptConfig, AdaptFlags], run: Run, store: Store) -> _Trained | None:
+    """Train and publish a run. None: there is nothing to publish, or another process does it.
 
     Raises Interrupted if it was stopped before its last step.
     """
     from pdd_cli.adaptation.loop import train
     from pdd_cli.adaptation.publish import judge_weights, publish, write_report
-    from pdd_cli.adaptation.run import start
     from pdd_cli.commands._adapt_progress import adapt_progress
     from pdd_cli.commands._observer import ConsoleObserver
     from pdd_cli.interruption import Interruption
 
-    console, flags = call.console, call.flags
-    observer = ConsoleObserver(console)
-    run = start(settings, name=name, resume=resume, overwrite=flags.overwrite, ranks=ranks, observer=observer)
-
+    console, flags, ranks = call.console, call.flags, run.models.ranks
     if flags.judge is not None:
         conclusion, document = judge_weights(run, flags.judge)
         console.say(f"verdict: {conclusion.verdict.label}. {conclusion.verdict.reason}")
         console.say(conclusion.describe_validation() or "(--val-lr and --val-hr add scores with ground truth)")
         console.result(document)
         return None
-    student = "" if flags.student is None or settings.teacher else f" --student {shlex.quote(flags.student)}"
-    again = run.resume_command + student
+    again = run.resume_command
+    if flags.student is not None and run.config.teacher is None:
+        again += f" --student {shlex.quote(flags.student)}{' --overwrite' if flags.overwrite else ''}"
     interruption = Interruption(
         on_first=lambda: console.say("stopping after this step; press Ctrl-C again to stop at once"),
         on_second=lambda: console.leave(f"stopped at once. To continue from the last checkpoint: {again}"),
@@ -178,7 +191,7 @@ def _train(
             f"stopped after step {run.state.step} of {run.config.steps}; the state is saved in {run.folder.checkpoint}",
             f"To continue: {again}",
         )
-    return _Trained(run, publish(run, store, observer), losses) if ranks.is_first else None
+    return _Trained(run, publish(run, store, ConsoleObserver(console)), losses) if ranks.is_first else None
 
 
 def _finish(console: Console, trained: _Trained | None, student: _Trained | None = None) -> None:
