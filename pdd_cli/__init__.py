@@ -105,7 +105,7 @@ def upscale(
             return model.upscale(source)
     sources = [source] if isinstance(source, str | PathLike) else source
     if output is None:
-        raise InputError("files need an output", "Name a folder, or a file if there is one input.")
+        raise InputError("files need an output", "Give a folder, or a file name for a single input.")
     values = {**settings, "weights": str(weights)}
     return upscale_files([Path(path) for path in sources], str(output), values, observer)
 

@@ -71,12 +71,12 @@ def _version(value: bool) -> None:
 
 
 _FIRST_STEPS = """\
-pdd adapts super-resolution models to your own images. What you can do:
+pdd adapts super-resolution models to your own images. First commands:
   pdd upscale photo.jpg photo-x4.png       enlarge an image, a video or a folder
   pdd adapt --real-dir ./realLR            fit a model to one camera or scanner
   pdd upscale in/ out/ --weights realLR    enlarge with your own model
   pdd evaluate out/ --metrics niqe         score the result
-All commands: pdd --help. All options of one: pdd upscale --help"""
+All commands: pdd --help. Options of a command: pdd upscale --help"""
 
 
 @app.callback()

@@ -127,7 +127,7 @@ def _vulkan_devices() -> Value:
     from pdd_cli.gpus import vulkan_devices
 
     if find_spec("ncnn") is None:
-        return "not known without ncnn (pip install 'pdd-cli[vulkan]')"
+        return "unknown without ncnn (pip install 'pdd-cli[vulkan]')"
     found = {}
     for one in vulkan_devices():
         note = "" if one.is_gpu else " (software, which auto doesn't take)"

@@ -135,7 +135,9 @@ def check_log(path: Path) -> None:
         with path.open("a+b") as file:
             file.seek(0)
             if not _is_log_line(file.readline(1 << 16)):
-                raise InputError(f"--log {path}: the file is no log of pdd, so nothing is added to it", "Name another.")
+                raise InputError(
+                    f"--log {path}: the file is not a log of pdd, so nothing is added to it", "Choose another."
+                )
 
 
 def _is_log_line(line: bytes) -> bool:
@@ -179,5 +181,7 @@ def _is_disk_full(error: BaseException | None) -> bool:
 
 def _explain(error: OSError, path: Path, hint: str) -> InputError | ResourceError:
     if error.errno in FULL_DISK:
-        return ResourceError(f"no space left on the disk while writing {path}", "Free some space and run it again.")
+        return ResourceError(
+            f"no space left on the disk while writing {path}", "Free some space and run the command again."
+        )
     return InputError(f"can't write {path}: {error.strerror or error}", hint)

@@ -25,11 +25,11 @@ def check_own_file(path: Path, option: str) -> None:
     if not path.exists() and not path.is_symlink():
         return
     if not path.is_file():
-        raise InputError(f"{option} {path}: not a regular file", "Name another file.")
+        raise InputError(f"{option} {path}: not a regular file", "Choose another file.")
     if path.stat().st_size and _digest(path.read_bytes()) not in _recorded().get(_key(path), []):
         raise InputError(
             f"{option} {path} exists and was not written by pdd, or was changed since: it is not replaced",
-            "Move it away, or name another file.",
+            "Move it away, or choose another file.",
         )
 
 

@@ -310,7 +310,9 @@ class _Store:
             count = int(self._store.get(f"pdd/{key}"))
             data = b"".join(self._store.get(f"pdd/{key}/{number}") for number in range(count))
         except RuntimeError as error:
-            raise PddError("the other processes of this run have ended", "Their last messages say why.") from error
+            raise PddError(
+                "the other processes of this run have ended", "Their last messages give the reason."
+            ) from error
         return data.decode("utf-8", "surrogateescape")
 
 
@@ -330,5 +332,5 @@ def _communication_errors() -> Iterator[None]:
     except RuntimeError as error:
         raise PddError(
             "another process of this run has ended, or can't be reached",
-            "Its message, torchrun's, or `pdd --debug adapt` says why; --resume continues from the last checkpoint.",
+            "Its message, torchrun's report or `pdd --debug adapt` gives the reason; --resume continues the run.",
         ) from error

@@ -120,7 +120,7 @@ def test_files_of_others_are_not_replaced(place) -> None:
         (["a.mp4", "--compare", "plain,bicubic"], "is a video"),
         (["none.png", "--compare", "plain,bicubic"], "no such file"),
         (["photo.png", "photo.png", "--compare", "plain,bicubic"], "not 2 inputs"),
-        (["photo.png", "--compare", "plain,bicubic", "--output", "x.txt"], "not a page"),
+        (["photo.png", "--compare", "plain,bicubic", "--output", "x.txt"], "not an HTML page"),
         (["photo.png", "--compare", "plain,bicubic", "--crop", "20x20+290+0"], "not inside the image"),
         (["photo.png", "--compare", "plain,bicubic", "--crop", "20"], "crop: '20' is not allowed"),
         (["photo.png", "--compare", "plain,bicubic", "--dry-run"], "--dry-run"),

@@ -69,7 +69,7 @@ def test_it_foretells_the_disk_and_the_failure_of_a_name_that_is_taken(
     assert again.code == adapt(pdd, ground).code == 2
     problems = " ".join(problem["message"] for problem in json.loads(again.out)["problems"])
     assert "already contains a run" in problems
-    assert "already exist in the store" in problems
+    assert "are already installed" in problems
     resumed = adapt(pdd, ground, "--dry-run", "--json", "--resume")
     assert resumed.code == 0, resumed.err
     assert json.loads(resumed.out)["steps"] == 0

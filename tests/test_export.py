@@ -186,8 +186,8 @@ def test_other_architectures_name_their_forms(pdd: Pdd, tmp_path: Path) -> None:
     path = saved(tmp_path, dict(swinir()))
     done = pdd("export", path, "--to", "pth,ncnn", "out")
     assert done.code == 2
-    assert "only RRDBNet and SRVGGNetCompact can be written in this form, not SwinIR" in done.err
-    assert "Forms for SwinIR: pth, safetensors, onnx." in done.err
+    assert "only RRDBNet and SRVGGNetCompact can be written in this format, not SwinIR" in done.err
+    assert "Formats for SwinIR: pth, safetensors, onnx." in done.err
     assert not Path("out").exists()
     assert pdd("export", path, "--to", "pth,safetensors", "out").code == 0
     lr = torch.rand(1, 3, 16, 16)
@@ -257,10 +257,10 @@ def test_only_files_that_pdd_wrote_are_replaced(pdd: Pdd, form: ExportForm) -> N
         (("mime", "--to", "pth"), "did you mean mine?"),
         (("gone.pth", "--to", "onnx"), "no such weights file: gone.pth"),
         (("text.pth", "--to", "onnx"), "text.pth is a text file, not a weights file"),
-        (("mine",), "no form is given"),
+        (("mine",), "no format is given"),
         (("mine", "--to", "gguf"), "gguf"),
-        (("mine", "--to", "pth,onnx", "out.pth"), "--to names several forms"),
-        (("mine", "--to", "onnx", "out.pth"), "a file of --to onnx ends in .onnx"),
+        (("mine", "--to", "pth,onnx", "out.pth"), "--to gives several formats"),
+        (("mine", "--to", "onnx", "out.pth"), "the name of a --to onnx file ends in .onnx"),
         (("mine", "--to", "pth", "text.txt"), "text.txt is a file, not a folder"),
         (("mine", "--to", "pth", "text.txt/below"), "can't write text.txt/below/mine.pth"),
     ],
@@ -301,7 +301,7 @@ def test_weights_beyond_fp16_are_refused(pdd: Pdd, tmp_path: Path) -> None:
     state["conv_hr.weight"][:] = 3e-8  # nearly zero in fp16
     state["conv_last.weight"][:] = 6e4
     done = pdd("export", saved(tmp_path, state), "--to", "ncnn", "out")
-    assert (done.code, "give other images" in done.err) == (2, True)
+    assert (done.code, "give different images" in done.err) == (2, True)
 
 
 def test_upscayl_reads_the_scale_from_the_name(pdd: Pdd) -> None:

@@ -355,7 +355,7 @@ def test_too_little_is_not_judged(tmp_path: Path) -> None:
     smaller = np.asarray(Image.fromarray(one).resize((40, 40)))
     assert insufficient_images([one], [two, three]) == ""
     for held, others, words in (
-        ([flat], [one, two, three], "show nothing (1 flat)"),
+        ([flat], [one, two, three], "can't be used (1 flat)"),
         ([pixel], [one, two, three], "smaller than 16 pixels"),
         ([one], [one] * 9, "1 distinct real image (9 duplicates)"),
         ([one], [jpeg(one, tmp_path), brighter, smaller, two], "2 distinct real images (3 duplicates)"),
@@ -458,7 +458,7 @@ def test_images_too_large_to_decode_are_answered_with_what_they_need(
         (tmp_path / "large" / f"{number}.png").write_bytes(content)
     done = adapt(pdd, ground, "--hr-dir", tmp_path / "large")
     assert done.code == 5
-    assert "take 0.8 GiB of memory decoded, 0.4 GiB are free" in done.err
+    assert "take 0.8 GiB when decoded, 0.4 GiB are free" in done.err
     assert "crop" not in done.err
 
 

@@ -64,7 +64,7 @@ def test_a_one_channel_model_is_adapted_and_used(
 ) -> None:
     done = pdd(*command(ground, "--base", str(gray_model), steps=8)[3:])
     assert done.code == 0, done.err
-    assert "is a model for gray images: all images are used in gray" in done.err
+    assert "is a model for gray images: all images are converted to gray" in done.err
     adapted, base = load_file("runs/realLR/best.safetensors"), load_file(gray_model)
     assert {key: value.shape for key, value in adapted.items()} == {key: value.shape for key, value in base.items()}
     assert any(not torch.equal(adapted[key], base[key]) for key in base)

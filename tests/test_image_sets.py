@@ -416,7 +416,7 @@ def test_adapt_uses_sets_and_a_resumed_run_keeps_its_own(tiny_sets, ground, pdd,
     own = pdd(*without_hr(ground, "--name", "own", "--steps", "8"))
     assert own.code == 0, own.err
     assert "will be downloaded" in own.err
-    assert "made from your own images alone" in own.err
+    assert "made only from your own images" in own.err
     serve(server)
     named = pdd(*without_hr(ground, "--hr-dir", "kodak", "--name", "named", "--steps", "8"), "--json")
     assert named.code == 0, named.err

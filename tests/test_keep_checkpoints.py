@@ -33,7 +33,7 @@ def test_kept_weights_can_be_judged(pdd: Callable[..., Outcome], ground: Path) -
     assert pdd("upscale", ground / "realLR/0.png", "out.png", "--weights", kept[1], "--engine", "torch").code == 0
 
     wrong = pdd("adapt", "--resume", "--name", "realLR", "--judge", ground / "features.safetensors")
-    assert (wrong.code, "not weights of the network of this run" in wrong.err) == (2, True)
+    assert (wrong.code, "the weights belong to another network than this run's" in wrong.err) == (2, True)
     assert load_file(kept[0]).keys() == load_file(run / "best.safetensors").keys()
 
 

@@ -164,4 +164,4 @@ def test_a_list_that_was_changed_is_kept(batch: Callable[..., Outcome]) -> None:
     Path("link").symlink_to("list.txt")
     assert "not a regular file" in batch("--failed-list", "link").err
     assert "is also an output" in batch("--failed-list", "out/a.png").err
-    assert "name the same file" in batch("--failed-list", "x", "--checksums", "x").err
+    assert "are the same file" in batch("--failed-list", "x", "--checksums", "x").err

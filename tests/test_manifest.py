@@ -76,7 +76,7 @@ def test_a_photograph_is_never_taken_for_a_log(pdd, ground: Path, tmp_path: Path
         command = ("upscale", source, tmp_path / "out.png", "--weights", ground / "base.safetensors", "--log", photo)
         found = pdd(*command)
         assert found.code == 2
-        assert "no log of pdd" in found.err
+        assert "not a log of pdd" in found.err
     assert photo.read_bytes() == (ground / "realLR/0.png").read_bytes()
     assert not (tmp_path / "out.png").exists()
 

@@ -93,7 +93,7 @@ def test_tensors_that_share_memory_are_installed(pdd: Pdd) -> None:
     [
         ("realLR", "x.pth", "already installed"),
         ("a/b", "x.pth", "consists of letters"),
-        ("x.onnx", "x.pth", "taken for a file"),
+        ("x.onnx", "x.pth", "looks like a file name"),
         ("RealESRGAN", "x.pth", "that pdd fetches"),
         ("mine", "text.pth", "text file"),
         ("mine", "other.safetensors", "not an architecture"),

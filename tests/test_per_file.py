@@ -116,4 +116,4 @@ def test_denoise_interpolates_between_the_two_models(pdd) -> None:
         assert psnr(np.asarray(Image.open("out/a.png")) / 255, wanted.clip(0, 1), 1) > 50
     failed = pdd("upscale", "in", "out", "--weights", "other", "--denoise", 0.5)
     assert failed.code == 2
-    assert "other has no other" in failed.err
+    assert "other has no second model" in failed.err

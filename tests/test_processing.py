@@ -154,7 +154,7 @@ def test_the_height_in_a_normal_map_hides_nothing(pdd, tmp_path: Path) -> None:
     Image.new("L", (8, 8)).save("gray.png")
     failed = pdd("upscale", "gray.png", "g.png", "--weights", "model.safetensors", "--normal-map")
     assert failed.code == 3
-    assert "a gray image is no normal map" in failed.err
+    assert "a gray image is not a normal map" in failed.err
 
 
 def test_flats_of_scanned_text_are_snapped_and_nothing_else() -> None:

@@ -240,7 +240,7 @@ def test_one_command_trains_a_model_and_its_student(
     for words, more in {
         "already trains a student": ("--teacher", "big", "--overwrite"),
         "no weights are named 'nobody'": ("--student", "nobody", "--overwrite"),
-        "'new-student' already exist": ("--name", "new"),
+        "'new-student' are already installed": ("--name", "new"),
     }.items():
         failed = both(*more)
         assert failed.code == 2, words
@@ -250,7 +250,7 @@ def test_one_command_trains_a_model_and_its_student(
     # A longer run of the teacher makes another teacher: its student begins anew, and only on request.
     refused = both("--resume", "--steps", "9")
     assert refused.code == 2
-    assert "'few-student' already exist" in refused.err
+    assert "'few-student' are already installed" in refused.err
     assert len(Path("runs/few/log.jsonl").read_text().splitlines()) == 6
     longer = both("--resume", "--steps", "9", "--overwrite")
     assert longer.code == 0, longer.err

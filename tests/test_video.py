@@ -558,7 +558,10 @@ def test_hdr10_is_kept_and_other_side_data_named(tmp_path: Path, weights: Path) 
         np.testing.assert_allclose(hdr(tmp_path / name)["display"], hdr(source)["display"], rtol=1e-3, atol=1e-4)
         assert hdr(tmp_path / name)["light"] == hdr(source)["light"] == [1000, 400]
     document, _ = run_upscale(source, tmp_path / "exact.mkv", "--weights", weights, "--lossless")
-    assert "not kept of its frames: the mastering display, the content light level" in document["files"][0]["problem"]
+    assert (
+        "properties of its frames that are not kept: the mastering display, the content light level"
+        in document["files"][0]["problem"]
+    )
 
 
 @pytest.mark.parametrize("name", ["out.mp4", "out.mov", "out.mkv", "out.webm", "out.3gp"])
@@ -708,7 +711,7 @@ def test_names_of_videos(tmp_path: Path) -> None:
                 recursive=True,  # type: ignore[arg-type]
             )
     (tmp_path / "in/b.mkv").touch()
-    with pytest.raises(InputError, match="would both become"):
+    with pytest.raises(InputError, match="would have the same output"):
         names("keep")
 
 
@@ -950,7 +953,7 @@ def test_times_of_files_that_have_those_of_decoding_or_none(
     assert any(frame.pict_type == 3 for frame in frames_of(source))  # B
     document, error = run_upscale(source, tmp_path / "out.mkv", "--weights", weights)
     assert error is None, document
-    note = "it has no timestamps: 25 frames a second are assumed" if suffix == "h264" else ""
+    note = "it has no timestamps: 25 frames per second are assumed" if suffix == "h264" else ""
     assert document["files"][0]["problem"] == note
     assert times_of(tmp_path / "out.mkv") == [Fraction(n, 25) for n in range(20)]
 

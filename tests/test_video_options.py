@@ -328,7 +328,7 @@ def test_fields_become_whole_frames(tmp_path: Path, weights: Path) -> None:
         target = tmp_path / f"{name}.mkv"
         document, error = run_upscale(source, target, "--weights", weights, "--lossless", *options)
         assert error is None, document
-        assert ("interlaced, which will show" in document["files"][0]["problem"]) == (name == "plain")
+        assert ("interlaced, which will be visible" in document["files"][0]["problem"]) == (name == "plain")
         made[name] = decoded_by_ffmpeg(target)
         assert times_of(target) == times_of(source)
     theirs = subprocess.run(

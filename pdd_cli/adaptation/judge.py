@@ -265,7 +265,7 @@ def judge_crops(crops: Iterable[tuple[RGB, NDArray[np.float32]]]) -> Judgement:
         if not np.isfinite(sr).all():
             raise InputError(
                 "the model gives values that are not finite (NaN or infinity)",
-                "Its weights are damaged or diverged, or their values are beyond the precision: try --precision fp32.",
+                "Its weights are damaged or diverged, or the precision is too low for them: try --precision fp32.",
             )
         small = lr.astype(np.float32) / 255
         flat = _flat_mask(lr)
@@ -303,7 +303,7 @@ def insufficient_images(evaluation_images: Sequence[RGB], trained_on: Sequence[R
     kinds = ((tiny, f"smaller than {_MIN_SIDE} pixels"), (flat, "flat"), (copies, "duplicates"))
     unusable = ", ".join(f"{count} {kind}" for count, kind in kinds if count)
     if not thumbnails:
-        return f"the held-out images show nothing ({unusable})"
+        return f"the held-out images can't be used ({unusable})"
     plural = "" if len(thumbnails) == 1 else "s"
     counts = f"{len(thumbnails)} distinct real image{plural}{f' ({unusable})' if unusable else ''}"
     return f"{counts}; at least {_MIN_IMAGES} are needed"

@@ -223,7 +223,7 @@ def prepare_run(
     gray = base.in_channels == 1 or images.are_gray
     if gray:
         reason = f"{config.base} is a model for gray images" if base.in_channels == 1 else "the LR images are gray"
-        say(f"{reason}: all images are used in gray")
+        say(f"{reason}: all images are converted to gray")
         images = images.in_gray()
     lr_images = images.real or [pair.lr for pair in images.pairs]
     real, hr, pairs = lr_images, images.hr, images.pairs
@@ -246,7 +246,7 @@ def prepare_run(
         degradation = replace(degradation, **_X1_DEGRADATION)
         warn(
             f"{config.base} restores images without upscaling them: noise and JPEG compression are added to the "
-            "synthetic images, which have nothing to restore otherwise (to change it: synthetic.noise, .jpeg, .blur)"
+            "synthetic images, which would otherwise have nothing to restore (settings: synthetic.noise, .jpeg, .blur)"
         )
     scales = config.synthetic.hr_scales
     # From noisy images the model would learn to add noise.
@@ -409,7 +409,7 @@ def check_name(name: str, store: Store, *, replace: bool) -> None:
         raise InputError(f"--name {name}: {problem}", f"Choose another --name, such as {valid_name_from(name)}.")
     if not replace and store.get(name) is not None:
         raise InputError(
-            f"weights '{name}' already exist in the store", "Choose another --name, or replace them with --overwrite."
+            f"weights named '{name}' are already installed", "Choose another --name, or replace them with --overwrite."
         )
 
 
@@ -418,7 +418,9 @@ def default_name(lr_dir: Path, say: Callable[[str], None]) -> str:
     folder = lr_dir.resolve().name
     name = valid_name_from(folder)
     if name != folder:
-        say(f"the run and its weights are named '{name}', because '{folder}' is not a valid name (to choose: --name)")
+        say(
+            f"the run and its weights are named '{name}', because '{folder}' is not a valid name (to change it: --name)"
+        )
     return name
 
 

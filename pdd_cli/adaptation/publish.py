@@ -95,7 +95,11 @@ def publish(run: Run, store: Store, observer: Observer) -> PublishResult:
         except Exception as error:
             if was_raised():  # a library has turned Ctrl-C into another error
                 raise KeyboardInterrupt from error
-            done.failures.append(PddError(f"a bug in pdd: {type(error).__name__}: {error}", "--debug shows where."))
+            done.failures.append(
+                PddError(
+                    f"a bug in pdd: {type(error).__name__}: {error}", "To see where: run the same command with --debug."
+                )
+            )
 
     try:
         if run.state.step < run.config.steps:
@@ -155,7 +159,9 @@ def judge_weights(run: Run, path: Path) -> tuple[Conclusion, dict[str, Any]]:
     state = read_state(path)
     expected = run.models.base.module.state_dict()
     if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in expected.items()}:
-        raise InputError(f"--judge {path}: not weights of the network of this run", "Name a file of this run.")
+        raise InputError(
+            f"--judge {path}: the weights belong to another network than this run's", "Give a file of this run."
+        )
     with memory_errors(run.config):
         try:
             conclusion = run.judge.conclude(state)

@@ -145,7 +145,7 @@ def _read_pairs(
         contents[1].update(of_hr)
     if not pairs:
         raise InputError(
-            f"--pairs-lr {lr_folder}: no usable pair in it and --pairs-hr {hr_folder}: {_first(left_out)}",
+            f"--pairs-lr {lr_folder}: it has no usable pair with --pairs-hr {hr_folder}: {_first(left_out)}",
             "Names must be equal, or differ only in an ending such as _LR4 and _HR, and the HR image must show "
             f"the same, {scale} times as large.",
         )
@@ -192,10 +192,10 @@ def _read(
     if frames is not None:
         paths += frames.paths
         if not paths:
-            raise InputError(f"{option} {folder}: no frame with any detail in its videos", "Name another folder.")
+            raise InputError(f"{option} {folder}: no frame with any detail in its videos", "Choose another folder.")
     if not paths:
         raise InputError(
-            f"{option} {folder}: no usable image in it, only {'; '.join(left_out)}", "Name another folder."
+            f"{option} {folder}: no usable image in it, only {'; '.join(left_out)}", "Choose another folder."
         )
     unreadable: list[str] = []
     headers = _sizes(paths, unreadable.append)
@@ -221,7 +221,7 @@ def _read(
     by_size = sorted(sizes, key=math.prod)
     small = sum(min(size) < crop for size in by_size)
     if small:
-        warn(f"{small} of {len(images)} images of {option} are smaller than a crop of {crop} pixels: mirrored")
+        warn(f"{small} of {len(images)} images of {option} are smaller than a crop of {crop} pixels: they are mirrored")
     sizes_used = (by_size[0], by_size[-1])
     return images, Source(option, folder, len(images), *sizes_used, small, tuple(left_out), content, frames)
 
@@ -257,6 +257,6 @@ def _check_memory(needed: float, subject: str, option: str, folder: Path) -> Non
     free = free_memory()
     if needed > free:
         raise ResourceError(
-            f"{option} {folder}: {subject} {needed / 2**30:.1f} GiB of memory decoded, {free / 2**30:.1f} GiB are free",
-            "Use fewer or smaller images, such as the most detailed part of each.",
+            f"{option} {folder}: {subject} {needed / 2**30:.1f} GiB when decoded, {free / 2**30:.1f} GiB are free",
+            "Use fewer or smaller images, for example only the most detailed part of each.",
         )

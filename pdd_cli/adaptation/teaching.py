@@ -65,14 +65,14 @@ class Teacher:
         """
         self._read(path)
         if len(self.lr) < self.count:
-            say(f"the teacher {self.name} upscales {self.count} crops of the real images, for all steps")
+            say(f"the teacher {self.name} upscales {self.count} crops of the real images, which all steps use")
         began = saved = time.monotonic()
         already = len(self.lr)
         while len(self.lr) < self.count and not should_stop():
             self.compute_next(runtime)
             if len(self.lr) == already + 2:
                 left = (time.monotonic() - began) / 2 * (self.count - len(self.lr))
-                say(f"the teacher needs about {max(1, round(left / 60))} minutes for the rest")
+                say(f"the teacher needs about {max(1, round(left / 60))} minutes for the remaining crops")
             if time.monotonic() - saved > _SAVE_SECONDS:
                 self._write(path)
                 saved = time.monotonic()

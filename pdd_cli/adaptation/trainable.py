@@ -118,4 +118,4 @@ def check_trainable(model: SRModel, reference: str, runtime: Runtime) -> None:
         raise InputError(f"{reference}: {model.architecture} can't be trained: no gradient reaches its weights", _HINT)
     if not all(gradient.isfinite().all() for gradient in gradients):
         why = "its gradient is not finite"
-        raise InputError(f"{reference}: {model.architecture} can't be trained: {why}", "Are its weights damaged?")
+        raise InputError(f"{reference}: {model.architecture} can't be trained: {why}", "Its weights may be damaged.")

@@ -138,7 +138,7 @@ def compare_versions(
         _split(name)
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise InputError(
-            f"--compare {','.join(names)}: needs at least two different versions",
+            f"--compare {','.join(names)}: at least two different versions are needed",
             f"For example: --compare realesrgan,{'bicubic' if names[0] != 'bicubic' else 'lanczos'}",
         )
     picture = read_image(source)
@@ -183,12 +183,12 @@ def compare_versions(
 
 def _the_image(inputs: Sequence[Path]) -> Path:
     if len(inputs) != 1:
-        raise InputError(f"--compare shows one image, not {len(inputs)} inputs", "Name one of them.")
+        raise InputError(f"--compare shows one image, not {len(inputs)} inputs", "Choose one of them.")
     (source,) = inputs
     if source.is_dir():
-        raise InputError(f"--compare shows one image, and {source} is a folder", "Name one of the images in it.")
+        raise InputError(f"--compare shows one image, and {source} is a folder", "Choose one of the images in it.")
     if is_video(source):
-        raise InputError(f"--compare shows one image, and {source} is a video", "Name an image, such as one frame.")
+        raise InputError(f"--compare shows one image, and {source} is a video", "Give an image, such as one frame.")
     if not source.exists():
         raise InputError(f"{source}: no such file")
     return source
@@ -197,7 +197,7 @@ def _the_image(inputs: Sequence[Path]) -> Path:
 def _check_output(page: Path, source: Path) -> Path:
     """The contact sheet beside `page`. Raises InputError if one of them would replace a file that pdd didn't make."""
     if page.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"--output {page}: not a page", "The name must end in .html.")
+        raise InputError(f"--output {page}: not an HTML page", "The name must end in .html.")
     sheet = page.with_suffix(".png")
     check_collisions([Job(source, page), Job(source, sheet)], hint="Name another --output.")
     for path in (page, sheet):

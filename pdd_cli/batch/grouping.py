@@ -98,7 +98,7 @@ def _values(path: Path, fixed: Collection[str]) -> Mapping[str, Any]:
         if name not in PER_FILE:
             raise InputError(
                 f"{path}: {name} can't be set for a folder of the input",
-                f"Give it for the whole call. A folder may set {', '.join(PER_FILE)}.",
+                f"Set it for the whole command. A folder may set {', '.join(PER_FILE)}.",
             )
     has_size = any(name in fixed for name in _SIZES)
     return {name: value for name, value in values.items() if name not in fixed and not (has_size and name in _SIZES)}

@@ -52,7 +52,7 @@ def only_listed(plan: Plan, listed: Sequence[Path], source: Path) -> Plan:
     if not jobs:
         raise InputError(
             f"--from-list {source}: none of its {len(wanted)} entries is among the inputs ({_named(others)})",
-            "With INPUT, only those of its files are upscaled that are in the list.",
+            "With INPUT, only those of its files that are in the list are upscaled.",
         )
     problems = [f"--from-list {source}: {path} is not among the inputs" for path in others]
     return replace(plan, jobs=jobs, problems=[*plan.problems, *problems])

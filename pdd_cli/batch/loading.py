@@ -208,7 +208,7 @@ def check_denoise(settings: UpscaleConfig) -> None:
     """Raise InputError if the weights are none that --denoise works with."""
     if settings.denoise is not None and settings.weights not in DENOISING:
         raise InputError(
-            f"--denoise needs a pair of models, one of which keeps noise, and {settings.weights} has no other",
+            f"--denoise needs a pair of models, one of which keeps noise; {settings.weights} has no second model",
             f"Use it with --weights {' or '.join(DENOISING)}.",
         )
 

@@ -67,7 +67,7 @@ def plan_jobs(
     input.
     """
     if output == "-":
-        raise InputError("the output -: pdd doesn't write to a pipe", "Name a file or a folder.")
+        raise InputError("the output -: pdd doesn't write to a pipe", "Give a file or a folder.")
     plan, naming = Plan(), _Naming(format, suffix, stills, as_frames)
     if listed:
         jobs = _jobs_of_list(sources, output, naming, recursive, plan)
@@ -77,7 +77,7 @@ def plan_jobs(
         if not _is_folder_name(output):
             raise InputError(
                 f"{len(sources)} inputs, but the output {output} is a file",
-                "Name a folder last, for example: pdd upscale *.jpg upscaled/",
+                "Give a folder as the last argument, for example: pdd upscale *.jpg upscaled/",
             )
         folder = f"{output}/"
         jobs = []
@@ -153,7 +153,7 @@ def _jobs_of(source: Path, output: str, naming: _Naming, recursive: bool, plan: 
         found = [path for path in matching if is_archive(path) or wanted(path.name)]
         return _folder_jobs(root, found, Path(output), naming, plan, f"no images or videos match {source}")
     if str(source) == "-":
-        raise InputError("the input -: pdd doesn't read from a pipe", "Name a file or a folder.")
+        raise InputError("the input -: pdd doesn't read from a pipe", "Give a file or a folder.")
     raise InputError(f"{source}: no such file or folder")
 
 
@@ -216,19 +216,19 @@ def _folder_jobs(
 
 def _jobs_in(source: Path, found: Sequence[Path], output: Path, naming: _Naming, plan: Plan) -> list[Job]:
     if output.exists() and not output.is_dir():
-        raise InputError(f"{source} is a folder, but {output} is a file", "Name a folder for the outputs.")
+        raise InputError(f"{source} is a folder, but {output} is a file", "Give a folder for the outputs.")
     if not output.exists() and _is_input(output):
         raise InputError(
             f"{source} is not a single file, but the output {output} has the suffix of a file",
             "Add --fps 25 to make a video of the images in it."
             if is_video(output)
-            else "Name a folder for the outputs, without such a suffix.",
+            else "Give a folder for the outputs, without such a suffix.",
         )
     inside, outside = source.resolve(), output.resolve()
     if inside == outside and not naming.suffix:
         raise InputError(
             f"the outputs would be mixed with the inputs in {source}",
-            "Name another folder for the outputs, or add for example --suffix _x4.",
+            "Choose another folder for the outputs, or add, for example, --suffix _x4.",
         )
     if outside != inside and outside.is_relative_to(inside):
         # Outputs of earlier runs are not inputs.
@@ -303,7 +303,7 @@ def _target_of_file(source: Path, output: str, naming: _Naming) -> Path:
     path, format = Path(output), naming.format
     if is_archive(source):
         if format in _VIDEO_FORMATS:
-            raise InputError(f"--format {format} can't be used for {source}", "Omit it, or name a format of images.")
+            raise InputError(f"--format {format} can't be used for {source}", "Omit it, or choose an image format.")
         is_folder = _is_folder_name(output)
         target = (
             naming.named(path / source.name) if is_folder else path.with_name(path.stem + naming.suffix + path.suffix)
@@ -319,7 +319,7 @@ def _target_of_file(source: Path, output: str, naming: _Naming) -> Path:
         if not _is_folder_name(output):
             raise InputError(
                 f"the frames of {source} are several files, but the output {output} is one",
-                "Name a folder, or use --preview TIME for one frame.",
+                "Give a folder, or use --preview TIME for one frame.",
             )
         format_of(Path(f"x.{format}"))
         name = source.stem + naming.suffix
@@ -327,13 +327,13 @@ def _target_of_file(source: Path, output: str, naming: _Naming) -> Path:
         return path / (f"{name}_frames" if is_video(name) else name)
     check = check_video_name if to_video else format_of
     if format != "keep" and not naming.applies(source):
-        raise InputError(f"--format {format} can't be used for {source}", "Omit it, or name another format.")
+        raise InputError(f"--format {format} can't be used for {source}", "Omit it, or choose another format.")
     if _is_folder_name(output):
         if not _is_input(source) and format == "keep":
             probe(source, most_pixels=2**62)  # raises for files that pdd doesn't read
             raise InputError(
-                f"{source}: pdd reads it, but can't write files {source.suffix or 'without a suffix'}",
-                "Add --format png, or name the output file.",
+                f"{source}: pdd can't write {f'{source.suffix} files' if source.suffix else 'files without a suffix'}",
+                "Add --format png, or give the name of the output file.",
             )
         target = naming.named(path / source.name)
         check(target)
@@ -390,7 +390,7 @@ def collisions(
             yield (
                 job,
                 InputError(
-                    f"{other} and {job.source} would both become {job.target}",
+                    f"{other} and {job.source} would have the same output {job.target}",
                     "Rename one of them, or upscale them into separate folders.",
                 ),
             )

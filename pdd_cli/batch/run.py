@@ -261,9 +261,9 @@ def check_side_files(settings: UpscaleConfig, plan: Plan) -> None:
             continue
         real = path.resolve()
         if real in outputs:
-            raise InputError(f"{option} {path} is also an output", "Name another file.")
+            raise InputError(f"{option} {path} is also an output", "Choose another file.")
         if real in seen:
-            raise InputError(f"{seen[real]} and {option} name the same file {path}", "Name two files.")
+            raise InputError(f"{seen[real]} and {option} are the same file {path}", "Choose two files.")
         seen[real] = option
         if option != "--log":  # which is appended to
             check_own_file(path, option)
@@ -306,7 +306,7 @@ def check_video_options(settings: UpscaleConfig, jobs: Sequence[Job]) -> None:
         if not settings.audio.is_file():
             raise InputError(f"--audio {settings.audio}: no such file")
     if settings.fps is not None and any(not job.source.is_dir() for job in jobs):
-        raise InputError("--fps is for folders of frames; files have their own times", "Name a folder, or omit --fps.")
+        raise InputError("--fps is for folders of frames; files have their own times", "Give a folder, or omit --fps.")
     if given and not videos:
         raise InputError(f"--{given[0]} is for videos; there is none among the inputs", "Leave it out.")
     for option, needing in (
@@ -314,7 +314,9 @@ def check_video_options(settings: UpscaleConfig, jobs: Sequence[Job]) -> None:
         ("deinterlace", videos if settings.deinterlace else ()),
     ):
         if other := next((job.source for job in needing if not is_video(job.source)), None):
-            raise InputError(f"--{option} is for videos; {other} is none", "Leave it out, or name the video.")
+            raise InputError(
+                f"--{option} is for videos; {other} is not a video", "Leave it out, or give only the video."
+            )
     suffixes = sorted({job.target.suffix.lower() for job in videos})
     encoding = [name for name in ("encoder", "crf", "preset") if getattr(settings, name) is not None]
     if encoding and settings.preview is None and any(gives_frames(job) for job in videos):

@@ -70,12 +70,12 @@ def _check_times(first: Path, expected: list[float], video: Path, times: list[fl
     if len(times) != len(expected):
         raise InputError(
             f"{video} has {len(times)} frames, {first} has {len(expected)}: they can't be paired",
-            "Compare videos that were made of the same one.",
+            "Compare videos that were made from the same video.",
         )
     step = expected[-1] / max(1, len(expected) - 1)
     for number, (one, other) in enumerate(zip(expected, times, strict=True), 1):
         if abs(one - other) > step / 2:
             raise InputError(
                 f"frame {number} of {video} is at {other:.3f} s, that of {first} at {one:.3f} s: they can't be paired",
-                "Compare videos that were made of the same one.",
+                "Compare videos that were made from the same video.",
             )

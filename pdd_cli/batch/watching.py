@@ -55,7 +55,7 @@ def watch(
         session = _Session(settings, fixed, models, observer)
         with models.load(_without_lists(settings), ranks, observer, dry_run=False) as loaded:
             pass
-        observer.say(f"watching {folder.path}; Ctrl-C ends")
+        observer.say(f"watching {folder.path}; press Ctrl-C to stop")
         started, stopped = time.monotonic(), None
         try:
             while stopped is None and not was_raised():
@@ -96,7 +96,7 @@ def _check(settings: UpscaleConfig, ranks: Ranks) -> Path:
         raise InputError("--watch runs in one process", "For several GPUs: --device cuda:0,cuda:1.")
     if len(settings.input) != 1 or not settings.input[0].is_dir():
         named = ", ".join(map(str, settings.input))
-        raise InputError(f"--watch needs one folder, and got {named}", "Name a folder; its subfolders are included.")
+        raise InputError(f"--watch needs one folder, and got {named}", "Give a folder; its subfolders are included.")
     folder = settings.input[0]
     # Wrong paths and lists are reported before the weights are loaded.
     plan = plan_found(folder, [], settings.output, Plan(), format=settings.format, suffix=settings.suffix)

@@ -41,7 +41,7 @@ def dry_run_table(found: DryRun) -> Table:
     if estimate is not None:
         rows.add_row(
             "time",
-            f"{duration(estimate.seconds)} at the most: "
+            f"{duration(estimate.seconds)} at most: "
             f"{estimate.steps} steps of {estimate.seconds_per_step:.2g} s, "
             f"{estimate.judgements} judgements of {estimate.seconds_per_judgement:.2g} s"
             + (
@@ -51,11 +51,11 @@ def dry_run_table(found: DryRun) -> Table:
             ),
         )
         if estimate.memory:
-            rows.add_row("memory", f"{_size(estimate.memory)} at the most, {_size(estimate.free_memory)} more are free")
+            rows.add_row("memory", f"{_size(estimate.memory)} at most; another {_size(estimate.free_memory)} is free")
         for event in estimate.events:
             rows.add_row("trial steps", escape(event))
     elif run is None:
-        rows.add_row("time, memory", "not known before all weights are installed")
+        rows.add_row("time, memory", "unknown until all weights are installed")
     for use in found.disk:
         rows.add_row("disk", escape(f"{_size(use.needed)} into {use.folder} ({_size(use.free)} free)"))
     for error in found.problems:

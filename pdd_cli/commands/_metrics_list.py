@@ -19,7 +19,7 @@ def list_metrics(console: Console) -> None:
         table.add_row(info.name, metric.compares_with, info.better, info.value_range, metric.weights)
     console.table(table)
     console.say(
-        f"pyiqa {document['pyiqa']}, for non-commercial use (PolyForm Noncommercial; parts: S-Lab). Ranges are rough. "
-        "pdd fetch-weights --metrics A,B fetches weights."
+        f"pyiqa {document['pyiqa']}, for non-commercial use (PolyForm Noncommercial; parts: S-Lab). "
+        "Ranges are approximate. pdd fetch-weights --metrics A,B fetches weights."
     )
     console.result(document)

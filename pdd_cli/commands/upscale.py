@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def _upscale(call: Call[UpscaleConfig, UpscaleFlags]) -> None:
-    """Upscale images and videos, single files or folders of them.
+    """Upscale images and videos: single files or whole folders.
 
     PNG, JPEG, WebP, GIF, TIFF, BMP, TGA, DDS, AVIF, HEIC, JPEG XL; MP4, MOV, MKV,
-    WebM and more; comics (.cbz).
+    WebM and more; archives of images (.cbz, .zip).
 
-    The same command again makes what is missing, and what has changed: inputs,
-    weights, settings. A file that can't be read is reported at the end; the
-    others are done (exit code 3).
+    Running the same command again makes only outputs that are missing, or whose
+    input, weights or settings have changed. Files that can't be read are
+    reported at the end; the others are done (exit code 3).
 
     Examples:
       pdd upscale photo.jpg photo-x4.png
@@ -37,7 +37,7 @@ def _upscale(call: Call[UpscaleConfig, UpscaleFlags]) -> None:
     if (
         call.options["output"] and not call.options["input"] and not listed
     ):  # click takes a single argument for the last one
-        raise InputError(f"no output for {call.options['output']}", "Name a file or folder after it.")
+        raise InputError(f"no output for {call.options['output']}", "Give a file or folder after it.")
     console, settings, dry_run = call.console, call.settings(), call.flags.dry_run
 
     from pdd_cli.batch.run import run
@@ -76,7 +76,7 @@ def _show_preview(outcome: BatchResult, console: Console) -> None:
     table = Table(*columns, title="dry run: nothing is written")
     for result in outcome.results:
         sizes = ["{}x{}".format(*size) if size else "" for size in (result.size_in, result.size_out)]
-        note = result.problem or ("made already, skipped" if result.status == "skipped" else "")
+        note = result.problem or ("up to date, skipped" if result.status == "skipped" else "")
         memory = f"{result.memory / 2**30:.1f} GiB" if result.memory else ""
         seconds = f"{result.seconds:.0f} s" if result.memory else ""
         tiles = str(result.tiles) if result.tiles else ""
@@ -92,14 +92,14 @@ def _describe(outcome: BatchResult, console: Console) -> None:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(plan.others.items()))
         console.say(f"files of other kinds, not read: {kinds}")
     if plan.outputs:
-        console.say(f"{len(plan.outputs)} outputs of earlier runs lie between the inputs and are not upscaled again")
+        console.say(f"{len(plan.outputs)} outputs of earlier runs are among the inputs and are not upscaled again")
     done, skipped = outcome.count("done"), outcome.count("skipped")
     failed = [result for result in outcome.results if result.status == "failed"]
     for result in outcome.results:
         if result.status in ("done", "skipped") and result.problem and not outcome.dry_run:
             console.warn(f"{result.job.source}: {result.problem}")
     if skipped:
-        console.say(f"{skipped} skipped: made already (--overwrite makes them again)")
+        console.say(f"{skipped} skipped: up to date (--overwrite makes them again)")
     if done:
         rate = pixel_rate(outcome.pixels, outcome.seconds)
         console.say(f"{done} upscaled to {outcome.settings.output} in {outcome.seconds:.1f} s ({rate})")

@@ -35,7 +35,7 @@ def training_images(name: TrainingSet, root: Path, scale: int) -> list[Path]:
     Raises InputError where nothing is found.
     """
     if not root.is_dir():
-        raise InputError(f"--root {root}: no such folder", "Name the folder that the data set was unpacked into.")
+        raise InputError(f"--root {root}: no such folder", "Give the folder that the data set was unpacked into.")
     match name:
         case "realsr":
             layouts, ending = [f"{camera}/Train/{scale}" for camera in ("Canon", "Nikon")], f"_LR{scale}"
@@ -50,7 +50,7 @@ def training_images(name: TrainingSet, root: Path, scale: int) -> list[Path]:
     if not found:
         raise InputError(
             f"--root {root}: no LR training images of {name} for x{scale} in it: expected {' or '.join(layouts)}",
-            "Name the folder that the data set was unpacked into, or give the images as --real-dir DIR.",
+            "Give the folder that the data set was unpacked into, or give the images as --real-dir DIR.",
         )
     return found
 
@@ -75,7 +75,7 @@ def select_images(
         left_out.append(_line(of_other, folder, f"{other} images of a data set"))
     elif of_other:
         warn(
-            f"{len(of_other)} of {len(paths)} images are {other} by their names ({_names(of_other, folder)}); "
+            f"{len(of_other)} of {len(paths)} images have names of {other} images ({_names(of_other, folder)}); "
             f"{side} images belong here"
         )
     if side == "LR" and any(labels[path] == "LR" for path in kept):
@@ -84,7 +84,7 @@ def select_images(
             others = [path for path in kept if scales[path] not in (scale, None)]
             if others:
                 kept = [path for path in kept if path not in set(others)]
-                left_out.append(_line(others, folder, f"LR images of another scale than x{scale}"))
+                left_out.append(_line(others, folder, f"LR images for a scale other than x{scale}"))
     splits = {path: _split(path, folder) for path in kept}
     if {"train", "test"} <= set(splits.values()):
         tests = [path for path in kept if splits[path] == "test"]

@@ -68,7 +68,7 @@ def _ncnn_device(device: str) -> str:
             pass
     here = ", ".join(["cpu", *map(str, vulkan_devices())])
     raise InputError(
-        f"--device {device}: ncnn finds no such device", f"Devices for --engine ncnn here: {here}.{_DRIVERS}"
+        f"--device {device}: ncnn finds no device of this name", f"Devices for --engine ncnn here: {here}.{_DRIVERS}"
     )
 
 

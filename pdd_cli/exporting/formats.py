@@ -43,8 +43,8 @@ def check_architecture(forms: Sequence[ExportForm], model: SRModel, option: str)
     """Raise InputError if `model` can't be written in one of `forms`."""
     if "ncnn" in forms and _wiring(model) is None:
         raise InputError(
-            f"{option} ncnn: only RRDBNet and SRVGGNetCompact can be written in this form, not {model.architecture}",
-            f"Forms for {model.architecture}: pth, safetensors, onnx.",
+            f"{option} ncnn: only RRDBNet and SRVGGNetCompact can be written in this format, not {model.architecture}",
+            f"Formats for {model.architecture}: pth, safetensors, onnx.",
         )
 
 
@@ -153,9 +153,9 @@ def _write_ncnn(path: Path, model: SRModel, before_rename: BeforeRename) -> None
         found = psnr(again.module(lr), model.module(lr))
     if not found >= _MIN_PSNR_FP16:
         raise InputError(
-            f"{path}: in fp16, which ncnn files have here, the weights give other images (PSNR {found:.1f} dB); "
+            f"{path}: in fp16, which pdd uses in ncnn files, the weights give different images (PSNR {found:.1f} dB); "
             "the files were not written",
-            "Choose another form, such as pth or onnx.",
+            "Choose another format, such as pth or onnx.",
         )
     with atomic_write(weights, before_rename) as temporary:
         temporary.write_bytes(data)

@@ -204,8 +204,8 @@ def _check_replaced(repository: Repository, names: Sequence[str], *, overwrite: 
     if not repository.is_own:
         raise InputError(
             f"--repo {repository.name}: its model card was not written by pdd, so {', '.join(replaced)} "
-            "would be replaced in another's repository",
-            "Name another repository.",
+            "would be replaced in someone else's repository",
+            "Choose another repository.",
         )
 
 

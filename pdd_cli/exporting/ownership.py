@@ -43,13 +43,13 @@ def check_target(form: ExportForm, file: Path, sources: list[Path], *, overwrite
     if file.is_dir():
         raise InputError(f"can't write {file}: it is a folder")
     if any(one.exists() and file.samefile(one) for one in sources):
-        raise InputError(f"{file} is the file to export; it is not replaced", "Name another folder or file.")
+        raise InputError(f"{file} is the file to export; it is not replaced", "Choose another folder or file.")
     if not overwrite:
         raise InputError(f"{file} exists", "--overwrite replaces it if pdd wrote it.")
     if not is_own(form, file):
         raise InputError(
             f"{file} was not written by pdd (--to {form}); it is not replaced",
-            "Name another folder or file, or delete it yourself.",
+            "Choose another folder or file, or delete it yourself.",
         )
 
 

@@ -139,7 +139,10 @@ def _write_all(
             if is_out_of_memory(error):
                 failure: PddError = ResourceError(f"out of memory while writing {path}", "Close other programs.")
             else:
-                failure = PddError(f"{path}: a bug in pdd: {type(error).__name__}: {error}", "--debug shows where.")
+                failure = PddError(
+                    f"{path}: a bug in pdd: {type(error).__name__}: {error}",
+                    "To see where: run the same command with --debug.",
+                )
             failure.__cause__ = error
             result.failures.append(failure)
             continue
@@ -160,7 +163,7 @@ def _forms(settings: ExportConfig) -> Sequence[ExportForm]:
     suffix = Path(settings.output or "").suffix.lower()
     found = [form for form, suffixes in SUFFIXES.items() if suffix in suffixes]
     if not found:
-        raise InputError("export: no form is given", f"Add --to FORM, one or several of {','.join(SUFFIXES)}.")
+        raise InputError("export: no format is given", f"Add --to FORMAT, with one or more of {','.join(SUFFIXES)}.")
     return found
 
 
@@ -170,12 +173,15 @@ def _target(form: ExportForm, settings: ExportConfig, name: str, scale: int) -> 
     owners = [owner for owner, suffixes in SUFFIXES.items() if out.suffix.lower() in suffixes]
     if not owners or out.is_dir() or (settings.output or "").endswith(("/", "\\")):
         if out.exists() and not out.is_dir():
-            raise InputError(f"{out} is a file, not a folder", "Name a folder for the exported files.")
+            raise InputError(f"{out} is a file, not a folder", "Give a folder for the exported files.")
         return default_path(form, out, name, scale)
     if len(set(settings.to) - {"hub"}) > 1:
-        raise InputError(f"{out} is one file, but --to names several forms", "Name a folder.")
+        raise InputError(f"{out} is one file, but --to gives several formats", "Give a folder.")
     if owners != [form]:
-        raise InputError(f"{out}: a file of --to {form} ends in {' or '.join(SUFFIXES[form])}", "Or leave out --to.")
+        raise InputError(
+            f"{out}: the name of a --to {form} file ends in {' or '.join(SUFFIXES[form])}",
+            "Change the name, or leave out --to.",
+        )
     return out
 
 

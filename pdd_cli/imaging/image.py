@@ -98,7 +98,7 @@ def check_pixels(size: tuple[int, int], most: int) -> None:
     if size[0] * size[1] > most:
         raise InputError(
             f"too large ({size[0]}x{size[1]} pixels; at most {most / 1e6:.0f} megapixels)",
-            "Only pdd upscale reads larger ones, with --max-memory.",
+            "Only `pdd upscale` with --max-memory reads larger images.",
         )
 
 

@@ -59,11 +59,11 @@ def _check(sr: Array, lr: Array) -> None:
     (height, width), (small_height, small_width) = sr.shape[:2], lr.shape[:2]
     sizes = f"the image is {width}x{height}, its LR {small_width}x{small_height}"
     if small_width > width or small_height > height:  # equal sizes are valid: a model that restores without enlarging
-        raise ValueError(f"{sizes}: larger, so not what it was made from")
+        raise ValueError(f"{sizes}: the LR is larger, so the image wasn't made from it")
     # The upscaler rounds sizes, and so does the program that made the LR: they may differ by one LR pixel.
     across, down = width / small_width, height / small_height
     if abs(across * small_height - height) > across + 1 and abs(down * small_width - width) > down + 1:
-        raise ValueError(f"{sizes}: of another shape, so not what it was made from")
+        raise ValueError(f"{sizes}: the aspect ratios differ, so the image wasn't made from this LR")
 
 
 def _resized(channel: Array, width: int, height: int) -> Array:

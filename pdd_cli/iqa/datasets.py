@@ -61,7 +61,7 @@ def _realsr(root: Path) -> Dataset:
     folders = [folder for camera in ("Canon", "Nikon") for folder in sorted(root.rglob(f"{camera}/Test/4"))]
     if not folders:
         raise InputError(
-            f"--root {root}: no Canon/Test/4 or Nikon/Test/4 below it", "Name the folder that RealSR was unpacked into."
+            f"--root {root}: no Canon/Test/4 or Nikon/Test/4 below it", "Give the folder that RealSR was unpacked into."
         )
     images = [path for folder in folders for path in find_images(folder)]
     lr = [path for path in images if path.stem.endswith("_LR4")]
@@ -100,7 +100,7 @@ def _folder(root: Path, layout: str, name: str) -> Path:
     if not found and root.name == layout.split("/")[0] and (root.parent / layout).is_dir():
         found = [root.parent / layout]
     if not found:
-        raise InputError(f"--root {root}: {name} has a folder {layout}, which isn't there")
+        raise InputError(f"--root {root}: {name} has a folder {layout}, which is missing")
     return found[0]
 
 

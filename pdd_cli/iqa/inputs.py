@@ -115,9 +115,9 @@ def _images(sr: Path | None, notes: list[str]) -> tuple[list[Path], Path, dict[P
         made = {pair.sr: pair.lr for pair in latest.pairs if pair.sr.is_file()}
         if not made:
             raise InputError(
-                f"the outputs of the latest `pdd upscale`, in {latest.output}, are gone", "pdd evaluate SR_DIR"
+                f"the outputs of the latest `pdd upscale`, in {latest.output}, no longer exist", "pdd evaluate SR_DIR"
             )
-        notes.append(f"scoring what the latest `pdd upscale` made: {latest.output}, weights {latest.weights}")
+        notes.append(f"scoring the outputs of the last `pdd upscale`: {latest.output}, weights {latest.weights}")
         root = Path(os.path.commonpath([str(image.parent) for image in made]))
         return list(made), root, {image: lr for image, lr in made.items() if lr.is_file()}
     if sr.is_file():
@@ -138,7 +138,7 @@ def _partners_in(images: Sequence[Path], root: Path, other: Path, kind: str, opt
         return _partners(images, root, find_images(other), other, kind, f"{option} {other}")
     if len(images) != 1:
         raise InputError(
-            f"{option} {other} is one file, but there are {len(images)} images to score", "Name a folder of images."
+            f"{option} {other} is one file, but there are {len(images)} images to score", "Give a folder of images."
         )
     return _Partners({images[0]: other})
 
@@ -151,8 +151,8 @@ def _partners(
     found = pair(images, root, others, other_root)
     if not found.pairs:
         raise InputError(
-            f"no image in {root} has the name of one in {where}",
-            f"For example {images[0].name} would need one named {images[0].stem}.*",
+            f"no image in {root} has the same name as an image in {where}",
+            f"For example, {images[0].name} needs an image named {images[0].stem}.*",
         )
     problems = tuple(f"{image}: {_unpaired_reason(image, found, kind, other_root)}" for image in found.unmatched)
     notes = []
@@ -163,7 +163,7 @@ def _partners(
     ]
     if moved:
         shown = ", ".join(moved[:3]) + (", …" if len(moved) > 3 else "")
-        notes.append(f"{len(moved)} images are paired across subfolders, by names that occur once: {shown}")
+        notes.append(f"{len(moved)} images are paired across subfolders, by names that occur only once: {shown}")
     if found.unused:
         shown = ", ".join(path.name for path in found.unused[:5]) + (", …" if len(found.unused) > 5 else "")
         notes.append(f"{len(found.unused)} of {len(others)} images in {where} have no counterpart to score: {shown}")

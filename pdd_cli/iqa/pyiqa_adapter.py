@@ -175,7 +175,7 @@ def _create(name: str, device: str, files: _MetricFiles, options: Mapping[str, A
     except ImportError as error:
         missing = error.name or str(error)
         raise InputError(
-            f"metric {name}: the Python package {missing} is missing, or does not load: {error}",
+            f"metric {name}: the Python package {missing} is missing or can't be loaded: {error}",
             f"Install it beside pdd: pip install {missing.split('.')[0]}",
         ) from error
 
@@ -357,7 +357,7 @@ class _MetricFiles:
             except DownloadError as error:
                 failures.append(f"{place}: {error.message}")
                 self._on_event(FetchEvent(self._metric, "failed", failures[-1]))
-        raise DownloadError("\n  ".join([f"metric {self._metric}: {target.name} can't be had:", *failures]))
+        raise DownloadError("\n  ".join([f"metric {self._metric}: {target.name} can't be fetched:", *failures]))
 
     def _on_bytes(self, place: str) -> Callable[[int, int | None], None]:
         return lambda done, total: self._on_event(FetchEvent(self._metric, "progress", place, done, total))

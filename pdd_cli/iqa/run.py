@@ -81,14 +81,14 @@ def score_inputs(settings: EvaluateConfig, inputs: Inputs, observer: Observer = 
         observer.warn(f"{name} is skipped: it {reason}")
     if not wanted:
         raise InputError(
-            f"nothing to compute: {', '.join(skipped)} compare with images that aren't given",
+            f"nothing to compute: {', '.join(skipped)} compare with images that were not given",
             "Add --gt-dir DIR, or a metric without reference, such as niqe.",
         )
     if settings.luma == "matlab" and not any(info.name in LUMA_METRICS for info in wanted):
         observer.warn(f"--luma matlab changes nothing here: it is for {', '.join(LUMA_METRICS)}")
     missing = [name for name in settings.fail_if_worse if name not in [info.name for info in wanted]]
     if missing:
-        raise InputError(f"--fail-if-worse {', '.join(missing)}: not computed", "Name it in --metrics, too.")
+        raise InputError(f"--fail-if-worse {', '.join(missing)}: not computed", "Add it to --metrics.")
     with observer.fetching() as on_event:
         loaded, lacking = load_metrics(
             wanted,

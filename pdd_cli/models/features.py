@@ -111,7 +111,9 @@ def feature_network(name: str, state: Mapping[str, Tensor], *, origin: str) -> F
     misfits = [key for key, tensor in renamed.items() if own[key].shape != tensor.shape]
     if missing or misfits:
         what = f"no {missing[0]}" if missing else f"another shape of {misfits[0]}"
-        raise InputError(f"{origin}: not the weights of {name} ({what})", "Name the network they are for: --features.")
+        raise InputError(
+            f"{origin}: not the weights of {name} ({what})", "Give the network of these weights: --features."
+        )
     network.load_state_dict(renamed, strict=False)
     return network.eval().requires_grad_(False)
 

@@ -315,7 +315,7 @@ def _write(
                     copy.compress_type = member.compress_type
                     if page is not None:
                         reason = result.problem.partition(": ")[2] if result is not None else ""
-                        notes.append(f"{page.name} is copied as it is: {reason or 'not upscaled'}")
+                        notes.append(f"{page.name} is copied unchanged: {reason or 'not upscaled'}")
                     if member.filename.lower().endswith("comicinfo.xml") and b"ImageWidth" in archive.read(member):
                         notes.append(f"{member.filename} is copied with the page sizes of the input")
                     with archive.open(member) as packed, written.open(copy, "w", force_zip64=True) as file:

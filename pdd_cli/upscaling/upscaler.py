@@ -260,7 +260,7 @@ class Upscaler:
         size, tiles = self.output_size(width, height), self._passes(width, height)
         processing = self.processing
         if processing.normal_map and picture.channels == 1:
-            raise InputError("a gray image is no normal map", "Leave --normal-map out for it.")
+            raise InputError("a gray image is not a normal map", "Leave --normal-map out for it.")
         gray = picture.channels == 1 or (_is_gray(picture.pixels) and not processing.normal_map)
         opaque = picture.alpha is None or _is_opaque(picture.alpha)
         direct = (

@@ -93,7 +93,7 @@ _SIDE_DATA = {
 }
 HDR10 = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL")
 
-_DEINTERLACE = "--deinterlace makes whole frames of its fields"
+_DEINTERLACE = "--deinterlace makes progressive frames of its fields"
 
 _PROBED_PACKETS = 32  # packets that are read to find out which timestamps they have
 
@@ -290,10 +290,10 @@ def read_clip(path: Path, *, most_pixels: int, options: VideoOptions = VideoOpti
         if options.deinterlace and not frame.interlaced_frame:
             notes.append("its first frame is not marked as interlaced: all are deinterlaced")
         elif frame.interlaced_frame and not options.deinterlace:
-            notes.append(f"it is interlaced, which will show; {_DEINTERLACE}")
+            notes.append(f"it is interlaced, which will be visible; {_DEINTERLACE}")
         timeless = bool(container.format.flags & pyav().format.Flags.no_timestamps.value)
         if timeless:
-            notes.append(f"it has no timestamps: {float(rate):g} frames a second are assumed")
+            notes.append(f"it has no timestamps: {float(rate):g} frames per second are assumed")
         return Clip(
             path=path,
             index=stream.index,
@@ -464,15 +464,15 @@ class FrameReader:
             of = f" of {expected}" if expected > count else ""
             notes.append(f"the file is damaged or truncated: only {count}{of} frames could be decoded")
         elif self._corrupt:
-            notes.append(f"packets that are damaged in the input: {self._corrupt}")
+            notes.append(f"damaged packets in the input: {self._corrupt}")
         if self._damaged:
-            notes.append(f"frames that are damaged in the input: {self._damaged}")
+            notes.append(f"damaged frames in the input: {self._damaged}")
         if self._untimed and not self._clip.timeless:
-            notes.append(f"frames without a usable timestamp, which follow the one before: {self._untimed}")
+            notes.append(f"frames without a usable timestamp, placed after the previous frame: {self._untimed}")
         if self._interlaced and not self._clip.interlaced and not self._clip.deinterlace:
-            notes.append(f"{self._interlaced} of its frames are interlaced, which will show; {_DEINTERLACE}")
+            notes.append(f"{self._interlaced} of its frames are interlaced, which will be visible; {_DEINTERLACE}")
         if self.left_out:
-            notes.append(f"not kept of its frames: {', '.join(self.left_out)}")
+            notes.append(f"properties of its frames that are not kept: {', '.join(self.left_out)}")
         return notes
 
     @property
@@ -654,8 +654,8 @@ def _video_of(container: InputContainer, path: Path) -> VideoStream:
             return stream
     if videos:
         kind = codec_name_of(videos[0], describe_streams(container))
-        raise InputError(f"can't read {path}: nothing here decodes its video ({kind})")
-    raise InputError(f"can't read {path}: there is no video in it")
+        raise InputError(f"can't read {path}: there is no decoder for its video ({kind})")
+    raise InputError(f"can't read {path}: it contains no video")
 
 
 def codec_name_of(stream: Stream, described: Mapping[int, str]) -> str:

@@ -111,9 +111,9 @@ def choose_codec(
         settings["svtav1-params"] = _hdr_of_av1(clip)
     notes = []
     if bits < clip.bits:
-        notes.append(f"{clip.bits} bits become {bits}, the most that {name} has")
+        notes.append(f"{clip.bits} bits become {bits}, the most that {name} supports")
     if chroma[0] > clip.chroma[0]:
-        notes.append(f"its colours are halved to 4:2:{2 if chroma[1] == 1 else 0}, all that {name} has")
+        notes.append(f"its chroma is reduced to 4:2:{2 if chroma[1] == 1 else 0}, the most that {name} supports")
     return Codec(name, format, bits, chroma, tuple(settings.items())), notes
 
 

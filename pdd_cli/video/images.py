@@ -68,7 +68,7 @@ def read_image_clip(source: Path, *, most_pixels: int, options: VideoOptions) ->
     else:
         header = probe(source, most_pixels=most_pixels)
         if header.frames == 1:
-            raise InputError(f"{source}: one image, not an animation, can't become a video", "Name an image as output.")
+            raise InputError(f"{source}: one image, not an animation, can't become a video", "Give an image as output.")
         size, count, bits, unit = header.size, header.frames, 8, _UNIT
         durations = []
         for page in decode_pages(source, read_bytes(source), most_pixels=most_pixels):
@@ -131,7 +131,7 @@ def _gap(files: list[Path]) -> str:
     numbers = [int(found[-1]) if (found := re.findall(r"\d+", path.stem)) else None for path in files]
     for before, after, path in zip(numbers, numbers[1:], files[1:], strict=False):
         if before is not None and after is not None and after > before + 1:
-            return f"frames are missing before {path.name}: those after it move up"
+            return f"frames are missing before {path.name}: the frames after it move up"
     return ""
 
 

@@ -225,7 +225,7 @@ def _plan(job: Job, digest: str, upscaler: Upscaler, output: Output, options: Vi
         left_out["transparency"] = "the output has none"
     lost = side_data_names(clip.side - codec.kept_side_data)
     if lost:
-        notes.append(f"not kept of its frames: {', '.join(lost)}")
+        notes.append(f"properties of its frames that are not kept: {', '.join(lost)}")
     notes += [f"its {name} is not kept: {why}" for name, why in left_out.items()]
     return _Plan(
         clip,
@@ -483,7 +483,7 @@ def _plan_frames(job: Job, upscaler: Upscaler, output: Output, options: VideoOpt
         notes.append(f"its pixels are {clip.aspect.numerator}:{clip.aspect.denominator}, not square")
     notes += [f"its {name} is not kept: the output is images" for name in left_out]
     if lost:
-        notes.append(f"not kept of its frames: {', '.join(lost)}")
+        notes.append(f"properties of its frames that are not kept: {', '.join(lost)}")
     return _FramesPlan(clip, size, tuple(notes), (*lost, *left_out), estimate.memory, estimate.seconds)
 
 

@@ -63,7 +63,7 @@ def ensure(reference: str, *, store: Store, offline: bool, on_event: OnEvent) ->
     if path.is_file():
         return path
     if path.is_dir() and is_file_reference(reference):
-        raise InputError(f"{reference} is a folder, not a weights file", "Name the file in it.")
+        raise InputError(f"{reference} is a folder, not a weights file", "Give the file in it.")
     if is_file_reference(reference):
         raise InputError(f"no such weights file: {reference}")
     return fetch(_known(reference, store), store=store, offline=offline, on_event=on_event).path

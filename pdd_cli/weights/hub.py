@@ -156,7 +156,7 @@ def choose(reference: str, wanted: HubReference, names: list[str]) -> str:
         if found:
             raise InputError(
                 f"{reference}: {wanted.repo} has {len(found)} weights files",
-                f"Name one: hf:{wanted.repo}/FILE with FILE one of {', '.join(found)}.",
+                f"Choose one: hf:{wanted.repo}/FILE, where FILE is one of {', '.join(found)}.",
             )
     raise InputError(
         f"{reference}: {wanted.repo} has no weights ({', '.join(names) or 'no files'})",

@@ -187,7 +187,7 @@ def write_network(
             data += bytes(4) + weight.astype("<f4").tobytes() + state[f"{module}.bias"].astype("<f4").tobytes()
             continue
         if np.abs(weight).max() > np.finfo(np.float16).max:
-            raise InputError(f"{module}.weight has values beyond the range of fp16, which ncnn files have here")
+            raise InputError(f"{module}.weight has values beyond the range of fp16, which pdd uses in ncnn files")
         values = weight.astype("<f2").tobytes()
         data += _FP16.to_bytes(4, "little") + values + bytes(-len(values) % 4)
         data += state[f"{module}.bias"].astype("<f4").tobytes()

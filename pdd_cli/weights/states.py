@@ -133,7 +133,7 @@ def read_state(path: Path, table: str | None = None) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise InputError(f"no such weights file: {path}") from None
     except IsADirectoryError:
-        raise InputError(f"{path} is a folder, not a weights file", "Name the file in it.") from None
+        raise InputError(f"{path} is a folder, not a weights file", "Give the file in it.") from None
     except OSError as error:
         raise InputError(f"can't read the weights file {path}: {error.strerror}") from error
     if not head:

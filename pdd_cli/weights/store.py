@@ -82,9 +82,9 @@ def invalid_name_reason(name: str) -> str:
     if not _NAME.fullmatch(name):
         return "a name consists of letters, digits, '.', '_' and '-', and starts with a letter or digit"
     if name.lower().endswith(_FILE_ENDS):
-        return f"a name that ends in {Path(name).suffix} would be taken for a file"
+        return f"a name that ends in {Path(name).suffix} looks like a file name"
     if name.endswith(".") or name.split(".")[0].lower() in _DEVICES:
-        return "not every operating system allows a file of that name"
+        return "some operating systems don't allow a file of this name"
     if name.lower() in {entry.name.lower() for entry in CATALOG}:
         return "it is the name of weights that pdd fetches"
     return ""
@@ -207,7 +207,7 @@ class Store:
             if left and not overwrite:
                 raise InputError(
                     f"'{name}' is the base of {', '.join(left)}: --strength needs it",
-                    "Nothing was removed. --overwrite removes it all the same.",
+                    "Nothing was removed. --overwrite removes it anyway.",
                 )
         for removed in found:
             with write_errors(removed.path):
