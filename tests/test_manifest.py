@@ -150,3 +150,15 @@ def test_names_with_other_line_ends_of_unicode_are_recorded(pdd, ground: Path, t
     assert pdd(*command).code == 0
     assert json.loads(pdd(*command, "--json").out)["skipped"] == 3
     assert pdd(*command, "--scale", 2).code == 0
+
+
+def test_outputs_in_a_folder_that_was_moved_are_not_upscaled_again(pdd, ground: Path, tmp_path: Path) -> None:
+    photos, moved = tmp_path / "photos", tmp_path / "moved"
+    photos.mkdir()
+    (photos / "a.png").write_bytes((ground / "realLR/0.png").read_bytes())
+    options = ("--weights", ground / "base.safetensors", "--json")
+    assert pdd("upscale", photos, photos, "--suffix", "_x4", *options).code == 0
+    photos.rename(moved)
+    document = json.loads(pdd("upscale", moved, tmp_path / "out", *options).out)
+    assert [Path(file["output"]).name for file in document["files"]] == ["a.png"]
+    assert document["earlier_outputs"] == [str(moved / "a_x4.png")]

@@ -221,6 +221,26 @@ def test_a_gif_is_written_frame_by_frame(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.gif"]
 
 
+@pytest.mark.parametrize("transparent", [False, True])
+def test_a_frame_of_a_gif_may_be_shown_for_an_hour(tmp_path: Path, transparent: bool) -> None:
+    alpha = np.full(flat_frames(1)[0].shape[:2], 255, np.uint8)
+    alpha[:2] = 0
+    pictures = [DecodedImage(frame, alpha if transparent else None) for frame in flat_frames(2)]
+    streams = [
+        ImageStream(one.spec, [one.interleaved], duration=shown)
+        for one, shown in zip(pictures, (3.6e6, 50), strict=True)
+    ]
+    write_images(tmp_path / "a.gif", streams, count=2)
+    shown = [0, 0]
+    with Image.open(tmp_path / "a.gif") as made:
+        for index in range(made.n_frames):
+            made.seek(index)
+            pixels = np.asarray(made.convert("RGB"))[2:]
+            (which,) = (n for n, one in enumerate(pictures) if np.array_equal(pixels, one.pixels[2:]))
+            shown[which] += made.info["duration"]
+    assert shown == [3_600_000, 50]
+
+
 def test_black_pixels_of_a_transparent_gif_are_seen(tmp_path: Path) -> None:
     # Many colours: black is not one of the palette, and the transparent entry must not be the nearest.
     colours = np.random.default_rng(0).integers(40, 256, (64, 64, 3), np.uint8)

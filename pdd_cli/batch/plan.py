@@ -264,13 +264,14 @@ def _outputs_among(found: Sequence[Path], source: Path) -> set[Path]:
     def is_output(path: Path) -> bool:
         real = path.resolve()
         made_from = records.get(real)
-        if made_from is not None:
-            return made_from.resolve() in present
+        if made_from is not None and made_from.resolve() in present:
+            return True
         # --suffix only adds to the name of the input.
         stems = (path.stem[:end] for end in range(1, len(path.stem) + 1))
         inputs = [other for stem in stems for other in by_stem.get(stem, ()) if other != path]
-        if real in records:  # by an earlier version, which did not record the input
+        if real in records and made_from is None:  # by an earlier version, which did not record the input
             return any(other.parent == path.parent and other.resolve() not in records for other in inputs)
+        # Also of one that is recorded: its folder may have been moved since.
         digest = source_of(path) if inputs else None
         if digest is None:
             return False

@@ -20,6 +20,8 @@ from pdd_cli.imaging.metadata import Metadata
 _COLOURS = 255
 # Pixels of all frames from which the palette is chosen.
 _SAMPLED = 1 << 18
+# Milliseconds for which a frame can be shown; a longer one is written several times.
+_LONGEST = 655_350
 # An XMP packet stands in an application extension, whole and not in blocks. Of what follows it, each byte is the
 # distance to the end: a program that expects blocks, and takes any byte of the packet for a length, arrives there, too.
 _XMP = b"!\xff\x0bXMP DataXMP"
@@ -53,8 +55,12 @@ def write_gif(path: Path, streams: Iterable[ImageStream], to_srgb: Callable[[Ima
         # Rounded to hundredths of a second where each frame ends, so that errors do not add up.
         marks = [0, *(10 * round(end / 10) for end in ends)]
         durations = [after - before for before, after in itertools.pairwise(marks)] if len(ends) > 1 else []
+        times = [_parts(duration) for duration in durations]
         frames = (_next(kept, (first.spec.height, first.spec.width, 4)) for _ in ends)
-        _write_frames(file, frames, colours.palette(), durations, first.metadata, transparent=has_clear)
+        if times:
+            frames = (frame for frame, parts in zip(frames, times, strict=True) for _ in parts)
+        shown = list(itertools.chain.from_iterable(times))
+        _write_frames(file, frames, colours.palette(), shown, first.metadata, transparent=has_clear)
 
 
 def xmp_of(data: bytes) -> bytes | None:
@@ -109,6 +115,12 @@ def _write_frames(
         file.writelines(GifImagePlugin.getdata(image.crop(box), box[:2], **options, **timing))
         shown = indices
     file.write(b";")
+
+
+def _parts(duration: int) -> list[int]:
+    """`duration` as a sum of times that a frame can be shown."""
+    whole, rest = divmod(duration, _LONGEST)
+    return [_LONGEST] * whole + ([rest] if rest or not whole else [])
 
 
 def _as_rgba(stream: ImageStream, to_srgb: Callable[[Image.Image, bytes], Image.Image]) -> Array:
