@@ -295,7 +295,7 @@ def test_the_report_says_what_the_crop_applies_to(sets: Path, tmp_path: Path) ->
     arguments = ("evaluate", sets / "good", "--gt-dir", sets / "gt", "--lr-dir", sets / "lr", "--metrics", "psnr")
     code, _, err, _ = run(*arguments, "--crop-border", 4, "--output", tmp_path / "a.json")
     assert code == 0, err
-    assert "4 pixels left out at each side (by downscale_consistency, colour_drift: none)." in " ".join(err.split())
+    assert "4 pixels left out at each side (downscale_consistency, colour_drift: none)." in " ".join(err.split())
     metrics = json.loads((tmp_path / "a.json").read_text())["metrics"]
     assert {metric["name"]: metric["crop_border"] for metric in metrics} == {
         "psnr": 4,
@@ -423,7 +423,7 @@ def test_models_are_run_on_a_data_set_and_compared(tmp_path: Path, monkeypatch: 
     assert "Canon_000_LR4.png: its HR image is missing" in err
     document = json.loads(out)
     assert document["set"] == "plain"
-    assert "too few images to tell on psnr" in document["verdicts"]["shifted"]  # five have HR
+    assert "too few images for psnr" in document["verdicts"]["shifted"]  # five have HR
     assert "better on downscale_consistency" in document["verdicts"]["shifted"]
     for image in document["images"]:
         lr, sr = pixels(Path(image["lr"])), pixels(Path(image["image"]))

@@ -104,7 +104,7 @@ def in_words(comparisons: Sequence[Comparison]) -> str:
         ]
         if names:
             parts.append(f"{verdict} on {_listed(names)}")
-    for verdict, words in (("unclear", "no clear difference on"), ("too few", "too few images to tell on")):
+    for verdict, words in (("unclear", "no clear difference on"), ("too few", "too few images for")):
         names = [one.metric.name for one in comparisons if one.verdict == verdict]
         if names:
             parts.append(f"{words} {_listed(names)}")

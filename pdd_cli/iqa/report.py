@@ -110,7 +110,7 @@ class Report:
         )
         whole = [metric.name for metric in self.metrics if metric.reference == "lr"] if self.crop_border else []
         cropped = f"{self.crop_border} pixels left out at each side"
-        cropped += f" (by {', '.join(whole)}: none)" if whole else ""
+        cropped += f" ({', '.join(whole)}: none)" if whole else ""
         on_luma = [metric.name for metric in self.metrics if metric.name in LUMA_METRICS]
         of_luma = "0 to 255 (full range)" if self.luma == "full" else "16 to 235 (as MATLAB's rgb2ycbcr)"
         luma = f" Luma of {', '.join(on_luma)}: {of_luma}." if on_luma else ""
