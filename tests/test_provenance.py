@@ -210,6 +210,7 @@ def test_a_single_output_that_was_made_otherwise_is_skipped_and_named(pdd) -> No
         assert [done.code for done in made] == [0] * 4
         assert ["from another input" in done.err for done in made] == [False, False, True, False]
         assert ["with other weights" in done.err for done in made] == [False, False, False, True]
+        assert ["skipped: up to date" in done.err for done in made] == [False, True, False, False]
 
 
 @pytest.mark.slow

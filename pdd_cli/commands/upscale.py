@@ -99,7 +99,9 @@ def _describe(outcome: BatchResult, console: Console) -> None:
         if result.status in ("done", "skipped") and result.problem and not outcome.dry_run:
             console.warn(f"{result.job.source}: {result.problem}")
     if skipped:
-        console.say(f"{skipped} skipped: up to date (--overwrite makes them again)")
+        # Of an output that was made otherwise, a warning has said how.
+        is_current = all(not result.problem for result in outcome.results if result.status == "skipped")
+        console.say(f"{skipped} skipped: {'up to date' if is_current else 'exists'} (--overwrite makes them again)")
     if done:
         rate = pixel_rate(outcome.pixels, outcome.seconds)
         console.say(f"{done} upscaled to {outcome.settings.output} in {outcome.seconds:.1f} s ({rate})")
