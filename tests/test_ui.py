@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import os
 import re
@@ -10,14 +11,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pdd_cli.ui.server import Receive, Scope, Send, TokenGuard
 from pdd_cli.ui.worker import Event, Worker
 from tests.helpers.commands import Outcome, invoke
 
@@ -91,6 +94,40 @@ def test_only_those_who_know_the_token_are_answered_and_the_port_is_taken(pdd: C
         done = pdd("ui", "--no-browser", "--port", port)
         assert done.code == 2
         assert f"--port {port}" in done.err
+
+
+def test_two_windows_at_once_keep_their_cookies() -> None:
+    async def page(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def answers() -> list[int]:
+        found: list[MutableMapping[str, Any]] = []
+        cookies: dict[str, str] = {}  # a browser's, of the host
+
+        async def receive() -> MutableMapping[str, Any]:
+            return {}
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                found.append(message)
+                for key, value in message["headers"]:
+                    if key == b"set-cookie":
+                        cookie, _, _ = value.decode().partition(";")
+                        cookies.update([cookie.split("=")])
+
+        guards = {port: TokenGuard(page, f"token-{port}") for port in (8001, 8002)}
+        for query in ("token=token-{}", ""):
+            for port, guard in guards.items():
+                header = "; ".join(f"{key}={value}" for key, value in cookies.items())
+                headers: list[tuple[bytes, bytes]] = [
+                    (b"host", f"127.0.0.1:{port}".encode()),
+                    (b"cookie", header.encode()),
+                ]
+                scope = {"type": "http", "headers": headers, "query_string": query.format(port).encode()}
+                await guard(scope, receive, send)
+        return [message["status"] for message in found]
+
+    assert asyncio.run(answers()) == [200] * 4
 
 
 def _wait(worker: Worker, until: Callable[[Event], bool]) -> list[Event]:

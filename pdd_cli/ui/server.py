@@ -36,17 +36,19 @@ class TokenGuard:
             await self._app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        host = headers.get("host", "").rsplit(":", 1)[0]
+        host, _, port = headers.get("host", "").partition(":")
+        name = f"{_COOKIE}_{port}"  # browsers send the cookies of all ports: several windows may be open
         from_address = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("token", [""])[0]
-        cookie = SimpleCookie(headers.get("cookie", "")).get(_COOKIE)
+        cookie = SimpleCookie(headers.get("cookie", "")).get(name)
         known = [one.encode() for one in (from_address, cookie.value if cookie else "")]
-        if host not in _HOST_NAMES or not any(secrets.compare_digest(self._token.encode(), one) for one in known):
+        is_local = host in _HOST_NAMES and (port.isdecimal() or not port)
+        if not is_local or not any(secrets.compare_digest(self._token.encode(), one) for one in known):
             await _refuse(scope, send)
             return
 
         async def send_with_cookie(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start" and from_address:
-                cookie_text = f"{_COOKIE}={self._token}; Path=/; HttpOnly; SameSite=Strict"
+                cookie_text = f"{name}={self._token}; Path=/; HttpOnly; SameSite=Strict"
                 message["headers"] = [*message.get("headers", []), (b"set-cookie", cookie_text.encode())]
             await send(message)
 
