@@ -67,10 +67,6 @@ def choose_hr(config: AdaptConfig, store: Store, warn: Callable[[str], None], sa
         if path is not None:
             warn(f"--hr-dir {path} is not used: without --real-dir the model is trained on the pairs alone")
         return HRChoice(None)
-    if config.teacher is not None:
-        if path is not None:
-            warn(f"--hr-dir {path} is not used: a student learns from the teacher's images")
-        return HRChoice(None)
     if path is None:
         return HRChoice(None) if "hr_dir" in config.model_fields_set else _default(config, store, warn, say)
     name = str(path)

@@ -301,7 +301,8 @@ def prepare_run(
     if config.teacher is not None:
         model = _load_teacher(weights.teacher, config, base, warn, say)
         sha256 = inputs["teacher"] = state_sha256(model.module.state_dict())
-        teacher = Teacher(model, config.teacher, sha256, sampler, config.teacher_crops)
+        photographs = config.hr_dir is not None
+        teacher = Teacher(model, config.teacher, sha256, sampler, config.teacher_crops, photographs)
     state = new_state(config, base, generalist, sampler, features, runtime)
     if resume and ranks.is_first:
         check_inputs_are_same(folder.checkpoint, inputs)

@@ -1,5 +1,8 @@
 """The teacher of a student: a large model, whose SR of crops of the real images a small one learns from.
 
+Every other crop is made from the HR images, if there are any besides the real images: a student that saw only a few real
+images is too soft on others.
+
 The crops are upscaled once, before the first step, and kept in the run folder, so that a step costs no more than the
 small network and the features. A step draws smaller crops from them.
 """
@@ -38,6 +41,7 @@ class Teacher:
     sha256: str  # of its tensors
     sampler: CropSampler
     count: int  # number of crops
+    photographs: bool = False  # the sampler has HR images that are not made from the real images
     lr: list[RGB] = field(default_factory=list)
     sr: list[RGB] = field(default_factory=list)
 
@@ -84,7 +88,8 @@ class Teacher:
         """Upscale the next crop."""
         number, scale = len(self.lr), self.model.scale
         candidates = 1 if number % _PLAIN_EVERY == 0 else _CANDIDATES
-        lr = self.sampler.real_crop(number, self.side + 2 * _MARGIN, candidates)
+        crop = self.sampler.synthetic_crop if self.photographs and number % 2 else self.sampler.real_crop
+        lr = crop(number, self.side + 2 * _MARGIN, candidates)
         sr = to_rgb8(upscale_image(self.model, lr, runtime))
         self.lr.append(_inner(lr, _MARGIN))
         self.sr.append(_inner(sr, _MARGIN * scale))
@@ -126,7 +131,7 @@ class Teacher:
 
     def _inputs(self) -> str:
         """A checksum of everything that the crops depend on, except for their number."""
-        facts = (self.sha256, self.sampler.digest(), self.sampler.seed, self.side)
+        facts = (self.sha256, self.sampler.digest(), self.sampler.seed, self.side, self.photographs)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # What a student has in common with the run of its teacher.
 _SHARED_WITH_STUDENT = {
-    "real_dir", "dataset", "root", "runs_dir", "seed", "features", "held_out", "export", "device",
+    "real_dir", "hr_dir", "dataset", "root", "runs_dir", "seed", "features", "held_out", "export", "device",
     "precision", "offline",
 }  # fmt: skip
 

@@ -103,6 +103,13 @@ class CropSampler:
         rng = np.random.default_rng((self.seed, number, size, candidates))
         return replace(self, candidates=candidates)._crop(self._drawn_from(self.real, number), size, rng)
 
+    def synthetic_crop(self, number: int, size: int, candidates: int) -> RGB:
+        """Crop `number` of a random sequence of LR crops made from the HR images, otherwise as `real_crop`."""
+        rng = np.random.default_rng((self.seed, number, size, candidates, 1))
+        hr = replace(self, candidates=candidates)._crop(self._drawn_from(self.hr, number), size * self.scale, rng)
+        lr = self.degradation.apply(stack([hr]), self.scale, rng)[0].permute(1, 2, 0)
+        return np.ascontiguousarray((lr.numpy() * 255).round().astype(np.uint8))
+
     def digest(self) -> str:
         """A checksum of the sizes and of every 16th row of all images; of lazy images, of their files."""
         digest = hashlib.sha256()

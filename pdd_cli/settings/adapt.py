@@ -277,8 +277,9 @@ class AdaptConfig(Settings):
     # deviation of the Laplacian in 8-bit levels); if none has, the one with the most texture is used.
     crop_candidates: PositiveInt = 8
     crop_texture: NonNegative = 30.0
-    # With a teacher: number of crops of the real images that the teacher upscales before the training.
-    teacher_crops: PositiveInt = 32
+    # With a teacher: number of crops that the teacher upscales before the training; half of them are made from the HR
+    # images, if there are any besides the real images.
+    teacher_crops: PositiveInt = 48
     # With a teacher: fraction of the run, at its start, in which the student learns only the pixels of its SR. These
     # steps take a fraction of the time of the others.
     imitation: Annotated[float, Field(ge=0, lt=1)] = 0.0
