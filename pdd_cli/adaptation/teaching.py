@@ -1,7 +1,7 @@
 """The teacher of a student: a large model, whose SR of crops of the real images a small one learns from.
 
-Every other crop is made from the HR images, if there are any besides the real images: a student that saw only a few real
-images is too soft on others.
+Every other crop is made from the HR images, if there are any besides the real images: a student that saw only a few
+real images is too soft on others.
 
 The crops are upscaled once, before the first step, and kept in the run folder, so that a step costs no more than the
 small network and the features. A step draws smaller crops from them.
@@ -69,7 +69,7 @@ class Teacher:
         """
         self._read(path)
         if len(self.lr) < self.count:
-            say(f"the teacher {self.name} upscales {self.count} crops of the real images, which all steps use")
+            say(f"the teacher {self.name} upscales {self.count} crops, which all steps use")
         began = saved = time.monotonic()
         already = len(self.lr)
         while len(self.lr) < self.count and not should_stop():
