@@ -72,6 +72,16 @@ def test_crops_of_a_step_are_the_teachers_sr_of_their_lr(tmp_path: Path) -> None
     assert not torch.equal(taught.draw(4, 16, 0)[0], lr)
 
 
+def test_every_other_crop_is_made_from_photographs(tmp_path: Path) -> None:
+    red, blue = np.full((70, 80, 3), (200, 0, 0), np.uint8), np.full((300, 280, 3), (0, 0, 100), np.uint8)
+    one_colour_each = CropSampler([red], [blue], 8, 4, Degradation(), 0)
+    mixed = Teacher(nearest(), "big", "a", one_colour_each, 4, photographs=True)
+    assert mixed.compute(tmp_path / "crops", CPU, lambda: False, silent)
+    assert [tuple(lr[0, 0]) for lr in mixed.lr] == [(200, 0, 0), (0, 0, 100)] * 2
+    assert {lr.shape for lr in mixed.lr} == {(32, 32, 3)}
+    assert Teacher(nearest(), "big", "a", one_colour_each, 4).missing(tmp_path / "crops") == 4
+
+
 def test_computing_continues_and_never_takes_crops_of_something_else(tmp_path: Path) -> None:
     whole, path = teacher(), tmp_path / "crops"
     whole.compute(tmp_path / "whole", CPU, lambda: False, silent)

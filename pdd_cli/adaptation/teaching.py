@@ -131,7 +131,8 @@ class Teacher:
 
     def _inputs(self) -> str:
         """A checksum of everything that the crops depend on, except for their number."""
-        facts = (self.sha256, self.sampler.digest(), self.sampler.seed, self.side, self.photographs)
+        photographs = self.sampler.degradation if self.photographs else None
+        facts = (self.sha256, self.sampler.digest(), self.sampler.seed, self.side, photographs)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
