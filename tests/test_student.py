@@ -197,6 +197,7 @@ def test_a_student_is_trained_judged_and_described(pdd: Callable[..., Outcome], 
     verdict = json.loads((run / "verdict.json").read_text())
     assert {"score", "consistency", "texture"} <= set(verdict["teacher"])
     assert verdict["times_as_fast_as_teacher"] > 0
+    assert [judged["strength"] for judged in verdict["adapted"]] == [1]
     page = (run / "report.html").read_text()
     assert "Beside its teacher" in page
     assert "big (RRDBNet)" in page

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from pdd_cli.adaptation.folder import RunFolder
 from pdd_cli.adaptation.hr_images import HRChoice, choose_hr
-from pdd_cli.adaptation.judge import STRENGTHS
 from pdd_cli.adaptation.planning import measure, plan_run, planned_before, time_imitation
 from pdd_cli.adaptation.prepare import Run, check_folder, check_name, memory_errors, prepare_run, weight_files
 from pdd_cli.adaptation.preview import PREVIEW_IMAGES, PREVIEW_SIZE
@@ -288,7 +287,7 @@ def _judgements(run: Run) -> int:
     config = run.config
     candidates = 2 if config.generalist.mode == "ema" else 1
     checkpoints = math.ceil((config.steps - run.state.step) / config.checkpoint_every)
-    return 2 + candidates * checkpoints + 2 * len(STRENGTHS)
+    return 2 + candidates * checkpoints + 2 * len(run.judge.strengths)
 
 
 def _run_bytes(run: Run) -> int:

@@ -32,7 +32,7 @@ from pdd_cli.iqa.consistency import colour_drift, downscale_consistency
 from pdd_cli.models.loading import SRModel, interpolated
 from pdd_cli.runtime import Runtime
 
-STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+_STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
 _TIMED_SIDE = 64  # LR pixels of the image on which student and teacher are timed
 _MAX_IMAGES = 8
@@ -205,13 +205,18 @@ class Judge:
         model.module.load_state_dict(interpolated(base, adapted, strength))
         return model
 
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """The strengths that are judged. A student has only one: a blend with its base loses the teacher's detail."""
+        return _STRENGTHS if self.teacher is None else (1.0,)
+
     def conclude(self, best: Mapping[str, Tensor]) -> Conclusion:
         """Score the best weights at several strengths and decide whether they are better than the base."""
-        adapted = {strength: self.evaluate(self.interpolate(best, strength)) for strength in STRENGTHS}
+        adapted = {strength: self.evaluate(self.interpolate(best, strength)) for strength in self.strengths}
         base = self.base_scores
         on_pairs = {strength: scores.held_out_pairs for strength, scores in adapted.items() if scores.held_out_pairs}
         if reason := self.insufficient:
-            verdict = Verdict(None, f"not enough images to judge: {reason}", max(STRENGTHS))
+            verdict = Verdict(None, f"not enough images to judge: {reason}", 1.0)
         elif base.held_out_pairs:
             verdict = decide_by_ground_truth(on_pairs, base.held_out_pairs)
         else:

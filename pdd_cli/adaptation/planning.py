@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from pdd_cli.adaptation.checkpoint import checkpoint_settings
 from pdd_cli.adaptation.folder import RunFolder
-from pdd_cli.adaptation.judge import STRENGTHS
 from pdd_cli.adaptation.loop import batch_source
 from pdd_cli.adaptation.prepare import Run
 from pdd_cli.adaptation.publish import report_crops
@@ -120,7 +119,7 @@ def final_judgements(run: Run) -> float:
     """The time of previews, verdict and report, as a multiple of the judgement of one model."""
     in_report = [lr for _, _, lr, _ in report_crops(run)]
     judged, shown = (sum(lr.shape[0] * lr.shape[1] for lr in crops) for crops in (run.judge.crops, in_report))
-    return float(1 + len(STRENGTHS) + 2 * shown / judged)
+    return float(1 + len(run.judge.strengths) + 2 * shown / judged)
 
 
 def planned_before(config: AdaptConfig, folder: RunFolder) -> AdaptConfig:
