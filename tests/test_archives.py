@@ -93,7 +93,7 @@ def test_comics_of_a_folder_and_a_page_that_is_damaged(comic) -> None:
     assert done.code == 3
     document = json.loads(done.out)
     assert [file["status"] for file in document["files"]] == ["done", "done", "failed", "done"]
-    assert "2.png is copied as it is: not a PNG" in document["files"][1]["problem"]
+    assert "2.png is copied unchanged: not a PNG" in document["files"][1]["problem"]
     assert "not a ZIP archive" in document["files"][2]["problem"]
     assert document["other_kinds"] == {".zip": 1}
     assert zipfile.ZipFile("out/b.cbz").read("2.png") == b"no image"

@@ -168,4 +168,4 @@ def test_evaluate_takes_the_switches_of_upscale(place) -> None:
     failed = place("evaluate", "--lr-dir", "lr", "--weights", "plain", "--metrics", "entropy", "--denoise", 0.5)
     assert (failed.code, "--denoise needs a pair of models" in failed.err) == (2, True)
     failed = place("evaluate", "lr", "--tta")
-    assert (failed.code, "--tta is for the images of --weights" in failed.err) == (2, True)
+    assert (failed.code, "--tta applies to the images of --weights" in failed.err) == (2, True)

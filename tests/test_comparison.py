@@ -140,7 +140,7 @@ def test_an_image_that_was_restored_without_enlarging_has_an_lr_of_its_size() ->
     assert colour_drift(lr, lr) == 0
 
 
-@pytest.mark.parametrize(("lr", "words"), [((65, 97), "larger"), ((24, 16), "another shape")])
+@pytest.mark.parametrize(("lr", "words"), [((65, 97), "larger"), ((24, 16), "the aspect ratios differ")])
 def test_what_is_no_lr_of_the_image_is_refused(lr: tuple[int, int], words: str) -> None:
     for function in (downscale_consistency, colour_drift):
         with pytest.raises(ValueError, match=words):

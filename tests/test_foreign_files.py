@@ -196,7 +196,7 @@ def test_a_log_that_another_program_replaces_is_not_extended(inputs: Callable[..
     _awaited[Path("out/a.png").absolute()] = log = Path("log.jsonl")
     found = inputs(*UPSCALE, "--log", log)
     assert found.code == 0
-    assert "log.jsonl: the file is no log of pdd" in found.err
+    assert "log.jsonl: the file is not a log of pdd" in found.err
     assert log.read_bytes() == MINE
 
 
