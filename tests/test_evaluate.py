@@ -239,7 +239,7 @@ def test_the_latest_upscale_is_scored(folders: tuple[Path, Path]) -> None:
         known.sr.unlink()
     code, _, err = evaluate("--metrics", "entropy")
     assert code == 2
-    assert "gone" in err
+    assert "no longer exist" in err
 
 
 # --- pairing ----------------------------------------------------------------------------------------------------
@@ -562,7 +562,7 @@ def test_a_metric_that_fails_loses_no_other_and_one_without_room_goes_to_the_cpu
         (["nowhere"], ["nowhere: no such file or folder"]),
         (["empty"], ["no images"]),
         (["sr", "--gt-dir", "nowhere", "--metrics", "psnr"], ["--gt-dir nowhere"]),
-        (["sr", "--gt-dir", "other", "--metrics", "psnr"], ["has the name", "other"]),
+        (["sr", "--gt-dir", "other", "--metrics", "psnr"], ["has the same name", "other"]),
         (["sr", "--metrics", "entropy", "--crop-border", "40"], ["--crop-border 40"]),
         (["sr", "--metrics", "fid"], ["fid", "--gt-dir"]),
         (["sr", "--device", "cuda:9"], ["--device cuda:9"]),

@@ -423,7 +423,7 @@ def test_names_and_sizes_that_say_hr_are_warned_of(tmp_path: Path) -> None:
     kept, left_out = select_images(sorted(tmp_path.rglob("*.png")), tmp_path, "LR", 4, notes.append)
     assert len(kept) == 3
     assert not left_out
-    assert "1 of 3 images are HR by their names (Flickr2K_HR/other.png)" in notes[0]
+    assert "1 of 3 images have names of HR images (Flickr2K_HR/other.png)" in notes[0]
     assert "(b/one.png)" in notes[1]
 
 

@@ -130,7 +130,7 @@ def test_options_of_videos_need_one(tmp_path: Path, weights: Path) -> None:
     for option in (["--deinterlace"], ["--preview", "0.1"]):
         _, error = run_upscale(tmp_path / "a.gif", tmp_path / "b.mp4", "--weights", weights, *option)
         assert isinstance(error, InputError)
-        assert f"{option[0]} is for videos; {tmp_path / 'a.gif'} is none" in error.message
+        assert f"{option[0]} is for videos; {tmp_path / 'a.gif'} is not a video" in error.message
 
 
 @needs_ffmpeg
