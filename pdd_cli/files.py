@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import tempfile
@@ -153,6 +154,18 @@ def is_within(path: Path, folder: Path) -> bool:
     """Whether `path`, which need not exist, is `folder` or is inside it. Links and letter case are resolved."""
     real = path.resolve()
     return any(_is_same(place, folder) for place in (real, *real.parents))
+
+
+@functools.cache
+def is_case_insensitive(folder: Path) -> bool:
+    """Whether the file system of `folder`, which need not exist, takes names that differ only by case for the same."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=_TEMPORARY) as opened:
+            path = Path(opened.name)
+            return path.with_name(path.name.swapcase()).exists()
+    except OSError:  # nothing can be written there anyway
+        return False
 
 
 def _is_same(one: Path, other: Path) -> bool:

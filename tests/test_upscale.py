@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -366,6 +367,28 @@ def test_two_inputs_of_one_output_are_refused(tmp_path: Path) -> None:
     assert len(targets(tmp_path, str(tmp_path / "out"))) == 2
     with pytest.raises(InputError, match=r"a\.jpg and .*a\.png would have the same output .*a\.png"):
         targets(tmp_path, str(tmp_path / "out"), format="png")
+
+
+def test_inputs_whose_names_differ_by_case(tmp_path: Path) -> None:
+    touch(tmp_path, "in/a.png", "in/A.png", "in/Sub/b.png", "in/sub/B.png")
+    if len(list((tmp_path / "in").iterdir())) < 4:
+        pytest.skip("this folder is case-insensitive")
+    assert len(targets(tmp_path / "in", str(tmp_path / "out"))) == 4
+    if not (mount := shutil.which("lowntfs-3g")) or os.geteuid():
+        pytest.skip("no lowntfs-3g, or not root")
+    image, out = tmp_path / "ntfs.img", tmp_path / "out"
+    with image.open("wb") as opened:
+        opened.truncate(20 << 20)
+    out.mkdir()
+    subprocess.run(["mkfs.ntfs", "-q", "-F", "-Q", image], check=True, capture_output=True)
+    if subprocess.run([mount, "-o", "ignore_case", image, out], capture_output=True).returncode:
+        pytest.skip("this machine can't mount it")
+    try:
+        with pytest.raises(InputError, match=r"A\.png and .*a\.png would have the same output"):
+            targets(tmp_path / "in", str(out / "new"))
+        assert not list(out.iterdir())
+    finally:
+        subprocess.run(["umount", out], check=True)
 
 
 def test_output_beside_or_below_the_input(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from pdd_cli.errors import InputError
+from pdd_cli.files import is_case_insensitive
 from pdd_cli.imaging.decode import probe
 from pdd_cli.imaging.find import find_images, is_image
 from pdd_cli.imaging.formats import FORMATS, READ_ONLY, format_of, load_plugin
@@ -382,11 +384,15 @@ def collisions(
 ) -> Iterator[tuple[Job, InputError]]:
     """The jobs for which `check_collisions` would raise, and the error; of two with the same output the later one."""
     inputs = {_identity(path) for path in (*(job.source for job in jobs), *protected)}
+    targets = [job.target.resolve() for job in jobs]
+    similar = Counter(_similar(target) for target in set(targets))
     by_target: dict[Path, Path] = {}
-    for job in jobs:
+    for job, target in zip(jobs, targets, strict=True):
         if _identity(job.target) in inputs:
             yield job, InputError(f"the output {job.target} would replace an input", hint)
-        other = by_target.setdefault(job.target.resolve(), job.source)
+        if similar[_similar(target)] > 1 and is_case_insensitive(target.parent):
+            target = _similar(target)
+        other = by_target.setdefault(target, job.source)
         if other != job.source:
             yield (
                 job,
@@ -395,6 +401,11 @@ def collisions(
                     "Rename one of them, or upscale them into separate folders.",
                 ),
             )
+
+
+def _similar(path: Path) -> Path:
+    """A path that is equal for all spellings that a case-insensitive file system takes for the same name."""
+    return Path(unicodedata.normalize("NFC", str(path)).casefold())
 
 
 def _identity(path: Path) -> tuple[int, int] | Path:

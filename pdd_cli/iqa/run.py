@@ -81,7 +81,7 @@ def score_inputs(settings: EvaluateConfig, inputs: Inputs, observer: Observer = 
         observer.warn(f"{name} is skipped: it {reason}")
     if not wanted:
         raise InputError(
-            f"nothing to compute: {', '.join(skipped)} compare with images that were not given",
+            f"nothing to compute: no images to compare with were given for {', '.join(skipped)}",
             "Add --gt-dir DIR, or a metric without reference, such as niqe.",
         )
     if settings.luma == "matlab" and not any(info.name in LUMA_METRICS for info in wanted):
