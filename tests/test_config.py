@@ -147,6 +147,7 @@ def test_the_papers_runs_are_its_settings(path):
     assert config.discriminator_warmup_steps == 300
     rates = config.optimizer
     assert (rates.learning_rate, rates.discriminator_learning_rate, rates.betas) == (1e-4, 1e-4, (0.9, 0.99))
+    assert rates.freeze == 0
     assert rates.halve_at == (0.25,)
     assert (synthetic.blur, synthetic.noise, synthetic.jpeg) == (None, None, None)
     assert (weights.self_ensemble, synthetic.own_share) == (0, 0)

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from spandrel import ModelLoader
 from torch import Tensor, nn
 
-from pdd_cli.adaptation.trainable import check_trainable, freeze_first, frozen_blocks_shared
+from pdd_cli.adaptation.trainable import check_trainable, chosen_for, freeze_first, frozen_blocks_shared
 from pdd_cli.errors import InputError
 from pdd_cli.models.loading import SRModel
 from pdd_cli.models.rrdbnet import rrdbnet_from_state
+from pdd_cli.settings.adapt import OptimizerSettings
 from tests.helpers.commands import Outcome, command
 from tests.helpers.networks import CPU, bsrgan_layout, old_layout, rrdbnet, swinir
 
@@ -155,6 +156,22 @@ def test_the_first_parameters_can_stay_as_they_are(pdd: Callable[..., Outcome], 
     assert sizes == sorted(sizes, key=lambda size: size[0])  # all that stay are first
     kept = sum(size for changed, size in sizes if not changed) / sum(size for _, size in sizes)
     assert 0.3 < kept <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("blocks", "given", "expected"),
+    [
+        (23, {}, (0.65, 2e-4)),
+        (6, {}, (0, 1e-4)),
+        (6, {"freeze": 0.5}, (0.5, 2e-4)),
+        (23, {"freeze": 0}, (0, 1e-4)),
+        (23, {"learning_rate": 3e-5}, (0.65, 3e-5)),
+    ],
+)
+def test_how_much_is_frozen_depends_on_the_size(blocks: int, given: dict[str, float], expected: tuple[float, ...]):
+    network = rrdbnet_from_state(rrdbnet(blocks=blocks))
+    assert network is not None
+    assert chosen_for(network, OptimizerSettings.model_validate(given)) == expected
 
 
 def test_frozen_blocks_are_computed_once_and_give_the_same() -> None:

@@ -27,7 +27,7 @@ from pdd_cli.adaptation.teaching import Teacher
 from pdd_cli.adaptation.tensorboard import check_tensorboard
 from pdd_cli.adaptation.time_limit import TimeLimit
 from pdd_cli.adaptation.train_step import Models, scheduled_rate
-from pdd_cli.adaptation.trainable import check_channels, check_trainable, freeze_first, training_mode
+from pdd_cli.adaptation.trainable import check_channels, check_trainable, chosen_for, freeze_first, training_mode
 from pdd_cli.adaptation.validation import pairs_to_score, read_pairs
 from pdd_cli.data.datasets import RGB, AlignedPair, CropSampler, downscaled, hr_from_real, images_below, select
 from pdd_cli.data.degradations import Degradation
@@ -370,7 +370,8 @@ def new_state(
     """The state before the first step: the specialist starts from `base`, the discriminator from scratch."""
     torch.manual_seed(config.seed)
     specialist = training_mode(copy.deepcopy(base.module)).requires_grad_(True)
-    freeze_first(specialist, config.optimizer.freeze)
+    freeze, rate = chosen_for(specialist, config.optimizer)
+    freeze_first(specialist, freeze)
     frozen = copy.deepcopy(generalist.module).eval().requires_grad_(False)
     discriminator: nn.Module = UNetDiscriminator()
     if config.discriminator == "features":
@@ -381,14 +382,14 @@ def new_state(
         discriminator = FeatureDiscriminator(rms)
     for network in (specialist, frozen, discriminator):
         move_to_device(network, runtime)
-    betas, rates = config.optimizer.betas, config.optimizer
+    betas = config.optimizer.betas
     return TrainState(
         specialist=specialist,
         generalist=frozen,
         discriminator=discriminator,
-        optimizer=torch.optim.Adam(specialist.parameters(), rates.learning_rate, betas, fused=True),
+        optimizer=torch.optim.Adam(specialist.parameters(), rate, betas, fused=True),
         discriminator_optimizer=torch.optim.Adam(
-            discriminator.parameters(), rates.discriminator_learning_rate, betas, fused=True
+            discriminator.parameters(), config.optimizer.discriminator_learning_rate, betas, fused=True
         ),
         warmup_steps=config.discriminator_warmup_steps,
         imitation_steps=config.imitation_steps,

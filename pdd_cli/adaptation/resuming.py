@@ -17,7 +17,11 @@ _CHANGEABLE = {
     "offline", "val_lr", "val_hr", "early_stopping", "tensorboard", "keep_checkpoints",
 }  # fmt: skip
 # Settings that runs of earlier versions don't have, with the values that amount to what those versions did.
-_VALUES_BEFORE: dict[str, dict[str, Any]] = {"losses": {"self_ensemble": 0.0}, "synthetic": {"own_share": 0.0}}
+_VALUES_BEFORE: dict[str, dict[str, Any]] = {
+    "losses": {"self_ensemble": 0.0},
+    "synthetic": {"own_share": 0.0},
+    "optimizer": {"freeze": 0.0},
+}
 _SHOWN = 3
 
 

@@ -27,7 +27,7 @@ from pdd_cli.adaptation.losses import (
     self_ensemble_loss,
     undo_flip_or_transpose,
 )
-from pdd_cli.adaptation.trainable import frozen_blocks_shared
+from pdd_cli.adaptation.trainable import chosen_for, frozen_blocks_shared
 from pdd_cli.data.datasets import Batch
 from pdd_cli.models.discriminator import FeatureDiscriminator
 from pdd_cli.models.features import FeatureNetwork
@@ -235,13 +235,14 @@ def scheduled_rate(config: AdaptConfig, step: int) -> float:
 def set_learning_rates(config: AdaptConfig, state: TrainState) -> float:
     """Set the learning rates of both optimizers for the next step; returns the specialist's."""
     factor = state.monitor.rate_factor * scheduled_rate(config, state.step)
+    _, specialist_rate = chosen_for(state.specialist, config.optimizer)
     for optimizer, rate in (
-        (state.optimizer, config.optimizer.learning_rate),
+        (state.optimizer, specialist_rate),
         (state.discriminator_optimizer, config.optimizer.discriminator_learning_rate),
     ):
         for group in optimizer.param_groups:
             group["lr"] = rate * factor
-    return float(config.optimizer.learning_rate * factor)
+    return float(specialist_rate * factor)
 
 
 def _logits(discriminator: nn.Module, images: Tensor, features: Features) -> list[Tensor]:

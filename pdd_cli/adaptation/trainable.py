@@ -15,8 +15,11 @@ from pdd_cli.errors import InputError
 from pdd_cli.models.loading import SRModel
 from pdd_cli.models.rrdbnet import RRDBNet
 from pdd_cli.runtime import Runtime, is_out_of_memory
+from pdd_cli.settings.adapt import OptimizerSettings
 
 _SIDE = 16  # LR pixels of the test image
+_FROZEN = 0.65  # of the parameters of large networks
+_LARGE = 12  # blocks of an RRDBNet; Real-ESRGAN has 23
 Network = TypeVar("Network", bound=nn.Module)
 _HINT = "It still upscales. Adapt another base, such as realesrgan."
 
@@ -31,6 +34,16 @@ def training_mode(network: Network) -> Network:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
     return network
+
+
+def chosen_for(network: nn.Module, settings: OptimizerSettings) -> tuple[float, float]:
+    """The fraction of the parameters that stays frozen, and the learning rate, with numbers in place of "auto"."""
+    freeze, rate = settings.freeze, settings.learning_rate
+    if freeze == "auto":
+        freeze = _FROZEN if isinstance(network, RRDBNet) and len(network.body) >= _LARGE else 0.0
+    if rate == "auto":
+        rate = 2e-4 if freeze else 1e-4
+    return freeze, rate
 
 
 def freeze_first(network: nn.Module, fraction: float) -> None:

@@ -157,13 +157,15 @@ class LossWeights(Settings):
 class OptimizerSettings(Settings):
     """Adam, for the specialist and the discriminator."""
 
-    learning_rate: Positive = 1e-4
+    # auto: 1e-4; 2e-4 if a part of the network is frozen.
+    learning_rate: Positive | Literal["auto"] = "auto"
     discriminator_learning_rate: Positive = 1e-3
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
     # Fractions of the run at which the learning rate is halved. The paper first halves it at 25k of 100k steps.
     halve_at: tuple[Fraction, ...] = (0.35, 0.55, 0.75, 0.9)
-    # Fraction of the specialist's parameters, counted from its input, that keep the values of the base.
-    freeze: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    # Fraction of the specialist's parameters, counted from its input, that keep the values of the base. auto: 0.65 of a
+    # network as large as Real-ESRGAN's, which makes a step 1.5 times as fast; nothing of others.
+    freeze: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = "auto"
 
 
 # The defaults of a student. It moves much farther from its base than an adapted model does, and its steps are short.
@@ -174,7 +176,7 @@ STUDENT_DEFAULTS: dict[str, Any] = {
     "early_stopping": False,
     "generalist": {"decay": 0.99},
     "losses": {"adversarial": 1.0},
-    "optimizer": {"learning_rate": 5e-4, "halve_at": (0.35, 0.8, 0.88, 0.94)},
+    "optimizer": {"learning_rate": 5e-4, "halve_at": (0.35, 0.8, 0.88, 0.94), "freeze": 0.0},
 }
 
 Quality = Literal["quick", "good", "best"]
