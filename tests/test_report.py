@@ -47,7 +47,7 @@ def test_the_page_describes_the_run(pdd: Callable[..., Outcome], ground: Path, h
     for loss in ("pixel", "perceptual", "adversarial", "inter", "intra", "consistency"):
         assert f"loss: {loss}" in page.texts
     assert "learning rate" in page.texts
-    assert {"optimizer.learning_rate", "0.0001", "16"} <= set(page.texts)
+    assert {"optimizer.learning_rate", "auto", "16"} <= set(page.texts)
 
     # Before and after: what the base and the weights give at the strength of the verdict.
     (card,) = json.loads(page.json)
