@@ -6,9 +6,10 @@ Three trainings from the same weights on the same crops, a step of one after a s
 with PyTorch's convolutions alone (where pdd has others), and a control of its own: fp32 NCHW, eager; spandrel's network
 for the models, torchvision's layers for the features; every prediction, feature pass and judgement of the discriminator
 by itself, two backward passes for the discriminator, Adam and the moving average parameter by parameter.
-Prints seconds a step, and how far pdd's losses are from the control's. DATA holds `camera_b/train_lr`, `hr_photos` and
-`features/vgg16_features_fp16.safetensors`. `--avx2`: as on an x86 CPU with neither AVX-512 nor bf16, such as most
-laptops have.
+Prints seconds a step, and how far pdd's losses are from the control's. `--defaults`: instead pdd's default settings, of
+which a part of the network is frozen, beside the same with the whole network trained. DATA holds `camera_b/train_lr`,
+`hr_photos` and `features/vgg16_features_fp16.safetensors`. `--avx2`: as on an x86 CPU with neither AVX-512 nor bf16,
+such as most laptops have.
 """
 
 from __future__ import annotations
@@ -52,10 +53,11 @@ INTRA = {"conv2_2": 0.1, "conv3_3": 0.3, "conv4_3": 1.0, "conv5_3": 1.0}
 PERCEPTUAL = {"conv1_2": 0.1, "conv2_2": 0.1, "conv3_3": 1.0, "conv4_3": 1.0, "conv5_3": 1.0}
 PIXEL_WEIGHT, ADVERSARIAL_WEIGHT, DECAY, RATE = 0.5, 0.01, 0.999, 1e-4
 _PLAIN = "pdd without Winograd"
+_WHOLE = "pdd, nothing frozen"
 SETTINGS = [
-    "discriminator=unet", "discriminator_warmup=0", "crop_candidates=1", "held_out=0", "synthetic.hr_scales=[1]",
+    "discriminator=unet", "crop_candidates=1", "held_out=0", "synthetic.hr_scales=[1]",
     "losses.pixel=0.5", "losses.adversarial=0.01", "losses.consistency=0", "losses.feature_distance=0",
-    "optimizer.halve_at=[]", "optimizer.discriminator_learning_rate=0.0001",
+    "optimizer.halve_at=[]", "optimizer.discriminator_learning_rate=0.0001", "optimizer.freeze=0",
 ]  # fmt: skip
 
 
@@ -201,6 +203,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--defaults", action="store_true", help="compare freezing with training all, no control")
     parser.add_argument("--avx2", action="store_true", help="without AVX-512, in fp32")
     arguments = parser.parse_args()
     if arguments.avx2:
@@ -210,56 +213,66 @@ def main() -> None:
     keep_freed_memory()
     features = arguments.data / "features" / "vgg16_features_fp16.safetensors"
     with tempfile.TemporaryDirectory() as folder:
-        config = resolve(
-            AdaptConfig,
-            "adapt",
-            options={
-                "real_dir": arguments.data / "camera_b" / "train_lr",
-                "hr_dir": arguments.data / "hr_photos",
-                "features.network": "vgg16",
-                "features.weights": features,
-                "batch_size": arguments.batch_size,
-                "crop": arguments.crop,
-                "steps": arguments.steps,
-                "runs_dir": folder,
-            },
-            overrides=SETTINGS,
-        )
-        files = WeightFiles(arguments.base, None, "vgg16", features)
-        run = prepare_run(config, files, runtime, name="step", resume=False, overwrite=True, warn=print)
-        # Spectral normalisation begins with random vectors, and each pass brings them nearer to the singular ones. The
-        # two trainings pass different numbers of times: let them begin where that makes no difference.
-        with torch.no_grad():
-            for _ in range(200):
-                run.state.discriminator(torch.zeros(1, 3, 16, 16, device=runtime.device))
-        control = PaperStyle(arguments.base, features, run.state.discriminator, config.generalist.warmup_steps)
+
+        def prepare(name: str, *overrides: str) -> Run:
+            config = resolve(
+                AdaptConfig,
+                "adapt",
+                options={
+                    "real_dir": arguments.data / "camera_b" / "train_lr",
+                    "hr_dir": arguments.data / "hr_photos",
+                    "features.network": "vgg16",
+                    "features.weights": features,
+                    "batch_size": arguments.batch_size,
+                    "crop": arguments.crop,
+                    "steps": arguments.steps,
+                    "runs_dir": folder,
+                },
+                overrides=["discriminator_warmup=0", *overrides],
+            )
+            files = WeightFiles(arguments.base, None, "vgg16", features)
+            return prepare_run(config, files, runtime, name=name, resume=False, overwrite=True, warn=print)
+
+        control = None
+        run = prepare("step", *([] if arguments.defaults else SETTINGS))
         trainings = {"pdd": _our_steps(run)}
-        if winograd_pays(runtime):
-            with patch("pdd_cli.adaptation.prepare.winograd_pays", lambda runtime: False):
-                plain = prepare_run(config, files, runtime, name="plain", resume=False, overwrite=True, warn=print)
-            trainings[_PLAIN] = _our_steps(plain)
-        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in (*trainings, "paper's")}
+        if arguments.defaults:
+            trainings[_WHOLE] = _our_steps(prepare("whole", "optimizer.freeze=0"))
+        else:
+            # Spectral normalisation begins with random vectors, and each pass brings them nearer to the singular ones.
+            # The two trainings pass different numbers of times: let them begin where that makes no difference.
+            with torch.no_grad():
+                for _ in range(200):
+                    run.state.discriminator(torch.zeros(1, 3, 16, 16, device=runtime.device))
+            warm_up = run.config.generalist.warmup_steps
+            control = PaperStyle(arguments.base, features, run.state.discriminator, warm_up)
+            if winograd_pays(runtime):
+                with patch("pdd_cli.adaptation.prepare.winograd_pays", lambda runtime: False):
+                    trainings[_PLAIN] = _our_steps(prepare("plain", *SETTINGS))
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in trainings}
+        if control:
+            taken["paper's"] = []
         apart: dict[str, list[float]] = {}
         first: dict[str, float] = {}
-        for step in range(config.steps):
+        for step in range(run.config.steps):
             losses = {}
-            if arguments.synchronise:
+            if control and arguments.synchronise:
                 control.take_weights(run.state)
             for name in taken:
                 wait(runtime.device)
                 started, cpu = time.perf_counter(), time.process_time()
                 if name in trainings:
                     losses[name] = next(trainings[name])
-                else:
-                    losses[name] = control.step(run.sampler.batch(step, config.batch_size))
+                elif control:
+                    losses[name] = control.step(run.sampler.batch(step, run.config.batch_size))
                 wait(runtime.device)
                 taken[name].append((time.perf_counter() - started, time.process_time() - cpu))
-            for key, expected in losses["paper's"].items():
+            for key, expected in losses.get("paper's", {}).items():
                 difference = abs(losses["pdd"][key] - expected) / max(abs(expected), 1e-12)
                 apart.setdefault(key, []).append(difference)
                 first.setdefault(key, expected)
             print(f"step {step + 1}: " + ", ".join(f"{name} {taken[name][-1][0]:.2f} s" for name in taken), flush=True)
-    _report(arguments, machine, str(runtime), config, taken, apart, first)
+    _report(arguments, machine, str(runtime), run.config, taken, apart, first)
 
 
 def _limit_to_avx2() -> None:
@@ -301,13 +314,15 @@ def _report(
             "least": timing.least,
             "most": timing.most,
             "CPU s": timing.cpu,
-            "faster": timings["paper's"].median / timing.median,
+            "faster": list(timings.values())[-1].median / timing.median,
         }
         for name, timing in timings.items()
     ]
     crops = f"{arguments.batch_size} + {arguments.batch_size} crops of {config.crop}"
     title = f"step of adapt, {crops}, {arguments.base.stem}, {config.steps} steps"
     show(title, machine, rows, losses={name: [first[name], *values] for name, values in apart.items()})
+    if not apart:
+        return
     print("\n| loss | at first | apart at first | median | last ten, median | most |\n|---|---|---|---|---|---|")
     for name, values in apart.items():
         found = (first[name], values[0], np.median(values), np.median(values[-10:]), max(values))
