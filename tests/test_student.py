@@ -72,14 +72,17 @@ def test_crops_of_a_step_are_the_teachers_sr_of_their_lr(tmp_path: Path) -> None
     assert not torch.equal(taught.draw(4, 16, 0)[0], lr)
 
 
-def test_every_other_crop_is_made_from_photographs(tmp_path: Path) -> None:
-    red, blue = np.full((70, 80, 3), (200, 0, 0), np.uint8), np.full((300, 280, 3), (0, 0, 100), np.uint8)
+@pytest.mark.parametrize(("shape", "real"), [((64, 64), 4), ((64, 128), 8), ((200, 200), 12)])
+def test_the_fewer_real_images_the_more_crops_of_photographs(tmp_path: Path, shape: tuple[int, int], real: int) -> None:
+    """The 16 crops of 32 x 32 pixels are as large as four, two and two fifths of these images."""
+    red, blue = np.full((*shape, 3), (200, 0, 0), np.uint8), np.full((300, 280, 3), (0, 0, 100), np.uint8)
     one_colour_each = CropSampler([red], [blue], 8, 4, Degradation(), 0)
-    mixed = Teacher(nearest(), "big", "a", one_colour_each, 4, photographs=True)
+    mixed = Teacher(nearest(), "big", "a", one_colour_each, 16, photographs=True)
     assert mixed.compute(tmp_path / "crops", CPU, lambda: False, silent)
-    assert [tuple(lr[0, 0]) for lr in mixed.lr] == [(200, 0, 0), (0, 0, 100)] * 2
+    is_real = [tuple(lr[0, 0]) == (200, 0, 0) for lr in mixed.lr]
+    assert sum(is_real) == 4 * sum(is_real[:4]) == real
     assert {lr.shape for lr in mixed.lr} == {(32, 32, 3)}
-    assert Teacher(nearest(), "big", "a", one_colour_each, 4).missing(tmp_path / "crops") == 4
+    assert Teacher(nearest(), "big", "a", one_colour_each, 16).missing(tmp_path / "crops") == 16
 
 
 def test_computing_continues_and_never_takes_crops_of_something_else(tmp_path: Path) -> None:

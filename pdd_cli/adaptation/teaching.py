@@ -1,7 +1,7 @@
 """The teacher of a student: a large model, whose SR of crops of the real images a small one learns from.
 
-Every other crop is made from the HR images, if there are any besides the real images: a student that saw only a few
-real images is too soft on others.
+Some crops are made from the HR images, if there are any besides the real images: a student that saw only a few real
+images is too soft on others. The fewer real images there are, the more crops are made from HR images.
 
 The crops are upscaled once, before the first step, and kept in the run folder, so that a step costs no more than the
 small network and the features. A step draws smaller crops from them.
@@ -10,6 +10,7 @@ small network and the features. A step draws smaller crops from them.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,12 +23,14 @@ from torch import Tensor
 
 from pdd_cli.adaptation.preview import to_rgb8, upscale_image
 from pdd_cli.data.datasets import RGB, CropSampler, stack
+from pdd_cli.data.lazy_images import LazyImages
 from pdd_cli.files import atomic_write
 from pdd_cli.models.loading import SRModel
 from pdd_cli.runtime import Runtime
 
 _MARGIN = 16  # LR pixels around a crop that the teacher sees and that aren't kept
 _PLAIN_EVERY = 3  # every third crop is taken as it comes: students must learn skies and walls, too
+_REAL_SHARE = (0.25, 0.75)  # of the crops are real, at least and at most, if there are photographs
 _CANDIDATES = 8  # random crops that are tried for the others
 _SAVE_SECONDS = 60  # time between savings
 
@@ -54,6 +57,16 @@ class Teacher:
     def total_bytes(self) -> int:
         """The size of all crops."""
         return self.count * 3 * self.side**2 * (1 + self.model.scale**2)
+
+    @property
+    def real_share(self) -> float:
+        """The fraction of the crops that are real: together they are as large as all real images, within limits."""
+        if not self.photographs:
+            return 1.0
+        if isinstance(self.sampler.real, LazyImages):  # too many for the memory
+            return _REAL_SHARE[1]
+        pixels = sum(image.shape[0] * image.shape[1] for image in self.sampler.real)
+        return float(np.clip(pixels / (self.count * self.side**2), *_REAL_SHARE))
 
     def missing(self, path: Path) -> int:
         """The number of crops that the file `path` doesn't contain."""
@@ -87,8 +100,10 @@ class Teacher:
     def compute_next(self, runtime: Runtime) -> None:
         """Upscale the next crop."""
         number, scale = len(self.lr), self.model.scale
-        candidates = 1 if number % _PLAIN_EVERY == 0 else _CANDIDATES
-        crop = self.sampler.synthetic_crop if self.photographs and number % 2 else self.sampler.real_crop
+        before, after = (math.ceil(count * self.real_share) for count in (number, number + 1))  # real crops
+        is_real = after > before
+        candidates = 1 if (before if is_real else number - before) % _PLAIN_EVERY == 0 else _CANDIDATES
+        crop = self.sampler.real_crop if is_real else self.sampler.synthetic_crop
         lr = crop(number, self.side + 2 * _MARGIN, candidates)
         sr = to_rgb8(upscale_image(self.model, lr, runtime))
         self.lr.append(_inner(lr, _MARGIN))
@@ -131,7 +146,7 @@ class Teacher:
 
     def _inputs(self) -> str:
         """A checksum of everything that the crops depend on, except for their number."""
-        photographs = self.sampler.degradation if self.photographs else None
+        photographs = (self.sampler.degradation, self.real_share) if self.photographs else None
         facts = (self.sha256, self.sampler.digest(), self.sampler.seed, self.side, photographs)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 

@@ -170,13 +170,13 @@ class OptimizerSettings(Settings):
 
 # The defaults of a student. It moves much farther from its base than an adapted model does, and its steps are short.
 STUDENT_DEFAULTS: dict[str, Any] = {
-    "steps": 1100,
-    "imitation": 0.55,
+    "steps": 800,
+    "imitation": 0.3,
     "crop": 32,
     "early_stopping": False,
     "generalist": {"decay": 0.99},
     "losses": {"adversarial": 1.0},
-    "optimizer": {"learning_rate": 5e-4, "halve_at": (0.35, 0.8, 0.88, 0.94), "freeze": 0.0},
+    "optimizer": {"learning_rate": 5e-4, "halve_at": (0.2, 0.69, 0.81, 0.91), "freeze": 0.0},
 }
 
 Quality = Literal["quick", "good", "best"]
@@ -281,7 +281,7 @@ class AdaptConfig(Settings):
     crop_texture: NonNegative = 30.0
     # With a teacher: number of crops that the teacher upscales before the training; half of them are made from the HR
     # images, if there are any besides the real images.
-    teacher_crops: PositiveInt = 48
+    teacher_crops: PositiveInt = 96
     # With a teacher: fraction of the run, at its start, in which the student learns only the pixels of its SR. These
     # steps take a fraction of the time of the others.
     imitation: Annotated[float, Field(ge=0, lt=1)] = 0.0
