@@ -153,7 +153,7 @@ def test_features_see_every_place_in_an_lr_pixel_over_the_steps() -> None:
 
 def test_a_teacher_changes_defaults_and_nothing_that_is_set() -> None:
     plain, student = AdaptConfig(real_dir=Path("x")), AdaptConfig(real_dir=Path("x"), teacher="big")
-    assert (plain.steps, plain.imitation_steps, student.steps, student.imitation_steps) == (100, 0, 1100, 605)
+    assert (plain.steps, plain.imitation_steps, student.steps, student.imitation_steps) == (100, 0, 800, 240)
     assert student.losses.pixel == plain.losses.pixel
     given = {"steps": 50, "losses": {"pixel": 3}, "optimizer": {"learning_rate": 0.5}}
     chosen = AdaptConfig(real_dir=Path("x"), teacher="big", **given)
