@@ -281,7 +281,7 @@ class AdaptConfig(Settings):
     crop_texture: NonNegative = 30.0
     # With a teacher: number of crops that the teacher upscales before the training; half of them are made from the HR
     # images, if there are any besides the real images.
-    teacher_crops: PositiveInt = 96
+    teacher_crops: PositiveInt = 64
     # With a teacher: fraction of the run, at its start, in which the student learns only the pixels of its SR. These
     # steps take a fraction of the time of the others.
     imitation: Annotated[float, Field(ge=0, lt=1)] = 0.0
