@@ -125,6 +125,7 @@ def test_the_lattice_loss_is_the_error_of_each_place_in_an_lr_pixel_beyond_their
 
 def test_in_imitation_steps_the_student_learns_only_the_pixels_of_the_teacher(ground: Path, tmp_path: Path) -> None:
     settings = {**distributed_worker.COMMON, **distributed_worker.CASES["student"], "imitation": 0.5}
+    settings["optimizer"] = {"learning_rate": 1e-3, "halve_at": ()}
     run = distributed_worker.prepare(ground, tmp_path, "run", SINGLE_PROCESS, **settings)
     alone = copy.deepcopy(run.state.specialist)
     discriminator = copy.deepcopy(run.state.discriminator.state_dict())
