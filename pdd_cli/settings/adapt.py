@@ -164,7 +164,7 @@ class OptimizerSettings(Settings):
     # Fractions of the run at which the learning rate is halved. The paper first halves it at 25k of 100k steps.
     halve_at: tuple[Fraction, ...] = (0.35, 0.55, 0.75, 0.9)
     # Fraction of the specialist's parameters, counted from its input, that keep the values of the base. auto: 0.65 of a
-    # network as large as Real-ESRGAN's, which makes a step 1.5 times as fast; nothing of others.
+    # network as large as Real-ESRGAN's, which makes a step 1.4 times as fast; nothing of others.
     freeze: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = "auto"
 
 
