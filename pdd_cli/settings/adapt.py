@@ -261,7 +261,10 @@ class AdaptConfig(Settings):
     ] = "good"
     steps: Annotated[
         PositiveInt,
-        Field(description="Training steps; --quality changes the default; with --teacher the default is 1100."),
+        Field(
+            description="Training steps; --quality changes the default; with --teacher the default is "
+            f"{STUDENT_DEFAULTS['steps']}."
+        ),
         Option("Training"),
     ] = 100
     minutes: Annotated[
@@ -279,8 +282,8 @@ class AdaptConfig(Settings):
     # deviation of the Laplacian in 8-bit levels); if none has, the one with the most texture is used.
     crop_candidates: PositiveInt = 8
     crop_texture: NonNegative = 30.0
-    # With a teacher: number of crops that the teacher upscales before the training; half of them are made from the HR
-    # images, if there are any besides the real images.
+    # With a teacher: number of crops that the teacher upscales before the training. If there are HR images besides the
+    # real images, a quarter to three quarters of the crops are made from them.
     teacher_crops: PositiveInt = 64
     # With a teacher: fraction of the run, at its start, in which the student learns only the pixels of its SR. These
     # steps take a fraction of the time of the others.
