@@ -489,6 +489,24 @@ def test_pages_that_need_more_than_4_gib_together_become_a_big_tiff(
             np.testing.assert_array_equal(file.pages[count - 1].asarray(), picture.pixels)
 
 
+def test_a_small_first_page_does_not_hide_that_the_others_need_a_big_tiff(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = [random_pixels(4, 5, 3), random_pixels(20, 30, 3), random_pixels(20, 30)]
+    with tifffile.TiffWriter(tmp_path / "in.tif") as file:
+        for page in pages:
+            file.write(page, photometric="rgb" if page.ndim == 3 else "minisblack")
+    read = list(decode_pages(tmp_path / "in.tif", (tmp_path / "in.tif").read_bytes()))
+    total = sum(page.nbytes for page in pages)
+    for limit, is_big in ((total - 1, True), (total, False)):
+        monkeypatch.setattr(tiff, "_BIG_TIFF", limit)
+        streams = [ImageStream(page.spec, [page.interleaved], share=page.share) for page in read]
+        write_images(tmp_path / "a.tif", streams, count=3)
+        with tifffile.TiffFile(tmp_path / "a.tif") as written:
+            assert (written.is_bigtiff, len(written.pages)) == (is_big, 3)
+            np.testing.assert_array_equal(written.pages[2].asarray(), pages[2])
+
+
 @pytest.mark.parametrize("suffix", ["png", "webp"])
 def test_frames_of_an_animation(tmp_path: Path, suffix: str) -> None:
     frames = [Image.fromarray(random_pixels(8, 9, 3)) for _ in range(3)]

@@ -23,7 +23,8 @@ class DecodedImage:
 
     `pixels`: (H, W, C) uint8 or uint16, C = 1 (gray) or 3 (RGB). `alpha`: (H, W) of the same type, straight (not
     premultiplied), or None. `metadata`: its profile fits the channels. `frames`: number of pages or frames in
-    the file; `duration` of this frame of an animation in milliseconds. `notes`: problems of the file.
+    the file; `duration` of this frame of an animation in milliseconds. `notes`: problems of the file. `share`: the
+    size of this frame in memory, divided by that of all frames.
     """
 
     pixels: Array
@@ -32,6 +33,7 @@ class DecodedImage:
     frames: int = 1
     duration: float | None = None
     notes: tuple[str, ...] = ()
+    share: float = 1.0
 
     @property
     def spec(self) -> ImageSpec:
@@ -145,13 +147,14 @@ class ImageSpec:
 class ImageStream:
     """One image of a file, whose rows come in `row_chunks` (rows, width, samples) from top to bottom.
 
-    `duration`: of a frame of an animation, in milliseconds.
+    `duration`: of a frame of an animation, in milliseconds. `share`: as in `DecodedImage`.
     """
 
     spec: ImageSpec
     row_chunks: Iterable[Array]
     metadata: Metadata = field(default_factory=Metadata)
     duration: float | None = None
+    share: float = 1.0
 
 
 def to_float(values: Array) -> npt.NDArray[np.float32]:

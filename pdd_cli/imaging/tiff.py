@@ -240,6 +240,7 @@ def read_pages(data: bytes, most_pixels: int) -> Iterator[DecodedImage]:
     """Decode the full pages. Raises InputError if a page is too large or not supported."""
     with open_tiff(io.BytesIO(data)) as file:
         pages = full_pages(file)
+        sizes = {index: _bytes(file.pages[index].aspage()) for index in pages}
         for index in pages:
             page = file.pages[index]
             spec = describe(page)
@@ -257,7 +258,14 @@ def read_pages(data: bytes, most_pixels: int) -> Iterator[DecodedImage]:
             if spec.photometric == PALETTE:
                 channels = without_copies(channels) if channels.ndim == 3 else channels
             metadata, more = _metadata(data, file, page, spec, len(file.pages) - len(pages))
-            yield from_samples(channels, icc, metadata, frames=len(pages), notes=(*notes, *more))
+            picture = from_samples(channels, icc, metadata, frames=len(pages), notes=(*notes, *more))
+            yield replace(picture, share=sizes[index] / sum(sizes.values()))
+
+
+def _bytes(page: Any) -> int:
+    """About the size of the page's pixels once decoded."""
+    samples = 3 if page.photometric == PALETTE else min(page.samplesperpixel, 4)
+    return int(page.imagewidth * page.imagelength * samples * (2 if np.max(page.bitspersample) > 8 else 1))
 
 
 def _by_pillow(data: bytes, index: int) -> tuple[Array, bytes | None]:
@@ -336,9 +344,9 @@ def write_tiff(path: Path, streams: Iterable[ImageStream], count: int = 1) -> No
     try:
         for stream in streams:
             spec, metadata = stream.spec, stream.metadata
-            # A classic TIFF holds at most 4 GiB. Larger files are BigTIFF, which not every program reads. The
-            # first page decides; the others are taken to have its size.
-            writer = writer or tifffile.TiffWriter(path, byteorder="<", bigtiff=count * spec.bytes > _BIG_TIFF)
+            # A classic TIFF holds at most 4 GiB. Larger files are BigTIFF, which not every program reads.
+            total = max(count * spec.bytes, round(spec.bytes / stream.share))
+            writer = writer or tifffile.TiffWriter(path, byteorder="<", bigtiff=total > _BIG_TIFF)
             tags, folders = _tags(metadata)
             shape = (spec.height, spec.width, spec.samples)
             writer.write(

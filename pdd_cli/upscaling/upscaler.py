@@ -336,7 +336,7 @@ class UpscaleStream:
                 else metadata.lost
             )
             metadata = replace(metadata, icc=None, colour=(), cicp=None, lost=lost)
-        self.output = ImageStream(spec, self._row_chunks(picture, spec), metadata, picture.duration)
+        self.output = ImageStream(spec, self._row_chunks(picture, spec), metadata, picture.duration, picture.share)
 
     def _row_chunks(self, picture: DecodedImage, spec: ImageSpec) -> Iterator[Array]:
         """The rows of the output, in the picture's bit depth, colours first, alpha last."""
