@@ -13,7 +13,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor, nn
 
-from pdd_cli.adaptation.judge import Judgement, decide, held_out_indices, judge_crops, measure
+from pdd_cli.adaptation.judge import Judge, Judgement, decide, held_out_indices, judge_crops, measure
 from pdd_cli.errors import InputError
 from pdd_cli.models.loading import SRModel, interpolated
 from pdd_cli.runtime import Runtime
@@ -86,13 +86,13 @@ def test_sabotaged_models_are_rejected_and_better_ones_kept() -> None:
 
 
 def test_the_highest_of_equally_good_strengths_is_recommended() -> None:
-    base = Judgement(30.0, 1.0, 10.0, 4.0, 1.0)
-    judgements = {0.5: Judgement(31.5, 1.0, 9.0, 3.6, 0.5), 1.0: Judgement(31.6, 1.0, 6.5, 2.6, 0.5)}
+    base = Judgement(30.0, 1.0, 10.0, 4.0, 1.0, 6.0)
+    judgements = {0.5: Judgement(31.5, 1.0, 9.0, 3.6, 0.5, 6.0), 1.0: Judgement(31.6, 1.0, 6.5, 2.6, 0.5, 6.0)}
     for found in judgements.values():
         expected = found.consistency - 30 + 3 * math.log2(found.texture / 10)
         assert found.score(base, 4) == pytest.approx(expected)
     assert decide(judgements, base, 4).strength == 0.5
-    equal = judgements | {0.75: Judgement(31.3, 1.0, 9.0, 3.6, 1.0)}  # 0.2 dB less, which a few images can't tell
+    equal = judgements | {0.75: Judgement(31.3, 1.0, 9.0, 3.6, 1.0, 6.0)}  # 0.2 dB less, which a few images can't tell
     assert decide(equal, base, 4).strength == 0.75
     # Less than half a decibel is no gain that a few images could tell.
     assert "no clear gain" in decide({1.0: replace(base, consistency=30.4)}, base, 4).reason
@@ -103,10 +103,28 @@ def test_the_highest_of_equally_good_strengths_is_recommended() -> None:
 
 
 def test_consistency_earns_two_decibels_at_the_most() -> None:
-    base = Judgement(30.0, 1.0, 10.0, 4.0, 1.0)
+    base = Judgement(30.0, 1.0, 10.0, 4.0, 1.0, 6.0)
     assert [replace(base, consistency=value).score(base, 4) for value in (29.0, 31.0, 32.0, 40.0)] == [-1, 1, 2, 2]
     # Of a model that removes noise, being closer to the noisy input is no gain.
     assert replace(base, consistency=40.0).score(base, 1) == 0
+
+
+def test_a_fine_error_less_than_half_of_the_bases_costs_half_of_what_is_beyond_two_decibels() -> None:
+    base = Judgement(30.0, 1.0, 10.0, 4.0, 1.0, 6.0)
+    for ratio, cost in ((1.2, 0), (10 ** (-2 / 20), 0), (10 ** (-5 / 20), 1.5), (10 ** (-8 / 20), 3)):
+        found = replace(base, consistency=32.0, fine_error=6 * ratio)
+        assert found.score(base, 4) == pytest.approx(2 - cost)
+        assert decide({1.0: found}, base, 4).keep is (cost <= 1.5)
+        assert found.score(base, 1) == 0  # of a model that removes noise
+
+
+def test_the_fine_error_is_the_finest_part_of_the_difference_from_the_lr() -> None:
+    random = np.random.default_rng(1)
+    lr = random.integers(60, 190, (64, 64, 1), np.uint8).repeat(3, axis=2)
+    error = random.normal(0, 5, (64, 64, 1))
+    for shown, expected in ((error, error - ndimage.gaussian_filter(error, (0.8, 0.8, 0))), (np.full(1, 9.0), 0)):
+        sr = ((lr + shown).repeat(4, 0).repeat(4, 1) / 255).astype(np.float32)
+        assert judge_crops([(lr, sr)]).fine_error == pytest.approx(np.std(expected), rel=0.03, abs=0.1)
 
 
 class Sharpener(nn.Module):
@@ -142,7 +160,7 @@ def test_detail_is_distinguished_from_grain() -> None:
     assert grainy.score(base, 4) == pytest.approx(closer - 0.2 * (grainy.grain - base.grain) - copied)
     assert not decide({1.0: grainy}, base, 4).keep
     # Detail that is gained earns nothing, and neither do grain and noise that are lost.
-    assert Judgement(32.0, 1.0, 15.0, 1.0, 0.0).score(Judgement(32.0, 1.0, 10.0, 4.0, 2.0), 4) == 0
+    assert Judgement(32.0, 1.0, 15.0, 1.0, 0.0, 6.0).score(Judgement(32.0, 1.0, 10.0, 4.0, 2.0, 6.0), 4) == 0
 
 
 @pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
@@ -162,6 +180,27 @@ def test_noise_that_is_copied_from_the_lr_is_measured(part: float) -> None:
     more = judge_crops([(lr, sr)])
     less = replace(more, copied_noise=0.0)
     assert less.score(less, 4) - more.score(less, 4) == pytest.approx(max(0, more.copied_noise))
+
+
+class Grainy(nn.Module):
+    """Bicubic x4, then as much grain as the only weight says."""
+
+    def __init__(self, grain: float) -> None:
+        super().__init__()
+        self.grain = nn.Parameter(torch.tensor(grain))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.interpolate(x, scale_factor=4, mode="bicubic")
+        return y + self.grain * torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_student_as_good_as_its_teacher_is_kept_even_if_its_base_is_sharper() -> None:
+    base, teacher = (replace(model(), module=Grainy(grain)) for grain in (0.05, 0.01))
+    for taught, grain, expected in ((teacher, 0.01, True), (teacher, 0.05, False), (None, 0.01, False)):
+        judge = Judge(base, images(), images(), None, CPU, taught)
+        verdict = judge.conclude({"grain": torch.tensor(grain)}).verdict
+        assert verdict.keep is expected
+        assert verdict.reason.startswith("as good as its teacher") is expected
 
 
 def test_interpolation_is_linear() -> None:

@@ -1,10 +1,11 @@
 """Decides whether the adapted model is better than its base, on real images held out of training, without ground truth.
 
-Five quantities can be measured with the LR images alone: how well the SR, downscaled to LR size, matches the LR
-(consistency); how far its colours drift; how much fine detail it has (texture); how much of that is in flat regions
-of the LR (grain), because real detail is at edges and textures and noise is everywhere; and how much of the LR's own
-noise is in the SR (copied noise). A model that becomes more consistent by blurring loses texture, and a model that
-invents detail loses consistency. On a noisy source a model becomes more consistent by adding or copying noise.
+Six quantities can be measured with the LR images alone: how well the SR, downscaled to LR size, matches the LR
+(consistency), and by how much it misses the finest detail of the LR (fine error); how far its colours drift; how much
+fine detail it has (texture); how much of that is in flat regions of the LR (grain), because real detail is at edges and
+textures and noise is everywhere; and how much of the LR's own noise is in the SR (copied noise). A model that becomes
+more consistent by blurring loses texture, and a model that invents detail loses consistency. On a noisy source a model
+becomes more consistent by adding or copying noise, on a compressed one by copying artefacts.
 docs/log.md compares the resulting score with scores against ground truth.
 """
 
@@ -42,6 +43,8 @@ _MAX_CLOSER = 2.0  # dB; consistency gained beyond this earns nothing
 _DB_PER_OCTAVE = 3.0  # cost of half the texture
 _DB_PER_GRAIN = 0.2  # cost of one level of added grain
 _DB_PER_NOISE = 1.0  # cost of one level of copied noise
+_MAX_FINER = 2.0  # dB; a fine error that is smaller by more than this means copied artefacts
+_DB_PER_FINER = 0.5  # cost of each dB beyond that
 _MIN_TEXTURE_RATIO = 0.6  # with less texture, relative to the base, the result is too blurred to be accepted
 _MAX_ADDED_DRIFT = 1.0  # CIELAB ΔE above the base
 _FLAT_FRACTION = 0.1  # fraction of an LR image that counts as flat
@@ -58,7 +61,8 @@ _EQUAL = 0.25  # dB; strengths whose scores differ by less count as equally good
 class Judgement:
     """Means over the held-out images. `consistency` in dB, `drift` in CIELAB ΔE, the others in 8-bit levels.
 
-    `grain` is the texture of the flattest regions, `copied_noise` the noise of the LR image there that is in the SR.
+    `grain` is the texture of the flattest regions, `copied_noise` the noise of the LR image there that is in the SR,
+    `fine_error` the part of the difference from the LR that is finer than an LR pixel or two.
     """
 
     consistency: float
@@ -66,12 +70,14 @@ class Judgement:
     texture: float
     grain: float
     copied_noise: float
+    fine_error: float
 
     def score(self, base: Judgement, scale: int) -> float:
         """The gain over the base, in dB of consistency; the base has 0.
 
-        Lost detail, added grain and copied noise cost. Gained detail earns nothing, because on a noisy source a model
-        gains it by adding noise, and neither does a very high consistency, because it copies what is wrong in the LR.
+        Lost detail, added grain, copied noise and a much smaller fine error cost: the HR image itself differs from the
+        LR in its finest detail as much as the base or more. Gained detail earns nothing, because on a noisy source a
+        model gains it by adding noise, and neither does a very high consistency.
         A x1 model removes noise and artefacts of its input: there being closer to the input than the base earns
         nothing, and detail does.
         """
@@ -81,7 +87,17 @@ class Judgement:
         noise += _DB_PER_NOISE * max(0.0, self.copied_noise - base.copied_noise)
         if scale == 1:
             return min(closer, 0) + _DB_PER_OCTAVE * min(detail, 0.5) - noise
-        return min(closer, _MAX_CLOSER) + _DB_PER_OCTAVE * min(detail, 0) - noise
+        copied = _DB_PER_FINER * max(0.0, self.finer(base) - _MAX_FINER)
+        return min(closer, _MAX_CLOSER) + _DB_PER_OCTAVE * min(detail, 0) - noise - copied
+
+    def acceptable(self, base: Judgement) -> bool:
+        """Whether neither too much detail is lost nor the colours drift too far, compared with the base."""
+        sharp = self.texture >= _MIN_TEXTURE_RATIO * base.texture
+        return sharp and self.drift <= base.drift + _MAX_ADDED_DRIFT
+
+    def finer(self, base: Judgement) -> float:
+        """By how many dB the fine error is smaller than that of the base."""
+        return 20 * math.log10(2) * _log2_ratio(base.fine_error, self.fine_error, floor=0.01)
 
 
 @dataclass(frozen=True)
@@ -224,9 +240,13 @@ class Judge:
             verdict = decide(by_strength, base.judgement, self.base.scale)
         if self.teacher is None:
             return Conclusion(verdict, base, adapted)
+        teacher = self.evaluate(self.teacher)
+        if verdict.keep is False and not base.held_out_pairs:
+            student = adapted[max(adapted)].judgement
+            verdict = decide_by_teacher(student, teacher.judgement, self.base.scale) or verdict
         lr = center_crop(self.images[0], _TIMED_SIDE)
         seconds, seconds_of_teacher = (_seconds(model, lr, self.runtime) for model in (self.base, self.teacher))
-        return Conclusion(verdict, base, adapted, self.evaluate(self.teacher), seconds_of_teacher / seconds)
+        return Conclusion(verdict, base, adapted, teacher, seconds_of_teacher / seconds)
 
 
 def _seconds(model: SRModel, lr: RGB, runtime: Runtime) -> float:
@@ -283,6 +303,7 @@ def judge_crops(crops: Iterable[tuple[RGB, NDArray[np.float32]]]) -> Judgement:
                 detail.std(),
                 grain.std(),
                 _copied_noise(lr, sr, flat),
+                _fine_error(lr, sr),
             )
         )
     return Judgement(*(float(value) for value in np.mean(measured, axis=0)))
@@ -323,11 +344,7 @@ def _thumbnail(image: RGB) -> NDArray[np.float32]:
 
 def decide(judgements: Mapping[float, Judgement], base: Judgement, scale: int) -> Verdict:
     """The verdict from the judgements of the adapted weights at several strengths."""
-    acceptable = {
-        strength: judgement
-        for strength, judgement in judgements.items()
-        if judgement.texture >= _MIN_TEXTURE_RATIO * base.texture and judgement.drift <= base.drift + _MAX_ADDED_DRIFT
-    }
+    acceptable = {strength: found for strength, found in judgements.items() if found.acceptable(base)}
     scores = {strength: judgement.score(base, scale) for strength, judgement in acceptable.items()}
     highest = max(scores.values(), default=-math.inf)
     if highest < _MIN_GAIN:
@@ -337,6 +354,15 @@ def decide(judgements: Mapping[float, Judgement], base: Judgement, scale: int) -
         return Verdict(False, f"{word} on the held-out images: {_describe(full, base)}", 0.0)
     best = max(strength for strength, score in scores.items() if score >= max(_MIN_GAIN, highest - _EQUAL))
     return Verdict(True, f"better than the base on the held-out images: {_describe(acceptable[best], base)}", best)
+
+
+def decide_by_teacher(student: Judgement, teacher: Judgement, scale: int) -> Verdict | None:
+    """Keep a student that is as good as its teacher: its own base may be sharper than the images allow."""
+    if not student.acceptable(teacher) or student.score(teacher, scale) <= -_MIN_GAIN:
+        return None
+    return Verdict(
+        True, f"as good as its teacher on the held-out images: {_describe(student, teacher, 'teacher')}", 1.0
+    )
 
 
 def describe_score(score: float) -> str:
@@ -380,6 +406,15 @@ def _copied_noise(lr: RGB, sr: NDArray[np.float32], flat: NDArray[np.bool_]) -> 
     return float(covariance[0, 1] / max(math.sqrt(covariance[0, 0]), 1e-3))
 
 
+def _fine_error(lr: RGB, sr: NDArray[np.float32]) -> float:
+    """Standard deviation of the finest part of the difference between the SR, at LR size, and the LR, in 8-bit levels.
+
+    Fine is what a Gaussian blur of 0.8 LR pixels removes.
+    """
+    error = cv2.resize(_gray(to_rgb8(sr)), lr.shape[1::-1], interpolation=cv2.INTER_AREA) - _gray(lr)
+    return float((error - cv2.GaussianBlur(error, (0, 0), 0.8)).std())
+
+
 def _gray(image: RGB) -> NDArray[np.float32]:
     return np.asarray(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY), np.float32)
 
@@ -392,7 +427,8 @@ def _log2_ratio(value: float, base: float, floor: float) -> float:
 def _describe(adapted: Judgement, base: Judgement, other: str = "base") -> str:
     texture, grain = _percent_change(adapted.texture, base.texture), _percent_change(adapted.grain, base.grain)
     return (
-        f"consistency with the LR {adapted.consistency - base.consistency:+.2f} dB, "
+        f"consistency with the LR {adapted.consistency - base.consistency:+.2f} dB "
+        f"(in the finest detail {adapted.finer(base):+.1f} dB), "
         f"colour drift {adapted.drift:.2f} ({other} {base.drift:.2f}) ΔE, "
         f"fine detail {texture} (in flat regions {grain}), "
         f"noise copied from the LR {adapted.copied_noise:.1f} ({other} {base.copied_noise:.1f}) levels"

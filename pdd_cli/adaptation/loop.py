@@ -326,7 +326,7 @@ def _save_weights(path: Path, module: nn.Module) -> None:
 
 def _tags(judged: Mapping[str, Any]) -> dict[str, float]:
     """A judgement as values by TensorBoard tag, grouped by quantity."""
-    keys = ("score", "consistency", "drift", "texture", "grain", "copied_noise")
+    keys = ("score", "consistency", "drift", "texture", "grain", "copied_noise", "fine_error")
     values = {f"judgement/{key}": judged[key] for key in keys}
     values |= {f"truth/{key}": value for key, value in judged.get("truth", {}).items()}
     return {f"{tag}/{judged['which']}": value for tag, value in values.items()}

@@ -138,12 +138,12 @@ def _strengths(report: RunReport) -> str:
     table = f'<table id="means"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
     note = (
         '<p class="note">Means over the held-out images: consistency with the LR (dB), colour drift (ΔE), fine detail, '
-        "grain and noise copied from the LR (8-bit levels). "
+        "grain, noise copied from the LR and fine error (8-bit levels). "
         + (
             "The score is the mean of the gains in PSNR and feature distance on the held-out pairs, in dB.</p>"
             if "held_out_pairs" in report.verdict["base"]
-            else "The score is the gain in consistency, at most 2 dB, less lost detail, added grain and copied noise, "
-            "in dB.</p>"
+            else "The score is the gain in consistency, at most 2 dB, less lost detail, added grain, copied noise and "
+            "a much smaller fine error, in dB.</p>"
         )
     )
     return scroll("By strength", table) + note
@@ -169,7 +169,7 @@ def _judgements(lines: Sequence[Line]) -> str:
 def _columns(lines: Iterable[Line]) -> dict[str, str]:
     """Key → title of the columns for the values in the lines."""
     columns = {"score": "score", "consistency": "consistency", "drift": "colour drift"}
-    columns |= {"texture": "fine detail", "grain": "grain", "copied_noise": "copied noise"}
+    columns |= {"texture": "fine detail", "grain": "grain", "copied_noise": "copied noise", "fine_error": "fine error"}
     if any("truth" in line for line in lines):
         columns |= {"truth.psnr": "PSNR", "truth.ssim": "SSIM", "truth.distance": "feature distance"}
     if any("held_out_pairs" in line for line in lines):
