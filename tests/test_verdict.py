@@ -109,7 +109,7 @@ def test_consistency_earns_two_decibels_at_the_most() -> None:
     assert replace(base, consistency=40.0).score(base, 1) == 0
 
 
-def test_a_fine_error_less_than_half_of_the_bases_costs_half_of_what_is_beyond_two_decibels() -> None:
+def test_a_fine_error_that_falls_by_more_than_two_decibels_costs_half_of_the_rest() -> None:
     base = Judgement(30.0, 1.0, 10.0, 4.0, 1.0, 6.0)
     for ratio, cost in ((1.2, 0), (10 ** (-2 / 20), 0), (10 ** (-5 / 20), 1.5), (10 ** (-8 / 20), 3)):
         found = replace(base, consistency=32.0, fine_error=6 * ratio)
